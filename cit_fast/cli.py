@@ -1,0 +1,157 @@
+"""The command line: ``cit-fast run | report | eval | generate | doctor``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cit_fast.errors import CitFastError
+
+app = typer.Typer(
+    name="cit-fast",
+    help="Continual instruction tuning that forgets less and costs almost nothing extra.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Runs = Annotated[list[Path], typer.Argument(help="Run folders, or folders that hold run folders.", metavar="RUN...")]
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="The YAML configuration.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override one key; may be repeated.")
+    ] = None,
+) -> None:
+    """Train every method of CONFIG on its stream of tasks, or go on where an earlier call stopped."""
+    from cit_fast.report import comparison_table, write_report
+    from cit_fast.training.config import load_config
+    from cit_fast.training.loop import ContinualTrainer
+
+    settings = load_config(config, overrides or [])
+    trainer = ContinualTrainer(settings)
+    folders = trainer.run()
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
+    report_path = write_report(folders, settings.folder / "report.html", title=settings.name)
+    trainer.console.print(comparison_table(folders))
+    trainer.console.print(f"Report: {report_path}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def report(
+    runs: Runs,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The HTML file to write.")] = None,
+) -> None:
+    """Write one self-contained HTML page, and PNGs beside it, about one or several runs."""
+    from cit_fast.report import comparison_table, write_report
+
+    folders = _run_folders(runs)
+    console = Console()
+    path = write_report(folders, output)
+    console.print(comparison_table(folders))
+    console.print(f"Report: {path}", highlight=False, soft_wrap=True)
+
+
+@app.command(name="eval")
+def evaluate(
+    runs: Runs,
+    write: Annotated[bool, typer.Option("--write", help="Store the recomputed scores in the runs.")] = False,
+) -> None:
+    """Recompute every score of RUN from its stored predictions, without the model."""
+    from cit_fast.evaluation import rescore
+
+    console = Console()
+    disagree = 0
+    for folder in _run_folders(runs):
+        table = Table(title=str(folder))
+        for column in ("stage", "task", "metric", "recorded", "recomputed", "examples"):
+            table.add_column(column, justify="left" if column in {"task", "metric"} else "right")
+        for entry in rescore(folder, write=write):
+            disagree += not entry.agrees
+            shown = [
+                "-" if value is None else f"{value:.1f}" for value in (entry.recorded, entry.recomputed)
+            ]
+            table.add_row(
+                f"{entry.stage}", entry.task, entry.metric, *shown, f"{entry.examples}",
+                style=None if entry.agrees else "bold red",
+            )  # fmt: skip
+        console.print(table)
+    console.print("All recorded scores agree." if disagree == 0 else f"{disagree} scores differ from the record.")
+
+
+@app.command()
+def generate(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    prompts: Annotated[Path | None, typer.Option(help="A text file, one prompt per line; otherwise standard input.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+) -> None:
+    """Answer prompts with the model of RUN's last stage, one answer per line."""
+    from cit_fast.training.model import ContinualModel
+
+    try:
+        text = sys.stdin.read() if prompts is None else prompts.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CitFastError(f"{prompts}: cannot be read ({error})") from None
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise CitFastError(f"{prompts or 'standard input'}: no prompts; give one per line")
+    model = ContinualModel.from_run(run_folder)
+    for answer in model.generate(lines, max_new_tokens=max_new_tokens):
+        typer.echo(answer.replace("\n", "\\n"))
+
+
+@app.command()
+def doctor() -> None:
+    """Say which backends exist on this machine, and why the others do not."""
+    from cit_fast.backends import available_backends
+    from cit_fast.training.environment import describe_environment
+
+    console = Console()
+    environment = describe_environment()
+    table = Table(title="Backends", title_justify="left")
+    for column in ("backend", "here", "why"):
+        table.add_column(column)
+    for name, status in available_backends().items():
+        table.add_row(name, "[green]yes[/green]" if status.available else "[red]no[/red]", escape(status.reason))
+    console.print(table)
+    console.print(f"CPU  {environment['cpu']}, {environment['cores']} cores, {environment['threads']} threads", highlight=False)
+    console.print(f"GPU  {environment['gpu'] or 'none that torch can use'}", highlight=False)
+    versions = "  ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    console.print(versions, highlight=False)
+
+
+def _run_folders(paths: list[Path]) -> list[Path]:
+    folders: list[Path] = []
+    for path in paths:
+        inner = sorted(child.parent for child in path.glob("*/run.json"))
+        if (path / "run.json").exists() or not inner:
+            folders.append(path)
+        else:
+            folders += inner
+    return folders
+
+
+def main() -> None:
+    """Run the command line; an error a user can act on is one line and exit code 2."""
+    try:
+        app()
+    except CitFastError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        Console(stderr=True).print("Stopped. The same command goes on from the last checkpoint.")
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

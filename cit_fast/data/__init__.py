@@ -1,0 +1,39 @@
+"""Data: examples, tasks and streams; where they come from, and how they become batches of tokens."""
+
+from cit_fast.data.collation import (
+    PackingCollator,
+    PaddingCollator,
+    choose_collator,
+    left_pad,
+    resolve_attention,
+)
+from cit_fast.data.example import MASK, Example, Task, TaskStream
+from cit_fast.data.prompts import Encoded, EncodedExamples, EncodedPrompts, ExampleTooLongError, PromptEncoder
+from cit_fast.data.readers import read_dataset, read_file
+from cit_fast.data.records import FORMATS, ReadOptions, read_records
+from cit_fast.data.sources import TaskSource, load_stream, load_task
+
+__all__ = [
+    "FORMATS",
+    "MASK",
+    "Encoded",
+    "EncodedExamples",
+    "EncodedPrompts",
+    "Example",
+    "ExampleTooLongError",
+    "PackingCollator",
+    "PaddingCollator",
+    "PromptEncoder",
+    "ReadOptions",
+    "Task",
+    "TaskSource",
+    "TaskStream",
+    "choose_collator",
+    "left_pad",
+    "load_stream",
+    "load_task",
+    "read_dataset",
+    "read_file",
+    "read_records",
+    "resolve_attention",
+]

@@ -1,0 +1,144 @@
+"""Example, Task and TaskStream: the data every other part of cit-fast speaks of."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from cit_fast.errors import DataError
+
+MASK = "[MASK]"
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One instruction with its input and the answers that count as right.
+
+    Args:
+        instruction: what is to be done; never empty unless ``messages`` is given.
+        input: what it is to be done to; may be empty.
+        references: acceptable answers, at least one; training uses the first.
+        task: name of the task the example belongs to.
+        key_parts: character spans ``(start, end)`` of ``instruction``, ascending, not overlapping, not empty: the
+            parts that decide content, length or format of the answer (KPIG).
+        messages: the whole conversation as ``(role, content)`` pairs, ending with the assistant's answer, for chat
+            data of more than one turn or with a system turn; empty otherwise.
+        images: paths or addresses of images, carried through untouched.
+        source: ``file:line`` (or generator and index) the example came from, for error messages.
+
+    Raises:
+        DataError: an empty instruction, no reference, or a key part that is not a span of the instruction.
+    """
+
+    instruction: str
+    input: str = ""
+    references: tuple[str, ...] = ()
+    task: str = ""
+    key_parts: tuple[tuple[int, int], ...] = ()
+    messages: tuple[tuple[str, str], ...] = ()
+    images: tuple[str, ...] = ()
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        where = self.source or f"task {self.task!r}"
+        if not self.instruction.strip() and not self.messages:
+            raise DataError(f"{where}: the instruction is empty; every example needs one")
+        if not self.references or not self.references[0].strip():
+            raise DataError(f"{where}: no reference answer; every example needs at least one non-empty answer")
+        end_of_previous = 0
+        for start, end in self.key_parts:
+            if not (end_of_previous <= start < end <= len(self.instruction)):
+                raise DataError(
+                    f"{where}: key part ({start}, {end}) is not a span of the instruction "
+                    f"({len(self.instruction)} characters); spans ascend, do not overlap and are not empty"
+                )
+            end_of_previous = end
+
+    @property
+    def key_part_texts(self) -> tuple[str, ...]:
+        """The key parts as text, in order."""
+        return tuple(self.instruction[start:end] for start, end in self.key_parts)
+
+    @property
+    def masked_instruction(self) -> str:
+        """``mask(x)``: the instruction with every key part replaced by ``[MASK]`` (KPIG, METHODS section 2)."""
+        pieces, position = [], 0
+        for start, end in self.key_parts:
+            pieces += [self.instruction[position:start], MASK]
+            position = end
+        return "".join([*pieces, self.instruction[position:]])
+
+
+@dataclass(frozen=True)
+class Task:
+    """A set of examples with one way to score them.
+
+    Args:
+        name: unique in its stream.
+        train, dev, test: the splits; ``dev`` and ``test`` may be empty where nothing is evaluated.
+        metric: a name in :data:`cit_fast.evaluation.metrics.METRICS`.
+        labels: the closed set of answers, if there is one.
+        answer_pattern: regular expression that a well-formed answer matches as a whole, if there is one.
+    """
+
+    name: str
+    train: tuple[Example, ...] = field(repr=False)
+    dev: tuple[Example, ...] = field(default=(), repr=False)
+    test: tuple[Example, ...] = field(default=(), repr=False)
+    metric: str = "rouge_l"
+    labels: tuple[str, ...] = ()
+    answer_pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w][\w.+-]*", self.name):
+            raise DataError(f"task name {self.name!r} cannot name a file; use letters, digits, '.', '_', '-' and '+'")
+        if not self.train and not self.test:
+            raise DataError(f"task {self.name!r} is empty: it has neither training nor test examples")
+        if self.answer_pattern is not None:
+            try:
+                re.compile(self.answer_pattern)
+            except re.error as error:
+                raise DataError(f"task {self.name!r}: answer_pattern is no regular expression: {error}") from None
+
+    @property
+    def instructions(self) -> tuple[str, ...]:
+        """The distinct instructions of the training split, in order of first appearance."""
+        return tuple(dict.fromkeys(example.instruction for example in self.train))
+
+    def limited(self, train: int | None = None, dev: int | None = None, test: int | None = None) -> Task:
+        """The same task with at most so many examples per split (``None``: all), taken from the front."""
+        return replace(self, train=self.train[:train], dev=self.dev[:dev], test=self.test[:test])
+
+
+@dataclass(frozen=True)
+class TaskStream(Sequence[Task]):
+    """Tasks in the order in which they arrive; names are unique."""
+
+    tasks: tuple[Task, ...]
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise DataError("the task stream is empty; name at least one task")
+        names = [task.name for task in self.tasks]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise DataError(f"the task stream has two tasks of one name: {', '.join(twice)}")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Task names in order of arrival."""
+        return tuple(task.name for task in self.tasks)
+
+    def by_name(self) -> Mapping[str, Task]:
+        """Tasks by name."""
+        return {task.name: task for task in self.tasks}
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __iter__(self) -> Iterator[Task]:
+        return iter(self.tasks)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        return self.tasks[index]

@@ -1,0 +1,399 @@
+"""Records of every format in use, brought to :class:`~cit_fast.data.example.Example`.
+
+=====================  =================================================================================
+format                 one record
+=====================  =================================================================================
+``super_ni``           a whole Super-NI task file: ``Definition``, ``Instances`` of ``input``/``output``
+``alpaca``             ``instruction``, optional ``input``, ``output`` (a text or a list of accepted texts)
+``prompt_completion``  ``prompt`` and ``completion``, each a text or a list of ``{"role", "content"}`` turns
+``trace``              ``prompt`` and ``answer`` (TRACE)
+``messages``           a list of ``{"role", "content"}`` turns that ends with the assistant's
+``conversations``      the same as ``{"from": "human"|"gpt", "value"}`` (LLaVA, CoIN, ShareGPT)
+=====================  =================================================================================
+
+Every record may also carry ``image`` or ``images`` (a path or a list of paths, kept untouched) and
+``key_parts``: a list of substrings of the instruction or of ``[start, end]`` character spans. Texts are never
+stripped or changed.
+
+Every error starts with where it is: ``file:line`` for JSON lines, ``file: record N`` (from 1) for JSON
+arrays.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from cit_fast.data.example import Example
+from cit_fast.errors import ConfigError, DataError
+
+_log = logging.getLogger(__name__)
+
+_ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
+_FIELDS = {
+    "super_ni": ("Definition", "Instances"),
+    "alpaca": ("instruction", "input", "output"),
+    "prompt_completion": ("prompt", "completion"),
+    "trace": ("prompt", "answer"),
+    "messages": ("messages",),
+    "conversations": ("conversations", "system"),
+}
+_COMMON_FIELDS = ("key_parts", "image", "images")
+FORMATS = tuple(_FIELDS)
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How records are to be understood.
+
+    Args:
+        task: task name given to every example.
+        format: one of :data:`FORMATS`, or ``None`` to tell it from the first record.
+        columns: field of the format -> the records' own name for it, dots for nested fields
+            (``{"input": "sentence", "output": "answers.text"}``).
+        instruction: the instruction of every record, for data that has inputs and labels only.
+        key_parts: texts that are key parts of every instruction whose record gives no ``key_parts`` itself.
+        key_part_markers: an opening and a closing mark, e.g. ``("[[", "]]")``. Text between them becomes a
+            key part and the marks are removed. Without this option marks are ordinary text.
+        positive_examples: how many of a Super-NI file's ``Positive Examples`` to append to its definition.
+        skip_unanswered: leave out records whose answers are all empty, with a warning that counts them, instead of
+            raising an error. (Published data has such records.)
+
+    Raises:
+        ConfigError: an unknown format, a column the format does not have, or unusable markers.
+    """
+
+    task: str = ""
+    format: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    instruction: str | None = None
+    key_parts: tuple[str, ...] = ()
+    key_part_markers: tuple[str, str] | None = None
+    positive_examples: int = 0
+    skip_unanswered: bool = False
+
+    def __post_init__(self) -> None:
+        if self.format is not None and self.format not in FORMATS:
+            raise ConfigError(f"format {self.format!r} is unknown; choose one of {', '.join(FORMATS)}")
+        fields = [_FIELDS[self.format]] if self.format else _FIELDS.values()
+        known = {name for names in fields for name in names}.union(_COMMON_FIELDS)
+        for name in self.columns:
+            if name not in known:
+                raise ConfigError(
+                    f"columns: {name!r} is no field of {self.format or 'any format'}; "
+                    f"map from one of {', '.join(sorted(known))} to the data's own name"
+                )
+        if self.key_part_markers is not None and not all(self.key_part_markers):
+            raise ConfigError(f"key_part_markers: both marks must be non-empty, not {self.key_part_markers}")
+        if self.positive_examples < 0:
+            raise ConfigError(f"positive_examples must be 0 or more, not {self.positive_examples}")
+
+
+def read_records(records: Iterable[tuple[str, Any]], options: ReadOptions, *, where: str = "records") -> list[Example]:
+    """Bring records to examples.
+
+    Args:
+        records: ``(source, record)`` pairs; ``source`` goes into ``Example.source`` and into every error.
+        options: how to understand them.
+        where: what the records are, for the error when there are none.
+
+    Raises:
+        DataError: no records, or one that cannot be read.
+    """
+    examples: list[Example] = []
+    skipped: list[str] = []
+    data_format = options.format
+    for source, record in records:
+        if not isinstance(record, Mapping):
+            raise DataError(f"{source}: a record must be an object, not {_kind(record)}")
+        fields = _Fields(record, options, source)
+        data_format = data_format or _detect(fields)
+        normalise = _NORMALISERS[data_format]
+        for one in _instances(fields) if data_format == "super_ni" else [fields]:
+            parts = normalise(one)
+            if parts.references:
+                examples.append(_example(parts, one))
+            elif options.skip_unanswered:
+                skipped.append(one.source)
+            else:
+                raise one.error(
+                    "no reference answer; every record needs at least one that is not empty "
+                    "(skip_unanswered leaves such records out)"
+                )
+    if skipped:
+        _log.warning("%s: skipped %d records without an answer, the first %s", where, len(skipped), skipped[0])
+    if not examples:
+        raise DataError(f"{where}:1: no records; at least one is needed")
+    return examples
+
+
+class _Fields:
+    """A record under the format's field names, with errors that say where it is."""
+
+    def __init__(self, record: Mapping[str, Any], options: ReadOptions, source: str) -> None:
+        self.record, self.options, self.source = record, options, source
+
+    def get(self, name: str) -> Any:
+        value: Any = self.record
+        column = self.options.columns.get(name, name)
+        if column in self.record:
+            return self.record[column]
+        for part in column.split("."):
+            if not isinstance(value, Mapping) or part not in value:
+                return None
+            value = value[part]
+        return value
+
+    def required(self, name: str) -> Any:
+        value = self.get(name)
+        if value is None:
+            column = self.options.columns.get(name, name)
+            there = ", ".join(map(repr, self.record)) or "none"
+            raise self.error(f"missing field {column!r}; the record has {there}")
+        return value
+
+    def text(self, name: str) -> str:
+        return self.as_text(self.required(name), name)
+
+    def as_text(self, value: Any, name: str) -> str:
+        if isinstance(value, str):
+            return value
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return str(value)
+        raise self.error(f"{name!r} must be a text, not {_kind(value)}")
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        value = self.required(name)
+        values = value if isinstance(value, list) else [value]
+        return tuple(self.as_text(one, name) for one in values)
+
+    def answers(self, name: str) -> tuple[str, ...]:
+        return tuple(text for text in self.texts(name) if text.strip())
+
+    def error(self, message: str) -> DataError:
+        return DataError(f"{self.source}: {message}")
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a normaliser takes out of a record."""
+
+    instruction: str
+    references: tuple[str, ...]  # without empty ones
+    input: str = ""
+    messages: tuple[tuple[str, str], ...] = ()
+    images: tuple[str, ...] = ()
+
+
+def _detect(fields: _Fields) -> str:
+    has = {name for names in _FIELDS.values() for name in names if fields.get(name) is not None}
+    if "Instances" in has or "Definition" in has:
+        return "super_ni"
+    if "messages" in has or "conversations" in has:
+        return "messages" if "messages" in has else "conversations"
+    if "instruction" in has or fields.options.instruction is not None:
+        return "alpaca"
+    if "prompt" in has and has & {"completion", "answer"}:
+        return "prompt_completion" if "completion" in has else "trace"
+    there = ", ".join(map(repr, fields.record)) or "none"
+    raise fields.error(
+        f"cannot tell the format from the fields {there}; name the format ({', '.join(FORMATS)}) "
+        "and map its fields with columns"
+    )
+
+
+def _instances(fields: _Fields) -> Iterator[_Fields]:
+    """The instances of one Super-NI task file as Alpaca records."""
+    options = fields.options
+    instruction = "\n".join(fields.texts("Definition"))
+    shown = fields.get("Positive Examples") or []
+    for number, shot in enumerate(shown[: options.positive_examples], 1):
+        example = _Fields(shot, options, f"{fields.source}, positive example {number}")
+        answer = example.texts("output")[0]
+        instruction += f"\n\nExample {number}\nInput: {example.text('input')}\nOutput: {answer}"
+    instances = fields.required("Instances")
+    if not isinstance(instances, list):
+        raise fields.error(f"'Instances' must be a list, not {_kind(instances)}")
+    path = fields.source.removesuffix(": record 1")
+    for number, instance in enumerate(instances, 1):
+        source = f"{path}: record {number}"
+        if not isinstance(instance, Mapping):
+            raise DataError(f"{source}: an instance must be an object, not {_kind(instance)}")
+        key_parts = instance.get("key_parts", fields.get("key_parts"))
+        yield _Fields(
+            {**instance, "instruction": instruction, "key_parts": key_parts},
+            ReadOptions(task=options.task, key_parts=options.key_parts, key_part_markers=options.key_part_markers),
+            source,
+        )
+
+
+def _alpaca(fields: _Fields) -> _Parts:
+    fixed = fields.options.instruction
+    instruction = fields.text("instruction") if fixed is None or fields.get("instruction") else fixed
+    value = fields.get("input")
+    return _Parts(
+        instruction=instruction,
+        input="" if value is None else fields.as_text(value, "input"),
+        references=fields.answers("output"),
+    )
+
+
+def _trace(fields: _Fields) -> _Parts:
+    return _Parts(fields.text("prompt"), fields.answers("answer"))
+
+
+def _prompt_completion(fields: _Fields) -> _Parts:
+    prompt, completion = fields.required("prompt"), fields.required("completion")
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return _conversation(fields, prompt + completion, "role", "content")
+    if isinstance(prompt, list):  # turns, answered by a plain text
+        answer = {"role": "assistant", "content": fields.text("completion")}
+        return _conversation(fields, [*prompt, answer], "role", "content")
+    return _Parts(fields.text("prompt"), fields.answers("completion"))
+
+
+def _messages(fields: _Fields) -> _Parts:
+    return _conversation(fields, fields.required("messages"), "role", "content")
+
+
+def _conversations(fields: _Fields) -> _Parts:
+    turns, system = fields.required("conversations"), fields.get("system")
+    if isinstance(turns, list) and system:
+        turns = [{"from": "system", "value": system}, *turns]
+    return _conversation(fields, turns, "from", "value")
+
+
+def _conversation(fields: _Fields, turns: Any, role_key: str, content_key: str) -> _Parts:
+    """A conversation; one question with one answer becomes a plain instruction."""
+    if not isinstance(turns, list) or not turns:
+        raise fields.error(f"a conversation must be a non-empty list of turns, not {_kind(turns)}")
+    messages: list[tuple[str, str]] = []
+    images: list[str] = []
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, Mapping) or role_key not in turn or content_key not in turn:
+            raise fields.error(f"turn {number} must be an object with {role_key!r} and {content_key!r}")
+        role = _ROLES.get(turn[role_key]) if isinstance(turn[role_key], str) else None
+        if role is None or turn.get("tool_calls"):
+            what = "tool calls" if role else f"role {turn[role_key]!r}"
+            raise fields.error(f"turn {number}: {what} cannot be used; roles are {', '.join(sorted(_ROLES))}")
+        messages.append((role, _content(fields, turn[content_key], number, images)))
+    if messages[-1][0] != "assistant":
+        raise fields.error(f"the last turn is the {messages[-1][0]}'s; it must be the assistant's answer")
+    questions = [content for role, content in messages if role == "user"]
+    if not questions:
+        raise fields.error("the conversation has no user turn")
+    plain = [role for role, _ in messages] == ["user", "assistant"]
+    return _Parts(
+        instruction=questions[-1],
+        references=(messages[-1][1],) if messages[-1][1].strip() else (),
+        messages=() if plain else tuple(messages),
+        images=tuple(images),
+    )
+
+
+def _content(fields: _Fields, content: Any, number: int, images: list[str]) -> str:
+    """The text of one turn; parts that are images go to ``images``."""
+    if not isinstance(content, list):
+        return fields.as_text(content, f"content of turn {number}")
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text":
+            texts.append(fields.as_text(part.get("text"), f"text of turn {number}"))
+        elif kind == "image":
+            address = part.get("image") or part.get("url") or part.get("path")
+            if address is not None:  # a bare placeholder: the addresses are in the record's own field
+                images.append(fields.as_text(address, f"image of turn {number}"))
+        else:
+            raise fields.error(f"turn {number}: a part of the content must be of type 'text' or 'image'")
+    return "\n".join(texts)
+
+
+_NORMALISERS: dict[str, Callable[[_Fields], _Parts]] = {
+    "super_ni": _alpaca,  # of each instance
+    "alpaca": _alpaca,
+    "prompt_completion": _prompt_completion,
+    "trace": _trace,
+    "messages": _messages,
+    "conversations": _conversations,
+}
+
+
+# ---------------------------------------------------------------------------------------------- to an Example
+
+
+def _example(parts: _Parts, fields: _Fields) -> Example:
+    instruction = parts.instruction
+    spans: list[tuple[int, int]] = []
+    markers = fields.options.key_part_markers
+    if markers is not None:
+        marked = instruction
+        instruction, spans = _unmark(fields, marked, *markers)
+        if parts.messages and instruction != marked:
+            raise fields.error("key part marks work in single instructions, not in conversations; use key_parts")
+    spans += _key_parts(fields, instruction)
+    images = [name for key in ("image", "images") if fields.get(key) is not None for name in fields.texts(key)]
+    return Example(
+        instruction=instruction,
+        input=parts.input,
+        references=parts.references,
+        task=fields.options.task,
+        key_parts=tuple(sorted(spans)),
+        messages=parts.messages,
+        images=(*images, *parts.images),
+        source=fields.source,
+    )
+
+
+def _key_parts(fields: _Fields, instruction: str) -> list[tuple[int, int]]:
+    """Spans of the record's key parts; a text stands for its first occurrence that is not taken yet."""
+    wanted = fields.get("key_parts")
+    if wanted is None:
+        wanted = list(fields.options.key_parts)
+    if not isinstance(wanted, list):
+        raise fields.error(f"'key_parts' must be a list of texts or [start, end] spans, not {_kind(wanted)}")
+    spans: list[tuple[int, int]] = []
+    for part in wanted:
+        if isinstance(part, str) and part:
+            found = (match.span() for match in re.finditer(re.escape(part), instruction))
+            span = next((s for s in found if all(s[1] <= a or b <= s[0] for a, b in spans)), None)
+            if span is None:
+                again = " once more" if part in instruction else ""
+                raise fields.error(f"key part {part!r} is not in the instruction{again}: {_shorten(instruction)}")
+        elif isinstance(part, list) and len(part) == 2 and all(type(end) is int for end in part):
+            span = (part[0], part[1])
+        else:
+            raise fields.error(f"key part {part!r} must be a non-empty text or [start, end]")
+        spans.append(span)
+    return spans
+
+
+def _unmark(fields: _Fields, text: str, opening: str, closing: str) -> tuple[str, list[tuple[int, int]]]:
+    """The text without its marks, and the spans that were between them."""
+    plain, spans, rest = "", [], text
+    while opening in rest:
+        before, _, after = rest.partition(opening)
+        part, mark, rest = after.partition(closing)
+        if not mark or not part or opening in part:
+            raise fields.error(f"a key part opened by {opening!r} is not closed by {closing!r}: {_shorten(text)}")
+        spans.append((len(plain) + len(before), len(plain) + len(before) + len(part)))
+        plain += before + part
+    return plain + rest, spans
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)
+
+
+def _shorten(text: str) -> str:
+    return repr(text if len(text) <= 80 else text[:77] + "...")

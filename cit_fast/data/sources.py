@@ -1,0 +1,384 @@
+"""Where tasks come from: a built-in generator, a file or folder, or a ``datasets`` dataset."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from cit_fast.data.example import Example, Task, TaskStream
+from cit_fast.data.readers import class_names, read_dataset, read_file
+from cit_fast.data.records import ReadOptions
+from cit_fast.errors import ConfigError, DataError
+
+DEFAULT_METRIC = "rouge_l"
+CLOSED_SET_METRIC = "accuracy"
+SPLITS = ("train", "dev", "test")
+_SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "dev": ("dev", "eval", "validation", "valid", "val"),
+    "test": ("test",),
+}
+_TABLES = {".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}  # file suffix -> builder of `datasets`
+
+Limits = Mapping[str, "int | None"]
+
+
+@dataclass(frozen=True)
+class TaskSource:
+    """Where one task comes from; exactly one of ``builtin``, ``path`` and ``dataset``.
+
+    Args:
+        builtin: name of a built-in task.
+        path: a file (``.json``, ``.jsonl``, ``.csv``, ``.parquet``), a folder of such files, one per split
+            (``train``, ``dev``, ``test`` or their usual other names), or a dataset saved by ``save_to_disk``.
+        dataset: a dataset on the Hugging Face hub, or anything else ``datasets.load_dataset`` takes.
+        name: the task's name; otherwise the built-in name or the last part of the path.
+        metric: name of the metric; otherwise ``accuracy`` where the answers are a closed set, else
+            ``rouge_l``.
+        labels: the closed set of answers. Otherwise taken from the folder's ``labels.json`` or from the
+            answer column of a dataset where that is a class label.
+        answer_pattern: regular expression that a well-formed answer matches as a whole.
+        splits: ``train``, ``dev``, ``test`` -> the source's own split name or file stem, e.g.
+            ``{"train": "train", "test": "validation"}``; otherwise found by their usual names.
+        subset: configuration name of the dataset; ``revision``: its branch, tag or commit.
+        format, columns, instruction, key_parts, key_part_markers, positive_examples, skip_unanswered: how to
+            understand the records; see :class:`~cit_fast.data.records.ReadOptions`.
+
+    Raises:
+        ConfigError: none or several of ``builtin``, ``path`` and ``dataset``, an option that does not apply,
+            or one with an unusable value.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    builtin: str | None = None
+    path: str | None = None
+    dataset: str | None = None
+    name: str | None = None
+    metric: str | None = None
+    labels: tuple[str, ...] = ()
+    answer_pattern: str | None = None
+    splits: dict[str, str] = field(default_factory=dict)
+    subset: str | None = None
+    revision: str | None = None
+    format: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    instruction: str | None = None
+    key_parts: tuple[str, ...] = ()
+    key_part_markers: tuple[str, str] | None = None
+    positive_examples: int = 0
+    skip_unanswered: bool = False
+
+    def __post_init__(self) -> None:
+        given = [kind for kind in ("builtin", "path", "dataset") if getattr(self, kind) is not None]
+        if len(given) != 1:
+            raise ConfigError(
+                f"a task source needs exactly one of builtin, path and dataset, not {' and '.join(given) or 'none'}"
+            )
+        unknown = sorted(set(self.splits) - set(SPLITS))
+        if unknown:
+            raise ConfigError(f"splits: {unknown[0]!r} is unknown; the splits are {', '.join(SPLITS)}")
+        if self.dataset is None and (self.subset or self.revision):
+            raise ConfigError("subset and revision belong to a dataset source")
+        if self.builtin is not None:
+            for option in _READING:
+                if getattr(self, option):
+                    raise ConfigError(f"{option} does not apply to the built-in task {self.builtin!r}")
+        self.read_options("")
+
+    def read_options(self, task: str) -> ReadOptions:
+        """The options that concern reading, for a task of this name."""
+        given = {name: getattr(self, name) for name in _READING if name != "splits"}
+        return ReadOptions(task=task, **given)
+
+
+_READING = ("splits", *(f.name for f in dataclasses.fields(ReadOptions) if f.name != "task"))
+
+
+def load_task(
+    source: TaskSource | str,
+    *,
+    seed: int = 0,
+    train: int | None = None,
+    dev: int | None = None,
+    test: int | None = None,
+) -> Task:
+    """Load one task.
+
+    A size is an upper limit, ``None`` for all. A split that is larger is sampled by ``seed`` (a smaller limit
+    takes a subset of what a larger one takes; file order is kept). ``dev`` and ``test`` sets that the source
+    lacks are held out of its training set by ``seed``: as many examples as asked for (``None``: a tenth), at
+    most a quarter of the set each, so that training keeps at least half.
+
+    Args:
+        source: a source, the name of a built-in task, or a path.
+        seed: chooses what is sampled, held out or generated.
+        train, dev, test: sizes, each at least 0. A built-in task gives exactly as many, and its own default
+            for ``None``.
+
+    Raises:
+        ConfigError: a negative size.
+        DataError: an unknown built-in task, a missing or broken file, or a source without examples.
+    """
+    if isinstance(source, str):
+        source = _source_of_text(source)
+    limits = {"train": train, "dev": dev, "test": test}
+    for split, limit in limits.items():
+        if limit is not None and limit < 0:
+            raise ConfigError(f"{split}: the number of examples must be 0 or more, not {limit}")
+    if source.builtin is not None:
+        return _builtin(source.builtin, source, seed, limits)
+    return _read(source, seed, limits)
+
+
+def load_stream(
+    sources: Sequence[TaskSource | str],
+    *,
+    seed: int = 0,
+    train: int | None = None,
+    dev: int | None = None,
+    test: int | None = None,
+) -> TaskStream:
+    """Load the tasks of a stream in their order of arrival; arguments and errors of :func:`load_task`.
+
+    Raises:
+        DataError: no sources, or two tasks of one name.
+    """
+    return TaskStream(tuple(load_task(source, seed=seed, train=train, dev=dev, test=test) for source in sources))
+
+
+def choose_examples(counts: Mapping[str, int], limits: Limits, seed_text: str) -> dict[str, tuple[str, list[int]]]:
+    """Which examples make up each split.
+
+    Args:
+        counts: split -> number of examples the source has.
+        limits: split -> upper limit, ``None`` for all.
+        seed_text: equal texts choose equal examples, on every machine.
+
+    Returns:
+        Split -> (the source's split its examples come from, their positions there, ascending). Splits held
+        out of the training set and what remains of it are disjoint.
+    """
+    chosen: dict[str, tuple[str, list[int]]] = {}
+    pool = _shuffled(counts.get("train", 0), f"{seed_text}/train")
+    quarter = len(pool) // 4
+    for split in ("test", "dev"):
+        if split in counts:
+            order = _shuffled(counts[split], f"{seed_text}/{split}")
+            chosen[split] = (split, sorted(order[: limits[split]]))
+        elif pool:
+            limit = limits[split]
+            size = min(max(1, len(pool) // 10) if limit is None else limit, quarter)
+            # Test examples from one end and dev examples from the other: neither depends on the other's size.
+            held_out = pool[len(pool) - size :] if split == "test" else pool[:size]
+            chosen[split] = ("train", sorted(held_out))
+    gone = {index for origin, indices in chosen.values() if origin == "train" for index in indices}
+    left = [index for index in pool if index not in gone]
+    chosen["train"] = ("train", sorted(left[: limits["train"]]))
+    return chosen
+
+
+def _shuffled(count: int, seed_text: str) -> list[int]:
+    order = list(range(count))
+    random.Random(seed_text).shuffle(order)  # noqa: S311 - a sample, not a secret
+    return order
+
+
+# --------------------------------------------------------------------------------------------- built-in tasks
+
+
+def _source_of_text(text: str) -> TaskSource:
+    from cit_fast.data.builtin import builtin_task_names
+
+    names = builtin_task_names()
+    if text in names:
+        return TaskSource(builtin=text)
+    if Path(text).exists():
+        return TaskSource(path=text)
+    if "/" in text or Path(text).suffix:
+        raise DataError(f"{text}: no such file or folder")
+    near = difflib.get_close_matches(text, names, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"built in are {', '.join(names)}"
+    raise DataError(f"{text!r} is neither a built-in task nor a file or folder; {hint}")
+
+
+def _builtin(name: str, source: TaskSource, seed: int, limits: Limits) -> Task:
+    from cit_fast.data.builtin import builtin_task
+
+    sizes = {split: limit for split, limit in limits.items() if limit is not None}
+    task = builtin_task(name, seed=seed, **sizes)
+    return _described(task, source, task.labels)
+
+
+def _described(task: Task, source: TaskSource, labels: tuple[str, ...]) -> Task:
+    """The task with the name, metric, labels and pattern that the source asks for."""
+    name = source.name or task.name
+    changes: dict[str, Any] = {"metric": source.metric or task.metric, "labels": source.labels or labels}
+    if source.answer_pattern is not None:
+        changes["answer_pattern"] = source.answer_pattern
+    if name != task.name:
+        changes["name"] = name
+        for split in SPLITS:
+            changes[split] = tuple(dataclasses.replace(e, task=name) for e in getattr(task, split))
+    return dataclasses.replace(task, **changes)
+
+
+# ----------------------------------------------------------------------------------------- files and datasets
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A source's splits, counted but not necessarily read: ``read(split, positions)`` gives examples."""
+
+    counts: dict[str, int]
+    read: Callable[[str, list[int]], list[Example]]
+    labels: tuple[str, ...] = ()
+
+
+def _read(source: TaskSource, seed: int, limits: Limits) -> Task:
+    name = source.name or _name_of(source)
+    opened = _open(source, source.read_options(name))
+    chosen = choose_examples(opened.counts, limits, f"{seed}/{name}")
+    splits = {
+        split: tuple(opened.read(origin, positions)) if positions else ()
+        for split, (origin, positions) in chosen.items()
+    }
+    labels = source.labels or opened.labels
+    _check_labels(splits, labels)
+    return Task(
+        name=name,
+        metric=source.metric or (CLOSED_SET_METRIC if labels else DEFAULT_METRIC),
+        labels=labels,
+        answer_pattern=source.answer_pattern,
+        **splits,
+    )
+
+
+def _name_of(source: TaskSource) -> str:
+    if source.path is not None:
+        path = Path(source.path).resolve()
+        text = path.name if path.is_dir() else path.stem
+    else:
+        text = f"{source.dataset}".rstrip("/").rpartition("/")[2]
+    return re.sub(r"[^\w.+-]", "_", text).lstrip(".+-") or "task"
+
+
+def _check_labels(splits: Mapping[str, tuple[Example, ...]], labels: tuple[str, ...]) -> None:
+    if not labels:
+        return
+    known = {label.strip().casefold() for label in labels}
+    for example in (example for examples in splits.values() for example in examples):
+        for reference in example.references:
+            if reference.strip().casefold() not in known:
+                shown = ", ".join(labels[:20]) + (", ..." if len(labels) > 20 else "")
+                raise DataError(f"{example.source}: answer {reference!r} is not one of the labels: {shown}")
+
+
+def _open(source: TaskSource, options: ReadOptions) -> _Opened:
+    if source.dataset is not None:
+        return _open_dataset(_load_dataset(source.dataset, source.subset, source.revision), source, options)
+    path = Path(f"{source.path}")
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder")
+    if not path.is_dir():
+        files = {"train": path}
+    elif any((path / mark).exists() for mark in ("dataset_dict.json", "dataset_info.json")):
+        import datasets
+
+        return _open_dataset(datasets.load_from_disk(str(path)), source, options)
+    else:
+        files = _split_files(path, source.splits)
+    suffixes = {file.suffix for file in files.values()}
+    if suffixes & set(_TABLES):
+        if len(suffixes) > 1:
+            raise DataError(f"{path}: its splits are of different kinds ({', '.join(sorted(suffixes))}); use one")
+        builder = _TABLES[suffixes.pop()]
+        named = {split: str(file) for split, file in files.items()}
+        plain = dataclasses.replace(source, splits={})
+        return _open_dataset(_load_dataset(builder, data_files=named), plain, options)
+    examples = {split: read_file(file, options) for split, file in files.items()}
+    return _Opened(
+        counts={split: len(found) for split, found in examples.items()},
+        read=lambda split, positions: [examples[split][position] for position in positions],
+        labels=_labels_file(path / "labels.json") if path.is_dir() else (),
+    )
+
+
+def _split_files(folder: Path, splits: Mapping[str, str]) -> dict[str, Path]:
+    """Split -> its file in a folder."""
+    suffixes = {".json", ".jsonl", *_TABLES}
+    there = sorted(file for file in folder.iterdir() if file.is_file() and file.suffix in suffixes)
+    found: dict[str, Path] = {}
+    for split, stems in _wanted(splits).items():
+        matches = [file for file in there if file.stem in stems]
+        if len(matches) > 1:
+            raise DataError(
+                f"{folder}: both {matches[0].name} and {matches[1].name} could be the {split} split; "
+                "name one with splits, or remove one"
+            )
+        if matches:
+            found[split] = matches[0]
+        elif split in splits:
+            raise DataError(f"{folder}: no file {splits[split]!r} for the {split} split; {_listing(there)}")
+    if not found:
+        raise DataError(f"{folder}: no train.json, dev.json or test.json (or .jsonl); {_listing(there)}")
+    return found
+
+
+def _wanted(splits: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    return {split: (name,) for split, name in splits.items()} or dict(_SPLIT_NAMES)
+
+
+def _listing(files: Sequence[Path]) -> str:
+    return "it has " + (", ".join(file.name for file in files[:8]) or "no data files")
+
+
+def _labels_file(path: Path) -> tuple[str, ...]:
+    if not path.exists():
+        return ()
+    try:
+        labels = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}:1: broken JSON: {error}") from None
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise DataError(f"{path}:1: the labels must be a list of texts")
+    return tuple(labels)
+
+
+def _load_dataset(name: str, subset: str | None = None, revision: str | None = None, **options: Any) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, subset, revision=revision, **options)
+    except Exception as error:  # datasets raises many kinds, all of them about what was asked for
+        raise DataError(f"dataset {name}: cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+def _open_dataset(opened: Any, source: TaskSource, options: ReadOptions) -> _Opened:
+    """A ``Dataset`` (one split, taken for training) or a ``DatasetDict``."""
+    where = source.dataset or source.path
+    parts = dict(opened) if isinstance(opened, dict) else {"train": opened}
+    splits = {}
+    for split, names in _wanted(source.splits).items():
+        name = next((name for name in names if name in parts), None)
+        if name is not None:
+            splits[split] = name
+        elif split in source.splits:
+            raise DataError(f"{where}: no split {names[0]!r}; it has {', '.join(map(repr, parts))}")
+    if not splits:
+        raise DataError(f"{where}: none of its splits {', '.join(map(repr, parts))} is known; name them with splits")
+    answer = options.columns.get("output", "output")
+    return _Opened(
+        counts={split: len(parts[name]) for split, name in splits.items()},
+        read=lambda split, positions: read_dataset(
+            parts[splits[split]], options, where=f"{where} [{splits[split]}]", indices=positions
+        ),
+        labels=class_names(next(iter(parts.values()))).get(answer, ()),
+    )

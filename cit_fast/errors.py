@@ -1,0 +1,26 @@
+"""Errors a user can act on. Each message names what was wrong, where, and what would be right.
+
+The command line prints any :class:`CitFastError` as one line and exits with code 2.
+"""
+
+from __future__ import annotations
+
+
+class CitFastError(Exception):
+    """Base class: something the user gave cannot be used, or the machine cannot do what was asked."""
+
+
+class ConfigError(CitFastError, ValueError):
+    """A configuration file or override is wrong; the message starts with the file and the key's path."""
+
+
+class DataError(CitFastError):
+    """A data file or an example is wrong; the message starts with ``file:line`` or the example's name."""
+
+
+class RunError(CitFastError):
+    """A run folder cannot be used: locked, made by another configuration, damaged, or the disk is full."""
+
+
+class BackendError(CitFastError):
+    """A kernel backend was asked for by name and cannot serve."""

@@ -1,0 +1,35 @@
+"""Scores, continual metrics, stored predictions; :mod:`.generation`, which needs torch, is imported apart."""
+
+from __future__ import annotations
+
+from cit_fast.evaluation.continual import ContinualMetrics, continual_metrics, score_matrix
+from cit_fast.evaluation.metrics import METRICS, Score, resolve_metric, score
+from cit_fast.evaluation.predictions import (
+    Prediction,
+    Rescored,
+    predictions_path,
+    read_predictions,
+    rescore,
+    write_predictions,
+)
+from cit_fast.evaluation.record import RunRecord, StageRecord, read_run, read_stages
+
+__all__ = [
+    "METRICS",
+    "ContinualMetrics",
+    "Prediction",
+    "Rescored",
+    "RunRecord",
+    "Score",
+    "StageRecord",
+    "continual_metrics",
+    "predictions_path",
+    "read_predictions",
+    "read_run",
+    "read_stages",
+    "rescore",
+    "resolve_metric",
+    "score",
+    "score_matrix",
+    "write_predictions",
+]

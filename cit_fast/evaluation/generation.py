@@ -1,0 +1,123 @@
+"""Batched greedy generation: the answers that are scored."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from cit_fast.errors import DataError
+
+
+def generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    pad_token_id: int,
+    eos_token_ids: int | Sequence[int],
+    tokenizer: Any,
+    max_new_tokens: int = 64,
+    batch_size: int = 16,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Answer each prompt with the most likely token at every step, until an end token or ``max_new_tokens``.
+
+    Prompts are batched by length, longest first (so that memory runs out at once or never), and padded on the
+    left; an answer depends on its prompt alone, not on the batch it is in, up to the rounding of the model's
+    dtype. The model's own generation defaults (sampling, penalties, lengths) play no part; they, and which
+    modules are in training mode, are as before afterwards. No gradients are kept.
+
+    Args:
+        model: a causal language model of transformers, or a PEFT model around one.
+        prompts: N token sequences, each of one token or more, template and all.
+        pad_token_id: any token; padded places are masked. ``eos_token_ids``: the tokens that end an answer.
+        tokenizer: turns the new tokens into text; special tokens and white space around the answer are
+            dropped.
+        max_new_tokens: tokens per answer, >= 1. ``batch_size``: prompts per batch, >= 1.
+        progress: called after each batch with the number of prompts it answered.
+
+    Returns:
+        N answers in the order of the prompts.
+
+    Raises:
+        DataError: a prompt without tokens, or a size below 1.
+    """
+    for name, size in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if size < 1:
+            raise DataError(f"generate: {name} is {size}; it must be at least 1")
+    for index, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise DataError(f"generate: prompt {index} has no tokens")
+    end_tokens = [eos_token_ids] if isinstance(eos_token_ids, int) else list(eos_token_ids)
+    config = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad_token_id,
+        eos_token_id=end_tokens,
+        use_cache=True,
+    )
+    answers = [""] * len(prompts)
+    longest_first = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    with _evaluating(model), _only_defaults(model, config), torch.inference_mode():
+        for start in range(0, len(prompts), batch_size):
+            batch = longest_first[start : start + batch_size]
+            new_tokens = _new_tokens(model, [prompts[index] for index in batch], config)
+            for index, tokens in zip(batch, new_tokens, strict=True):
+                end = next((k for k, token in enumerate(tokens) if token in end_tokens), len(tokens))
+                text = tokenizer.decode(tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                answers[index] = text.strip()
+            if progress is not None:
+                progress(len(batch))
+    return answers
+
+
+def _new_tokens(model: Any, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> list[list[int]]:
+    """Generated tokens ``[batch][at most max_new_tokens]``, without the prompts."""
+    width = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), width), config.pad_token_id, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, width - len(prompt) :] = torch.as_tensor(prompt)
+        attention_mask[row, width - len(prompt) :] = 1
+    output = model.generate(
+        input_ids=input_ids.to(model.device),
+        attention_mask=attention_mask.to(model.device),
+        generation_config=config,
+    )
+    return output[:, width:].tolist()  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode inside; afterwards exactly those modules train that trained before."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def _only_defaults(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """Hides the model's own generation configuration.
+
+    transformers fills every value that a given configuration leaves open from the model's (so a checkpoint's
+    repetition penalty would reach a greedy search), and PEFT copies the wrapper's onto the model inside.
+    """
+    holders = [model]
+    if hasattr(model, "get_base_model"):
+        holders.append(model.get_base_model())
+    own = [(each, each.__dict__["generation_config"]) for each in holders if "generation_config" in vars(each)]
+    for holder, _ in own:
+        holder.generation_config = config
+    try:
+        yield
+    finally:
+        for holder, previous in own:
+            holder.generation_config = previous

@@ -1,0 +1,258 @@
+"""Scores of generated answers against references: one name per metric, every value in [0, 100].
+
+===============  ===========================================================================================
+``exact_match``  100 if the answers are equal after runs of white space become one space; **case counts**
+``accuracy``     closed label set: 100 if prediction and reference are the same label; case, white space,
+                 quotes around the answer and a final full stop do not count; an answer outside is wrong
+``token_f1``     F1 of the bags of words after SQuAD's normalisation: lower case, no ASCII punctuation, no
+                 articles (Rajpurkar et al. 2016, arXiv 1606.05250; empty answers as in SQuAD 2.0)
+``rouge_l``      ROUGE-L F-measure, lower case, Porter stems (package ``rouge-score``); ASCII text scores as
+                 there; words of other scripts count as words too, each CJK character as one
+``bleu``         value: corpus BLEU; per example: sentence BLEU with effective order (package ``sacrebleu``,
+                 13a); **case counts**, white space does not
+``set_match``    100 if the answers, split at commas, new lines and ``|``, are equal as sets; case and white
+                 space around elements do not count, nor do empty elements and repetitions
+===============  ===========================================================================================
+
+With several references the best one counts (for corpus BLEU: sacrebleu's own multi-reference rule).
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from cit_fast.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a metric says: ``value`` of the whole set and ``per_example`` of each answer, all in [0, 100]."""
+
+    value: float
+    per_example: list[float]
+
+
+Metric = Callable[[Sequence[str], Sequence[Sequence[str]], Sequence[str]], "Score | Sequence[float]"]
+"""``metric(predictions, references, labels)``: a :class:`Score`, or one value in [0, 100] per example."""
+
+
+def score(
+    metric: str,
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    labels: Sequence[str] = (),
+) -> Score:
+    """Score predictions against their references.
+
+    Args:
+        metric: a name in :data:`METRICS`, or the dotted path of a callable (see :func:`resolve_metric`).
+        predictions: N generated answers, N >= 1.
+        references: for each prediction its acceptable answers, at least one.
+        labels: the closed set of answers; used by ``accuracy`` and handed to a callable of the user's.
+
+    Returns:
+        Value and per-example values in [0, 100]; the value is the mean of the examples except for ``bleu``.
+
+    Raises:
+        ConfigError: the metric is not known, or a user's metric returns something else than it should.
+        DataError: no prediction, lengths that differ, an example without references, a reference outside
+            ``labels``.
+
+    >>> score("exact_match", ["42 km"], [["42  km", "42 kilometres"]]).value
+    100.0
+    """
+    function = resolve_metric(metric)
+    if not predictions:
+        raise DataError(f"metric {metric}: no predictions to score; at least one is needed")
+    if len(predictions) != len(references):
+        raise DataError(f"metric {metric}: {len(predictions)} predictions but {len(references)} lists of references")
+    for index, answers in enumerate(references):
+        if isinstance(answers, str) or not answers:
+            raise DataError(
+                f"metric {metric}: example {index} needs a non-empty list of reference answers, not {answers!r}"
+            )
+    return _checked(metric, function(predictions, references, labels), len(predictions))
+
+
+def resolve_metric(metric: str) -> Metric:
+    """The metric of that name, or the callable at that dotted path (``package.module:function`` or with a
+    dot).
+
+    A callable of the user's is called as ``function(predictions, references, labels)`` and returns a
+    :class:`Score` or one value in [0, 100] per example.
+
+    Raises:
+        ConfigError: no such metric, module or function.
+    """
+    if metric in METRICS:
+        return METRICS[metric]
+    module_name, separator, attribute = metric.partition(":") if ":" in metric else metric.rpartition(".")
+    if not separator:
+        near = difflib.get_close_matches(metric, METRICS, n=2, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(near)}?" if near else "."
+        raise ConfigError(
+            f"unknown metric {metric!r}{hint} Known: {', '.join(METRICS)}, or a dotted path to a function"
+        )
+    if not all(part.isidentifier() for part in [*module_name.split("."), attribute]):
+        raise ConfigError(f"metric {metric!r} is no dotted path; write package.module:function")
+    try:
+        function = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"metric {metric!r} cannot be imported: {error}") from None
+    if not callable(function):
+        raise ConfigError(f"metric {metric!r} is a {type(function).__name__}, not a function")
+    return function  # type: ignore[no-any-return]
+
+
+def _checked(metric: str, result: Score | Sequence[float], count: int) -> Score:
+    """The result as a Score, or a ConfigError that says what a metric must return."""
+    if not isinstance(result, Score):
+        try:
+            values = [float(value) for value in result]
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"metric {metric} returned {type(result).__name__}; it must return a Score or one number per example"
+            ) from None
+        result = Score(_mean(values), values)
+    if len(result.per_example) != count:
+        raise ConfigError(f"metric {metric} returned {len(result.per_example)} values for {count} examples")
+    for value in [result.value, *result.per_example]:
+        if not (math.isfinite(value) and 0.0 <= value <= 100.0):
+            raise ConfigError(f"metric {metric} returned {value}; values lie in [0, 100]")
+    return result
+
+
+def _mean(values: Sequence[float]) -> float:
+    # fsum and the clamp keep a mean of hundreds at exactly 100, whatever the order of the examples.
+    return min(100.0, math.fsum(values) / len(values)) if values else math.nan
+
+
+def _best_of(compare: Callable[[str, str], float]) -> Metric:
+    """A metric from a comparison of a prediction with one reference (in [0, 100]): the best one counts."""
+
+    def metric(predictions: Sequence[str], references: Sequence[Sequence[str]], labels: Sequence[str]) -> Score:
+        per_example = [
+            max(compare(prediction, answer) for answer in answers)
+            for prediction, answers in zip(predictions, references, strict=True)
+        ]
+        return Score(_mean(per_example), per_example)
+
+    return metric
+
+
+def _exact_match(prediction: str, reference: str) -> float:
+    return 100.0 * (" ".join(prediction.split()) == " ".join(reference.split()))
+
+
+_QUOTES = " \"'`“”‘’"
+
+
+def normalise_label(text: str) -> str:
+    """The form in which labels are compared: case-folded, single spaces, no quotes around, no final stop."""
+    text = " ".join(text.casefold().split())
+    return text.strip(_QUOTES).rstrip(".").strip(_QUOTES) or text
+
+
+def _accuracy(predictions: Sequence[str], references: Sequence[Sequence[str]], labels: Sequence[str]) -> Score:
+    known: dict[str, str] = {}
+    for label in labels:
+        other = known.setdefault(normalise_label(label), label)
+        if other != label:
+            raise DataError(f"metric accuracy: labels {other!r} and {label!r} differ only in case, quotes or spaces")
+    per_example = []
+    for index, (prediction, answers) in enumerate(zip(predictions, references, strict=True)):
+        accepted = {normalise_label(answer) for answer in answers}
+        if known and not accepted <= known.keys():
+            raise DataError(
+                f"metric accuracy: example {index} has a reference outside the labels ({', '.join(labels)}): "
+                f"{', '.join(answers)}"
+            )
+        # Equality with a reference implies membership in the closed set, which the check above has
+        # established.
+        per_example.append(100.0 * (normalise_label(prediction) in accepted))
+    return Score(_mean(per_example), per_example)
+
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def _squad_words(text: str) -> list[str]:
+    return _ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split()
+
+
+def _token_f1(prediction: str, reference: str) -> float:
+    predicted, expected = _squad_words(prediction), _squad_words(reference)
+    if not predicted or not expected:
+        return 100.0 * (predicted == expected)
+    common = sum((Counter(predicted) & Counter(expected)).values())
+    return 100.0 * 2 * common / (len(predicted) + len(expected))
+
+
+_CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3"
+_WORD = re.compile(f"[{_CJK}]|[^\\W_{_CJK}]+")
+
+
+class _Tokenizer:
+    """rouge-score's own tokenisation, extended from ``[a-z0-9]`` to letters and digits of any script."""
+
+    def __init__(self, stem: Callable[[str], str]) -> None:
+        self._stem = stem
+
+    def tokenize(self, text: str) -> list[str]:
+        return [self._stem(word) if len(word) > 3 and word.isascii() else word for word in _WORD.findall(text.lower())]
+
+
+def _rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]], labels: Sequence[str]) -> Score:
+    # Imported here: rouge-score pulls nltk and scipy, more than a second that only this metric should cost.
+    from nltk.stem.porter import PorterStemmer  # type: ignore[import-untyped]
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], tokenizer=_Tokenizer(PorterStemmer().stem))
+    per_example = []
+    for prediction, answers in zip(predictions, references, strict=True):
+        best = 100.0 * scorer.score_multi(answers, prediction)["rougeL"].fmeasure
+        # An answer without a single word (such as "+") has no subsequence to share: equality decides.
+        wordless = not _WORD.search(prediction) and prediction.strip() in {a.strip() for a in answers}
+        per_example.append(100.0 if wordless else best)
+    return Score(_mean(per_example), per_example)
+
+
+def _bleu(predictions: Sequence[str], references: Sequence[Sequence[str]], labels: Sequence[str]) -> Score:
+    from sacrebleu.metrics import BLEU
+
+    most = max(len(answers) for answers in references)
+    # sacrebleu wants streams: the k-th reference of every example, None where an example has fewer.
+    streams = [[answers[k] if k < len(answers) else None for answers in references] for k in range(most)]
+    value = BLEU(force=True).corpus_score(list(predictions), streams).score
+    sentence = BLEU(effective_order=True)
+    per_example = [
+        sentence.sentence_score(prediction, list(answers)).score
+        for prediction, answers in zip(predictions, references, strict=True)
+    ]
+    return Score(min(100.0, value), [min(100.0, each) for each in per_example])
+
+
+def _answer_set(text: str) -> set[str]:
+    return {" ".join(item.casefold().split()) for item in re.split(r"[,|\n]", text)} - {""}
+
+
+def _set_match(prediction: str, reference: str) -> float:
+    return 100.0 * (_answer_set(prediction) == _answer_set(reference))
+
+
+METRICS: dict[str, Metric] = {
+    "exact_match": _best_of(_exact_match),
+    "accuracy": _accuracy,
+    "token_f1": _best_of(_token_f1),
+    "rouge_l": _rouge_l,
+    "bleu": _bleu,
+    "set_match": _best_of(_set_match),
+}

@@ -1,0 +1,130 @@
+"""What a run leaves on disk for evaluation and report, as plain dataclasses read from and written to JSON.
+
+    <run>/run.json                          RunRecord: what was run, where, and whether it is finished
+    <run>/stages/00/stage.json              StageRecord of the untrained model (row "untrained" of the score matrix)
+    <run>/stages/01/stage.json ...          StageRecord after each training stage, in order
+    <run>/stages/NN/predictions/<task>.jsonl  one object per test example: prompt, prediction, references, score
+
+A stage folder is committed by one rename, so a stage that exists is whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cit_fast.errors import RunError
+
+FORMAT_VERSION = 1
+_Record = TypeVar("_Record")
+
+
+@dataclass
+class StageRecord:
+    """One stage of a run: what was trained, on what, and how every task scored afterwards.
+
+    Args:
+        index: 0 for the untrained model, then 1, 2, ...
+        trained: names of the tasks this stage trained (empty for index 0, all tasks for a joint run).
+        scores: task name -> score in [0, 100] after this stage; a task that was not evaluated is absent.
+        adapter: name of the adapter set that was trained.
+        train_examples: examples of the new task(s), without replay.
+        replayed: earlier task -> examples replayed in this stage.
+        steps: optimizer steps; ``train_seconds`` and ``evaluate_seconds``: wall time (summed over resumed parts).
+        losses: ``(step, training loss)`` as logged.
+        balance_weights: per optimizer step ``(step, mean, minimum, maximum, fallback fraction)`` of the balance
+            weight alpha over parameter tensors; empty where the update keeps no average.
+        truncated: examples whose input was shortened to fit the length limit.
+        skipped: examples left out because the user asked to skip what cannot fit.
+    """
+
+    index: int
+    trained: list[str]
+    scores: dict[str, float]
+    adapter: str = "shared"
+    train_examples: int = 0
+    replayed: dict[str, int] = field(default_factory=dict)
+    steps: int = 0
+    train_seconds: float = 0.0
+    evaluate_seconds: float = 0.0
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    balance_weights: list[tuple[int, float, float, float, float]] = field(default_factory=list)
+    truncated: int = 0
+    skipped: int = 0
+
+
+@dataclass
+class RunRecord:
+    """One method on one stream.
+
+    Args:
+        name: name of the run; ``method``: resolved method (its preset's name under ``name``, and its four parts).
+        tasks: task names in order of arrival; ``metrics``: task name -> metric name.
+        model: model name or path; ``seed``; ``status``: "running" or "finished".
+        config: the whole resolved configuration.
+        environment: versions, hardware, thread count, effective batch size.
+        experts: task name -> score of a model trained on that task alone (for Relative Gain); may be empty.
+    """
+
+    name: str
+    method: dict[str, Any]
+    tasks: list[str]
+    metrics: dict[str, str]
+    model: str
+    seed: int
+    status: str = "running"
+    config: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    experts: dict[str, float] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def method_name(self) -> str:
+        """The preset's name, or the name the user gave the method."""
+        return str(self.method["name"])
+
+
+def _read(path: Path, kind: type[_Record]) -> _Record:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{path}: not there; is {path.parent} the folder of a cit-fast run?") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RunError(f"{path}: damaged ({error})") from None
+    if not isinstance(raw, dict):
+        raise RunError(f"{path}: damaged (a JSON object was expected, not {type(raw).__name__})")
+    version = raw.get("format_version", FORMAT_VERSION)
+    if version != FORMAT_VERSION:
+        raise RunError(
+            f"{path}: written in format version {version}; this cit-fast reads version {FORMAT_VERSION}"
+        )
+    known = {entry.name for entry in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    unknown = sorted(set(raw) - known)
+    if unknown:
+        raise RunError(f"{path}: unknown key {unknown[0]!r}")
+    try:
+        return kind(**raw)
+    except TypeError as error:
+        raise RunError(f"{path}: damaged ({error})") from None
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Read ``run.json`` of a run folder.
+
+    Raises:
+        RunError: no run there, a damaged file, or another format version.
+    """
+    return _read(Path(folder) / "run.json", RunRecord)
+
+
+def read_stages(folder: Path) -> list[StageRecord]:
+    """Read every committed stage of a run, in order; stage 0 is the untrained model.
+
+    Raises:
+        RunError: a damaged stage file.
+    """
+    paths = sorted(Path(folder).glob("stages/[0-9]*/stage.json"))
+    return [_read(path, StageRecord) for path in paths]

@@ -1,0 +1,34 @@
+"""Fused operations on plain tensors: checks, documentation, autograd and the choice of a backend."""
+
+from __future__ import annotations
+
+from cit_fast.ops.balance_ema import (
+    BALANCE_RULES,
+    BalanceRule,
+    BalanceWeights,
+    adamw_balance_ema_,
+    balance_ema_,
+    flush_balance_ema_,
+)
+from cit_fast.ops.information_gain import (
+    TokenGain,
+    key_part_information_gain,
+    masked_jsd,
+    token_gain,
+)
+from cit_fast.ops.wasserstein import Wasserstein, wasserstein_matrix
+
+__all__ = [
+    "BALANCE_RULES",
+    "BalanceRule",
+    "BalanceWeights",
+    "TokenGain",
+    "Wasserstein",
+    "adamw_balance_ema_",
+    "balance_ema_",
+    "flush_balance_ema_",
+    "key_part_information_gain",
+    "masked_jsd",
+    "token_gain",
+    "wasserstein_matrix",
+]

@@ -1,0 +1,8 @@
+"""Tables and pictures of finished and unfinished runs, read from their folders alone."""
+
+from __future__ import annotations
+
+from cit_fast.report.page import write_report
+from cit_fast.report.table import comparison_table, matrix_table
+
+__all__ = ["comparison_table", "matrix_table", "write_report"]

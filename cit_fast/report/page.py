@@ -1,0 +1,267 @@
+"""One self-contained HTML page about one or several runs, with its pictures as PNG files beside it."""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.figure import Figure
+
+from cit_fast.errors import RunError
+from cit_fast.evaluation.predictions import Prediction, predictions_path, read_predictions
+from cit_fast.files import write_file
+from cit_fast.report import figures
+from cit_fast.report.collect import COLUMNS, Runs, RunView, collect, number
+from cit_fast.report.headline import headline
+from cit_fast.report.table import comparison_rows
+
+_TEMPLATE = Path(__file__).with_name("page.html.j2")
+_RIGHT = 99.95
+_SHOWN_OF_EACH = 2
+_LONGEST_TEXT = 700
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture on the page: data addresses for a light and a dark page, its text alternative and its
+    caption.
+    """
+
+    light: str
+    dark: str
+    width: int
+    height: int
+    alt: str
+    caption: str
+
+
+def write_report(run_folders: Sequence[Path], output: Path | None = None, *, title: str | None = None) -> Path:
+    """Write the report of these runs.
+
+    The page needs no network and no other file; the same pictures lie beside it in ``<name>-figures/`` (and,
+    drawn for dark pages, in ``<name>-figures/dark/``). Runs under way are shown as far as they are.
+
+    Args:
+        run_folders: folders of one run or more; those on the same tasks are compared.
+        output: the HTML file, or a folder for ``report.html``. Default: ``report.html`` in the run's folder,
+            or for several runs in the folder that holds them all.
+        title: heading of the page.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        RunError: no run there, damaged records, or the page cannot be written.
+    """
+    runs = collect(run_folders)
+    output = _output(runs, output)
+    folder = output.with_name(f"{output.stem}-figures")
+    try:
+        html = _render(runs, title or _title(runs), _Album(folder))
+        write_file(output, html.encode("utf-8", "xmlcharrefreplace"))
+    except OSError as error:
+        raise RunError(f"{error.filename or output}: cannot be written ({error.strerror or error})") from None
+    return output
+
+
+def _output(runs: Runs, output: Path | None) -> Path:
+    if output is None:
+        folders = [view.folder.resolve() for view in runs.views]
+        output = folders[0] if len(folders) == 1 else Path(os.path.commonpath(folders))
+    output = Path(output)
+    return output / "report.html" if output.is_dir() else output
+
+
+def _title(runs: Runs) -> str:
+    names = list(dict.fromkeys(view.record.name for view in runs.views))
+    return f"Continual run: {', '.join(names)}" if len(names) <= 3 else f"{len(runs.views)} continual runs"
+
+
+class _Album:
+    """Draws pictures for both kinds of page, files them and hands them to the page."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._names: set[str] = set()
+
+    def picture(self, name: str, draw: Callable[[figures.Theme], Figure], alt: str, caption: str) -> Picture:
+        name = self._unique(name)
+        (self._folder / "dark").mkdir(parents=True, exist_ok=True)
+        light, dark = figures.png(figure := draw(figures.LIGHT)), figures.png(draw(figures.DARK))
+        (self._folder / f"{name}.png").write_bytes(light)
+        (self._folder / "dark" / f"{name}.png").write_bytes(dark)
+        width, height = (round(inches * 96) for inches in figure.get_size_inches())
+        return Picture(_data_address(light), _data_address(dark), width, height, alt, caption)
+
+    def _unique(self, name: str) -> str:
+        slug = re.sub(r"[^A-Za-z0-9.+-]+", "-", name)[-80:].strip("-.") or "picture"
+        candidate, count = slug, 1
+        while candidate.lower() in self._names:
+            count += 1
+            candidate = f"{slug}-{count}"
+        self._names.add(candidate.lower())
+        return candidate
+
+
+def _data_address(data: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(data).decode("ascii")
+
+
+def _render(runs: Runs, title: str, album: _Album) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATE.parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = number
+    return environment.get_template(_TEMPLATE.name).render(
+        title=title,
+        headline=headline(runs),
+        notes=runs.notes,
+        columns=COLUMNS,
+        rows=comparison_rows(runs),
+        comparison=_comparison(runs, album),
+        sections=[_section(view, runs, album) for view in runs.views],
+    )
+
+
+def _comparison(runs: Runs, album: _Album) -> list[Picture]:
+    views = runs.compared
+    pictures = []
+    if len(views) > 1:
+        pictures.append(
+            album.picture(
+                "comparison",
+                lambda theme: figures.comparison_figure(views, theme),
+                "Bars: every measure of the table above, run by run",
+                "The table as bars. ↑ more is better, ↓ less is better."
+                + ("" if all(view.is_complete for view in views) else " A faded bar is a run that is not complete."),
+            )
+        )
+    if any(view.trained for view in views):
+        pictures.append(_curves(views, "tasks", album))
+    return pictures
+
+
+def _curves(views: list[RunView], name: str, album: _Album) -> Picture:
+    joint = " A dashed horizontal line is a joint run." if any(view.is_joint for view in views) else ""
+    return album.picture(
+        name,
+        lambda theme: figures.task_curves_figure(views, theme),
+        "Lines: score of each task after each stage",
+        f"Score of each task over the stages. The large filled mark is the stage that trained the task.{joint}",
+    )
+
+
+def _section(view: RunView, runs: Runs, album: _Album) -> dict[str, Any]:
+    """What the page shows of one run."""
+    pictures = [
+        album.picture(
+            f"{view.label}-scores",
+            lambda theme: figures.score_matrix_figure(view, theme),
+            f"Heat map: score matrix of {view.label}",
+            "Score of every task (columns) after every stage (rows). A frame marks what the stage has just trained.",
+        )
+    ]
+    if view not in runs.compared and view.trained:
+        pictures.append(_curves([view], f"{view.label}-tasks", album))
+    if view.replayed:
+        pictures.append(
+            album.picture(
+                f"{view.label}-replay",
+                lambda theme: figures.replay_figure(view, theme),
+                f"Heat map: examples that {view.label} replayed",
+                "Examples of each earlier task (columns) replayed during each stage (rows).",
+            )
+        )
+    if any(stage.balance_weights for stage in view.trained):
+        pictures.append(
+            album.picture(
+                f"{view.label}-balance-weights",
+                lambda theme: figures.balance_weight_figure(view, theme),
+                f"Lines: balance weights of {view.label} over steps",
+                "Balance weight (share of the new weights in the average) over parameter tensors; below, the share of "
+                "tensors whose weight fell back to its constant.",
+            )
+        )
+    if any(stage.losses for stage in view.trained):
+        pictures.append(
+            album.picture(
+                f"{view.label}-loss",
+                lambda theme: figures.loss_figure(view, theme),
+                f"Line: training loss of {view.label}",
+                "Training loss over optimizer steps.",
+            )
+        )
+    examples, problem = _examples(view)
+    rows = [("untrained", view.untrained.tolist())]
+    rows += [(f"after {name}", row.tolist()) for name, row in zip(view.stage_names, view.matrix, strict=True)]
+    return {
+        "view": view,
+        "pictures": pictures,
+        "rows": rows,
+        "examples": examples,
+        "problem": problem,
+        "truncated": sum(stage.truncated for stage in view.trained),
+        "skipped": sum(stage.skipped for stage in view.trained),
+        "config": _yaml({"method": view.record.method, **view.record.config}),
+        "environment": _yaml(view.record.environment),
+    }
+
+
+def _yaml(value: dict[str, Any]) -> str:
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _examples(view: RunView) -> tuple[list[tuple[str, list[dict[str, Any]]]], str]:
+    """A few answers per task of the last stage, right and wrong ones, and what kept us from reading
+    others.
+    """
+    found, problem = [], ""
+    for task in view.record.tasks if view.stages else []:
+        path = predictions_path(view.folder, view.stages[-1].index, task)
+        if not path.exists():
+            continue
+        try:
+            predictions = read_predictions(path)
+        except RunError as error:
+            problem = str(error)
+            continue
+        if predictions:
+            found.append((task, [_example(each) for each in _selection(predictions)]))
+    return found, problem
+
+
+def _selection(predictions: Sequence[Prediction]) -> list[Prediction]:
+    """The first right answers, else the best; then the worst of the others."""
+    right = [each for each in predictions if each.score >= _RIGHT]
+    by_score = sorted(predictions, key=lambda each: each.score)
+    wrong = [each for each in by_score if each.score < _RIGHT]
+    best = right[:_SHOWN_OF_EACH] or by_score[-1:]
+    return best + [each for each in wrong[:_SHOWN_OF_EACH] if each not in best]
+
+
+def _example(prediction: Prediction) -> dict[str, Any]:
+    return {
+        "prompt": _cut(prediction.prompt),
+        "prediction": _cut(prediction.prediction) or "(empty)",
+        "references": [_cut(each) for each in prediction.references[:3]],
+        "score": prediction.score,
+        "right": prediction.score >= _RIGHT,
+    }
+
+
+def _cut(text: str) -> str:
+    """The text, or beginning and end of a long one: instructions stand at either."""
+    if len(text) <= _LONGEST_TEXT:
+        return text
+    return f"{text[: _LONGEST_TEXT // 2]} […] {text[-_LONGEST_TEXT // 2 :]}"

@@ -1,0 +1,101 @@
+"""The comparison and the score matrix as tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from cit_fast.report.collect import COLUMNS, Runs, RunView, collect, number
+
+_MOST_NAMED_COLUMNS = 6
+
+
+def comparison_table(runs: Sequence[Path]) -> Table:
+    """One row per run on the same tasks: AP, forgetting, BWT, FWT, relative gain, replayed examples, minutes.
+
+    The best value of a column is bold with a star, if two complete continual runs or more compete; joint runs
+    are the upper bound and do not compete. The caption says what was left out and what is still running.
+
+    Args:
+        runs: run folders.
+
+    Raises:
+        RunError: no run there, or damaged records.
+    """
+    found = collect(runs)
+    caption = Text("\n".join(found.notes)) if found.notes else None
+    table = _table(None, caption)
+    table.add_column("Method", overflow="fold", min_width=13)
+    for column in COLUMNS:
+        table.add_column(column.title + column.arrow, justify="right")
+    for view, cells in comparison_rows(found):
+        label = Text(view.label + (" (joint)" if view.is_joint and view.record.method_name != "joint" else ""))
+        if not view.is_complete:
+            label.append(" …")
+        table.add_row(
+            label, *(Text(text + ("*" if best else ""), "bold green" if best else "") for text, best in cells)
+        )
+    return table
+
+
+def comparison_rows(runs: Runs) -> list[tuple[RunView, list[tuple[str, bool]]]]:
+    """For every compared run its values as text, each with whether it is the best of its column."""
+    best = [
+        runs.best(column.value, highest=column.highest) if column.highest is not None else None for column in COLUMNS
+    ]
+    rows = []
+    for view in runs.compared:
+        competes = view.is_complete and not view.is_joint
+        cells = []
+        for column, top in zip(COLUMNS, best, strict=True):
+            value = column.value(view)
+            is_best = competes and top is not None and value is not None and round(value, 1) == top
+            cells.append((column.text(view), is_best))
+        rows.append((view, cells))
+    return rows
+
+
+def matrix_table(run: Path) -> Table:
+    """The score matrix of one run: a row per stage, the untrained model first, a column per task; points 0 to
+    100.
+
+    The scores of the task(s) a stage has just trained are bold, in brackets. With more than six tasks the columns
+    are numbered, in the order of ``run.json``, and the rows carry the numbers.
+
+    Raises:
+        RunError: no run there, or damaged records.
+    """
+    view = collect([run]).views[0]
+    caption = Text(view.incomplete) if view.incomplete else None
+    table = _table(Text(f"{view.label}: score after each stage"), caption)
+    # Many names do not fit side by side: then columns carry the numbers of the rows.
+    numbered = len(view.record.tasks) > _MOST_NAMED_COLUMNS
+    table.add_column("After", no_wrap=True, max_width=24 if numbered else None)
+    for position, task in enumerate(view.record.tasks, start=1):
+        table.add_column(f"{position}" if numbered else Text(task), justify="right", overflow="fold", min_width=6)
+    table.add_row("untrained", *(number(value) for value in view.untrained))
+    for row, (stage, name) in enumerate(zip(view.trained, view.stage_names, strict=True)):
+        cells = [
+            Text(f"[{number(value)}]", "bold") if task in stage.trained else Text(number(value))
+            for task, value in zip(view.record.tasks, view.matrix[row], strict=True)
+        ]
+        order = f"{view.record.tasks.index(stage.trained[0]) + 1} " if numbered and not view.is_joint else ""
+        table.add_row(Text(order + name), *cells)
+    return table
+
+
+def _table(title: Text | None, caption: Text | None) -> Table:
+    # No vertical rules, narrow gaps, headers that wrap: the comparison fits a terminal of 80 columns.
+    return Table(
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+        caption=caption,
+        caption_justify="left",
+    )

@@ -1,0 +1,1 @@
+"""The continual run: configuration, the loop over transformers.Trainer, checkpoint and resume."""

@@ -1,0 +1,396 @@
+"""The configuration of a run: YAML in, validated and typed sections out.
+
+Every error is one line: the file, the path of the key, what was wrong and what would be right.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import json
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    PydanticSchemaGenerationError,
+    PydanticUserError,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from cit_fast.data.sources import TaskSource
+from cit_fast.errors import ConfigError
+
+VERSION = 1
+
+# Set by cit-fast itself, from the key given here; a second value would silently disagree with the first.
+_RESERVED_TRAINING = {
+    "output_dir": "output",
+    "seed": "seed",
+    "data_seed": "seed",
+    "eval_strategy": "evaluation",
+    "do_eval": "evaluation",
+    "load_best_model_at_end": "evaluation",
+    "metric_for_best_model": "evaluation",
+    "remove_unused_columns": "data",
+    "label_names": "data",
+    "resume_from_checkpoint": "output (a run resumes by itself)",
+    "push_to_hub": "the stages/*/adapters folders, which can be pushed after the run",
+}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+
+class Part(_Section):
+    """One of the four parts of a method: a built-in name or a dotted path, and its options."""
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_yaml(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, Mapping) and "options" not in value:
+            return {
+                "name": value.get("name", ""),
+                "options": {key: option for key, option in value.items() if key != "name"},
+            }
+        return value
+
+
+class MethodConfig(_Section):
+    """A method: a preset, or parts of one's own over a preset."""
+
+    name: str = Field(pattern=r"^[\w][\w.+-]*$")
+    schedule: Literal["sequential", "joint"] = "sequential"
+    router: Part = Part(name="shared")
+    replay: Part = Part(name="none")
+    objective: Part = Part(name="cross-entropy")
+    update: Part = Part(name="plain")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _over_preset(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"preset": value}
+        if not isinstance(value, Mapping):
+            return value
+        value = dict(value)
+        if "preset" not in value and "name" in value:
+            return {key: _part_over(key, None, part) for key, part in value.items()}
+        preset = value.pop("preset", "sequential")
+        known = presets()
+        if preset not in known:
+            raise ValueError(f"unknown preset {preset!r}; {_choices(str(preset), known)}")
+        merged: dict[str, Any] = {"name": preset, **known[preset]}
+        for key, part in value.items():
+            merged[key] = _part_over(key, merged.get(key), part)
+        return merged
+
+
+def _part_over(key: str, base: Any, given: Any) -> Any:
+    """``given`` over the preset's part: options without a name refine the preset's own part."""
+    if key in {"router", "replay", "objective", "update"} and isinstance(given, Mapping) and "name" not in given:
+        if base is None:
+            raise ValueError(f"{key}: give the part's name, for example {key}: {{name: ...}}")
+        base = {"name": base} if isinstance(base, str) else dict(base)
+        return {**base, **given}
+    return given
+
+
+class ModelConfig(_Section):
+    """Which language model, and how it is loaded."""
+
+    name: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attn_implementation: str = "auto"
+    trust_remote_code: bool = False
+
+
+class DataConfig(_Section):
+    """Which tasks in which order, how many examples of each, and how they become tokens."""
+
+    tasks: tuple[str | TaskSource, ...] | None = None
+    train: PositiveInt | None = None
+    dev: int | None = Field(default=None, ge=0)
+    test: PositiveInt | None = None
+    max_length: int = Field(default=512, ge=8)
+    system_prompt: str | None = None
+    on_overflow: Literal["truncate", "error", "skip"] = "truncate"
+
+    @field_validator("tasks")
+    @classmethod
+    def _some_tasks(cls, value: Any) -> Any:
+        if value is not None and not value:
+            raise ValueError("the list is empty; name at least one task, or leave the key out for the built-in stream")
+        return value
+
+
+class EvaluationConfig(_Section):
+    """What is measured after every stage."""
+
+    split: Literal["test", "dev"] = "test"
+    tasks: Literal["all", "seen"] = "all"
+    untrained: bool = True
+    experts: bool = False
+    max_new_tokens: PositiveInt = 64
+    batch_size: PositiveInt = 16
+
+
+class RunConfig(_Section):
+    """A whole run. ``training`` holds transformers.TrainingArguments, ``adapter`` a PEFT configuration (or null).
+
+    Read one with :func:`load_config`, or build it from keyword arguments or a dictionary
+    (``RunConfig.model_validate({...})``).
+    """
+
+    version: int = VERSION
+    name: str = Field(default="run", pattern=r"^[\w][\w.+-]*$")
+    output: str | None = None
+    seed: int = Field(default=0, ge=0)
+    methods: tuple[MethodConfig, ...] = Field(default=("sequential",), min_length=1)
+    model: ModelConfig = ModelConfig()
+    adapter: dict[str, Any] | None = Field(
+        default_factory=lambda: {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+    )
+    data: DataConfig = DataConfig()
+    training: dict[str, Any] = Field(default_factory=dict)
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @field_validator("version")
+    @classmethod
+    def _known_version(cls, value: int) -> int:
+        if value != VERSION:
+            raise ValueError(f"configuration version {value}; this cit-fast reads version {VERSION}")
+        return value
+
+    @field_validator("methods")
+    @classmethod
+    def _distinct(cls, value: tuple[MethodConfig, ...]) -> tuple[MethodConfig, ...]:
+        names = [method.name for method in value]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two methods are named {twice[0]!r}; give one of them another name")
+        return value
+
+    @field_validator("training")
+    @classmethod
+    def _training_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
+        from transformers import TrainingArguments
+
+        for key in value:
+            if key in _RESERVED_TRAINING:
+                raise ValueError(f"{key}: set by cit-fast; use {_RESERVED_TRAINING[key]} instead")
+        return checked_fields(TrainingArguments, value)
+
+    @field_validator("adapter")
+    @classmethod
+    def _adapter_fields(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is None:
+            return None
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+        kind = str(value.get("peft_type", "LORA")).upper()
+        known = {str(getattr(name, "value", name)): config for name, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+        if kind not in known:
+            raise ValueError(f"peft_type: unknown adapter {kind!r}; {_choices(kind, known)}")
+        return {**checked_fields(known[kind], value), "peft_type": kind}
+
+    @model_validator(mode="after")
+    def _room_to_answer(self) -> RunConfig:
+        if self.evaluation.max_new_tokens >= self.data.max_length:
+            raise ValueError(
+                f"evaluation.max_new_tokens ({self.evaluation.max_new_tokens}) leaves no room for a prompt in "
+                f"data.max_length ({self.data.max_length})"
+            )
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """Where the runs of this configuration go, one sub-folder per method."""
+        return Path(self.output) if self.output is not None else Path("runs") / self.name
+
+    def resolved(self, method: MethodConfig) -> dict[str, Any]:
+        """Everything that decides the outcome of one method, as plain JSON values (no output folder, no other method)."""
+        plain = self.model_dump(mode="json", exclude={"output", "methods", "name"})
+        plain["method"] = method.model_dump(mode="json")
+        return typing.cast("dict[str, Any]", json.loads(json.dumps(plain)))
+
+
+@functools.cache
+def presets() -> dict[str, dict[str, Any]]:
+    """The presets that cit-fast ships: name -> parts."""
+    text = Path(__file__).with_name("presets.yaml").read_text(encoding="utf-8")
+    return typing.cast("dict[str, dict[str, Any]]", yaml.safe_load(text))
+
+
+def _choices(given: str, known: Iterable[str]) -> str:
+    names = sorted(known)
+    near = difflib.get_close_matches(given, names, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
+
+
+def checked_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` checked against the fields of dataclass ``kind``: names known, types right (``"1e-4"`` is a number).
+
+    Raises:
+        ValueError: one line that starts with the key.
+    """
+    hints = typing.get_type_hints(kind)
+    fields = {field.name: hints[field.name] for field in dataclasses.fields(kind) if field.init}
+    return {key: checked_value(key, value, fields) for key, value in values.items()}
+
+
+def checked_value(key: str, value: Any, hints: Mapping[str, Any]) -> Any:
+    """``value`` as ``hints[key]`` wants it.
+
+    Raises:
+        ValueError: an unknown key or a wrong type, in one line that starts with the key.
+    """
+    if key not in hints:
+        raise ValueError(f"{key}: unknown key; {_choices(key, hints)}")
+    try:
+        adapter = TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True))
+    except (PydanticSchemaGenerationError, PydanticUserError, TypeError):
+        return value  # a hint only its own library understands: that library will check it
+    except ValueError:
+        return value
+    try:
+        adapter.validate_python(value)
+    except ValidationError as error:
+        if isinstance(value, str) and _is_number(value):
+            return checked_value(key, float(value), hints)
+        raise ValueError(f"{key}: {error.errors()[0]['msg']} (it is {value!r})") from None
+    # YAML reads 1e-4 as text; give numbers to a field that wants numbers, and leave everything else as it was.
+    wants_text = isinstance(value, str) and _is_number(value) and not _accepts_text(hints[key])
+    return float(value) if wants_text else value
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _accepts_text(hint: Any) -> bool:
+    return hint is Any or hint is str or any(_accepts_text(inner) for inner in typing.get_args(hint))
+
+
+def describe(error: ValidationError, where: str) -> str:
+    """A pydantic error as one line: ``where: key.path: what was wrong``."""
+    # A union (a task is a name or a mapping) reports once per member: a mapping was meant unless it is no mapping.
+    entries = error.errors()
+    meant = [entry for entry in entries if "str" not in entry["loc"]]
+    entries = meant or entries
+    first = entries[0]
+    path = [str(part) for part in first["loc"] if part not in {"str", "TaskSource"}]
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
+        message = f"unknown key; {_choices(path[-1], _keys_at(path[:-1]))}"
+    elif first["type"] == "missing":
+        message = "missing"
+    elif first["type"] != "value_error":
+        message = f"{message[0].lower()}{message[1:]} (it is {first['input']!r})"
+    inner, _, rest = message.partition(": ")
+    if rest and inner.isidentifier() and first["type"] == "value_error":
+        path, message = [*path, inner], rest
+    # A list that lost its only item also complains of being too short: what the item's own error explains is no other.
+    places = {entry["loc"][:2] for entry in entries}
+    others = sum(place != first["loc"][: len(place)] for place in places)
+    more = f" (and {others} more)" if others > 0 else ""
+    return f"{where}: {'.'.join(path) or 'configuration'}: {message}{more}"
+
+
+def _keys_at(path: Sequence[str]) -> list[str]:
+    kind: Any = RunConfig
+    for part in path:
+        if isinstance(kind, type) and issubclass(kind, BaseModel) and part in kind.model_fields:
+            kind = kind.model_fields[part].annotation
+            if kind == tuple[MethodConfig, ...]:
+                kind = MethodConfig
+        elif not part.isdigit():
+            return []
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return [*kind.model_fields, "preset"] if kind is MethodConfig else list(kind.model_fields)
+    return [field.name for field in dataclasses.fields(TaskSource)]
+
+
+def _set(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override}: write it as key.path=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {key}: {text!r} is no YAML value") from None
+    target: Any = raw
+    *parents, last = key.split(".")
+    for depth, part in enumerate(parents):
+        if isinstance(target, list) and part.isdigit() and int(part) < len(target):
+            if isinstance(target[int(part)], str):  # a method or a task given by name alone
+                target[int(part)] = {"preset" if parents[0] == "methods" else "builtin": target[int(part)]}
+            target = target[int(part)]
+        elif isinstance(target, dict):
+            if isinstance(target.get(part), str) and depth > 0:
+                target[part] = {"name": target[part]}
+            target = target.setdefault(part, {})
+        else:
+            raise ConfigError(f"--set {key}: there is no {'.'.join(parents[: depth + 1])} to set a key of")
+        if target is None:
+            raise ConfigError(f"--set {key}: {'.'.join(parents[: depth + 1])} is null")
+    if isinstance(target, list) and last.isdigit() and int(last) < len(target):
+        target[int(last)] = value
+    elif isinstance(target, dict):
+        target[last] = value
+    else:
+        raise ConfigError(f"--set {key}: there is no such place in the configuration")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML configuration.
+
+    Args:
+        path: the file.
+        overrides: ``key.path=value`` strings; values are YAML; list items by number (``methods.0.replay.fraction=0.2``).
+
+    Raises:
+        ConfigError: a missing file, broken YAML, an unknown key, a wrong type or another version, in one line.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: a folder; give the YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f":{mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"{path}{place}: not valid YAML: {problem}") from None
+    raw = {} if raw is None else raw
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: a mapping of keys was expected, not {type(raw).__name__}")
+    for override in overrides:
+        _set(raw, override)
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(describe(error, str(path))) from None

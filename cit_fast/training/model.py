@@ -1,0 +1,153 @@
+"""A language model with its adapter sets: made for training, saved with a stage, taken up again, and used afterwards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cit_fast.data.example import Example
+from cit_fast.data.prompts import PromptEncoder
+from cit_fast.errors import ConfigError, RunError
+from cit_fast.evaluation.generation import generate
+from cit_fast.evaluation.record import read_run, read_stages
+from cit_fast.files import write_json
+from cit_fast.training.config import RunConfig
+from cit_fast.training.pretrained import load_model, load_tokenizer, resolve_model
+
+
+def prompt_encoder(tokenizer: Any, config: RunConfig) -> PromptEncoder:
+    """The encoder that ``config.data`` describes."""
+    return PromptEncoder(
+        tokenizer,
+        max_length=config.data.max_length,
+        system_prompt=config.data.system_prompt,
+        on_overflow=config.data.on_overflow,
+    )
+
+
+def train_adapter(model: Any, config: RunConfig, name: str, seed: int) -> Any:
+    """``model`` ready to train adapter set ``name``: made when new, the only one with gradients.
+
+    Without an adapter configuration the model itself is trained.
+    """
+    if config.adapter is None:
+        return model
+    from peft import PeftModel, get_peft_config, get_peft_model
+    from transformers import set_seed
+
+    if isinstance(model, PeftModel) and name in model.peft_config:
+        model.set_adapter(name)
+        return model
+    set_seed(seed)  # a new set starts from the same numbers in a resumed run
+    try:
+        adapter = get_peft_config({"task_type": "CAUSAL_LM", **config.adapter})
+        if not isinstance(model, PeftModel):
+            return get_peft_model(model, adapter, adapter_name=name)
+        model.add_adapter(name, adapter)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"adapter: {str(error).splitlines()[0]}") from None
+    model.set_adapter(name)
+    return model
+
+
+def save_weights(model: Any, folder: Path, base_name: str) -> None:
+    """Write what training changed: ``adapters/<name>`` as plain PEFT folders, or the whole model as ``model``."""
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        model.save_pretrained(folder / "model")
+        return
+    model.save_pretrained(folder / "adapters", selected_adapters=list(model.peft_config))
+    for path in (folder / "adapters").glob("*/adapter_config.json"):
+        # The folder the base was loaded from means nothing on another machine; its name does.
+        write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "base_model_name_or_path": base_name})
+
+
+def load_weights(base: Any, folder: Path, trainable: bool = False) -> Any:
+    """``base`` with the weights that :func:`save_weights` left in a stage folder.
+
+    Raises:
+        RunError: a missing or damaged file, or an adapter of another base model.
+    """
+    from peft import PeftModel
+
+    whole = folder / "model"
+    if whole.is_dir():
+        try:
+            return type(base).from_pretrained(
+                whole, dtype=base.dtype, attn_implementation=base.config._attn_implementation
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise RunError(f"{whole}: cannot be loaded: {str(error).splitlines()[0]}") from None
+    model: Any = base
+    for path in sorted((folder / "adapters").glob("*/adapter_config.json")):
+        name = path.parent.name
+        try:
+            if isinstance(model, PeftModel):
+                model.load_adapter(str(path.parent), name, is_trainable=trainable)
+            else:
+                model = PeftModel.from_pretrained(model, str(path.parent), adapter_name=name, is_trainable=trainable)
+        except Exception as error:  # PEFT and safetensors raise half a dozen kinds for a damaged or foreign file
+            raise RunError(f"{path.parent}: cannot be loaded: {str(error).splitlines()[0]}") from error
+    return model
+
+
+class ContinualModel:
+    """A finished (or running) run as a model that answers prompts.
+
+    Example::
+
+        model = ContinualModel.from_run("runs/quickstart/random-replay")
+        model.generate(["Write the number in words.\\n\\n42"])
+    """
+
+    def __init__(self, model: Any, encoder: PromptEncoder) -> None:
+        self.model, self.encoder = model, encoder
+
+    @classmethod
+    def from_run(cls, run: str | Path, device: str | None = None) -> ContinualModel:
+        """Load the base model and the weights of the last committed stage.
+
+        Args:
+            run: a run folder.
+            device: where to put it; the GPU where there is one.
+
+        Raises:
+            RunError: no run there, or no stage trained yet.
+        """
+        run = Path(run)
+        record, stages = read_run(run), read_stages(run)
+        if not stages or stages[-1].index == 0:
+            raise RunError(f"{run}: no stage has been trained yet")
+        config = RunConfig.model_validate(
+            {**{key: value for key, value in record.config.items() if key != "method"}, "name": record.name}
+        )
+        folder = resolve_model(config.model.name, config.model.revision)
+        tokenizer = load_tokenizer(folder, config.model.trust_remote_code)
+        model = load_weights(load_model(folder, config.model), run / "stages" / f"{stages[-1].index:02d}")
+        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return cls(model, prompt_encoder(tokenizer, config))
+
+    def generate(
+        self, prompts: Sequence[str | Example], max_new_tokens: int = 64, batch_size: int = 16
+    ) -> list[str]:
+        """Greedy answers.
+
+        Args:
+            prompts: texts (instruction and input together) or examples.
+            max_new_tokens: longest answer; ``batch_size``: prompts at a time.
+        """
+        examples = [Example(p, references=("-",)) if isinstance(p, str) else p for p in prompts]
+        return generate(
+            self.model,
+            [self.encoder.prompt(example) for example in examples],
+            tokenizer=self.encoder.tokenizer,
+            pad_token_id=self.encoder.pad_token_id,
+            eos_token_ids=self.encoder.stop_token_ids,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+        )

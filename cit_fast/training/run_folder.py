@@ -1,0 +1,142 @@
+"""The folder of one run: its lock, its committed stages, and the checkpoints inside the stage being trained."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from cit_fast.errors import RunError
+from cit_fast.evaluation.record import RunRecord, StageRecord, read_run, read_stages
+from cit_fast.files import commit_folder, sync_tree, write_json
+
+_MARKER = "complete.json"
+
+
+def _differences(was: Any, now: Any, path: str = "") -> Iterator[str]:
+    if isinstance(was, dict) and isinstance(now, dict):
+        for key in sorted(set(was) | set(now)):
+            yield from _differences(was.get(key), now.get(key), f"{path}.{key}" if path else key)
+    elif was != now:
+        yield f"{path} was {was!r}, now {now!r}"
+
+
+class RunFolder:
+    """State of one run on disk. Stages appear by one rename; checkpoints count only with their marker.
+
+    Args:
+        path: the folder; made when missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for this process; the lock goes with the process, however it ends.
+
+        Raises:
+            RunError: another process is running in this folder.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise RunError(f"{self.path}: a file is in the way; choose another output folder") from None
+        lock = FileLock(self.path / ".lock", blocking=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise RunError(
+                f"{self.path}: another cit-fast run is working in this folder; wait for it or choose another output"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def begin(self, record: RunRecord) -> RunRecord:
+        """Write a new run's record, or take up the one that is there.
+
+        Raises:
+            RunError: the folder holds a run of another configuration, or something that is no run.
+        """
+        if not (self.path / "run.json").exists():
+            strangers = [entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")]
+            if strangers:
+                raise RunError(
+                    f"{self.path}: not empty and not a cit-fast run ({strangers[0]!r} is there); choose another output"
+                )
+            self.write(record)
+            return record
+        found = read_run(self.path)
+        changed = list(_differences(found.config, record.config))
+        if changed:
+            raise RunError(
+                f"{self.path}: holds a run of another configuration ({'; '.join(changed[:3])}"
+                f"{'; ...' if len(changed) > 3 else ''}); choose another output, or delete the folder"
+            )
+        for leftover in [*self.path.glob("stages/.*"), *self.path.glob(".*.tmp")]:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        return found
+
+    def write(self, record: RunRecord) -> None:
+        """Write ``run.json``."""
+        write_json(self.path / "run.json", dataclasses.asdict(record))
+
+    def stages(self) -> list[StageRecord]:
+        """The committed stages, in order.
+
+        Raises:
+            RunError: a stage in the middle is gone.
+        """
+        stages = read_stages(self.path)
+        for index, stage in enumerate(stages):
+            if stage.index != index:
+                raise RunError(f"{self.path}: stage {index:02d} is missing although stage {stage.index:02d} is there")
+        return stages
+
+    def stage_path(self, index: int) -> Path:
+        """Folder of a committed stage."""
+        return self.path / "stages" / f"{index:02d}"
+
+    def commit(self, record: StageRecord, fill: Callable[[Path], None]) -> None:
+        """Commit a stage: ``fill`` writes its files into a temporary folder, then one rename makes it exist."""
+        temporary = self.path / "stages" / f".{record.index:02d}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            fill(temporary)
+            write_json(temporary / "stage.json", dataclasses.asdict(record))
+            commit_folder(temporary, self.stage_path(record.index))
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(self.checkpoints(record.index), ignore_errors=True)
+
+    def checkpoints(self, index: int) -> Path:
+        """Where the Trainer keeps its checkpoints of the stage being trained."""
+        return self.path / "checkpoints" / f"{index:02d}"
+
+    def last_checkpoint(self, index: int) -> tuple[Path, dict[str, Any]] | None:
+        """The newest whole checkpoint of a stage with what its marker says; half-written ones are removed."""
+        found: tuple[int, Path, dict[str, Any]] | None = None
+        for folder in self.checkpoints(index).glob("checkpoint-*"):
+            try:
+                progress = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
+            except (OSError, json.JSONDecodeError):
+                shutil.rmtree(folder, ignore_errors=True)
+                continue
+            if found is None or int(progress["step"]) > found[0]:
+                found = int(progress["step"]), folder, progress
+        return None if found is None else found[1:]
+
+
+def mark_complete(checkpoint: Path, progress: dict[str, Any]) -> None:
+    """Declare a checkpoint whole, once all of its files are on the disk."""
+    sync_tree(checkpoint)
+    write_json(checkpoint / _MARKER, progress)

@@ -1,0 +1,20 @@
+// A parallel loop. The caller passes the number of threads, so that torch.set_num_threads governs us as well.
+#pragma once
+
+#include <cstdint>
+
+namespace cit {
+
+// Calls body(index) for 0 <= index < count, each index exactly once, in no fixed order. Whoever needs the same bits with any
+// number of threads writes results to a slot per index and combines the slots afterwards in a fixed order.
+template <class Body>
+void parallel_for(std::int64_t count, int threads, const Body& body) {
+#ifdef _OPENMP
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1 && count > 1)
+#else
+  (void)threads;
+#endif
+  for (std::int64_t index = 0; index < count; ++index) body(index);
+}
+
+}  // namespace cit

@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import string
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu import corpus_bleu, sentence_bleu
+
+from cit_fast.errors import ConfigError, DataError
+from cit_fast.evaluation.metrics import METRICS, Score, normalise_label, resolve_metric, score
+
+
+def first_half_right(predictions, references, labels):
+    return [100.0 if k < len(predictions) / 2 else 0.0 for k in range(len(predictions))]
+
+
+def fixed_score(predictions, references, labels):
+    return Score(25.0, [25.0] * len(predictions))
+
+
+def too_few(predictions, references, labels):
+    return []
+
+
+def beyond_hundred(predictions, references, labels):
+    return [101.0 for _ in predictions]
+
+
+def no_numbers(predictions, references, labels):
+    return None
+
+
+NOT_A_FUNCTION = 7
+
+
+@pytest.mark.parametrize(
+    ("metric", "prediction", "references", "expected"),
+    [
+        ("exact_match", " 2024-05-01\n", ["2024-05-01"], 100.0),
+        ("exact_match", "a\t b", ["x", "a b"], 100.0),
+        ("exact_match", "Paris", ["paris"], 0.0),
+        ("exact_match", "", ["paris"], 0.0),
+        ("accuracy", ' "Positive". ', ["positive"], 100.0),
+        ("accuracy", "positive because", ["positive"], 0.0),
+        ("token_f1", "The  cat, sat!", ["a cat sat"], 100.0),
+        ("token_f1", "cat dog", ["cat"], 100 * 2 / 3),
+        ("token_f1", "cat cat", ["cat"], 100 * 2 / 3),  # a word counts as often as it is there
+        ("token_f1", "fish", ["cat", "big fish"], 100 * 2 / 3),
+        ("token_f1", "the", ["an"], 100.0),  # nothing is left of either
+        ("token_f1", "the", ["cat"], 0.0),
+        ("rouge_l", "the cat sat", ["the dog sat"], 100 * 2 / 3),
+        ("rouge_l", "police killed the gunman", ["police kill the gunman"], 100.0),  # stems
+        ("rouge_l", "Ångström ist groß", ["ångström IST groß"], 100.0),
+        ("rouge_l", "我爱你", ["我恨你"], 100 * 2 / 3),
+        ("rouge_l", "+", ["-", " + "], 100.0),
+        ("rouge_l", "+", ["-"], 0.0),
+        ("rouge_l", "", ["word"], 0.0),
+        ("set_match", "b | A,  a\n", ["a, b"], 100.0),
+        ("set_match", "a, b, c", ["a, b"], 0.0),
+        ("set_match", "new\nYork  city", ["york city|NEW"], 100.0),
+        ("bleu", "a b c d e", ["x y", "a b c d e"], 100.0),
+        ("bleu", "", ["a b c d e"], 0.0),
+    ],
+)
+def test_one_answer(metric, prediction, references, expected):
+    result = score(metric, [prediction], [references])
+    assert result.per_example == pytest.approx([expected])
+    assert result.value == pytest.approx(expected, abs=1e-9)
+
+
+def test_value_is_the_mean_of_the_examples_in_points():
+    result = score("exact_match", ["a", "b", "c"], [["a"], ["x"], ["c"]])
+    assert result.per_example == [100.0, 0.0, 100.0]
+    assert result.value == pytest.approx(200 / 3)
+
+
+def test_rouge_l_equals_the_package_on_ascii_text():
+    prediction, reference = (
+        "It's 3 quick, brown foxes -- jumping!",
+        "The 3 quickly jumping (brown) foxes jumped",
+    )
+    expected = RougeScorer(["rougeL"], use_stemmer=True).score(reference, prediction)["rougeL"].fmeasure
+    assert 0 < expected < 1
+    assert score("rouge_l", [prediction], [[reference]]).value == pytest.approx(100 * expected)
+
+
+def test_bleu_is_that_of_the_corpus_with_uneven_numbers_of_references():
+    predictions = ["the cat is on the mat", "there is a dog here now"]
+    references = [["the cat sat on the mat", "a cat is on the mat"], ["there is a dog here"]]
+    result = score("bleu", predictions, references)
+    streams = [[references[0][0], references[1][0]], [references[0][1], None]]
+    assert result.value == pytest.approx(corpus_bleu(predictions, streams).score)
+    assert result.value != pytest.approx(sum(result.per_example) / 2)
+    assert result.per_example[1] == pytest.approx(sentence_bleu(predictions[1], references[1]).score)
+
+
+def test_accuracy_over_a_closed_set():
+    labels = ("Yes", "No")
+    result = score("accuracy", ["yes.", "maybe", "No"], [["Yes"], ["Yes"], ["Yes", "No"]], labels)
+    assert result.per_example == [100.0, 0.0, 100.0]
+    with pytest.raises(DataError, match=r"example 0 has a reference outside the labels \(Yes, No\): maybe"):
+        score("accuracy", ["yes"], [["maybe"]], labels)
+    with pytest.raises(DataError, match=r"'Yes' and 'yes\.' differ only"):
+        score("accuracy", ["yes"], [["Yes"]], ("Yes", "yes."))
+
+
+def test_labels_that_are_all_quotes_or_stops_stay_themselves():
+    assert normalise_label('"') == '"'
+    assert normalise_label(" ... ") == "..."
+    assert normalise_label("'New  York'.") == "new york"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(sorted(METRICS)),
+    st.lists(
+        st.tuples(st.text(max_size=20), st.lists(st.text(max_size=20), min_size=1, max_size=3)),
+        min_size=1,
+        max_size=4,
+    ),
+)
+def test_any_text_scores_within_0_and_100(metric, examples):
+    predictions, references = zip(*examples, strict=True)
+    result = score(metric, list(predictions), list(references))
+    assert len(result.per_example) == len(examples)
+    assert all(0.0 <= value <= 100.0 for value in [result.value, *result.per_example])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(sorted(METRICS)),
+    st.lists(st.text(string.ascii_letters + " ", min_size=1).filter(str.strip), min_size=1, max_size=4),
+)
+def test_a_reference_repeated_word_for_word_is_right(metric, answers):
+    if metric == "bleu":  # no 4-gram, no BLEU: long enough answers
+        answers = [f"one two three four {answer}" for answer in answers]
+    result = score(metric, answers, [["something else", answer] for answer in answers])
+    assert result.per_example == pytest.approx([100.0] * len(answers))
+    assert result.value == pytest.approx(100.0)
+
+
+@pytest.mark.parametrize("separator", [":", "."])
+def test_a_callable_of_the_users(separator, tmp_path, monkeypatch):
+    (tmp_path / "users_own_metric.py").write_text("def half(p, r, labels): return [50.0] * len(p)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    result = score(f"users_own_metric{separator}half", ["a", "b"], [["a"], ["b"]])
+    assert result == Score(50.0, [50.0, 50.0])
+
+
+def test_a_callable_may_return_a_score(monkeypatch):
+    monkeypatch.setitem(METRICS, "fixed", fixed_score)
+    assert score("fixed", ["a"], [["a"]]) == Score(25.0, [25.0])
+    monkeypatch.setitem(METRICS, "half", first_half_right)
+    assert score("half", ["a", "b"], [["a"], ["b"]]).value == 50.0
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (too_few, "returned 0 values for 1 examples"),
+        (beyond_hundred, r"returned 101\.0; values lie in \[0, 100\]"),
+        (no_numbers, "returned NoneType; it must return a Score or one number per example"),
+    ],
+)
+def test_what_a_callable_returns_is_checked(function, message, monkeypatch):
+    monkeypatch.setitem(METRICS, "bad", function)
+    with pytest.raises(ConfigError, match=message):
+        score("bad", ["a"], [["a"]])
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        ("rougel", "unknown metric 'rougel'; did you mean rouge_l.*Known: exact_match, accuracy, token_f1"),
+        ("zzz", "unknown metric 'zzz'\\. Known"),
+        ("", "unknown metric ''"),
+        ("no_such_package.module:f", "cannot be imported: No module named"),
+        ("string:no_such_function", "cannot be imported"),
+        ("string.digits", "is a str, not a function"),
+        ("..x", "is no dotted path"),
+        (":x", "is no dotted path"),
+    ],
+)
+def test_unknown_metrics(metric, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve_metric(metric)
+
+
+@pytest.mark.parametrize(
+    ("predictions", "references", "message"),
+    [
+        ([], [], "no predictions to score"),
+        (["a", "b"], [["a"]], "2 predictions but 1 lists of references"),
+        (["a"], [[]], r"example 0 needs a non-empty list of reference answers, not \[\]"),
+        (["a"], ["a"], "example 0 needs a non-empty list of reference answers, not 'a'"),
+    ],
+)
+def test_bad_input(predictions, references, message):
+    with pytest.raises(DataError, match=message):
+        score("exact_match", predictions, references)

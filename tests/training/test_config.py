@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cit_fast.errors import ConfigError
+from cit_fast.training.config import Part, RunConfig, load_config, presets
+from cit_fast.training.parts import PARTS, build_part
+
+QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.yaml"
+
+
+def write(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("version: 2", "version: configuration version 2; this cit-fast reads version 1"),
+        ("sed: 1", "sed: unknown key; did you mean 'seed'?"),
+        ("seed: abc", "seed: input should be a valid integer"),
+        ("model: {nam: x}", "model.nam: unknown key; did you mean 'name'?"),
+        ("methods: [sequentil]", "methods.0: unknown preset 'sequentil'; did you mean 'sequential'?"),
+        ("methods: [{preset: sequential, replai: none}]", "methods.0.replai: unknown key; did you mean 'replay'?"),
+        ("methods: [sequential, sequential]", "methods: two methods are named 'sequential'"),
+        ("methods: [{name: x, replay: {fraction: 0.1}}]", "methods.0.replay: give the part's name"),
+        ("methods: []", "methods: tuple should have at least 1 item"),
+        ("training: {learning_ratee: 1}", "training.learning_ratee: unknown key; did you mean 'learning_rate'?"),
+        ("training: {learning_rate: fast}", "training.learning_rate: Input should be a valid number"),
+        ("training: {output_dir: x}", "training.output_dir: set by cit-fast; use output instead"),
+        ("training: {bf16: maybe}", "training.bf16: Input should be a valid boolean"),
+        ("adapter: {rr: 1}", "adapter.rr: unknown key"),
+        ("adapter: {peft_type: LORRA}", "adapter.peft_type: unknown adapter 'LORRA'; did you mean 'LORA'?"),
+        ("data: {tasks: [{path: a, fromat: b}]}", "data.tasks.0.fromat: unknown key; did you mean 'format'?"),
+        ("data: {tasks: [{name: x}]}", "data.tasks.0: a task source needs exactly one of"),
+        ("data: {tasks: []}", "data.tasks: the list is empty"),
+        ("data: {train: 0}", "data.train: input should be greater than 0"),
+        ("data: 3", "data: input should be a valid dictionary"),
+        ("evaluation: {split: tset}", "evaluation.split: input should be 'test' or 'dev'"),
+        ("- 1", "a mapping of keys was expected, not list"),
+    ],
+)
+def test_a_wrong_key_is_one_line_with_its_path(tmp_path, text, message):
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(caught.value).startswith(f"{path}: {message}")
+    assert "\n" not in str(caught.value)
+
+
+def test_broken_yaml_names_the_line(tmp_path):
+    with pytest.raises(ConfigError, match=r"run\.yaml:2: not valid YAML"):
+        load_config(write(tmp_path, "seed: 1\nname: x: y\n"))
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(tmp_path / "nothing.yaml")
+    with pytest.raises(ConfigError, match="a folder; give the YAML file"):
+        load_config(tmp_path)
+
+
+def test_several_errors_are_counted(tmp_path):
+    with pytest.raises(ConfigError, match=r"\(and 1 more\)$"):
+        load_config(write(tmp_path, "sed: 1\nmodell: 2"))
+
+
+def test_quickstart_loads_and_overrides_apply():
+    config = load_config(
+        QUICKSTART,
+        ["seed=7", "methods.1.replay.fraction=0.25", "training.learning_rate=2e-4", "data.tasks=null", "output=x/y"],
+    )
+    assert config.seed == 7
+    assert config.methods[1].replay == Part(name="random", options={"fraction": 0.25})
+    assert config.training["learning_rate"] == pytest.approx(2e-4)
+    assert config.folder == Path("x/y")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data", "write it as key.path=value"),
+        ("=3", "write it as key.path=value"),
+        ("methods.9.replay=none", "there is no methods.9"),
+        ("seed.x.y=1", "there is no seed"),
+        ("methods.9=joint", "there is no such place"),
+        ("seed=[1", "is no YAML value"),
+        ("adapter.r=1", "adapter is null"),
+    ],
+)
+def test_bad_overrides(tmp_path, override, message):
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, "seed: 1\nmethods: [sequential]\nadapter: null"), [override])
+    assert message in str(caught.value)
+
+
+def test_a_number_written_as_text_by_yaml_is_a_number(tmp_path):
+    config = load_config(write(tmp_path, "training: {learning_rate: 1e-3, weight_decay: 1e-2}"))
+    assert config.training == {"learning_rate": 1e-3, "weight_decay": 1e-2}
+
+
+def test_every_preset_builds_its_parts(tmp_path):
+    config = RunConfig.model_validate({"methods": list(presets())})
+    for method in config.methods:
+        for kind in PARTS:
+            assert build_part(kind, getattr(method, kind), method.name) is not None
+
+
+def test_options_without_a_name_refine_the_presets_part():
+    config = RunConfig.model_validate({"methods": [{"preset": "random-replay", "name": "r", "replay": {"per_task": 3}}]})
+    assert config.methods[0].replay == Part(name="random", options={"fraction": 0.1, "per_task": 3})
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "message"),
+    [
+        ("replay", "rondom", "replay: unknown name 'rondom'; did you mean 'random'?"),
+        ("replay", "no.such.module.Policy", "'no.such.module.Policy' cannot be imported"),
+        ("replay", "cit_fast.replay.Missing", "cannot be imported"),
+        ("replay", {"name": "random", "ratio": 1}, "replay.ratio: unknown key"),
+        ("replay", {"name": "random", "fraction": 2}, "replay.fraction: 2"),
+        ("replay", {"name": "random", "per_task": 0}, "replay.per_task: 0"),
+        ("replay", {"name": "random", "per_task": "few"}, "replay.per_task: Input should be"),
+        ("update", {"name": "balance-ema", "rule": "best"}, "update.rule: Input should be"),
+        ("update", {"name": "balance-ema", "decay": 1.5}, "update.decay: 1.5 is outside [0, 1]"),
+        ("update", {"name": "balance-ema", "fallback": -1}, "update.fallback: -1"),
+    ],
+)
+def test_a_wrong_part_names_method_and_part(kind, part, message):
+    with pytest.raises(ConfigError) as caught:
+        build_part(kind, Part.model_validate(part), "mine")
+    assert str(caught.value).startswith("method 'mine': ")
+    assert message in str(caught.value)
+
+
+class OwnReplay:
+    def __init__(self, share: float = 0.5) -> None:
+        self.share = share
+
+    def select(self, context):
+        return []
+
+
+def test_resolved_configuration_is_json_and_ignores_the_output_folder(tmp_path):
+    first = RunConfig.model_validate({"output": "a", "methods": ["sequential", "joint"]})
+    second = RunConfig.model_validate({"output": "b", "name": "other", "methods": ["sequential"]})
+    assert first.resolved(first.methods[0]) == second.resolved(second.methods[0])
+    assert first.resolved(first.methods[0]) != first.resolved(first.methods[1])
