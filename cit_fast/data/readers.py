@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cit_fast.data.example import Example
-from cit_fast.data.records import ReadOptions, read_records
+from cit_fast.data.records import FIELDS, ReadOptions, read_records
 from cit_fast.errors import DataError
 
 
@@ -26,7 +27,9 @@ def read_file(path: str | Path, options: ReadOptions | None = None) -> list[Exam
         DataError: the file is missing, empty or broken, or a record lacks a field or has one of a wrong type.
     """
     path = Path(path)
-    options = options or ReadOptions(task=path.stem)
+    options = options or ReadOptions()
+    if not options.task:
+        options = replace(options, task=path.stem)
     return read_records(_records_of_file(path), options, where=str(path))
 
 
@@ -44,7 +47,8 @@ def read_dataset(
     Raises:
         DataError: no rows, or one that cannot be read.
     """
-    names = class_names(dataset)
+    used = FIELDS.union(options.columns.values())  # another column may well be unlabelled
+    names = {column: labels for column, labels in class_names(dataset).items() if column in used}
 
     def rows() -> Iterator[tuple[str, Any]]:
         for index in range(len(dataset)) if indices is None else indices:

@@ -49,6 +49,7 @@ _FIELDS = {
 }
 _COMMON_FIELDS = ("key_parts", "image", "images")
 FORMATS = tuple(_FIELDS)
+FIELDS = frozenset(_COMMON_FIELDS).union(*_FIELDS.values())
 
 
 @dataclass(frozen=True)

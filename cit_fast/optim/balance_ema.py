@@ -347,6 +347,11 @@ class BalanceEMA(Optimizer):
                 f"BalanceEMA: a parameter of shape {tuple(param.shape)} is sharded ({type(param).__name__}); "
                 "use DDP or a single process"
             )
+        if param.grad is not None and param.grad.layout != torch.strided:
+            raise CitFastError(
+                f"BalanceEMA: the gradient of a parameter of shape {tuple(param.shape)} is {param.grad.layout}; "
+                "only dense gradients are accepted (an embedding: sparse=False)"
+            )
         if not param.is_floating_point():
             raise CitFastError(
                 f"BalanceEMA: a parameter of shape {tuple(param.shape)} is {param.dtype}; only real floats are averaged"

@@ -25,6 +25,7 @@ from cit_fast.data import TaskStream, choose_collator, load_stream
 from cit_fast.data.builtin import builtin_task_names
 from cit_fast.data.example import Example, Task
 from cit_fast.errors import ConfigError, RunError
+from cit_fast.evaluation.metrics import score
 from cit_fast.evaluation.predictions import Prediction, write_predictions
 from cit_fast.evaluation.record import RunRecord, StageRecord, read_stages
 from cit_fast.files import is_disk_full
@@ -103,10 +104,14 @@ class ContinualTrainer:
             test=config.data.test,
         )
         for task in self.stream:
-            if not getattr(task, config.evaluation.split):
+            split = getattr(task, config.evaluation.split)
+            if not split:
                 raise ConfigError(
                     f"evaluation.split: task {task.name!r} has no {config.evaluation.split} examples to evaluate on"
                 )
+            # A metric that is unknown, or answers it cannot score, should not wait until a stage is trained.
+            answers = [example.references for example in split]
+            score(task.metric, [right[0] for right in answers], answers, labels=task.labels)
 
     def run(self) -> list[Path]:
         """Run, or go on with, every method; returns their folders, in order.
@@ -118,7 +123,7 @@ class ContinualTrainer:
         for method in self.config.methods:
             folder = self.config.folder / method.name
             run = _MethodRun(self.config, method, self._parts, self.stream, RunFolder(folder), self.console)
-            with _disk_full_as_run_error(folder):
+            with _disk_full_as_run_error(folder), _only_our_progress_bars():
                 run.run()
             folders.append(folder)
         return folders
@@ -135,6 +140,20 @@ def _disk_full_as_run_error(folder: Path) -> Iterator[None]:
                 "so free some space and run the same command again"
             ) from error
         raise
+
+
+@contextlib.contextmanager
+def _only_our_progress_bars() -> Iterator[None]:
+    """No bars of transformers for every file it reads or writes."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 class _MethodRun:

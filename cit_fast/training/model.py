@@ -123,9 +123,7 @@ class ContinualModel:
         record, stages = read_run(run), read_stages(run)
         if not stages or stages[-1].index == 0:
             raise RunError(f"{run}: no stage has been trained yet")
-        config = RunConfig.model_validate(
-            {**{key: value for key, value in record.config.items() if key != "method"}, "name": record.name}
-        )
+        config = RunConfig.model_validate({k: v for k, v in record.config.items() if k in RunConfig.model_fields})
         folder = resolve_model(config.model.name, config.model.revision)
         tokenizer = load_tokenizer(folder, config.model.trust_remote_code)
         model = load_weights(load_model(folder, config.model), run / "stages" / f"{stages[-1].index:02d}")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from cit_fast.data.collation import resolve_attention
 from cit_fast.errors import ConfigError
@@ -143,12 +144,9 @@ def load_model(folder: Path, config: ModelConfig) -> Any:
         ConfigError: the folder holds no model that transformers can load.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
     if not (folder / "config.json").exists():
         raise ConfigError(f"model.name: {folder} holds no config.json, so it is no transformers model")
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
         return AutoModelForCausalLM.from_pretrained(
             folder,
@@ -158,11 +156,8 @@ def load_model(folder: Path, config: ModelConfig) -> Any:
             ),
             trust_remote_code=config.trust_remote_code,
         )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"model.name: {folder} cannot be loaded: {str(error).splitlines()[0]}") from None
-    finally:
-        if bars:
-            logging.enable_progress_bar()
 
 
 def model_identity(folder: Path, name: str) -> str:

@@ -89,7 +89,8 @@ static inline F32x16 square_root(const F32x16& x) {
   F32x16 out;
   for (int k = 0; k < kParts; ++k) {
 #if defined(__AVX512F__)
-    out.part[k] = (Vector)_mm512_sqrt_ps((__m512)x.part[k]);
+    // The masked form: GCC 12 warns about its own header's unmasked one. The code is the same.
+    out.part[k] = (Vector)_mm512_maskz_sqrt_ps(static_cast<__mmask16>(-1), (__m512)x.part[k]);
 #elif defined(__AVX2__)
     out.part[k] = (Vector)_mm256_sqrt_ps((__m256)x.part[k]);
 #elif defined(__SSE2__)

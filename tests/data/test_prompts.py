@@ -218,7 +218,7 @@ def test_long_input_is_cut_in_few_steps(tiny_tokenizer, monkeypatch):
     monkeypatch.setattr(encoder, "_tokenize", lambda text: calls.append(text) or tokenize(text))
     encoded = encoder.example(Example("Sum up.", "lazy dog 12 " * 5000, ("short",)))
     assert 99 <= len(encoded.input_ids) <= 100
-    assert len(calls) < 20
+    assert len(calls) < 10  # halving alone would take 18
 
 
 @pytest.mark.parametrize("has_template", [True, False])

@@ -58,6 +58,7 @@ def test_super_ni_task_file(write):
     assert second.references == ("bad",)
     assert (first.task, first.source, second.source) == ("task", f"{path}: record 1", f"{path}: record 2")
     shown, _ = read_file(path, ReadOptions(positive_examples=2))
+    assert shown.task == "task"
     assert shown.instruction == (
         "Say whether it is good.\n\nExample 1\nInput: nice\nOutput: good\n\nExample 2\nInput: awful\nOutput: bad"
     )
@@ -352,6 +353,10 @@ def test_dataset_rows_and_class_labels():
     assert second.references == ("good",)
     with pytest.raises(DataError, match=r"^toy \[train\]: record 3: 'label' has no label \(-1\)"):
         read_dataset(dataset, options, where="toy [train]")
+    other = read_dataset(
+        dataset, ReadOptions(columns={"input": "sentence", "output": "sentence"}, instruction="?"), where=""
+    )
+    assert other[2].references == ("?",)
     unknown = Dataset.from_list([{"sentence": "nice", "label": None}], features=features)
     with pytest.raises(DataError, match="missing field 'label'"):
         read_dataset(unknown, options, where="toy")

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cit_fast import cli
+
+STREAM = ["units", "records"]
+
+
+@pytest.fixture
+def config(tmp_path, tiny_model_folder, monkeypatch):
+    monkeypatch.setenv("CIT_FAST_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "name": "tiny",
+                "output": str(tmp_path / "runs"),
+                "methods": ["sequential", "balance-ema"],
+                "model": {"name": str(tiny_model_folder)},
+                "adapter": {"r": 2, "target_modules": "all-linear"},
+                "data": {"tasks": STREAM, "train": 8, "test": 2, "max_length": 256},
+                "training": {"per_device_train_batch_size": 4, "use_cpu": True},
+                "evaluation": {"max_new_tokens": 4},
+            }
+        )
+    )
+    return path
+
+
+def call(monkeypatch, *arguments) -> int:
+    monkeypatch.setattr(sys, "argv", ["cit-fast", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code or 0
+
+
+def test_run_report_eval_generate(config, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert call(monkeypatch, "run", config, "--set", "seed=3") == 0
+    printed = capsys.readouterr().out
+    assert "sequential" in printed
+    assert "balance-ema" in printed
+    assert "Forgetting" in printed or "forgetting" in printed
+    report = tmp_path / "runs" / "report.html"
+    assert str(report) in printed
+    assert report.read_text().count("data:image/png;base64,") >= 5
+
+    assert call(monkeypatch, "run", config, "--set", "seed=3") == 0
+    assert capsys.readouterr().out.count("already finished, nothing to do") == 2
+
+    assert call(monkeypatch, "report", tmp_path / "runs", "-o", tmp_path / "other.html") == 0
+    assert (tmp_path / "other.html").exists()
+    capsys.readouterr()
+
+    assert call(monkeypatch, "eval", tmp_path / "runs" / "sequential") == 0
+    assert "All recorded scores agree." in capsys.readouterr().out
+    stage = tmp_path / "runs/sequential/stages/02/stage.json"
+    record = json.loads(stage.read_text())
+    record["scores"]["units"] += 1
+    stage.write_text(json.dumps(record))
+    assert call(monkeypatch, "eval", tmp_path / "runs" / "sequential") == 0
+    assert "1 scores differ" in capsys.readouterr().out
+
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Convert: 2 km\n\nConvert: 3 kg\n")
+    assert call(monkeypatch, "generate", tmp_path / "runs/sequential", "--prompts", prompts, "--max-new-tokens", 3) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Convert: 2 km\n"))
+    assert call(monkeypatch, "generate", tmp_path / "runs/sequential", "--max-new-tokens", 3) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "nothing.yaml"], "nothing.yaml: no such file"),
+        (["run", "CONFIG", "--set", "seeed=1"], "seeed: unknown key; did you mean 'seed'?"),
+        (["run", "CONFIG", "--set", "data.tasks=[unitz]"], "did you mean"),
+        (["run", "CONFIG", "--set", "version=7"], "version: configuration version 7"),
+        (["report", "nowhere"], "run.json: not there"),
+        (["eval", "nowhere"], "run.json: not there"),
+        (["generate", "nowhere", "--prompts", "missing.txt"], "missing.txt: cannot be read"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(config, monkeypatch, capsys, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, *[config if a == "CONFIG" else a for a in arguments]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"instruction": "a", "output": "b"}\n{"instruction": "a", "out\n', "train.jsonl:2: "),
+        ('{"instruction": "a"}\n', "train.jsonl:1: "),
+        ("", "train.jsonl"),
+    ],
+)
+def test_bad_data_names_file_and_line(config, monkeypatch, capsys, tmp_path, content, message):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "train.jsonl").write_text(content)
+    tasks = json.dumps([{"path": str(tmp_path / "mine")}])
+    assert call(monkeypatch, "run", config, "--set", f"data.tasks={tasks}") == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_unknown_metric(config, monkeypatch, capsys, tmp_path):
+    tasks = json.dumps([{"builtin": "units", "metric": "exact_mach"}])
+    assert call(monkeypatch, "run", config, "--set", f"data.tasks={tasks}") == 2
+    assert "exact_mach" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_no_prompts(config, monkeypatch, capsys, tmp_path):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n")
+    assert call(monkeypatch, "generate", tmp_path, "--prompts", empty) == 2
+    assert "no prompts" in capsys.readouterr().err
+
+
+def test_doctor_names_every_backend(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert call(monkeypatch, "doctor") == 0
+    printed = capsys.readouterr().out
+    for name in ("reference", "native", "triton", "cuda"):
+        assert name in printed
+
+
+def test_interrupt_is_not_a_stack_trace(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", interrupted)
+    assert call(monkeypatch, "run", Path("x")) == 130
+    assert "goes on from the last checkpoint" in capsys.readouterr().err

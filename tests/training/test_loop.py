@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from cit_fast import ContinualModel, ContinualTrainer
+from cit_fast.data import TaskStream
+from cit_fast.errors import ConfigError, RunError
+from cit_fast.evaluation import read_predictions, read_run, read_stages
+from cit_fast.objectives import CrossEntropy
+from cit_fast.optim import BalanceEMA
+from cit_fast.training.run_folder import RunFolder
+
+
+def run(settings, stream, **more) -> dict[str, Path]:
+    keys = {key: more.pop(key) for key in list(more) if key in {"methods", "adapter", "evaluation", "training", "data"}}
+    merged = {**settings, **{k: {**settings[k], **v} if isinstance(v, dict) else v for k, v in keys.items()}}
+    folders = ContinualTrainer(merged, stream=stream, console=Console(quiet=True), **more).run()
+    return {folder.name: folder for folder in folders}
+
+
+def adapter(folder: Path, stage: int) -> dict[str, torch.Tensor]:
+    return load_file(folder / "stages" / f"{stage:02d}" / "adapters" / "shared" / "adapter_model.safetensors")
+
+
+def test_a_run_leaves_a_whole_record(settings, stream):
+    folders = run(settings, stream, methods=["sequential", "random-replay", "joint"])
+    for name, count in (("sequential", 4), ("random-replay", 4), ("joint", 2)):
+        record, stages = read_run(folders[name]), read_stages(folders[name])
+        assert (record.status, record.method_name, record.tasks) == ("finished", name, ["alpha", "beta", "gamma"])
+        assert record.environment["effective_batch_size"] == 4
+        assert [stage.index for stage in stages] == list(range(count))
+        assert all(set(stage.scores) == {"alpha", "beta", "gamma"} for stage in stages)
+        assert not (folders[name] / "checkpoints" / "01").exists()
+    sequential, replay = read_stages(folders["sequential"]), read_stages(folders["random-replay"])
+    assert [stage.replayed for stage in sequential] == [{}, {}, {"alpha": 0}, {"alpha": 0, "beta": 0}]
+    assert [stage.replayed for stage in replay] == [{}, {}, {"alpha": 2}, {"alpha": 2, "beta": 2}]
+    assert [stage.steps for stage in sequential] == [0, 4, 4, 4]
+    assert [stage.steps for stage in replay] == [0, 4, 5, 5]
+    assert sequential[1].losses[0][0] == 2
+    assert sequential[1].losses[-1][1] < sequential[1].losses[0][1]
+    assert read_stages(folders["joint"])[1].trained == ["alpha", "beta", "gamma"]
+    assert read_stages(folders["joint"])[1].train_examples == 48
+    stored = read_predictions(folders["sequential"] / "stages/03/predictions/beta.jsonl")
+    assert [entry.references for entry in stored] == [(f"beta {k}",) for k in range(100, 104)]
+    assert sum(entry.score for entry in stored) / 4 == pytest.approx(sequential[3].scores["beta"])
+
+
+def test_the_first_stage_is_the_same_with_and_without_replay(settings, stream):
+    folders = run(settings, stream, methods=["sequential", "random-replay"])
+    first, second = adapter(folders["sequential"], 1), adapter(folders["random-replay"], 1)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    later = adapter(folders["sequential"], 2), adapter(folders["random-replay"], 2)
+    assert any(not torch.equal(later[0][name], later[1][name]) for name in later[0])
+
+
+def test_the_average_is_what_is_kept(settings, stream):
+    class Watched:
+        """BalanceEMAUpdate that remembers what the average was when it was copied."""
+
+        def __init__(self):
+            self.averages = []
+
+        def wrap(self, optimizer):
+            self.optimizer = BalanceEMA(optimizer)
+            return self.optimizer
+
+        def finish(self, optimizer):
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            self.averages.append(sorted(float(self.optimizer.state[p]["average"].sum()) for p in parameters))
+            self.optimizer.copy_averaged_to_parameters()
+
+        def summary(self, optimizer):
+            return self.optimizer.balance_summary()
+
+    update = Watched()
+    plain = run(settings, stream, methods=["sequential"])["sequential"]
+    ours = run(settings, stream, methods=[{"preset": "sequential", "name": "watched"}], update=update)["watched"]
+    kept = sorted(float(tensor.sum()) for tensor in adapter(ours, 1).values())
+    assert kept == pytest.approx(update.averages[0], abs=1e-6)
+    assert kept != pytest.approx(sorted(float(t.sum()) for t in adapter(plain, 1).values()), abs=1e-6)
+    assert read_run(ours).method["update"]["name"].endswith("Watched")
+
+
+def test_balance_weights_are_recorded_per_step(settings, stream):
+    folder = run(settings, stream, methods=["balance-ema"])["balance-ema"]
+    for stage in read_stages(folder)[1:]:
+        assert [entry[0] for entry in stage.balance_weights] == [1, 2, 3, 4]
+        assert stage.balance_weights[0][1:] == pytest.approx([0.01, 0.01, 0.01, 1.0])  # no gradient before the first
+        assert all(0 <= low <= mean <= high <= 1 for _, mean, low, high, _ in stage.balance_weights)
+
+
+def test_experts_are_cached_between_runs(settings, stream, monkeypatch):
+    first = read_run(run(settings, stream, methods=["sequential"], evaluation={"experts": True})["sequential"])
+    assert set(first.experts) == {"alpha", "beta", "gamma"}
+    stages = read_stages(Path(settings["output"]) / "sequential")
+    assert first.experts["alpha"] == stages[1].scores["alpha"]  # the first task is learned alone anyway
+    trained = []
+    begin = CrossEntropy.begin_stage
+    monkeypatch.setattr(CrossEntropy, "begin_stage", lambda self, model: trained.append(1) or begin(self, model))
+    again = read_run(run(settings, stream, methods=["random-replay"], evaluation={"experts": True})["random-replay"])
+    assert again.experts == first.experts
+    assert len(trained) == 3
+
+
+def test_only_seen_tasks_when_asked(settings, stream):
+    folder = run(settings, stream, methods=["sequential"], evaluation={"tasks": "seen", "untrained": False})["sequential"]
+    assert [sorted(stage.scores) for stage in read_stages(folder)] == [
+        [],
+        ["alpha"],
+        ["alpha", "beta"],
+        ["alpha", "beta", "gamma"],
+    ]
+
+
+def test_full_fine_tuning(settings, stream):
+    folder = run(settings, stream, methods=["sequential"], adapter=None)["sequential"]
+    assert (folder / "stages/03/model/model.safetensors").exists()
+    assert ContinualModel.from_run(folder, device="cpu").generate(["Say alpha, then the number.\n\n100"])
+
+
+def test_a_finished_run_says_so(settings, stream):
+    run(settings, stream, methods=["sequential"])
+    said = io.StringIO()
+    ContinualTrainer({**settings, "methods": ["sequential"]}, stream=stream, console=Console(file=said, width=200)).run()
+    assert "already finished, nothing to do" in said.getvalue()
+
+
+def test_own_parts_by_object_and_by_dotted_path(settings, stream):
+    class Everything:
+        def select(self, context):
+            return [example for task in context.seen for example in task.train]
+
+    folder = run(settings, stream, methods=[{"preset": "sequential", "name": "own"}], replay=Everything())["own"]
+    assert read_stages(folder)[3].replayed == {"alpha": 16, "beta": 16}
+    method = {"name": "dotted", "replay": {"name": "cit_fast.replay.RandomReplay", "per_task": 5}}
+    folder = run(settings, stream, methods=[method])["dotted"]
+    assert read_stages(folder)[3].replayed == {"alpha": 5, "beta": 5}
+
+
+def test_one_folder_one_configuration(settings, stream):
+    run(settings, stream, methods=["sequential"])
+    with pytest.raises(RunError, match=r"another configuration \(training.learning_rate was 0.01, now 0.5\)"):
+        run(settings, stream, methods=["sequential"], training={"learning_rate": 0.5})
+    shorter = TaskStream(stream.tasks[:2])
+    with pytest.raises(RunError, match="stream was"):
+        run(settings, shorter, methods=["sequential"])
+    assert len(read_stages(Path(settings["output"]) / "sequential")) == 4
+
+
+def test_one_folder_one_process(settings, stream):
+    folder = Path(settings["output"]) / "sequential"
+    with RunFolder(folder).locked(), pytest.raises(RunError, match="another cit-fast run is working in this folder"):
+        run(settings, stream, methods=["sequential"])
+    run(settings, stream, methods=["sequential"])
+
+
+def test_a_folder_of_something_else_is_left_alone(settings, stream):
+    folder = Path(settings["output"]) / "sequential"
+    folder.mkdir(parents=True)
+    (folder / "thesis.tex").write_text("years of work")
+    with pytest.raises(RunError, match=r"not empty and not a cit-fast run \('thesis.tex' is there\)"):
+        run(settings, stream, methods=["sequential"])
+    assert (folder / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_file_in_the_way(settings, stream):
+    Path(settings["output"]).mkdir()
+    (Path(settings["output"]) / "sequential").write_text("x")
+    with pytest.raises(RunError, match="a file is in the way"):
+        run(settings, stream, methods=["sequential"])
+
+
+def test_a_run_of_another_format_version(settings, stream):
+    folder = run(settings, stream, methods=["sequential"])["sequential"]
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**record, "format_version": 99}))
+    with pytest.raises(RunError, match="written in format version 99"):
+        run(settings, stream, methods=["sequential"])
+
+
+def test_a_stage_gone_from_the_middle(settings, stream):
+    folder = run(settings, stream, methods=["sequential"])["sequential"]
+    (folder / "stages" / "02").rename(folder / "stages" / "gone")
+    with pytest.raises(RunError, match="stage 02 is missing although stage 03 is there"):
+        run(settings, stream, methods=["sequential"])
+
+
+def test_model_folder_without_tokenizer_or_model(settings, stream, tiny_model_folder, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).write_bytes((tiny_model_folder / name).read_bytes())
+    with pytest.raises(ConfigError, match="holds no tokenizer"):
+        ContinualTrainer({**settings, "model": {"name": str(bare)}}, stream=stream).run()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (bare / name).write_bytes((tiny_model_folder / name).read_bytes())
+    (bare / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"holds no config\.json"):
+        ContinualTrainer({**settings, "model": {"name": str(bare)}}, stream=stream, console=Console(quiet=True)).run()
+    with pytest.raises(ConfigError, match="no folder"):
+        ContinualTrainer({**settings, "model": {"name": str(tmp_path / "nothing")}}, stream=stream).run()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("evaluation", {"split": "dev"}, "task 'alpha' has no dev examples"),
+        ("training", {"lr_scheduler_type": "zigzag"}, "training"),
+        ("adapter", {"target_modules": ["no_such_layer"]}, "adapter: Target modules"),
+        ("data", {"max_length": 5}, "data.max_length"),
+        ("data", {"max_length": 8}, "tokens, 2 allowed, and without its input it is still too long; raise max_length"),
+        ("evaluation", {"max_new_tokens": 96}, "leaves no room for a prompt"),
+    ],
+)
+def test_settings_that_cannot_work(settings, stream, key, value, message):
+    with pytest.raises((ConfigError, ValueError), match=message) as caught:
+        run(settings, stream, methods=["sequential"], **{key: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_use_a_run_afterwards(settings, stream):
+    folder = run(settings, stream, methods=["sequential"])["sequential"]
+    stored = read_predictions(folder / "stages/03/predictions/gamma.jsonl")
+    model = ContinualModel.from_run(folder, device="cpu")
+    again = model.generate(list(stream[2].test), max_new_tokens=6)
+    assert again == [entry.prediction for entry in stored]
+    adapter_config = json.loads((folder / "stages/03/adapters/shared/adapter_config.json").read_text())
+    assert adapter_config["base_model_name_or_path"] == settings["model"]["name"]
+
+
+def test_a_run_without_a_stage_cannot_answer(settings, stream, tmp_path):
+    with pytest.raises(RunError, match=r"run\.json: not there"):
+        ContinualModel.from_run(tmp_path)
+
+
+def test_a_damaged_adapter_is_named(settings, stream):
+    folder = run(settings, stream, methods=["sequential"])["sequential"]
+    weights = folder / "stages/03/adapters/shared/adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(RunError, match="adapters/shared: cannot be loaded"):
+        ContinualModel.from_run(folder)
