@@ -1,11 +1,11 @@
 """The balance-weight EMA against what one would write in PyTorch, beside the memory bandwidth of the same run.
 
-    pytest bench/bench_balance_ema.py --benchmark-only                 timings of each contender
-    python -m bench.bench_balance_ema                                  contenders alternating, ratios, a record in bench/results
+    pytest bench/bench_balance_ema.py --benchmark-only      timings of each contender
+    python -m bench.bench_balance_ema                       contenders in turns, ratios, a record in bench/results
 
-Bytes counted per float32 parameter: the average alone 32 (norms read p, e, g, g_prev and write g_prev; the update reads p, e and
-writes e); with AdamW in the same sweep 44. Both are what has to move when nothing stays in a cache, so tensors that fit a cache
-can show more GB/s than memory gives.
+Bytes counted per float32 parameter: the average alone 32 (norms read p, e, g, g_prev and write g_prev; the update reads
+p, e and writes e); with AdamW in the same sweep 44. Both are what has to move when nothing stays in a cache, so tensors
+that fit a cache can show more GB/s than memory gives.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -134,9 +135,7 @@ class TorchAdamW:
 def steps(case: str) -> dict[str, Callable[[], None]]:
     """Every contender with tensors of its own, by name."""
     shapes = CASES[case]
-    out: dict[str, Callable[[], None]] = {
-        name: (lambda run=run, x=make(shapes): run(x)) for name, run in CONTENDERS.items()
-    }
+    out: dict[str, Callable[[], None]] = {name: partial(run, make(shapes)) for name, run in CONTENDERS.items()}
     out["adamw: one sweep"] = FusedAdamW(make(shapes))
     out["adamw: torch fused + native"] = TorchAdamW(make(shapes), native)
     out["adamw: torch fused + compile-per-tensor"] = TorchAdamW(make(shapes), compiled)
@@ -164,11 +163,11 @@ def test_contenders_agree(case: str) -> None:
 
 
 def main(rounds: int = 15) -> None:
-    """Time all contenders in turns, so that a slow moment of the machine meets all of them, and print and record ratios."""
+    """Time all contenders in turns, so that a slow moment of the machine meets all of them; print and record ratios."""
     results: dict[str, object] = {}
-    for case in CASES:
+    for case, shapes in CASES.items():
         contenders = steps(case)
-        numel = make(CASES[case]).numel
+        numel = make(shapes).numel
         times: dict[str, list[float]] = {name: [] for name in contenders}
         for round_number in range(rounds + 2):
             for name, run in contenders.items():
@@ -177,12 +176,16 @@ def main(rounds: int = 15) -> None:
                 if round_number >= 2:
                     times[name].append(time.perf_counter() - start)
         rows = {}
-        print(f"\n{case}: {numel / 1e6:.1f} M parameters in {len(CASES[case])} tensors, {torch.get_num_threads()} threads")
+        print(f"\n{case}: {numel / 1e6:.1f} M parameters in {len(shapes)} tensors, {torch.get_num_threads()} threads")
         for name, seconds in times.items():
             bytes_moved = ADAMW_BYTES if name == "adamw: one sweep" else EMA_BYTES
             base = "adamw: one sweep" if name.startswith("adamw") else "native"
             best, median = min(seconds), sorted(seconds)[len(seconds) // 2]
-            row = {"ms": round(best * 1e3, 3), "median_ms": round(median * 1e3, 3), "ratio": round(best / min(times[base]), 2)}
+            row = {
+                "ms": round(best * 1e3, 3),
+                "median_ms": round(median * 1e3, 3),
+                "ratio": round(best / min(times[base]), 2),
+            }
             if name in ("native", "adamw: one sweep"):
                 row["GB/s"] = round(bytes_moved * numel / best / 1e9, 1)
             rows[name] = row

@@ -1,4 +1,4 @@
-"""What the machine can do, measured in the same run as the benchmark that is compared with it, and what the machine is."""
+"""What the machine can do, measured in the same run as the benchmark beside it, and what the machine is."""
 
 from __future__ import annotations
 
@@ -59,6 +59,7 @@ def machine() -> dict[str, Any]:
         "cpu": model,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],  # above the number of threads: others were using the machine
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "backends": {name: status.reason for name, status in available_backends().items()},
         "python": platform.python_version(),

@@ -212,7 +212,7 @@ def _triton_status() -> BackendStatus:
 
 def _cuda_status() -> BackendStatus:
     if find_spec("cit_fast._native_cuda") is None:
-        return BackendStatus(False, "not built: nvcc was not found at build time")
+        return BackendStatus(False, "not built: this installation has no CUDA kernels")
     if not torch.cuda.is_available():
         return BackendStatus(False, "no CUDA device")
     problem = _import_error("cit_fast._native_cuda")

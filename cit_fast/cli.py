@@ -78,9 +78,7 @@ def evaluate(
             table.add_column(column, justify="left" if column in {"task", "metric"} else "right")
         for entry in rescore(folder, write=write):
             disagree += not entry.agrees
-            shown = [
-                "-" if value is None else f"{value:.1f}" for value in (entry.recorded, entry.recomputed)
-            ]
+            shown = ["-" if value is None else f"{value:.1f}" for value in (entry.recorded, entry.recomputed)]
             table.add_row(
                 f"{entry.stage}", entry.task, entry.metric, *shown, f"{entry.examples}",
                 style=None if entry.agrees else "bold red",
@@ -92,7 +90,9 @@ def evaluate(
 @app.command()
 def generate(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
-    prompts: Annotated[Path | None, typer.Option(help="A text file, one prompt per line; otherwise standard input.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A text file, one prompt per line; otherwise standard input.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
 ) -> None:
     """Answer prompts with the model of RUN's last stage, one answer per line."""
@@ -124,7 +124,9 @@ def doctor() -> None:
     for name, status in available_backends().items():
         table.add_row(name, "[green]yes[/green]" if status.available else "[red]no[/red]", escape(status.reason))
     console.print(table)
-    console.print(f"CPU  {environment['cpu']}, {environment['cores']} cores, {environment['threads']} threads", highlight=False)
+    console.print(
+        f"CPU  {environment['cpu']}, {environment['cores']} cores, {environment['threads']} threads", highlight=False
+    )
     console.print(f"GPU  {environment['gpu'] or 'none that torch can use'}", highlight=False)
     versions = "  ".join(f"{name} {version}" for name, version in environment["versions"].items())
     console.print(versions, highlight=False)

@@ -65,11 +65,11 @@ def commit_folder(temporary: Path, final: Path) -> None:
     A folder already there is replaced; a kill between the two renames leaves no folder, never a mixture.
     """
     sync_tree(temporary)
+    final.parent.mkdir(parents=True, exist_ok=True)
     if final.exists():
         old = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.old")
         final.rename(old)
         shutil.rmtree(old)
-    final.parent.mkdir(parents=True, exist_ok=True)
     temporary.rename(final)
     _sync_folder(final.parent)
 

@@ -8,13 +8,17 @@ from cit_fast.errors import RunError
 from cit_fast.files import commit_folder, is_disk_full, write_file, write_json
 
 
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
 def test_write_replaces_whole_and_leaves_no_temporary(tmp_path):
     path = tmp_path / "deep" / "file.txt"
     write_file(path, "one\ud800")
     assert path.read_bytes() == b"one\\ud800"
     write_file(path, b"two")
     assert path.read_bytes() == b"two"
-    assert os.listdir(path.parent) == ["file.txt"]
+    assert names(path.parent) == ["file.txt"]
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
@@ -29,7 +33,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
         write_file(path, "new")
     assert is_disk_full(caught.value)
     assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["file.txt"]
+    assert names(tmp_path) == ["file.txt"]
 
 
 def test_nan_is_not_json(tmp_path):
@@ -42,9 +46,9 @@ def test_commit_replaces_a_folder(tmp_path):
         temporary = tmp_path / "t"
         temporary.mkdir()
         (temporary / "f").write_text(text)
-        commit_folder(temporary, tmp_path / "sub" / "final") if (tmp_path / "sub").mkdir(exist_ok=True) is None else None
+        commit_folder(temporary, tmp_path / "sub" / "final")
     assert (tmp_path / "sub" / "final" / "f").read_text() == "two"
-    assert os.listdir(tmp_path / "sub") == ["final"]
+    assert names(tmp_path / "sub") == ["final"]
 
 
 @pytest.mark.parametrize(
@@ -58,10 +62,6 @@ def test_commit_replaces_a_folder(tmp_path):
 )
 def test_recognising_a_full_disk(error, full):
     assert is_disk_full(error) is full
-    try:
-        try:
-            raise error
-        except Exception as cause:
-            raise RuntimeError("outer") from cause
-    except RuntimeError as outer:
-        assert is_disk_full(outer) is full
+    outer = RuntimeError("outer")
+    outer.__cause__ = error
+    assert is_disk_full(outer) is full

@@ -17,8 +17,10 @@ import torch
 from cit_fast.data.prompts import IGNORED, Encoded
 from cit_fast.errors import ConfigError
 
-LENGTHS = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
-LENGTHS += tuple(range(1280, 4097, 256))
+LENGTHS: tuple[int, ...] = (
+    *(32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024),
+    *range(1280, 4097, 256),
+)
 """Default padded lengths in tokens; the longest example of a batch is padded by at most a third of the length
 between the first and the last of them. Beyond the last one come its multiples."""
 

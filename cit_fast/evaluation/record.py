@@ -98,9 +98,7 @@ def _read(path: Path, kind: type[_Record]) -> _Record:
         raise RunError(f"{path}: damaged (a JSON object was expected, not {type(raw).__name__})")
     version = raw.get("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
-        raise RunError(
-            f"{path}: written in format version {version}; this cit-fast reads version {FORMAT_VERSION}"
-        )
+        raise RunError(f"{path}: written in format version {version}; this cit-fast reads version {FORMAT_VERSION}")
     known = {entry.name for entry in dataclasses.fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(set(raw) - known)
     if unknown:

@@ -163,7 +163,9 @@ class RunConfig(_Section):
     name: str = Field(default="run", pattern=r"^[\w][\w.+-]*$")
     output: str | None = None
     seed: int = Field(default=0, ge=0)
-    methods: tuple[MethodConfig, ...] = Field(default=("sequential",), min_length=1)
+    methods: tuple[MethodConfig, ...] = Field(
+        default_factory=lambda: (MethodConfig.model_validate("sequential"),), min_length=1
+    )
     model: ModelConfig = ModelConfig()
     adapter: dict[str, Any] | None = Field(
         default_factory=lambda: {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
@@ -226,7 +228,7 @@ class RunConfig(_Section):
         return Path(self.output) if self.output is not None else Path("runs") / self.name
 
     def resolved(self, method: MethodConfig) -> dict[str, Any]:
-        """Everything that decides the outcome of one method, as plain JSON values (no output folder, no other method)."""
+        """What decides the outcome of one method, as plain JSON values: no output folder, no other method."""
         plain = self.model_dump(mode="json", exclude={"output", "methods", "name"})
         plain["method"] = method.model_dump(mode="json")
         return typing.cast("dict[str, Any]", json.loads(json.dumps(plain)))
@@ -368,7 +370,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Args:
         path: the file.
-        overrides: ``key.path=value`` strings; values are YAML; list items by number (``methods.0.replay.fraction=0.2``).
+        overrides: ``key.path=value`` strings; values are YAML, list items go by number
+            (``methods.0.replay.fraction=0.2``).
 
     Raises:
         ConfigError: a missing file, broken YAML, an unknown key, a wrong type or another version, in one line.

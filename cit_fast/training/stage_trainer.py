@@ -33,6 +33,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
     ) -> None:
         super().__init__(**kwargs)
         self.objective, self.update = objective, update
+        self.optimizer: torch.optim.Optimizer | None
         # Our loss divides by the response tokens of the whole accumulated batch, so the Trainer has to count them.
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
@@ -43,8 +44,8 @@ class StageTrainer(Trainer):  # type: ignore[misc]
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The optimizer of TrainingArguments inside the update's."""
         if self.optimizer is None:
-            super().create_optimizer(*args, **kwargs)
-            self.optimizer = self.update.wrap(self.optimizer)
+            made: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+            self.optimizer = self.update.wrap(made)
         return self.optimizer
 
     def compute_loss(
@@ -82,9 +83,7 @@ class _StageRecorder(TrainerCallback):  # type: ignore[misc]
         """Show the bar, already moved to where a resumed stage stands."""
         self._started = time.perf_counter()
         if state.is_world_process_zero:
-            self._bar = tqdm(
-                total=state.max_steps, initial=state.global_step, desc=self.title, unit="step", leave=True
-            )
+            self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.title, unit="step", leave=True)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep the step's balance weights; gradients are still there, the step count is not yet raised."""

@@ -55,7 +55,7 @@ def make(
     seed: int = 0,
     in_range: bool = True,
 ) -> Lists:
-    """Random tensors; ``in_range`` scales the distance so that every rule gives a usable weight where there are elements."""
+    """Random tensors; ``in_range`` scales the distance so that every rule gives a usable weight (if not empty)."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(shape: tuple[int, ...]) -> Tensor:

@@ -433,7 +433,7 @@ def test_only_the_mode_switch_passes_through() -> None:
 
 def test_grad_scaler_unscales_before_and_skips_whole_steps() -> None:
     model, plain = make_model(), make_model()
-    # A fused optimizer unscales by itself; behind the wrapper the scaler must, or the average would see scaled gradients.
+    # A fused optimizer unscales by itself; behind the wrapper the scaler must, or the average sees scaled ones.
     optimizer, inner = BalanceEMA(AdamW(model.parameters(), lr=0.01, fused=True)), AdamW(plain.parameters(), lr=0.01)
     other = BalanceEMA(inner)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)

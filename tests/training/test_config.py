@@ -111,7 +111,9 @@ def test_every_preset_builds_its_parts(tmp_path):
 
 
 def test_options_without_a_name_refine_the_presets_part():
-    config = RunConfig.model_validate({"methods": [{"preset": "random-replay", "name": "r", "replay": {"per_task": 3}}]})
+    config = RunConfig.model_validate(
+        {"methods": [{"preset": "random-replay", "name": "r", "replay": {"per_task": 3}}]}
+    )
     assert config.methods[0].replay == Part(name="random", options={"fraction": 0.1, "per_task": 3})
 
 

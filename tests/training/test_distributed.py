@@ -40,9 +40,23 @@ def test_accelerate_launch_with_two_processes(settings, tmp_path):
     config = tmp_path / "two.yaml"
     config.write_text(yaml.safe_dump(settings))
     # accelerate's own --cpu starts one process unless there is MPI; its multi-process launcher takes CPUs all the same.
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "cit_fast.cli", "run", str(config)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CIT_FAST_CACHE": str(tmp_path / "other-cache")}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "CIT_FAST_CACHE": str(tmp_path / "other-cache"),
+    }
     done = subprocess.run(launch, capture_output=True, text=True, env=environment, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Report: ") == 1  # one process speaks

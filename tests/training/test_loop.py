@@ -110,7 +110,9 @@ def test_experts_are_cached_between_runs(settings, stream, monkeypatch):
 
 
 def test_only_seen_tasks_when_asked(settings, stream):
-    folder = run(settings, stream, methods=["sequential"], evaluation={"tasks": "seen", "untrained": False})["sequential"]
+    folder = run(settings, stream, methods=["sequential"], evaluation={"tasks": "seen", "untrained": False})[
+        "sequential"
+    ]
     assert [sorted(stage.scores) for stage in read_stages(folder)] == [
         [],
         ["alpha"],
@@ -128,7 +130,9 @@ def test_full_fine_tuning(settings, stream):
 def test_a_finished_run_says_so(settings, stream):
     run(settings, stream, methods=["sequential"])
     said = io.StringIO()
-    ContinualTrainer({**settings, "methods": ["sequential"]}, stream=stream, console=Console(file=said, width=200)).run()
+    ContinualTrainer(
+        {**settings, "methods": ["sequential"]}, stream=stream, console=Console(file=said, width=200)
+    ).run()
     assert "already finished, nothing to do" in said.getvalue()
 
 

