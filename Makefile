@@ -12,7 +12,8 @@ export TOKENIZERS_PARALLELISM = false
 .PHONY: demo test lint bench sanitize clean setup
 setup: $(SETUP)
 
-$(SETUP): pyproject.toml CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*)
+# An editable install finds new modules by itself, but not new packages: hence their __init__.py.
+$(SETUP): pyproject.toml CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/* cit_fast/*/__init__.py)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "cit-fast needs Python >= 3.10")'
 	$(PYTHON) -m venv $(VENV) || { echo "Python cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	$(BIN)/pip install --quiet --upgrade pip
@@ -32,6 +33,10 @@ test: $(SETUP)
 lint: $(SETUP)
 	$(BIN)/pip install --quiet -e '.[dev]'
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+sanitize:
+	cmake -S . -B build/sanitize -DCIT_FAST_SANITIZE=ON && cmake --build build/sanitize --parallel 2
+	ctest --test-dir build/sanitize --output-on-failure
 
 bench: $(SETUP)
 	$(BIN)/pytest bench --benchmark-only $(PYTEST_ARGS)

@@ -1,5 +1,6 @@
-// The Python module cit_fast._native: the only file here that knows Python. Tensors arrive as addresses (torch.Tensor.data_ptr()),
-// so this builds without torch and one binary serves every torch version. Arguments are checked in cit_fast/ops.
+// The Python module cit_fast._native: the only file here that knows Python. Tensors arrive as addresses
+// (torch.Tensor.data_ptr()), so this builds without torch and one binary serves every torch version. Arguments are
+// checked in cit_fast/ops.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -41,7 +42,8 @@ cit::AdamWTensor adamw_tensor(const std::int64_t* row) {
 
 template <class Tensor>
 std::vector<Tensor> rows(const Table& table, std::size_t columns, Tensor (*make)(const std::int64_t*)) {
-  if (table.size() % columns != 0) throw std::invalid_argument("table: expected rows of " + std::to_string(columns) + " integers");
+  if (table.size() % columns != 0)
+    throw std::invalid_argument("table: expected rows of " + std::to_string(columns) + " integers");
   std::vector<Tensor> tensors;
   tensors.reserve(table.size() / columns);
   for (std::size_t at = 0; at < table.size(); at += columns) tensors.push_back(make(table.data() + at));
@@ -67,10 +69,11 @@ PYBIND11_MODULE(_native, m) {
          std::int64_t fallbacks) {
         const auto tensors = rows(table, kEmaColumns, ema_tensor);
         py::gil_scoped_release release;
-        cit::balance_ema(tensors, rule_options(rule, decay, fallback), threads, pointer<float>(alphas), pointer<bool>(fallbacks));
+        cit::balance_ema(tensors, rule_options(rule, decay, fallback), threads, pointer<float>(alphas),
+                         pointer<bool>(fallbacks));
       },
-      py::arg("table"), py::kw_only(), py::arg("rule"), py::arg("decay"), py::arg("fallback"), py::arg("threads"), py::arg("alphas"),
-      py::arg("fallbacks"));
+      py::arg("table"), py::kw_only(), py::arg("rule"), py::arg("decay"), py::arg("fallback"), py::arg("threads"),
+      py::arg("alphas"), py::arg("fallbacks"));
 
   m.def(
       "adamw_balance_ema",
@@ -78,12 +81,13 @@ PYBIND11_MODULE(_native, m) {
          std::int64_t rule, double decay, double fallback, int threads, std::int64_t alphas, std::int64_t fallbacks) {
         const auto tensors = rows(table, kAdamWColumns, adamw_tensor);
         py::gil_scoped_release release;
-        cit::adamw_balance_ema(tensors, {step, lr, beta1, beta2, eps, weight_decay}, rule_options(rule, decay, fallback), threads,
-                               pointer<float>(alphas), pointer<bool>(fallbacks));
+        cit::adamw_balance_ema(tensors, {step, lr, beta1, beta2, eps, weight_decay},
+                               rule_options(rule, decay, fallback), threads, pointer<float>(alphas),
+                               pointer<bool>(fallbacks));
       },
-      py::arg("table"), py::kw_only(), py::arg("step"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
-      py::arg("weight_decay"), py::arg("rule"), py::arg("decay"), py::arg("fallback"), py::arg("threads"), py::arg("alphas"),
-      py::arg("fallbacks"));
+      py::arg("table"), py::kw_only(), py::arg("step"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"),
+      py::arg("eps"), py::arg("weight_decay"), py::arg("rule"), py::arg("decay"), py::arg("fallback"),
+      py::arg("threads"), py::arg("alphas"), py::arg("fallbacks"));
 
   m.def(
       "flush_balance_ema",

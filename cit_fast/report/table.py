@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,8 @@ _MOST_NAMED_COLUMNS = 6
 
 
 def comparison_table(runs: Sequence[Path]) -> Table:
-    """One row per run on the same tasks: AP, forgetting, BWT, FWT, relative gain, replayed examples, minutes.
+    """One row per run on the same tasks: AP, forgetting, BWT, FWT, relative gain, replayed examples, minutes; a column
+    that no run has a value for is left out.
 
     The best value of a column is bold with a star, if two complete continual runs or more compete; joint runs
     are the upper bound and do not compete. The caption says what was left out and what is still running.
@@ -30,14 +32,20 @@ def comparison_table(runs: Sequence[Path]) -> Table:
     caption = Text("\n".join(found.notes)) if found.notes else None
     table = _table(None, caption)
     table.add_column("Method", overflow="fold", min_width=13)
-    for column in COLUMNS:
+    # A column that no run has a value for would only push the others off a narrow terminal.
+    shown = [any(column.value(view) is not None for view in found.compared) for column in COLUMNS]
+    for column in itertools.compress(COLUMNS, shown):
         table.add_column(column.title + column.arrow, justify="right")
     for view, cells in comparison_rows(found):
         label = Text(view.label + (" (joint)" if view.is_joint and view.record.method_name != "joint" else ""))
         if not view.is_complete:
             label.append(" …")
         table.add_row(
-            label, *(Text(text + ("*" if best else ""), "bold green" if best else "") for text, best in cells)
+            label,
+            *(
+                Text(text + ("*" if best else ""), "bold green" if best else "")
+                for text, best in itertools.compress(cells, shown)
+            ),
         )
     return table
 

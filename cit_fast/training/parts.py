@@ -7,7 +7,7 @@ import inspect
 import typing
 from typing import Any
 
-from cit_fast.errors import ConfigError
+from cit_fast.errors import CitFastError, ConfigError
 from cit_fast.training.config import Part, _choices, checked_value
 
 PARTS: dict[str, dict[str, str]] = {
@@ -57,5 +57,5 @@ def build_part(kind: str, part: Part, method: str) -> Any:
             for key, value in part.options.items()
         }
         return factory(**values)
-    except (ValueError, TypeError, ConfigError) as error:
+    except (ValueError, TypeError, CitFastError) as error:
         raise ConfigError(f"{where}.{error}") from None

@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 from torch.optim import Optimizer
 
 from cit_fast.errors import ConfigError
+from cit_fast.ops.balance_ema import check_rule
 from cit_fast.optim import BalanceEMA, BalanceSummary
 
 
@@ -51,10 +52,7 @@ class BalanceEMAUpdate:
         decay: float = 0.99,
         fallback: float = 0.01,
     ) -> None:
-        if not 0 <= decay <= 1:
-            raise ConfigError(f"decay: {decay} is outside [0, 1]")
-        if not 0 <= fallback <= 1:
-            raise ConfigError(f"fallback: {fallback} is outside [0, 1]")
+        check_rule("balance-ema", rule, decay, fallback)
         self.rule, self.decay, self.fallback = rule, decay, fallback
 
     def wrap(self, optimizer: Optimizer) -> Optimizer:

@@ -11,7 +11,8 @@
 namespace cit {
 namespace {
 
-// Up to this many elements a tensor is one task: p and e (1 MiB) are still in the second-level cache when the average is updated.
+// Up to this many elements a tensor is one task: p and e (1 MiB) are still in the second-level cache when the average
+// is updated.
 constexpr std::int64_t kWholeTensor = 131072;
 
 const BalanceEmaKernels& kernels() {
@@ -114,9 +115,11 @@ AdamWStep prepare(const AdamWOptions& options) {
 
 }  // namespace
 
-void balance_ema(const std::vector<EmaTensor>& tensors, const RuleOptions& options, int threads, float* alphas, bool* fallbacks) {
+void balance_ema(const std::vector<EmaTensor>& tensors, const RuleOptions& options, int threads, float* alphas,
+                 bool* fallbacks) {
   const BalanceEmaKernels& run = kernels();
-  const auto tasks = split(static_cast<std::int64_t>(tensors.size()), kWholeTensor, [&](std::int64_t i) { return tensors[i].numel; });
+  const auto tasks =
+      split(static_cast<std::int64_t>(tensors.size()), kWholeTensor, [&](std::int64_t i) { return tensors[i].numel; });
   const auto count = static_cast<std::int64_t>(tasks.size());
   std::vector<Norms> partial(tasks.size());
   const auto store_weight = [&](std::int64_t i, const Norms& norms) {
@@ -140,15 +143,17 @@ void balance_ema(const std::vector<EmaTensor>& tensors, const RuleOptions& optio
   parallel_for(count, threads, [&](std::int64_t k) {
     // Backwards: the chunks read last are the ones still in the cache.
     const Task& task = tasks[count - 1 - k];
-    if (!task.whole && alphas[task.tensor] != 0.0f) run.apply(tensors[task.tensor], alphas[task.tensor], task.begin, task.count);
+    if (!task.whole && alphas[task.tensor] != 0.0f)
+      run.apply(tensors[task.tensor], alphas[task.tensor], task.begin, task.count);
   });
 }
 
-void adamw_balance_ema(const std::vector<AdamWTensor>& tensors, const AdamWOptions& adamw, const RuleOptions& options, int threads,
-                       float* alphas, bool* fallbacks) {
+void adamw_balance_ema(const std::vector<AdamWTensor>& tensors, const AdamWOptions& adamw, const RuleOptions& options,
+                       int threads, float* alphas, bool* fallbacks) {
   const BalanceEmaKernels& run = kernels();
   const AdamWStep step = prepare(adamw);
-  const auto tasks = split(static_cast<std::int64_t>(tensors.size()), kChunk, [&](std::int64_t i) { return tensors[i].ema.numel; });
+  const auto tasks =
+      split(static_cast<std::int64_t>(tensors.size()), kChunk, [&](std::int64_t i) { return tensors[i].ema.numel; });
   std::vector<Norms> partial(tasks.size());
   const auto store_weight = [&](std::int64_t i, const Norms& norms) {
     const Weight weight = balance_weight(norms, options);
@@ -165,7 +170,8 @@ void adamw_balance_ema(const std::vector<AdamWTensor>& tensors, const AdamWOptio
 
 void flush_balance_ema(const std::vector<EmaTensor>& tensors, int threads, const float* alphas) {
   const BalanceEmaKernels& run = kernels();
-  const auto tasks = split(static_cast<std::int64_t>(tensors.size()), kChunk, [&](std::int64_t i) { return tensors[i].numel; });
+  const auto tasks =
+      split(static_cast<std::int64_t>(tensors.size()), kChunk, [&](std::int64_t i) { return tensors[i].numel; });
   parallel_for(static_cast<std::int64_t>(tasks.size()), threads, [&](std::int64_t k) {
     const Task& task = tasks[k];
     if (alphas[task.tensor] != 0.0f) run.apply(tensors[task.tensor], alphas[task.tensor], task.begin, task.count);

@@ -4,8 +4,8 @@
 //   alpha = released: 2 (1 + b) / (a c)    paper: 1 - (1 + b) / (a c)    fixed: 1 - decay
 //   e <- e + alpha (p - e),  g_prev <- g
 //
-// The definition that this is tested against is cit_fast/reference/balance_ema.py. Sums: 16 float lanes over each chunk of 16 Ki
-// elements, then double over the chunks in order, so the number of threads never changes a bit.
+// The definition that this is tested against is cit_fast/reference/balance_ema.py. Sums: 16 float lanes over each chunk
+// of 16 Ki elements, then double over the chunks in order, so the number of threads never changes a bit.
 #pragma once
 
 #include <cstdint>
@@ -44,11 +44,12 @@ struct AdamWOptions {
 };
 
 // alphas[i] is 0 where a tensor was left out because p or g held a value that is not finite.
-void balance_ema(const std::vector<EmaTensor>& tensors, const RuleOptions& options, int threads, float* alphas, bool* fallbacks);
+void balance_ema(const std::vector<EmaTensor>& tensors, const RuleOptions& options, int threads, float* alphas,
+                 bool* fallbacks);
 
 // One sweep: the pending average update of the step before (alphas, 0 = none), AdamW, the norms, the new alphas.
-void adamw_balance_ema(const std::vector<AdamWTensor>& tensors, const AdamWOptions& adamw, const RuleOptions& options, int threads,
-                       float* alphas, bool* fallbacks);
+void adamw_balance_ema(const std::vector<AdamWTensor>& tensors, const AdamWOptions& adamw, const RuleOptions& options,
+                       int threads, float* alphas, bool* fallbacks);
 
 // Applies pending updates; reads only numel, param and average.
 void flush_balance_ema(const std::vector<EmaTensor>& tensors, int threads, const float* alphas);

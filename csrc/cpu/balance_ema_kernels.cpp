@@ -1,9 +1,10 @@
 // Inner loops of balance_ema.h, compiled once per instruction set.
 //
-// All of them wait for memory, so what counts is bytes per float32 parameter: norms 20 (read p, e, g, g_prev; write g_prev), apply 12
-// (read p, e; write e), AdamW with everything in one sweep 44 (read p, g, m, v, e, g_prev; write p, m, v, e, g_prev). Six read
-// and five write streams are more than hardware prefetchers follow, hence the prefetch by hand. float32 tensors are used in
-// place in one loop; 16-bit ones pass through float blocks that stay in the first-level cache.
+// All of them wait for memory, so what counts is bytes per float32 parameter: norms 20 (read p, e, g, g_prev; write
+// g_prev), apply 12 (read p, e; write e), AdamW with everything in one sweep 44 (read p, g, m, v, e, g_prev; write p,
+// m, v, e, g_prev). Six read and five write streams are more than hardware prefetchers follow, hence the prefetch by
+// hand. float32 tensors are used in place in one loop; 16-bit ones pass through float blocks that stay in the
+// first-level cache.
 
 #include "balance_ema_kernels.h"
 
@@ -13,8 +14,8 @@ namespace cit {
 namespace CIT_SIMD_NAMESPACE {
 namespace {
 
-constexpr int64_t kBlock = 1024;          // floats per conversion buffer: 4 KiB, five of them fit the first-level cache
-constexpr int64_t kPrefetchAhead = 512;   // floats, 2 KiB: measured best on a two-core server part
+constexpr int64_t kBlock = 1024;         // floats per conversion buffer: 4 KiB, five of them fit the first-level cache
+constexpr int64_t kPrefetchAhead = 512;  // floats, 2 KiB: measured best on a two-core server part
 
 template <class... Pointers>
 inline void prefetch(int64_t i, const Pointers*... streams) {
@@ -64,7 +65,8 @@ void norms_block(const float* p, const float* e, const float* g, float* previous
   total = sums;
 }
 
-inline void norms_block_any(const float* p, const float* e, const float* g, float* previous, int64_t count, Sums& sums) {
+inline void norms_block_any(const float* p, const float* e, const float* g, float* previous, int64_t count,
+                            Sums& sums) {
   if (previous != nullptr) {
     norms_block<true>(p, e, g, previous, count, sums);
   } else {
@@ -72,12 +74,18 @@ inline void norms_block_any(const float* p, const float* e, const float* g, floa
   }
 }
 
-inline bool is_float(const Array& array) { return array.data == nullptr || array.dtype == DType::kFloat32; }
+inline bool is_float(const Array& array) {
+  return array.data == nullptr || array.dtype == DType::kFloat32;
+}
 
 // Blocks of whole vectors keep every element in the same lane as one long loop does.
-inline int64_t block_size(bool in_place, int64_t count) { return in_place || count < kBlock ? count : kBlock; }
+inline int64_t block_size(bool in_place, int64_t count) {
+  return in_place || count < kBlock ? count : kBlock;
+}
 
-inline int64_t smaller(int64_t x, int64_t y) { return x < y ? x : y; }
+inline int64_t smaller(int64_t x, int64_t y) {
+  return x < y ? x : y;
+}
 
 // g_prev as floats that a kernel may overwrite with g; null when there is none.
 inline float* open_previous(const Array& array, int64_t begin, int64_t count, float* scratch) {
@@ -98,7 +106,8 @@ Norms norms(const EmaTensor& tensor, int64_t begin, int64_t count) {
   for (int64_t at = begin; at < begin + count; at += block) {
     const int64_t n = smaller(block, begin + count - at);
     float* previous = open_previous(tensor.previous_grad, at, n, previous_scratch);
-    norms_block_any(read(tensor.param, at, n, p_scratch), tensor.average + at, read(tensor.grad, at, n, g_scratch), previous, n, sums);
+    norms_block_any(read(tensor.param, at, n, p_scratch), tensor.average + at, read(tensor.grad, at, n, g_scratch),
+                    previous, n, sums);
     close_previous(tensor.previous_grad, at, n, previous_scratch);
   }
   return sums.total();
@@ -206,7 +215,8 @@ Norms adamw(const AdamWTensor& tensor, const AdamWStep& step, float pending, int
     const float* g = read(ema.grad, at, n, g_scratch);
     float* previous = open_previous(ema.previous_grad, at, n, previous_scratch);
     float* e = ema.average + at;
-    const AdamWBlock streams{p, write_target(ema.param, at, p_scratch), g, tensor.exp_avg + at, tensor.exp_avg_sq + at, e, previous};
+    const AdamWBlock streams{
+        p, write_target(ema.param, at, p_scratch), g, tensor.exp_avg + at, tensor.exp_avg_sq + at, e, previous};
     if (fused) {
       adamw_block_any<true>(streams, step, pending, n, sums);
     } else {

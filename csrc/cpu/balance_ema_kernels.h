@@ -17,13 +17,13 @@ struct Norms {
 
 // AdamWOptions made ready for the inner loop.
 struct AdamWStep {
-  float keep;         // 1 - lr * weight_decay
-  float weight1;      // 1 - beta1
+  float keep;     // 1 - lr * weight_decay
+  float weight1;  // 1 - beta1
   float beta2;
-  float weight2;      // 1 - beta2
-  float root_scale;   // 1 / sqrt(1 - beta2^step)
+  float weight2;     // 1 - beta2
+  float root_scale;  // 1 / sqrt(1 - beta2^step)
   float eps;
-  float step_size;    // lr / (1 - beta1^step)
+  float step_size;  // lr / (1 - beta1^step)
 };
 
 struct BalanceEmaKernels {

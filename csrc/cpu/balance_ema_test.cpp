@@ -1,8 +1,9 @@
-// Stand-alone test for the sanitizers: every kernel at every dtype, odd length and thread count, on buffers of exactly the right size.
-// Whether the numbers are right in detail is tested from Python against the reference; here: no bad access, close to a plain
-// double loop, and the same bits with any number of threads.
+// Stand-alone test for the sanitizers: every kernel at every dtype, odd length and thread count, on buffers of exactly
+// the right size. Whether the numbers are right in detail is tested from Python against the reference; here: no bad
+// access, close to a plain double loop, and the same bits with any number of threads.
 //
-//   cmake -S . -B build/sanitize -DCIT_FAST_SANITIZE=ON && cmake --build build/sanitize && ctest --test-dir build/sanitize
+//   cmake -S . -B build/sanitize -DCIT_FAST_SANITIZE=ON && cmake --build build/sanitize && ctest --test-dir
+//   build/sanitize
 
 #include "cpu/balance_ema.h"
 
@@ -42,7 +43,8 @@ std::uint16_t to_half(float value, DType dtype) {
 
 class Buffer {
  public:
-  Buffer(const std::vector<float>& values, DType dtype) : dtype_(dtype), bytes_(values.size() * (dtype == DType::kFloat32 ? 4 : 2)) {
+  Buffer(const std::vector<float>& values, DType dtype)
+      : dtype_(dtype), bytes_(values.size() * (dtype == DType::kFloat32 ? 4 : 2)) {
     data_ = std::make_unique<unsigned char[]>(bytes_);
     for (std::size_t i = 0; i < values.size(); ++i) {
       if (dtype == DType::kFloat32) {
@@ -55,7 +57,9 @@ class Buffer {
   }
   Array array() { return {data_.get(), dtype_}; }
   float* floats() { return reinterpret_cast<float*>(data_.get()); }
-  bool same_bits(const Buffer& other) const { return bytes_ == other.bytes_ && std::memcmp(data_.get(), other.data_.get(), bytes_) == 0; }
+  bool same_bits(const Buffer& other) const {
+    return bytes_ == other.bytes_ && std::memcmp(data_.get(), other.data_.get(), bytes_) == 0;
+  }
 
  private:
   DType dtype_;
@@ -72,17 +76,25 @@ std::vector<float> random_values(std::size_t count, unsigned seed) {
 
 struct Sample {
   Sample(std::size_t count, DType param_dtype, DType grad_dtype)
-      : p(random_values(count, 1)), e(random_values(count, 2)), g(random_values(count, 3)), previous(random_values(count, 4)),
-        param(p, param_dtype), average(e, DType::kFloat32), grad(g, grad_dtype), previous_grad(previous, param_dtype),
-        exp_avg(random_values(count, 5), DType::kFloat32), exp_avg_sq(std::vector<float>(count, 0.5f), DType::kFloat32) {}
+      : p(random_values(count, 1)),
+        e(random_values(count, 2)),
+        g(random_values(count, 3)),
+        previous(random_values(count, 4)),
+        param(p, param_dtype),
+        average(e, DType::kFloat32),
+        grad(g, grad_dtype),
+        previous_grad(previous, param_dtype),
+        exp_avg(random_values(count, 5), DType::kFloat32),
+        exp_avg_sq(std::vector<float>(count, 0.5f), DType::kFloat32) {}
 
   cit::EmaTensor ema() {
     return {static_cast<std::int64_t>(p.size()), param.array(), average.floats(), grad.array(), previous_grad.array()};
   }
   cit::AdamWTensor adamw() { return {ema(), exp_avg.floats(), exp_avg_sq.floats()}; }
   bool same_bits(const Sample& other) const {
-    return param.same_bits(other.param) && average.same_bits(other.average) && previous_grad.same_bits(other.previous_grad) &&
-           exp_avg.same_bits(other.exp_avg) && exp_avg_sq.same_bits(other.exp_avg_sq);
+    return param.same_bits(other.param) && average.same_bits(other.average) &&
+           previous_grad.same_bits(other.previous_grad) && exp_avg.same_bits(other.exp_avg) &&
+           exp_avg_sq.same_bits(other.exp_avg_sq);
   }
 
   std::vector<float> p, e, g, previous;
@@ -153,7 +165,8 @@ int main(int argc, char** argv) {
   for (const std::size_t count : {0, 1, 15, 16, 17, 1023, 1025, 16384, 16385, 140001}) {
     for (const DType param : dtypes) {
       for (const DType grad : dtypes) {
-        const std::string name = std::to_string(count) + " elements, dtypes " + std::to_string(static_cast<int>(param)) + " and " +
+        const std::string name = std::to_string(count) + " elements, dtypes " +
+                                 std::to_string(static_cast<int>(param)) + " and " +
                                  std::to_string(static_cast<int>(grad));
         test_balance_ema(count, param, grad, name);
         test_adamw(count, param, grad, name);

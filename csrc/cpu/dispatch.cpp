@@ -58,7 +58,9 @@ SimdLevel simd_level() {
   return static_cast<SimdLevel>(level);
 }
 
-void set_simd_level(const std::string& name) { g_level.store(name.empty() ? kUnset : parse(name, "simd level")); }
+void set_simd_level(const std::string& name) {
+  g_level.store(name.empty() ? kUnset : parse(name, "simd level"));
+}
 
 std::vector<std::string> simd_levels() {
   std::vector<std::string> names;

@@ -5,8 +5,8 @@
 
 namespace cit {
 
-// Calls body(index) for 0 <= index < count, each index exactly once, in no fixed order. Whoever needs the same bits with any
-// number of threads writes results to a slot per index and combines the slots afterwards in a fixed order.
+// Calls body(index) for 0 <= index < count, each index exactly once, in no fixed order. Whoever needs the same bits
+// with any number of threads writes results to a slot per index and combines the slots afterwards in a fixed order.
 template <class Body>
 void parallel_for(std::int64_t count, int threads, const Body& body) {
 #ifdef _OPENMP

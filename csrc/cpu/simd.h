@@ -1,11 +1,12 @@
 // Sixteen float lanes, whatever the instruction set.
 //
-// A kernel source is compiled once per instruction set (CMakeLists.txt), each time with another CIT_SIMD_NAMESPACE. A vector
-// always has 16 logical lanes: one AVX-512 register, two AVX2 registers, or four of SSE or NEON. With -ffp-contract=off every
-// level then does the same additions in the same order, so results, sums included, are the same bits on every machine.
+// A kernel source is compiled once per instruction set (CMakeLists.txt), each time with another CIT_SIMD_NAMESPACE. A
+// vector always has 16 logical lanes: one AVX-512 register, two AVX2 registers, or four of SSE or NEON. With
+// -ffp-contract=off every level then does the same additions in the same order, so results, sums included, are the same
+// bits on every machine.
 //
-// Kernel sources include only this header and C headers: an inline function of the C++ library compiled here with AVX-512 could
-// be the copy the linker keeps for everyone, and would stop an older processor.
+// Kernel sources include only this header and C headers: an inline function of the C++ library compiled here with
+// AVX-512 could be the copy the linker keeps for everyone, and would stop an older processor.
 #pragma once
 
 #include <stdint.h>
@@ -53,7 +54,9 @@ static inline F32x16 load(const float* source) {
   return out;
 }
 
-static inline void store(float* target, const F32x16& value) { memcpy(target, &value, sizeof(value)); }
+static inline void store(float* target, const F32x16& value) {
+  memcpy(target, &value, sizeof(value));
+}
 
 // The first `count` < 16 lanes from memory, the others `fill`.
 static inline F32x16 load_first(const float* source, int count, float fill = 0.0f) {
@@ -66,11 +69,11 @@ static inline void store_first(float* target, const F32x16& value, int count) {
   memcpy(target, &value, sizeof(float) * static_cast<size_t>(count));
 }
 
-#define CIT_BINARY(op)                                                         \
-  static inline F32x16 operator op(const F32x16& x, const F32x16& y) {         \
-    F32x16 out;                                                                \
-    for (int k = 0; k < kParts; ++k) out.part[k] = x.part[k] op y.part[k];     \
-    return out;                                                                \
+#define CIT_BINARY(op)                                                     \
+  static inline F32x16 operator op(const F32x16& x, const F32x16& y) {     \
+    F32x16 out;                                                            \
+    for (int k = 0; k < kParts; ++k) out.part[k] = x.part[k] op y.part[k]; \
+    return out;                                                            \
   }
 CIT_BINARY(+)
 CIT_BINARY(-)
@@ -123,7 +126,9 @@ static inline float float_of(uint32_t bits) {
   return value;
 }
 
-static inline float bfloat16_to_float(uint16_t half) { return float_of(static_cast<uint32_t>(half) << 16); }
+static inline float bfloat16_to_float(uint16_t half) {
+  return float_of(static_cast<uint32_t>(half) << 16);
+}
 
 // Round to nearest, ties to even; a NaN stays a (quiet) NaN.
 static inline uint16_t float_to_bfloat16(float value) {
@@ -134,8 +139,12 @@ static inline uint16_t float_to_bfloat16(float value) {
 }
 
 #if defined(__F16C__)
-static inline float float16_to_float(uint16_t half) { return _cvtsh_ss(half); }
-static inline uint16_t float_to_float16(float value) { return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
+static inline float float16_to_float(uint16_t half) {
+  return _cvtsh_ss(half);
+}
+static inline uint16_t float_to_float16(float value) {
+  return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
+}
 #else
 // Same results as the F16C instructions, by exact scaling with powers of two.
 static inline float float16_to_float(uint16_t half) {

@@ -128,8 +128,8 @@ def test_options_without_a_name_refine_the_presets_part():
         ("replay", {"name": "random", "per_task": 0}, "replay.per_task: 0"),
         ("replay", {"name": "random", "per_task": "few"}, "replay.per_task: Input should be"),
         ("update", {"name": "balance-ema", "rule": "best"}, "update.rule: Input should be"),
-        ("update", {"name": "balance-ema", "decay": 1.5}, "update.decay: 1.5 is outside [0, 1]"),
-        ("update", {"name": "balance-ema", "fallback": -1}, "update.fallback: -1"),
+        ("update", {"name": "balance-ema", "decay": 1.5}, "update.balance-ema: decay=1.5 must be in [0, 1)"),
+        ("update", {"name": "balance-ema", "fallback": -1}, "update.balance-ema: fallback=-1"),
     ],
 )
 def test_a_wrong_part_names_method_and_part(kind, part, message):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from cit_fast import ContinualModel, ContinualTrainer
 from cit_fast.data import TaskStream
-from cit_fast.errors import ConfigError, RunError
+from cit_fast.errors import ConfigError, DataError, RunError
 from cit_fast.evaluation import read_predictions, read_run, read_stages
 from cit_fast.objectives import CrossEntropy
 from cit_fast.optim import BalanceEMA
@@ -224,7 +224,7 @@ def test_model_folder_without_tokenizer_or_model(settings, stream, tiny_model_fo
     ],
 )
 def test_settings_that_cannot_work(settings, stream, key, value, message):
-    with pytest.raises((ConfigError, ValueError), match=message) as caught:
+    with pytest.raises((ConfigError, DataError), match=message) as caught:
         run(settings, stream, methods=["sequential"], **{key: value})
     assert "\n" not in str(caught.value)
 

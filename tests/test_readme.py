@@ -1,0 +1,38 @@
+"""Every Python snippet of the README runs, on the tiny model in place of the real one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_there_are_three_snippets():
+    assert len(SNIPPETS) == 3
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda text: text.splitlines()[0][:40])
+def test_snippet_runs(snippet, tiny_model_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CIT_FAST_CACHE", str(tmp_path / "cache"))
+    snippet = snippet.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tiny_model_folder))
+    exec(compile(snippet, "README.md", "exec"), {"__name__": "__main__"})  # noqa: S102
+
+
+def test_every_command_of_the_readme_exists(capsys):
+    from typer.testing import CliRunner
+
+    from cit_fast.cli import app
+
+    for name in set(re.findall(r"cit-fast (\w+)", README)):
+        assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0, name
+
+
+def test_every_file_the_readme_names_exists():
+    root = Path(__file__).parents[1]
+    for target in re.findall(r"\]\(([\w./-]+)\)", README):
+        assert (root / target).exists(), target
