@@ -213,9 +213,15 @@ def _triton_status() -> BackendStatus:
 def _cuda_status() -> BackendStatus:
     if find_spec("cit_fast._native_cuda") is None:
         return BackendStatus(False, "not built: this installation has no CUDA kernels")
-    if not torch.cuda.is_available():
-        return BackendStatus(False, "no CUDA device")
     problem = _import_error("cit_fast._native_cuda")
     if problem is not None:
         return BackendStatus(False, f"cit_fast._native_cuda cannot be loaded: {problem}")
-    return BackendStatus(True, torch.cuda.get_device_name())
+    from cit_fast import _native_cuda
+
+    built = f"built for {_native_cuda.architectures()}; never run on a GPU yet: used only when forced"
+    if not torch.cuda.is_available():
+        return BackendStatus(False, f"no CUDA device ({built})")
+    name = torch.cuda.get_device_name()
+    if problem := _native_cuda.why_not(torch.cuda.current_device()):
+        return BackendStatus(False, f"{name}: {problem} ({built})")
+    return BackendStatus(True, f"{name}, {built}")

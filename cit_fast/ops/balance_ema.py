@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cit_fast.backends import Backend, register, resolve
 from cit_fast.errors import CitFastError
+from cit_fast.ops._balance_ema_backends import kernels_cannot
 from cit_fast.reference import balance_ema as reference
 from cit_fast.reference.balance_ema import BalanceWeights
 
@@ -32,8 +33,7 @@ BalanceRule = Literal["released", "paper", "fixed"]
 BALANCE_RULES: tuple[BalanceRule, ...] = ("released", "paper", "fixed")
 """The rules by name; the position is the number that csrc/cpu/balance_ema.h gives the rule."""
 
-_NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/cpu/dtype.h
-_FLOAT_DTYPES = {*_NATIVE_DTYPES, torch.float64}
+_FLOAT_DTYPES = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
 
 
 def balance_ema_(
@@ -184,7 +184,8 @@ def flush_balance_ema_(params: Sequence[Tensor], averages: Sequence[Tensor], alp
         alphas.zero_()
 
 
-# Registration: one torch.library op per public function; the backend is chosen when the op runs, not when traced.
+# Registration: one torch.library op per public function; the backend is chosen when the op runs, not when traced. The
+# native and the CUDA kernels register themselves in _balance_ema_backends.py.
 
 
 @torch.library.custom_op(
@@ -202,7 +203,7 @@ def _balance_ema(
     decay: float,
     fallback: float,
 ) -> tuple[Tensor, Tensor]:
-    run = resolve("balance_ema_", params[0].device, cannot=_cannot(averages, params, averages, grads, previous_grads))
+    run = resolve("balance_ema_", params[0].device, cannot=kernels_cannot(averages, params, averages, grads, previous_grads))
     alphas, fallbacks = run(params, averages, grads, previous_grads, rule, decay, fallback)
     return alphas.float(), fallbacks
 
@@ -231,7 +232,7 @@ def _adamw_balance_ema(
     *options: Any,
 ) -> Tensor:
     lists = (params, grads, exp_avgs, exp_avg_sqs, averages, previous_grads)
-    cannot = _cannot([*averages, *exp_avgs, *exp_avg_sqs], *lists)
+    cannot = kernels_cannot([*averages, *exp_avgs, *exp_avg_sqs], *lists)
     run = resolve("adamw_balance_ema_", params[0].device, cannot=cannot)
     fallbacks: Tensor = run(*lists, alphas, *options).fallbacks
     return fallbacks
@@ -248,7 +249,7 @@ def _(params: list[Tensor], *_: Any) -> Tensor:
     schema="(Tensor[] params, Tensor(a1!)[] averages, Tensor alphas) -> ()",
 )
 def _flush_balance_ema(params: list[Tensor], averages: list[Tensor], alphas: Tensor) -> None:
-    cannot = _cannot(averages, params, averages)
+    cannot = kernels_cannot(averages, params, averages)
     resolve("flush_balance_ema_", params[0].device, cannot=cannot)(params, averages, alphas)
 
 
@@ -260,128 +261,6 @@ def _(params: list[Tensor], averages: list[Tensor], alphas: Tensor) -> None:
 register("balance_ema_", Backend.REFERENCE)(reference.balance_ema_)
 register("adamw_balance_ema_", Backend.REFERENCE)(reference.adamw_balance_ema_)
 register("flush_balance_ema_", Backend.REFERENCE)(reference.flush_balance_ema_)
-
-
-# The native backend: a table of addresses, one row per tensor, columns as in csrc/bindings.cpp.
-
-
-@register("balance_ema_", Backend.NATIVE)
-def _native_balance_ema(
-    params: list[Tensor],
-    averages: list[Tensor],
-    grads: list[Tensor],
-    previous_grads: list[Tensor],
-    rule: BalanceRule,
-    decay: float,
-    fallback: float,
-) -> BalanceWeights:
-    from cit_fast import _native
-
-    weights = _empty_weights(params)
-    _native.balance_ema(
-        _ema_table(params, averages, grads, previous_grads),
-        rule=BALANCE_RULES.index(rule),
-        decay=decay,
-        fallback=fallback,
-        threads=torch.get_num_threads(),
-        alphas=weights.alphas.data_ptr(),
-        fallbacks=weights.fallbacks.data_ptr(),
-    )
-    return weights
-
-
-@register("adamw_balance_ema_", Backend.NATIVE)
-def _native_adamw_balance_ema(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    averages: list[Tensor],
-    previous_grads: list[Tensor],
-    alphas: Tensor,
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    rule: BalanceRule,
-    decay: float,
-    fallback: float,
-) -> BalanceWeights:
-    from cit_fast import _native
-
-    ema = _ema_table(params, averages, grads, previous_grads)
-    table: list[int] = []
-    for i, (exp_avg, exp_avg_sq) in enumerate(zip(exp_avgs, exp_avg_sqs, strict=True)):
-        table += (*ema[8 * i : 8 * i + 8], exp_avg.data_ptr(), exp_avg_sq.data_ptr())
-    weights = BalanceWeights(alphas, torch.empty(len(params), dtype=torch.bool))
-    _native.adamw_balance_ema(
-        table,
-        step=step,
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        weight_decay=weight_decay,
-        rule=BALANCE_RULES.index(rule),
-        decay=decay,
-        fallback=fallback,
-        threads=torch.get_num_threads(),
-        alphas=alphas.data_ptr(),
-        fallbacks=weights.fallbacks.data_ptr(),
-    )
-    return weights
-
-
-@register("flush_balance_ema_", Backend.NATIVE)
-def _native_flush_balance_ema(params: list[Tensor], averages: list[Tensor], alphas: Tensor) -> None:
-    from cit_fast import _native
-
-    _native.flush_balance_ema(
-        _ema_table(params, averages, params, []), threads=torch.get_num_threads(), alphas=alphas.data_ptr()
-    )
-
-
-def _ema_table(
-    params: list[Tensor], averages: list[Tensor], grads: list[Tensor], previous_grads: list[Tensor]
-) -> list[int]:
-    table: list[int] = []
-    for i, (p, e, g) in enumerate(zip(params, averages, grads, strict=True)):
-        table += (p.numel(), p.data_ptr(), _NATIVE_DTYPES[p.dtype], e.data_ptr())
-        table += (g.data_ptr(), _NATIVE_DTYPES[g.dtype])
-        if previous_grads:
-            table += (previous_grads[i].data_ptr(), _NATIVE_DTYPES[previous_grads[i].dtype])
-        else:
-            table += (0, 0)
-    return table
-
-
-def _cannot(float32_only: list[Tensor], *lists: list[Tensor]) -> dict[Backend, str]:
-    """Why the native kernels cannot take these tensors: they walk flat memory, with float32 averages and moments."""
-    if lists[0][0].device.type != "cpu":
-        return {}
-    for tensor in float32_only:
-        if tensor.dtype != torch.float32:
-            return {Backend.NATIVE: f"it keeps averages and moments in float32, not {tensor.dtype}"}
-    for tensors in lists:
-        for param, tensor in zip(lists[0], tensors, strict=False):
-            if tensor.dtype not in _NATIVE_DTYPES:
-                return {Backend.NATIVE: f"it takes no {tensor.dtype}"}
-            flat = tensor.is_contiguous() and param.is_contiguous()
-            if not flat and (tensor.stride() != param.stride() or not _is_dense(tensor)):
-                return {Backend.NATIVE: "a tensor is not dense or its strides differ from its parameter's"}
-    return {}
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one block of memory without gaps or overlap, in whatever order of dimensions."""
-    order = sorted(range(tensor.dim()), key=lambda i: (tensor.stride(i), tensor.size(i)), reverse=True)
-    return tensor.permute(order).is_contiguous()
-
-
-def _empty_weights(params: list[Tensor]) -> BalanceWeights:
-    return BalanceWeights(torch.empty(len(params)), torch.empty(len(params), dtype=torch.bool))
 
 
 def _nothing() -> BalanceWeights:

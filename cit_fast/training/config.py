@@ -45,6 +45,7 @@ _RESERVED_TRAINING = {
     "remove_unused_columns": "data",
     "label_names": "data",
     "resume_from_checkpoint": "output (a run resumes by itself)",
+    "save_only_model": "save_strategy (a checkpoint that cannot be resumed from is no checkpoint)",
     "push_to_hub": "the stages/*/adapters folders, which can be pushed after the run",
 }
 

@@ -6,13 +6,7 @@ TaskStream --task t--> Router.assign -> ReplayPolicy.select -> Trainer(Objective
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import hashlib
-import json
-import random
-import shutil
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,37 +15,15 @@ from accelerate import PartialState
 from pydantic import ValidationError
 from rich.console import Console
 
-from cit_fast.data import TaskStream, choose_collator, load_stream
+from cit_fast.data import TaskStream, load_stream
 from cit_fast.data.builtin import builtin_task_names
-from cit_fast.data.example import Example, Task
 from cit_fast.errors import ConfigError, RunError
 from cit_fast.evaluation.metrics import score
-from cit_fast.evaluation.predictions import Prediction, write_predictions
-from cit_fast.evaluation.record import RunRecord, StageRecord, read_stages
 from cit_fast.files import is_disk_full
-from cit_fast.replay import ReplayContext
-from cit_fast.training.config import MethodConfig, RunConfig, describe, load_config
-from cit_fast.training.environment import describe_environment
-from cit_fast.training.evaluate import evaluate
-from cit_fast.training.model import load_weights, prompt_encoder, save_weights, train_adapter
+from cit_fast.training.config import RunConfig, describe, load_config
+from cit_fast.training.method_run import MethodRun
 from cit_fast.training.parts import PARTS, build_part
-from cit_fast.training.pretrained import cache_folder, load_model, load_tokenizer, model_identity, resolve_model
 from cit_fast.training.run_folder import RunFolder
-from cit_fast.training.stage_trainer import StageTrainer
-
-# What TrainingArguments hold unless the configuration says otherwise.
-_TRAINING_DEFAULTS: dict[str, Any] = {
-    "num_train_epochs": 1,
-    "learning_rate": 2e-4,
-    "lr_scheduler_type": "cosine",
-    "logging_steps": 5,
-    "save_strategy": "steps",
-    "save_steps": 50,
-    "save_total_limit": 2,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "log_level": "error",
-}
 
 
 class ContinualTrainer:
@@ -122,7 +94,7 @@ class ContinualTrainer:
         folders = []
         for method in self.config.methods:
             folder = self.config.folder / method.name
-            run = _MethodRun(self.config, method, self._parts, self.stream, RunFolder(folder), self.console)
+            run = MethodRun(self.config, method, self._parts, self.stream, RunFolder(folder), self.console)
             with _disk_full_as_run_error(folder), _only_our_progress_bars():
                 run.run()
             folders.append(folder)
@@ -154,279 +126,3 @@ def _only_our_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-class _MethodRun:
-    """One method on one stream, in one folder."""
-
-    def __init__(
-        self,
-        config: RunConfig,
-        method: MethodConfig,
-        parts: Mapping[str, Any],
-        stream: TaskStream,
-        folder: RunFolder,
-        console: Console,
-    ) -> None:
-        self.config, self.method, self.stream, self.folder = config, method, stream, folder
-        self.console = console
-        self.state = PartialState()
-        self.parts = {
-            kind: parts[kind] if kind in parts else build_part(kind, getattr(method, kind), method.name)
-            for kind in PARTS
-        }
-        self.model_path = resolve_model(config.model.name, config.model.revision)
-        self.tokenizer = load_tokenizer(self.model_path, config.model.trust_remote_code)
-        self.encoder = prompt_encoder(self.tokenizer, config)
-
-    # -- the run -------------------------------------------------------------------------------------------------
-
-    def run(self) -> None:
-        """Train and evaluate every stage that is not committed yet."""
-        if not self.state.is_main_process:
-            self._run()
-            return
-        with self.folder.locked():
-            self._run()
-
-    def _run(self) -> None:
-        record = self._begin()
-        groups = [list(self.stream)] if self.method.schedule == "joint" else [[task] for task in self.stream]
-        stages = self.folder.stages()
-        if record.status == "finished" and len(stages) == len(groups) + 1:
-            self._say(f"[bold]{self.method.name}[/bold]: already finished, nothing to do ({self.folder.path})")
-            return
-        self._say(f"[bold]{self.method.name}[/bold]: {len(self.stream)} tasks, {self.folder.path}")
-        if stages:
-            self._say(f"  going on after stage {stages[-1].index} of {len(groups)}")
-        model: Any = None
-        if not stages:
-            model = self._place(load_model(self.model_path, self.config.model))
-            self._untrained_stage(model)
-        for index, group in enumerate(groups, start=1):
-            adapter = self.parts["router"].assign(group[0])
-            if index < len(stages):
-                continue
-            if model is None:
-                model = load_model(self.model_path, self.config.model)
-                model = self._place(load_weights(model, self.folder.stage_path(index - 1), trainable=True))
-            model = train_adapter(model, self.config, adapter, self.config.seed)
-            model = self._stage(model, index, len(groups), group, adapter)
-        if self.config.evaluation.experts and not record.experts:
-            record.experts = self._experts()
-        record.status = "finished"
-        if self.state.is_main_process:
-            self.folder.write(record)
-
-    def _begin(self) -> RunRecord:
-        resolved = self.config.resolved(self.method)
-        for kind in PARTS:  # an object given from Python is part of what the run is
-            resolved["method"][kind]["name"] = self._part_name(kind)
-        record = RunRecord(
-            name=self.config.name,
-            method=resolved["method"],
-            tasks=list(self.stream.names),
-            metrics={task.name: task.metric for task in self.stream},
-            model=self.config.model.name,
-            seed=self.config.seed,
-            config={**resolved, "stream": _digest([_task_digest(task) for task in self.stream])},
-            environment={
-                **describe_environment(),
-                "effective_batch_size": self._arguments(1).train_batch_size
-                * self._arguments(1).gradient_accumulation_steps
-                * self.state.num_processes,
-            },
-        )
-        if self.state.is_main_process:
-            record = self.folder.begin(record)
-        self.state.wait_for_everyone()
-        return record
-
-    def _part_name(self, kind: str) -> str:
-        configured = getattr(self.method, kind).name
-        part = type(self.parts[kind])
-        dotted = f"{part.__module__}.{part.__qualname__}"
-        built_in = PARTS[kind].get(configured, configured)
-        return configured if built_in.rpartition(".")[2] == part.__qualname__ else dotted
-
-    def _untrained_stage(self, model: Any) -> None:
-        """Row zero of the score matrix. The same for every method, so it is computed once and kept in the cache."""
-        if not self.config.evaluation.untrained:
-            self._commit(StageRecord(index=0, trained=[], scores={}), None, {})
-            return
-        key = _digest(["untrained", *self._evaluation_key(list(self.stream))])
-        cached = cache_folder() / "untrained" / key
-        if not (cached / "stages" / "00" / "stage.json").exists():
-            started = time.perf_counter()
-            scores, predictions = self._evaluate(model, list(self.stream), "untrained")
-            stage = StageRecord(0, [], scores, evaluate_seconds=time.perf_counter() - started)
-            if self.state.is_main_process:
-                RunFolder(cached).commit(stage, lambda path: _write_all(path, predictions))
-            self.state.wait_for_everyone()
-        stage = read_stages(cached)[0]
-        if self.state.is_main_process:
-
-            def fill(path: Path) -> None:
-                shutil.copytree(cached / "stages" / "00" / "predictions", path / "predictions")
-
-            self.folder.commit(stage, fill)
-        self.state.wait_for_everyone()
-        self._say_scores("untrained", stage.scores)
-
-    def _stage(self, model: Any, index: int, count: int, group: list[Task], adapter: str) -> Any:
-        joint = self.method.schedule == "joint"
-        seen = [] if joint else list(self.stream)[: index - 1]
-        rng = random.Random(f"{self.config.seed}/{index}")  # noqa: S311  # a seed, not a secret
-        replayed: list[Example] = []
-        if seen:
-            context = ReplayContext(group[0], seen, model, self.encoder, rng)
-            replayed = self.parts["replay"].select(context)
-        new = [example for task in group for example in task.train]
-        if not new:
-            raise ConfigError(f"task {group[0].name!r} has no training examples")
-        title = f"{self.method.name} [{index}/{count}] {'all tasks' if joint else group[0].name}"
-        encoded = self.encoder.encode_all([*new, *replayed])
-        trainer, checkpoint = self._trainer(model, index, title, encoded.encoded)
-        self.parts["objective"].begin_stage(model)
-        trainer.train(resume_from_checkpoint=checkpoint)
-        train_seconds = trainer.record.seconds
-        self.parts["update"].finish(trainer.optimizer)
-        # Accelerate's wrapper (DDP) and its forward patch belong to the stage; the model goes on without them.
-        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-        started = time.perf_counter()
-        known = list(self.stream)[:index] if self.config.evaluation.tasks == "seen" and not joint else list(self.stream)
-        scores, predictions = self._evaluate(model, known, title)
-        stage = StageRecord(
-            index=index,
-            trained=[task.name for task in group],
-            scores=scores,
-            adapter=adapter,
-            train_examples=len(new),
-            replayed={task.name: sum(e.task == task.name for e in replayed) for task in seen},
-            steps=trainer.state.global_step,
-            train_seconds=train_seconds,
-            evaluate_seconds=time.perf_counter() - started,
-            losses=[(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
-            balance_weights=trainer.record.balance_weights,
-            truncated=encoded.truncated,
-            skipped=len(encoded.skipped),
-        )
-        self._commit(stage, model, predictions)
-        self._say_scores(title, scores)
-        return model
-
-    def _commit(self, stage: StageRecord, model: Any, predictions: dict[str, list[Prediction]]) -> None:
-        def fill(path: Path) -> None:
-            if model is not None:
-                save_weights(model, path, self.config.model.name)
-            _write_all(path, predictions)
-
-        if self.state.is_main_process:
-            self.folder.commit(stage, fill)
-        self.state.wait_for_everyone()
-
-    # -- training ------------------------------------------------------------------------------------------------
-
-    def _arguments(self, index: int) -> Any:
-        from transformers import TrainingArguments
-
-        try:
-            return TrainingArguments(
-                output_dir=str(self.folder.checkpoints(index)),
-                seed=self.config.seed + index,
-                remove_unused_columns=False,
-                **{"use_cpu": not torch.cuda.is_available(), **_TRAINING_DEFAULTS, **self.config.training},
-            )
-        except (ValueError, TypeError, ImportError) as error:
-            raise ConfigError(f"training: {str(error).splitlines()[0]}") from None
-
-    def _trainer(self, model: Any, index: int, title: str, examples: Sequence[Any]) -> tuple[StageTrainer, str | None]:
-        checkpoint = self.folder.last_checkpoint(index)
-        trainer = StageTrainer(
-            objective=self.parts["objective"],
-            update=self.parts["update"],
-            title=title,
-            progress={} if checkpoint is None else checkpoint[1],
-            model=model,
-            args=self._arguments(index),
-            train_dataset=examples,
-            data_collator=choose_collator(
-                model.config._attn_implementation,
-                model.device,
-                pad_token_id=self.encoder.pad_token_id,
-                max_length=self.config.data.max_length,
-            ),
-        )
-        return trainer, None if checkpoint is None else str(checkpoint[0])
-
-    def _place(self, model: Any) -> Any:
-        return model.to(self.state.device)
-
-    # -- evaluation ----------------------------------------------------------------------------------------------
-
-    def _evaluate(
-        self, model: Any, tasks: Sequence[Task], title: str
-    ) -> tuple[dict[str, float], dict[str, list[Prediction]]]:
-        return evaluate(model, self.encoder, tasks, self.config.evaluation, title)
-
-    def _evaluation_key(self, tasks: Sequence[Task]) -> list[Any]:
-        """Everything that decides the scores of a model: the model itself, the tokens, the tasks, the settings."""
-        plain = self.config.resolved(self.method)
-        data = {key: value for key, value in plain["data"].items() if key != "tasks"}
-        evaluation = {
-            key: value for key, value in plain["evaluation"].items() if key not in {"experts", "untrained", "tasks"}
-        }
-        identity = model_identity(self.model_path, self.config.model.name)
-        return [identity, plain["model"], data, evaluation, [_task_digest(task) for task in tasks], torch.__version__]
-
-    def _experts(self) -> dict[str, float]:
-        """U_j: the score of a model trained on task j alone; cached, so that runs of the same setting share it."""
-        scores: dict[str, float] = {}
-        sequential = MethodConfig.model_validate("sequential")
-        evaluation = self.config.evaluation.model_copy(update={"experts": False, "untrained": False})
-        for task in self.stream:
-            config = self.config.model_copy(update={"name": "expert", "evaluation": evaluation})
-            key = _digest(
-                [
-                    "expert",
-                    *self._evaluation_key([task]),
-                    self.config.adapter,
-                    self.config.training,
-                    self.config.seed,
-                    self.state.num_processes,
-                ]
-            )
-            folder = RunFolder(cache_folder() / "experts" / key)
-            run = _MethodRun(config, sequential, {}, TaskStream((task,)), folder, Console(quiet=True))
-            self._say(f"  expert for {task.name}")
-            run.run()
-            scores[task.name] = folder.stages()[-1].scores[task.name]
-        return scores
-
-    # -- words ---------------------------------------------------------------------------------------------------
-
-    def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False)
-
-    def _say_scores(self, title: str, scores: Mapping[str, float]) -> None:
-        listed = "  ".join(f"{name} [bold]{score:.1f}[/bold]" for name, score in scores.items())
-        self._say(f"  {title.rsplit('] ', maxsplit=1)[-1]}: {listed}")
-
-
-def _write_all(path: Path, predictions: Mapping[str, list[Prediction]]) -> None:
-    (path / "predictions").mkdir(parents=True, exist_ok=True)
-    for name, entries in predictions.items():
-        write_predictions(path / "predictions" / f"{name}.jsonl", entries)
-
-
-def _digest(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def _task_digest(task: Task) -> str:
-    plain = dataclasses.asdict(task)
-    for split in ("train", "dev", "test"):
-        for example in plain[split]:
-            example.pop("source")  # where an example was read from does not change what it is
-    return _digest(plain)

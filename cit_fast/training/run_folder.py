@@ -38,8 +38,11 @@ class RunFolder:
         self.path = path
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, wait: bool = False) -> Iterator[None]:
         """Hold the folder for this process; the lock goes with the process, however it ends.
+
+        Args:
+            wait: for the process that holds it now, instead of refusing.
 
         Raises:
             RunError: another process is running in this folder.
@@ -48,7 +51,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise RunError(f"{self.path}: a file is in the way; choose another output folder") from None
-        lock = FileLock(self.path / ".lock", blocking=False)
+        lock = FileLock(self.path / ".lock", blocking=wait)
         try:
             lock.acquire()
         except Timeout:

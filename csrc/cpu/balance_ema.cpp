@@ -1,10 +1,10 @@
 #include "balance_ema.h"
 
 #include <algorithm>
-#include <cfloat>
 #include <cmath>
 
 #include "balance_ema_kernels.h"
+#include "balance_weight.h"
 #include "dispatch.h"
 #include "parallel.h"
 
@@ -27,27 +27,6 @@ const BalanceEmaKernels& kernels() {
   }
 #endif
   return simd_baseline::kBalanceEma;
-}
-
-struct Weight {
-  float alpha;
-  bool fallback;
-};
-
-Weight balance_weight(const Norms& norms, const RuleOptions& options) {
-  if (!std::isfinite(norms.distance) || !std::isfinite(norms.gradient)) return {0.0f, false};
-  if (options.rule == Rule::kFixed) return {static_cast<float>(1.0 - options.decay), false};
-  const double numerator = options.rule == Rule::kReleased ? 2.0 * (1.0 + norms.gradient) : 1.0 + norms.gradient;
-  const double weight = numerator / (norms.distance * norms.gradient_change);
-  const bool usable = weight > 0.0 && weight < 1.0;  // false for NaN
-  double alpha = 0.0;
-  if (options.rule == Rule::kReleased) {
-    alpha = usable ? weight : options.fallback;
-  } else {
-    alpha = 1.0 - (usable ? weight : options.decay);
-  }
-  // 0 means "left out" to our callers, so a weight too small for a float becomes the smallest one.
-  return {std::max(static_cast<float>(alpha), FLT_MIN), !usable};
 }
 
 // A unit of work: one chunk of a large tensor, or a whole small tensor.

@@ -96,6 +96,22 @@ def test_balance_weights_are_recorded_per_step(settings, stream):
         assert all(0 <= low <= mean <= high <= 1 for _, mean, low, high, _ in stage.balance_weights)
 
 
+def test_accumulated_steps_equal_whole_ones(settings, stream):
+    settings["adapter"]["lora_dropout"] = 0.0
+    whole = run(settings, stream, methods=[{"preset": "sequential", "name": "whole"}])["whole"]
+    halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    settings["output"] += "-halves"
+    parts = run(settings, stream, methods=[{"preset": "sequential", "name": "parts"}], training=halves)["parts"]
+    for ours, theirs in zip(read_stages(parts)[1:], read_stages(whole)[1:], strict=True):
+        assert [loss for _, loss in ours.losses] == pytest.approx([loss for _, loss in theirs.losses], rel=1e-3)
+
+
+def test_training_arguments_pass_through(settings, stream):
+    training = {"bf16": True, "max_steps": 3, "lr_scheduler_type": "linear", "gradient_checkpointing": True}
+    folder = run(settings, stream, methods=["balance-ema"], training=training)["balance-ema"]
+    assert [stage.steps for stage in read_stages(folder)] == [0, 3, 3, 3]
+
+
 def test_experts_are_cached_between_runs(settings, stream, monkeypatch):
     first = read_run(run(settings, stream, methods=["sequential"], evaluation={"experts": True})["sequential"])
     assert set(first.experts) == {"alpha", "beta", "gamma"}

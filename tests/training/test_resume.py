@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from cit_fast import ContinualTrainer
 from cit_fast.errors import RunError
 from cit_fast.evaluation import read_stages
-from cit_fast.training import loop, run_folder, stage_trainer
+from cit_fast.training import method_run, run_folder, stage_trainer
 
 
 def adapter(folder: Path, stage: int) -> dict[str, torch.Tensor]:
@@ -59,13 +59,13 @@ def half_written_checkpoint():
 
 
 MOMENTS = {
-    "before anything": at_call(1, loop, "load_model"),
-    "while the untrained model answers": at_call(1, loop, "evaluate"),
+    "before anything": at_call(1, method_run, "load_model"),
+    "while the untrained model answers": at_call(1, method_run, "evaluate"),
     "inside an optimizer step": at_call(7, torch.optim.AdamW, "step"),
     "while a checkpoint is written": half_written_checkpoint,
-    "between checkpoint and evaluation": at_call(3, loop, "evaluate"),
+    "between checkpoint and evaluation": at_call(3, method_run, "evaluate"),
     "before a stage is renamed into place": at_call(4, run_folder, "commit_folder"),
-    "after a stage, before the next": at_call(3, loop, "train_adapter"),
+    "after a stage, before the next": at_call(3, method_run, "train_adapter"),
 }
 
 
@@ -112,7 +112,7 @@ def test_a_full_disk_loses_nothing(settings, stream, monkeypatch, where):
     settings = {**settings, "methods": ["sequential"]}
     calls = []
     module, name, error = {
-        "commit": (loop, "save_weights", OSError(28, "No space left on device")),
+        "commit": (method_run, "save_weights", OSError(28, "No space left on device")),
         "checkpoint": (stage_trainer, "mark_complete", RuntimeError("PytorchStreamWriter failed writing file data/1")),
     }[where]
     original = getattr(module, name)
@@ -137,6 +137,6 @@ def test_other_errors_keep_their_name(settings, stream, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(loop, "save_weights", broken)
+    monkeypatch.setattr(method_run, "save_weights", broken)
     with pytest.raises(RuntimeError, match="something else"):
         start({**settings, "methods": ["sequential"]}, stream)
