@@ -17,6 +17,7 @@ import sys
 from datetime import date
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -35,10 +36,11 @@ COLUMNS = ("AP", "forgetting", "BWT", "relative gain", "replayed", "train minute
 def task_folders(data: Path, order: int, count: int | None) -> list[Path]:
     """The first ``count`` task folders of ``data`` in one of the published orders."""
     by_number = {int(path.name[4:].partition("_")[0]): path for path in data.glob("task[0-9]*_*") if path.is_dir()}
-    missing = [number for number in ORDERS[order] if number not in by_number]
+    wanted = ORDERS[order][:count]
+    missing = [number for number in wanted if number not in by_number]
     if missing:
         raise DataError(f"{data}: no folder of task {missing[0]}; give the folder that holds task..._.../train.json")
-    return [by_number[number] for number in ORDERS[order]][:count]
+    return [by_number[number] for number in wanted]
 
 
 def settings(options: argparse.Namespace, seed: int) -> dict:
@@ -129,8 +131,12 @@ def main() -> None:
         for folder in ContinualTrainer(settings(options, seed)).run():
             rows.setdefault(folder.name, []).append(figures(folder))
             environment = read_run(folder).environment
-    table = Table(title=f"Super-NI, order {options.order}, {options.tasks or 15} tasks, {len(options.seeds)} seed(s)")
-    table.add_column("method")
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        title=f"Super-NI, order {options.order}, {options.tasks or 15} tasks, {len(options.seeds)} seed(s)",
+    )
+    table.add_column("method", no_wrap=True)
     for column in COLUMNS:
         table.add_column(column, justify="right")
     for method, seeds in rows.items():
@@ -149,4 +155,5 @@ if __name__ == "__main__":
     try:
         main()
     except CitFastError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

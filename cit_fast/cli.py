@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -66,8 +70,11 @@ def report(
 def evaluate(
     runs: Runs,
     write: Annotated[bool, typer.Option("--write", help="Store the recomputed scores in the runs.")] = False,
+    allow_custom_metrics: Annotated[
+        bool, typer.Option("--allow-custom-metrics", help="Call metrics that a run names by dotted path.")
+    ] = False,
 ) -> None:
-    """Recompute every score of RUN from its stored predictions, without the model."""
+    """Recompute every score of RUN from its stored predictions, without the model; exit code 1 if any differs."""
     from cit_fast.evaluation import rescore
 
     console = Console()
@@ -76,7 +83,7 @@ def evaluate(
         table = Table(title=str(folder))
         for column in ("stage", "task", "metric", "recorded", "recomputed", "examples"):
             table.add_column(column, justify="left" if column in {"task", "metric"} else "right")
-        for entry in rescore(folder, write=write):
+        for entry in rescore(folder, write=write, allow_custom_metrics=allow_custom_metrics):
             disagree += not entry.agrees
             shown = ["-" if value is None else f"{value:.1f}" for value in (entry.recorded, entry.recomputed)]
             table.add_row(
@@ -85,6 +92,8 @@ def evaluate(
             )  # fmt: skip
         console.print(table)
     console.print("All recorded scores agree." if disagree == 0 else f"{disagree} scores differ from the record.")
+    if disagree:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -143,14 +152,33 @@ def _run_folders(paths: list[Path]) -> list[Path]:
     return folders
 
 
+class _Interrupted(BaseException):
+    """Ctrl-C under a name that typer does not take for itself."""
+
+
+@contextlib.contextmanager
+def _interrupt_as_our_own() -> Iterator[None]:
+    def interrupted(_signal: int, _frame: object) -> None:
+        raise _Interrupted
+
+    before = signal.signal(signal.SIGINT, interrupted)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def main() -> None:
     """Run the command line; an error a user can act on is one line and exit code 2."""
+    # What the libraries below tell each other about names on their way out is no news for who runs a command.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|accelerate")
     try:
-        app()
+        with _interrupt_as_our_own():
+            app()
     except CitFastError as error:
         Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
+    except _Interrupted:
         Console(stderr=True).print("Stopped. The same command goes on from the last checkpoint.")
         raise SystemExit(130) from None
 

@@ -46,6 +46,10 @@ class Example:
             raise DataError(f"{where}: the instruction is empty; every example needs one")
         if not self.references or not self.references[0].strip():
             raise DataError(f"{where}: no reference answer; every example needs at least one non-empty answer")
+        try:
+            "".join((self.instruction, self.input, *self.references)).encode()
+        except UnicodeEncodeError:
+            raise DataError(f"{where}: text with half a character (a lone surrogate, as of a cut emoji)") from None
         end_of_previous = 0
         for start, end in self.key_parts:
             if not (end_of_previous <= start < end <= len(self.instruction)):
@@ -95,6 +99,11 @@ class Task:
             raise DataError(f"task name {self.name!r} cannot name a file; use letters, digits, '.', '_', '-' and '+'")
         if not self.train and not self.test:
             raise DataError(f"task {self.name!r} is empty: it has neither training nor test examples")
+        for split in ("train", "dev", "test"):
+            examples = getattr(self, split)
+            if any(not example.task for example in examples):  # replay tells examples apart by their task
+                named = tuple(replace(e, task=self.name) if not e.task else e for e in examples)
+                object.__setattr__(self, split, named)
         if self.answer_pattern is not None:
             try:
                 re.compile(self.answer_pattern)

@@ -289,7 +289,7 @@ def _open(source: TaskSource, options: ReadOptions) -> _Opened:
         raise DataError(f"{path}: no such file or folder")
     if not path.is_dir():
         files = {"train": path}
-    elif any((path / mark).exists() for mark in ("dataset_dict.json", "dataset_info.json")):
+    elif any((path / mark).exists() for mark in ("dataset_dict.json", "state.json")):
         import datasets
 
         return _open_dataset(datasets.load_from_disk(str(path)), source, options)

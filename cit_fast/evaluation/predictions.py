@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cit_fast.errors import RunError
-from cit_fast.evaluation.metrics import score
+from cit_fast.evaluation.metrics import METRICS, score
 from cit_fast.evaluation.record import StageRecord, read_run, read_stages
 from cit_fast.files import write_file, write_json
 
@@ -95,13 +95,15 @@ class Rescored:
         return abs(self.recorded - self.recomputed) < 1e-6
 
 
-def rescore(run_folder: Path, *, write: bool = False) -> list[Rescored]:
+def rescore(run_folder: Path, *, write: bool = False, allow_custom_metrics: bool = False) -> list[Rescored]:
     """Compute every score of a run again from its stored predictions, without the model.
 
     Args:
         run_folder: a run's folder; a run under way is taken as far as it is.
         write: put the recomputed scores into ``stage.json`` and the prediction files, each file atomically;
             otherwise nothing is changed.
+        allow_custom_metrics: import and call a metric that the run names by dotted path. Only for a run you trust:
+            the path is read from the run's own record.
 
     Returns:
         One entry per stage and task that has a score or predictions, in order of stage and task.
@@ -123,6 +125,11 @@ def rescore(run_folder: Path, *, write: bool = False) -> list[Rescored]:
             if task not in run.metrics:
                 raise RunError(f"{run_folder / 'run.json'}: metrics names none for task {task!r}")
             metric = run.metrics[task]
+            if metric not in METRICS and {".", ":"} & set(metric) and not allow_custom_metrics:
+                raise RunError(
+                    f"{run_folder / 'run.json'}: task {task!r} is scored by {metric!r}, which is not one of ours; "
+                    "allow custom metrics if you trust the run"
+                )
             if stored:
                 # No labels needed: with a closed set, equality with a reference is all that accuracy asks.
                 value = score(metric, [each.prediction for each in stored], [each.references for each in stored])

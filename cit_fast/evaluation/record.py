@@ -39,6 +39,7 @@ class StageRecord:
             weight alpha over parameter tensors; empty where the update keeps no average.
         truncated: examples whose input was shortened to fit the length limit.
         skipped: examples left out because the user asked to skip what cannot fit.
+        test_truncated, test_skipped: the same of the test examples that were answered.
     """
 
     index: int
@@ -54,6 +55,8 @@ class StageRecord:
     balance_weights: list[tuple[int, float, float, float, float]] = field(default_factory=list)
     truncated: int = 0
     skipped: int = 0
+    test_truncated: int = 0
+    test_skipped: int = 0
 
 
 @dataclass
@@ -103,6 +106,10 @@ def _read(path: Path, kind: type[_Record]) -> _Record:
     unknown = sorted(set(raw) - known)
     if unknown:
         raise RunError(f"{path}: unknown key {unknown[0]!r}")
+    for key in ("tasks", "metrics", "method", "config", "environment", "experts", "scores", "replayed", "trained"):
+        wanted = list if key in {"tasks", "trained"} else dict
+        if key in raw and not isinstance(raw[key], wanted):
+            raise RunError(f"{path}: damaged ({key} is no {'list' if wanted is list else 'object'})")
     try:
         return kind(**raw)
     except TypeError as error:
@@ -124,5 +131,5 @@ def read_stages(folder: Path) -> list[StageRecord]:
     Raises:
         RunError: a damaged stage file.
     """
-    paths = sorted(Path(folder).glob("stages/[0-9]*/stage.json"))
-    return [_read(path, StageRecord) for path in paths]
+    paths = [path for path in Path(folder).glob("stages/*/stage.json") if path.parent.name.isdigit()]
+    return [_read(path, StageRecord) for path in sorted(paths, key=lambda path: int(path.parent.name))]

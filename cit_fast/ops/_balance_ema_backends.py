@@ -108,7 +108,7 @@ def _cuda_balance_ema(
     decay: float,
     fallback: float,
 ) -> BalanceWeights:
-    """Built, never run on a GPU yet: used only when forced. Three launches on the current stream, no synchronisation."""
+    """Built, never run on a GPU yet: used only when forced. Three launches on the current stream; no waiting."""
     from cit_fast import _native_cuda
 
     device = params[0].device
@@ -136,7 +136,7 @@ def _cuda_balance_ema(
 
 @register("flush_balance_ema_", Backend.CUDA, only_when_forced=True)
 def _cuda_flush_balance_ema(params: list[Tensor], averages: list[Tensor], alphas: Tensor) -> None:
-    """Built, never run on a GPU yet: used only when forced. One launch on the current stream, no synchronisation."""
+    """Built, never run on a GPU yet: used only when forced. One launch on the current stream; no waiting."""
     from cit_fast import _native_cuda
 
     device = params[0].device

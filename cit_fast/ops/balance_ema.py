@@ -203,7 +203,8 @@ def _balance_ema(
     decay: float,
     fallback: float,
 ) -> tuple[Tensor, Tensor]:
-    run = resolve("balance_ema_", params[0].device, cannot=kernels_cannot(averages, params, averages, grads, previous_grads))
+    cannot = kernels_cannot(averages, params, averages, grads, previous_grads)
+    run = resolve("balance_ema_", params[0].device, cannot=cannot)
     alphas, fallbacks = run(params, averages, grads, previous_grads, rule, decay, fallback)
     return alphas.float(), fallbacks
 

@@ -11,6 +11,7 @@ import functools
 import json
 import typing
 from collections.abc import Iterable, Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ from pydantic import (
     model_validator,
 )
 
+from cit_fast.data.builtin import builtin_task_names
 from cit_fast.data.sources import TaskSource
 from cit_fast.errors import ConfigError
 
@@ -83,6 +85,12 @@ class MethodConfig(_Section):
     objective: Part = Part(name="cross-entropy")
     update: Part = Part(name="plain")
 
+    @model_validator(mode="after")
+    def _joint_replays_nothing(self) -> MethodConfig:
+        if self.schedule == "joint" and self.replay.name != "none":
+            raise ValueError("replay: a joint run trains all tasks at once, so there is nothing to replay")
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _over_preset(cls, value: Any) -> Any:
@@ -91,6 +99,8 @@ class MethodConfig(_Section):
         if not isinstance(value, Mapping):
             return value
         value = dict(value)
+        if "preset" not in value and value.get("name") in presets():
+            raise ValueError(f"name: {value['name']!r} is a preset; write preset: {value['name']} instead")
         if "preset" not in value and "name" in value:
             return {key: _part_over(key, None, part) for key, part in value.items()}
         preset = value.pop("preset", "sequential")
@@ -199,19 +209,25 @@ class RunConfig(_Section):
         for key in value:
             if key in _RESERVED_TRAINING:
                 raise ValueError(f"{key}: set by cit-fast; use {_RESERVED_TRAINING[key]} instead")
-        return checked_fields(TrainingArguments, value)
+        checked = checked_fields(TrainingArguments, value)
+        if checked.get("save_total_limit") == 1:
+            raise ValueError("save_total_limit: keep 2 or more; with 1 there are moments without a whole checkpoint")
+        return checked
 
     @field_validator("adapter")
     @classmethod
     def _adapter_fields(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
         if value is None:
             return None
+        from peft import PromptLearningConfig
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
         kind = str(value.get("peft_type", "LORA")).upper()
         known = {str(getattr(name, "value", name)): config for name, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
         if kind not in known:
             raise ValueError(f"peft_type: unknown adapter {kind!r}; {_choices(kind, known)}")
+        if issubclass(known[kind], PromptLearningConfig):
+            raise ValueError(f"peft_type: {kind} adds tokens to every prompt, which our loss cannot align")
         return {**checked_fields(known[kind], value), "peft_type": kind}
 
     @model_validator(mode="after")
@@ -273,23 +289,27 @@ def checked_value(key: str, value: Any, hints: Mapping[str, Any]) -> Any:
         return value  # a hint only its own library understands: that library will check it
     except ValueError:
         return value
-    try:
-        adapter.validate_python(value)
-    except ValidationError as error:
-        if isinstance(value, str) and _is_number(value):
-            return checked_value(key, float(value), hints)
-        raise ValueError(f"{key}: {error.errors()[0]['msg']} (it is {value!r})") from None
-    # YAML reads 1e-4 as text; give numbers to a field that wants numbers, and leave everything else as it was.
-    wants_text = isinstance(value, str) and _is_number(value) and not _accepts_text(hints[key])
-    return float(value) if wants_text else value
+    for reading in (value, _number(value)):
+        if reading is None:
+            continue
+        try:
+            read = adapter.validate_python(reading)
+        except ValidationError as error:
+            problem = error.errors()[0]["msg"]
+            continue
+        # What the field wants (true, not "n"), where it is a plain value; else as it was given.
+        wants_number = not isinstance(reading, str) or not isinstance(read, str) or _number(value) is None
+        if wants_number or _accepts_text(hints[key]):
+            return read if isinstance(read, (bool, int, float, str)) and not isinstance(read, Enum) else value
+    raise ValueError(f"{key}: {problem} (it is {value!r})")
 
 
-def _is_number(text: str) -> bool:
+def _number(value: Any) -> float | None:
+    """YAML reads 1e-4 as text: the number it is, or ``None`` for what is no such text."""
     try:
-        float(text)
+        return float(value) if isinstance(value, str) else None
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def _accepts_text(hint: Any) -> bool:
@@ -348,7 +368,9 @@ def _set(raw: dict[str, Any], override: str) -> None:
     for depth, part in enumerate(parents):
         if isinstance(target, list) and part.isdigit() and int(part) < len(target):
             if isinstance(target[int(part)], str):  # a method or a task given by name alone
-                target[int(part)] = {"preset" if parents[0] == "methods" else "builtin": target[int(part)]}
+                text = target[int(part)]
+                builtin = "builtin" if text in builtin_task_names() else "path"
+                target[int(part)] = {"preset" if parents[0] == "methods" else builtin: text}
             target = target[int(part)]
         elif isinstance(target, dict):
             if isinstance(target.get(part), str) and depth > 0:
@@ -384,6 +406,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise ConfigError(f"{path}: a folder; give the YAML file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f":{mark.line + 1}" if mark is not None else ""

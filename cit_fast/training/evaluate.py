@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from peft import PeftModel
 from tqdm.auto import tqdm
 
 from cit_fast.data.example import Example, Task
@@ -15,25 +17,79 @@ from cit_fast.errors import DataError
 from cit_fast.evaluation.generation import generate
 from cit_fast.evaluation.metrics import score
 from cit_fast.evaluation.predictions import Prediction
+from cit_fast.routing import Router
 from cit_fast.training.config import EvaluationConfig
 
 
-def evaluate(
-    model: Any, encoder: PromptEncoder, tasks: Sequence[Task], config: EvaluationConfig, title: str = ""
-) -> tuple[dict[str, float], dict[str, list[Prediction]]]:
-    """Answer every example of the tasks' split and score the answers.
+@dataclass(frozen=True)
+class Evaluated:
+    """What :func:`evaluate` found.
 
-    Returns:
-        task name -> score in [0, 100], and task name -> its predictions in the order of its examples.
+    Args:
+        scores: task name -> score in [0, 100].
+        predictions: task name -> its predictions, in the order of its examples.
+        truncated: prompts whose input was shortened to fit; ``skipped``: examples left out because they cannot fit.
     """
-    state = PartialState()
+
+    scores: dict[str, float]
+    predictions: dict[str, list[Prediction]]
+    truncated: int
+    skipped: int
+
+
+def evaluate(
+    model: Any,
+    encoder: PromptEncoder,
+    tasks: Sequence[Task],
+    config: EvaluationConfig,
+    router: Router | None = None,
+    title: str = "",
+) -> Evaluated:
+    """Answer every example of the tasks' split, each with the adapter set its router names, and score the answers.
+
+    Raises:
+        DataError: no example of a task fits.
+    """
     asked: list[tuple[Task, Example]] = []
     prompts: list[list[int]] = []
+    truncated = skipped = 0
     for task in tasks:
         split = getattr(task, config.split)
         encoded = encoder.encode_prompts(split, reserve=config.max_new_tokens)
+        if not encoded.prompts:
+            raise DataError(f"task {task.name!r}: every {config.split} example is longer than data.max_length allows")
         asked += [(task, split[index]) for index in encoded.indices]
         prompts += encoded.prompts
+        truncated, skipped = truncated + encoded.truncated, skipped + len(encoded.skipped)
+    answers = _answers(model, encoder, [example for _, example in asked], prompts, config, router, title)
+    scores: dict[str, float] = {}
+    predictions: dict[str, list[Prediction]] = {}
+    for task in tasks:
+        own = [index for index, (of, _) in enumerate(asked) if of is task]
+        references = [asked[index][1].references for index in own]
+        result = score(task.metric, [answers[index] for index in own], references, labels=task.labels)
+        scores[task.name] = result.value
+        predictions[task.name] = [
+            Prediction(encoder.tokenizer.decode(prompts[index]), answers[index], right, points)
+            for index, right, points in zip(own, references, result.per_example, strict=True)
+        ]
+    return Evaluated(scores, predictions, truncated, skipped)
+
+
+def _answers(
+    model: Any,
+    encoder: PromptEncoder,
+    examples: Sequence[Example],
+    prompts: Sequence[list[int]],
+    config: EvaluationConfig,
+    router: Router | None,
+    title: str,
+) -> list[str]:
+    """The answers in the order of the prompts, which are shared out over the processes."""
+    state = PartialState()
+    switches = router is not None and isinstance(model, PeftModel)
+    sets = router.answer(examples) if router is not None and switches else [""] * len(prompts)
+    answers = [""] * len(prompts)
     bar = tqdm(
         total=len(prompts), desc=f"{title}: answering", unit="prompt", leave=False, disable=not state.is_main_process
     )
@@ -41,30 +97,22 @@ def evaluate(
     def advance(count: int) -> None:
         bar.update(count * state.num_processes)
 
-    with bar, state.split_between_processes(list(range(len(prompts)))) as mine:
-        answers = generate(
-            model,
-            [prompts[index] for index in mine],
-            tokenizer=encoder.tokenizer,
-            pad_token_id=encoder.pad_token_id,
-            eos_token_ids=encoder.stop_token_ids,
-            max_new_tokens=config.max_new_tokens,
-            batch_size=config.batch_size,
-            progress=advance,
-        )
-    if state.num_processes > 1:
-        answers = gather_object(answers)
-    scores: dict[str, float] = {}
-    predictions: dict[str, list[Prediction]] = {}
-    for task in tasks:
-        own = [index for index, (of, _) in enumerate(asked) if of is task]
-        references = [asked[index][1].references for index in own]
-        if not own:
-            raise DataError(f"task {task.name!r}: every {config.split} example is longer than data.max_length allows")
-        result = score(task.metric, [answers[index] for index in own], references, labels=task.labels)
-        scores[task.name] = result.value
-        predictions[task.name] = [
-            Prediction(encoder.tokenizer.decode(prompts[index]), answers[index], right, points)
-            for index, right, points in zip(own, references, result.per_example, strict=True)
-        ]
-    return scores, predictions
+    with bar:
+        for name in dict.fromkeys(sets):
+            if switches:
+                model.set_adapter(name)
+            indices = [index for index, chosen in enumerate(sets) if chosen == name]
+            with state.split_between_processes(indices) as mine:
+                found = generate(
+                    model,
+                    [prompts[index] for index in mine],
+                    tokenizer=encoder.tokenizer,
+                    pad_token_id=encoder.pad_token_id,
+                    eos_token_ids=encoder.stop_token_ids,
+                    max_new_tokens=config.max_new_tokens,
+                    batch_size=config.batch_size,
+                    progress=advance,
+                )
+            for index, answer in zip(indices, gather_object(found) if state.num_processes > 1 else found, strict=True):
+                answers[index] = answer
+    return answers

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from cit_fast.data import TaskStream, load_stream
 from cit_fast.data.builtin import builtin_task_names
-from cit_fast.errors import ConfigError, RunError
+from cit_fast.errors import CitFastError, ConfigError, DataError, RunError
 from cit_fast.evaluation.metrics import score
 from cit_fast.files import is_disk_full
 from cit_fast.training.config import RunConfig, describe, load_config
@@ -83,7 +83,12 @@ class ContinualTrainer:
                 )
             # A metric that is unknown, or answers it cannot score, should not wait until a stage is trained.
             answers = [example.references for example in split]
-            score(task.metric, [right[0] for right in answers], answers, labels=task.labels)
+            try:
+                score(task.metric, [right[0] for right in answers], answers, labels=task.labels)
+            except CitFastError as error:
+                raise type(error)(f"data.tasks: task {task.name!r}: metric: {error}") from None
+            if not task.train:
+                raise DataError(f"data.tasks: task {task.name!r} has no training examples")
 
     def run(self) -> list[Path]:
         """Run, or go on with, every method; returns their folders, in order.
@@ -94,9 +99,8 @@ class ContinualTrainer:
         folders = []
         for method in self.config.methods:
             folder = self.config.folder / method.name
-            run = MethodRun(self.config, method, self._parts, self.stream, RunFolder(folder), self.console)
             with _disk_full_as_run_error(folder), _only_our_progress_bars():
-                run.run()
+                MethodRun(self.config, method, self._parts, self.stream, RunFolder(folder), self.console).run()
             folders.append(folder)
         return folders
 

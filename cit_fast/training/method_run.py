@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import json
+import os
 import random
 import shutil
 import time
@@ -18,11 +20,13 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
+from rich.markup import escape
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 import cit_fast
 from cit_fast.data import TaskStream, choose_collator
 from cit_fast.data.example import Example, Task
-from cit_fast.errors import ConfigError
+from cit_fast.errors import ConfigError, DataError, RunError
 from cit_fast.evaluation.predictions import Prediction, write_predictions
 from cit_fast.evaluation.record import RunRecord, StageRecord, read_run, read_stages
 from cit_fast.replay import ReplayContext
@@ -44,6 +48,7 @@ _TRAINING_DEFAULTS: dict[str, Any] = {
     "save_strategy": "steps",
     "save_steps": 50,
     "save_total_limit": 2,
+    "logging_nan_inf_filter": False,
     "report_to": "none",
     "disable_tqdm": True,
     "log_level": "error",
@@ -70,13 +75,15 @@ class MethodRun:
         self.console = console
         self.state = PartialState()
         self.parts = {
-            kind: parts[kind] if kind in parts else build_part(kind, getattr(method, kind), method.name)
+            # A copy: what a part remembers of one method must not reach the next.
+            kind: copy.deepcopy(parts[kind]) if kind in parts else build_part(kind, getattr(method, kind), method.name)
             for kind in PARTS
         }
         with self.state.main_process_first():  # one process fetches or converts, the others find it done
-            self.model_path = resolve_model(config.model.name, config.model.revision)
+            self.model_path = resolve_model(config.model)
         self.tokenizer = load_tokenizer(self.model_path, config.model.trust_remote_code)
         self.encoder = prompt_encoder(self.tokenizer, config)
+        self.identity = model_identity(self.model_path, config.model.name)
 
     # -- the run -------------------------------------------------------------------------------------------------
 
@@ -93,10 +100,13 @@ class MethodRun:
         record = self._begin()
         groups = [list(self.stream)] if self.method.schedule == "joint" else [[task] for task in self.stream]
         stages = self.folder.stages()
+        self.state.wait_for_everyone()  # all have read the same stages before one of them commits another
         if record.status == "finished" and len(stages) == len(groups) + 1:
-            self._say(f"[bold]{self.method.name}[/bold]: already finished, nothing to do ({self.folder.path})")
+            self._say(
+                f"[bold]{self.method.name}[/bold]: already finished, nothing to do ({escape(str(self.folder.path))})"
+            )
             return
-        self._say(f"[bold]{self.method.name}[/bold]: {len(self.stream)} tasks, {self.folder.path}")
+        self._say(f"[bold]{self.method.name}[/bold]: {len(self.stream)} tasks, {escape(str(self.folder.path))}")
         if stages:
             self._say(f"  going on after stage {stages[-1].index} of {len(groups)}")
         model: Any = None
@@ -109,7 +119,9 @@ class MethodRun:
                 continue
             if model is None:
                 model = load_model(self.model_path, self.config.model)
-                model = self._place(load_weights(model, self.folder.stage_path(index - 1), trainable=True))
+                if index > 1:
+                    model = load_weights(model, self.folder.stage_path(index - 1), trainable=True)
+                model = self._place(model)
             model = train_adapter(model, self.config, adapter, self.config.seed)
             model = self._stage(model, index, len(groups), group, adapter)
         if self.config.evaluation.experts and not record.experts:
@@ -121,7 +133,9 @@ class MethodRun:
     def _begin(self) -> RunRecord:
         resolved = self.config.resolved(self.method)
         for kind in PARTS:  # an object given from Python is part of what the run is
-            resolved["method"][kind]["name"] = self._part_name(kind)
+            name = self._part_name(kind)
+            if name != resolved["method"][kind]["name"]:
+                resolved["method"][kind] = {"name": name, "options": _plain(vars(self.parts[kind]))}
         arguments = self._arguments(1)
         record = RunRecord(
             name=self.config.name,
@@ -130,7 +144,12 @@ class MethodRun:
             metrics={task.name: task.metric for task in self.stream},
             model=self.config.model.name,
             seed=self.config.seed,
-            config={**resolved, "stream": _digest([_task_digest(task) for task in self.stream])},
+            config={
+                **resolved,
+                "stream": _digest([_task_digest(task) for task in self.stream]),
+                "weights": self.identity,
+                "processes": self.state.num_processes,
+            },
             environment={
                 **describe_environment(),
                 "effective_batch_size": arguments.train_batch_size
@@ -163,10 +182,17 @@ class MethodRun:
             broadcast_object_list(there)  # the main process decides: others may look later
             if not there[0]:
                 started = time.perf_counter()
-                scores, predictions = self._evaluate(model, list(self.stream), "untrained")
-                stage = StageRecord(0, [], scores, evaluate_seconds=time.perf_counter() - started)
+                found = evaluate(model, self.encoder, list(self.stream), self.config.evaluation, title="untrained")
+                stage = StageRecord(
+                    index=0,
+                    trained=[],
+                    scores=found.scores,
+                    evaluate_seconds=time.perf_counter() - started,
+                    test_truncated=found.truncated,
+                    test_skipped=found.skipped,
+                )
                 if self.state.is_main_process:
-                    cached.commit(stage, lambda path: _write_all(path, predictions))
+                    cached.commit(stage, lambda path: _write_all(path, found.predictions))
             self.state.wait_for_everyone()
 
         def fill(path: Path) -> None:
@@ -187,24 +213,32 @@ class MethodRun:
             context = ReplayContext(group[0], seen, model, self.encoder, rng)
             replayed = self.parts["replay"].select(context)
         new = [example for task in group for example in task.train]
-        if not new:
-            raise ConfigError(f"task {group[0].name!r} has no training examples")
         title = f"{self.method.name} [{index}/{count}] {'all tasks' if joint else group[0].name}"
         encoded = self.encoder.encode_all([*new, *replayed])
+        if not encoded.encoded:
+            raise DataError(f"task {group[0].name!r}: no training example fits data.max_length; every one was skipped")
+        # TensorBoard's default is inside the checkpoints, which go when the stage is committed.
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.folder.path / "logs" / f"{index:02d}")
         trainer, checkpoint = self._trainer(model, index, title, encoded.encoded)
         self.parts["objective"].begin_stage(model)
         trainer.train(resume_from_checkpoint=checkpoint)
         train_seconds = trainer.record.seconds
         self.parts["update"].finish(trainer.optimizer)
+        for name, parameter in trainer.model.named_parameters():
+            if parameter.requires_grad and not parameter.isfinite().all():
+                raise RunError(
+                    f"{self.folder.path}: stage {index} ({group[0].name}): {name} is not finite after training; "
+                    "start again in another output with a smaller training.learning_rate"
+                )
         # Accelerate's wrapper (DDP) and its forward patch belong to the stage; the model goes on without them.
         model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         started = time.perf_counter()
         known = list(self.stream)[:index] if self.config.evaluation.tasks == "seen" and not joint else list(self.stream)
-        scores, predictions = self._evaluate(model, known, title)
+        found = evaluate(model, self.encoder, known, self.config.evaluation, self.parts["router"], title)
         stage = StageRecord(
             index=index,
             trained=[task.name for task in group],
-            scores=scores,
+            scores=found.scores,
             adapter=adapter,
             train_examples=len(new),
             replayed={task.name: sum(e.task == task.name for e in replayed) for task in seen},
@@ -215,9 +249,13 @@ class MethodRun:
             balance_weights=trainer.record.balance_weights,
             truncated=encoded.truncated,
             skipped=len(encoded.skipped),
+            test_truncated=found.truncated,
+            test_skipped=found.skipped,
         )
-        self._commit(stage, model, predictions)
-        self._say_scores(title, scores)
+        self._commit(stage, model, found.predictions)
+        self._say_scores(title, found.scores)
+        if stage.skipped or stage.test_skipped:
+            self._say(f"  left out for their length: {stage.skipped} training and {stage.test_skipped} test examples")
         return model
 
     def _commit(self, stage: StageRecord, model: Any, predictions: dict[str, list[Prediction]]) -> None:
@@ -262,6 +300,11 @@ class MethodRun:
                 max_length=self.config.data.max_length,
             ),
         )
+        if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+            raise ConfigError(
+                "training: FSDP and DeepSpeed ZeRO-3 shard the weights, which the evaluation between stages cannot do "
+                "with yet; use DDP or ZeRO-1/2"
+            )
         return trainer, None if checkpoint is None else str(checkpoint[0])
 
     def _place(self, model: Any) -> Any:
@@ -269,28 +312,32 @@ class MethodRun:
 
     # -- evaluation ----------------------------------------------------------------------------------------------
 
-    def _evaluate(
-        self, model: Any, tasks: Sequence[Task], title: str
-    ) -> tuple[dict[str, float], dict[str, list[Prediction]]]:
-        return evaluate(model, self.encoder, tasks, self.config.evaluation, title)
-
     def _evaluation_key(self, tasks: Sequence[Task]) -> list[Any]:
         """Everything that decides the scores of a model: the model itself, the tokens, the tasks, the settings."""
         plain = self.config.resolved(self.method)
-        data = {key: value for key, value in plain["data"].items() if key != "tasks"}
+        data = {k: v for k, v in plain["data"].items() if k not in {"tasks", "train", "dev", "test"}}
         evaluation = {
             key: value for key, value in plain["evaluation"].items() if key not in {"experts", "untrained", "tasks"}
         }
-        identity = model_identity(self.model_path, self.config.model.name)
-        return [identity, plain["model"], data, evaluation, [_task_digest(task) for task in tasks], *_VERSIONS]
+        return [
+            self.identity,
+            self.state.device.type,
+            plain["model"],
+            data,
+            evaluation,
+            [_task_digest(task) for task in tasks],
+            *_VERSIONS,
+        ]
 
     def _experts(self) -> dict[str, float]:
         """U_j: the score of a model trained on task j alone; cached, so that runs of the same setting share it."""
         scores: dict[str, float] = {}
         sequential = MethodConfig.model_validate("sequential")
-        evaluation = self.config.evaluation.model_copy(update={"experts": False, "untrained": False})
+        # What an expert does not depend on (which other tasks there are, which are evaluated) must not tell them apart.
+        evaluation = self.config.evaluation.model_copy(update={"experts": False, "untrained": False, "tasks": "all"})
+        data = self.config.data.model_copy(update={"tasks": None, "train": None, "dev": None, "test": None})
+        config = self.config.model_copy(update={"name": "expert", "evaluation": evaluation, "data": data})
         for task in self.stream:
-            config = self.config.model_copy(update={"name": "expert", "evaluation": evaluation})
             key = _digest(
                 [
                     "expert",
@@ -324,8 +371,14 @@ def _write_all(path: Path, predictions: Mapping[str, list[Prediction]]) -> None:
         write_predictions(path / "predictions" / f"{name}.jsonl", entries)
 
 
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that JSON can hold, others by their type."""
+    kinds = (str, int, float, bool, type(None))
+    return {k: v if isinstance(v, kinds) else type(v).__name__ for k, v in options.items() if not k.startswith("_")}
+
+
 def _digest(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
+from pydantic import ValidationError
 
 from cit_fast.data.example import Example
 from cit_fast.data.prompts import PromptEncoder
@@ -15,7 +18,7 @@ from cit_fast.errors import ConfigError, RunError
 from cit_fast.evaluation.generation import generate
 from cit_fast.evaluation.record import read_run, read_stages
 from cit_fast.files import write_json
-from cit_fast.training.config import RunConfig
+from cit_fast.training.config import RunConfig, describe
 from cit_fast.training.pretrained import load_model, load_tokenizer, resolve_model
 
 
@@ -36,9 +39,13 @@ def train_adapter(model: Any, config: RunConfig, name: str, seed: int) -> Any:
     """
     if config.adapter is None:
         return model
-    from peft import PeftModel, get_peft_config, get_peft_model
+    from peft import get_peft_config, get_peft_model
     from transformers import set_seed
 
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name == "default":
+        raise ConfigError(
+            f"router: {name!r} cannot name an adapter set; use letters, digits, '_' and '-' ('default' is PEFT's own)"
+        )
     if isinstance(model, PeftModel) and name in model.peft_config:
         model.set_adapter(name)
         return model
@@ -56,8 +63,6 @@ def train_adapter(model: Any, config: RunConfig, name: str, seed: int) -> Any:
 
 def save_weights(model: Any, folder: Path, base_name: str) -> None:
     """Write what training changed: ``adapters/<name>`` as plain PEFT folders, or the whole model as ``model``."""
-    from peft import PeftModel
-
     if not isinstance(model, PeftModel):
         model.save_pretrained(folder / "model")
         return
@@ -73,8 +78,6 @@ def load_weights(base: Any, folder: Path, trainable: bool = False) -> Any:
     Raises:
         RunError: a missing or damaged file, or an adapter of another base model.
     """
-    from peft import PeftModel
-
     whole = folder / "model"
     if whole.is_dir():
         try:
@@ -84,7 +87,10 @@ def load_weights(base: Any, folder: Path, trainable: bool = False) -> Any:
         except (OSError, ValueError, RuntimeError) as error:
             raise RunError(f"{whole}: cannot be loaded: {str(error).splitlines()[0]}") from None
     model: Any = base
-    for path in sorted((folder / "adapters").glob("*/adapter_config.json")):
+    adapters = sorted((folder / "adapters").glob("*/adapter_config.json"))
+    if not adapters:
+        raise RunError(f"{folder}: holds neither adapters nor a model; the stage is damaged")
+    for path in adapters:
         name = path.parent.name
         try:
             if isinstance(model, PeftModel):
@@ -109,12 +115,13 @@ class ContinualModel:
         self.model, self.encoder = model, encoder
 
     @classmethod
-    def from_run(cls, run: str | Path, device: str | None = None) -> ContinualModel:
+    def from_run(cls, run: str | Path, device: str | None = None, trust_remote_code: bool = False) -> ContinualModel:
         """Load the base model and the weights of the last committed stage.
 
         Args:
             run: a run folder.
             device: where to put it; the GPU where there is one.
+            trust_remote_code: run code that comes with the base model; what the run's own record says does not count.
 
         Raises:
             RunError: no run there, or no stage trained yet.
@@ -123,10 +130,16 @@ class ContinualModel:
         record, stages = read_run(run), read_stages(run)
         if not stages or stages[-1].index == 0:
             raise RunError(f"{run}: no stage has been trained yet")
-        config = RunConfig.model_validate({k: v for k, v in record.config.items() if k in RunConfig.model_fields})
-        folder = resolve_model(config.model.name, config.model.revision)
-        tokenizer = load_tokenizer(folder, config.model.trust_remote_code)
-        model = load_weights(load_model(folder, config.model), run / "stages" / f"{stages[-1].index:02d}")
+        try:
+            config = RunConfig.model_validate({k: v for k, v in record.config.items() if k in RunConfig.model_fields})
+        except ValidationError as error:
+            raise RunError(describe(error, f"{run / 'run.json'}: config")) from None
+        base = config.model.model_copy(update={"trust_remote_code": trust_remote_code})
+        folder = resolve_model(base)
+        tokenizer = load_tokenizer(folder, trust_remote_code)
+        model = load_weights(load_model(folder, base), run / "stages" / f"{stages[-1].index:02d}")
+        if isinstance(model, PeftModel):
+            model.set_adapter(stages[-1].adapter)
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(model, prompt_encoder(tokenizer, config))
 

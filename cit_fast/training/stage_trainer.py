@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
+from cit_fast.errors import RunError
 from cit_fast.objectives import Objective
 from cit_fast.training.run_folder import mark_complete
 from cit_fast.training.update import Update
@@ -86,7 +88,12 @@ class _StageRecorder(TrainerCallback):  # type: ignore[misc]
             self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.title, unit="step", leave=True)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep the step's balance weights; gradients are still there, the step count is not yet raised."""
+        """Keep the step's balance weights; gradients are still there, the step count is not yet raised.
+
+        Reading them waits for a GPU, so there it happens as often as the loss is logged.
+        """
+        if args.device.type != "cpu" and (state.global_step + 1) % max(state.logging_steps, 1):
+            return
         summary = self.update.summary(kwargs["optimizer"])
         if summary is not None:
             self.balance_weights.append((state.global_step + 1, *summary))
@@ -97,7 +104,12 @@ class _StageRecorder(TrainerCallback):  # type: ignore[misc]
             self._bar.update(1)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Show the running loss."""
+        """Show the running loss; a run that has diverged ends here, not after hours."""
+        if logs and not math.isfinite(float(logs.get("loss", 0.0))):
+            raise RunError(
+                f"{self.title}: the training loss is {logs['loss']} at step {state.global_step}; "
+                "start again in another output with a smaller training.learning_rate"
+            )
         if self._bar is not None and logs and "loss" in logs:
             self._bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
 

@@ -40,17 +40,20 @@ struct Memory {
     array = {reinterpret_cast<char*>(storage.data()) + offset * size_of(dtype), dtype};
     for (std::size_t i = 0; i < values.size(); ++i) set(i, values[i]);
   }
+  // Not with the conversions under test.
   void set(std::size_t i, float value) {
-    const float values[cit::gpu::kGroup] = {value};
-    const cit::gpu::Group group = cit::gpu::from_floats(values, array.dtype);
-    std::memcpy(static_cast<char*>(array.data) + i * size_of(array.dtype), group.word, size_of(array.dtype));
+    if (array.dtype == DType::kFloat32) {
+      static_cast<float*>(array.data)[i] = value;
+    } else if (array.dtype == DType::kBFloat16) {
+      static_cast<__nv_bfloat16*>(array.data)[i] = __float2bfloat16(value);
+    } else {
+      static_cast<__half*>(array.data)[i] = __float2half(value);
+    }
   }
   float get(std::size_t i) const {
-    cit::gpu::Group group{};
-    std::memcpy(group.word, static_cast<char*>(array.data) + i * size_of(array.dtype), size_of(array.dtype));
-    float values[cit::gpu::kGroup];
-    cit::gpu::to_floats(group, array.dtype, values);
-    return values[0];
+    if (array.dtype == DType::kFloat32) return static_cast<const float*>(array.data)[i];
+    if (array.dtype == DType::kBFloat16) return __bfloat162float(static_cast<const __nv_bfloat16*>(array.data)[i]);
+    return __half2float(static_cast<const __half*>(array.data)[i]);
   }
 };
 

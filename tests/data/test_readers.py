@@ -360,3 +360,10 @@ def test_dataset_rows_and_class_labels():
     unknown = Dataset.from_list([{"sentence": "nice", "label": None}], features=features)
     with pytest.raises(DataError, match="missing field 'label'"):
         read_dataset(unknown, options, where="toy")
+
+
+def test_half_a_character_names_its_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a \\ud83d", "output": "b"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl:2: text with half a character"):
+        read_file(path)

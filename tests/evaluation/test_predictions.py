@@ -135,3 +135,6 @@ def test_rescore_of_a_run_with_other_metrics(run_folder):
     path.write_text(text.replace('"b": "accuracy"', '"c": "accuracy"'))
     with pytest.raises(RunError, match=r"run.json: metrics names none for task 'b'"):
         rescore(run_folder)
+    path.write_text(text.replace('"accuracy"', '"os.getcwd"'))  # a run may come from anywhere
+    with pytest.raises(RunError, match=r"is scored by 'os\.getcwd', which is not one of ours"):
+        rescore(run_folder)

