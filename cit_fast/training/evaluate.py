@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from cit_fast.data.example import Example, Task
 from cit_fast.data.prompts import PromptEncoder
-from cit_fast.errors import DataError
+from cit_fast.errors import ConfigError, DataError
 from cit_fast.evaluation.generation import generate
 from cit_fast.evaluation.metrics import score
 from cit_fast.evaluation.predictions import Prediction
@@ -89,6 +89,9 @@ def _answers(
     state = PartialState()
     switches = router is not None and isinstance(model, PeftModel)
     sets = router.answer(examples) if router is not None and switches else [""] * len(prompts)
+    unknown = set(sets) - set(model.peft_config) if switches else set()
+    if unknown:
+        raise ConfigError(f"router: answers with the adapter set {min(unknown)!r}, which no task has trained yet")
     answers = [""] * len(prompts)
     bar = tqdm(
         total=len(prompts), desc=f"{title}: answering", unit="prompt", leave=False, disable=not state.is_main_process

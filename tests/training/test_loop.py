@@ -152,7 +152,10 @@ class OneSetPerTask:
 
 
 def test_a_router_with_several_sets_trains_and_answers_with_each(settings, stream):
-    folder = run(settings, stream, methods=[{"preset": "sequential", "name": "own"}], router=OneSetPerTask())["own"]
+    method, seen = {"preset": "sequential", "name": "own"}, {"tasks": "seen"}
+    with pytest.raises(ConfigError, match="answers with the adapter set 'set-beta', which no task has trained yet"):
+        run({**settings, "output": settings["output"] + "-all"}, stream, methods=[method], router=OneSetPerTask())
+    folder = run(settings, stream, methods=[method], router=OneSetPerTask(), evaluation=seen)["own"]
     stages = read_stages(folder)
     assert [stage.adapter for stage in stages[1:]] == ["set-alpha", "set-beta", "set-gamma"]
     adapters = sorted(path.name for path in (folder / "stages/03/adapters").iterdir() if path.is_dir())
