@@ -62,7 +62,7 @@ def generate(
     )
     answers = [""] * len(prompts)
     longest_first = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    with _evaluating(model), _only_defaults(model, config), torch.inference_mode():
+    with _evaluating(model), _only_defaults(model, config), _contiguous_rows(model), torch.inference_mode():
         for start in range(0, len(prompts), batch_size):
             batch = longest_first[start : start + batch_size]
             new_tokens = _new_tokens(model, [prompts[index] for index in batch], config)
@@ -101,6 +101,22 @@ def _evaluating(model: Any) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextlib.contextmanager
+def _contiguous_rows(model: Any) -> Iterator[None]:
+    """Hands the output projection its rows in one block of memory.
+
+    After a prompt they are a strided slice, for which torch on a CPU copies the whole projection once per prompt:
+    3.6 GB for 64 prompts and a vocabulary of 49,000, and with them two fifths of the time of a short evaluation.
+    """
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:])) if head else None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 @contextlib.contextmanager

@@ -8,7 +8,8 @@ _PLAIN_NAMES = {
     "sequential": "plain fine-tuning",
     "joint": "training on all tasks at once",
     "random-replay": "random replay",
-    "balance-ema": "averaged weights",
+    "ema": "averaged weights",
+    "balance-ema": "weights averaged at the speed their gradients give",
     "replay-ema": "random replay with averaged weights",
 }
 _MOST_RUNS = 4

@@ -155,3 +155,14 @@ def test_no_prompts(model):
 def test_bad_input(model, prompts, options, message):
     with pytest.raises(DataError, match=message):
         answer(model, prompts, **options)
+
+
+def test_the_output_projection_gets_one_block_of_memory_and_keeps_no_hook(tiny_model_folder, tiny_tokenizer):
+    model = LlamaForCausalLM.from_pretrained(tiny_model_folder)
+    head = model.get_output_embeddings()
+    forward, contiguous = head.forward, []
+    head.forward = lambda hidden: contiguous.append(hidden.is_contiguous()) or forward(hidden)
+    generate(model, [[5, 6, 7], [8, 9]], pad_token_id=0, eos_token_ids=2, tokenizer=tiny_tokenizer, max_new_tokens=3)
+    assert contiguous
+    assert all(contiguous)
+    assert len(head._forward_pre_hooks) == 0
