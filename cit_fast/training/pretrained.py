@@ -155,7 +155,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
         raise ConfigError(f"model.name: {folder} holds no tokenizer (none of {', '.join(files)})")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # noqa: BLE001  # the tokenizers library raises bare Exception for a damaged file
+    except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         reason = f"no key {reason}" if isinstance(error, KeyError) else reason
         raise ConfigError(f"model.name: {folder} holds no tokenizer that can be read: {reason}") from error
