@@ -209,7 +209,10 @@ class RunConfig(_Section):
         for key in value:
             if key in _RESERVED_TRAINING:
                 raise ValueError(f"{key}: set by cit-fast; use {_RESERVED_TRAINING[key]} instead")
-        checked = checked_fields(TrainingArguments, value)
+        # fsdp is declared as text and meant to be true or false.
+        switches = {key: given for key, given in value.items() if key == "fsdp" and isinstance(given, bool)}
+        others = {key: given for key, given in value.items() if key not in switches}
+        checked = {**checked_fields(TrainingArguments, others), **switches}
         if checked.get("save_total_limit") == 1:
             raise ValueError("save_total_limit: keep 2 or more; with 1 there are moments without a whole checkpoint")
         return checked

@@ -11,7 +11,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.markup import escape
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations import unset_hf_deepspeed_config
 
 import cit_fast
 from cit_fast.data import TaskStream, choose_collator
@@ -111,17 +111,14 @@ class MethodRun:
             self._say(f"  going on after stage {stages[-1].index} of {len(groups)}")
         model: Any = None
         if not stages:
-            model = self._place(load_model(self.model_path, self.config.model))
+            model = self._load(None)
             self._untrained_stage(model)
         for index, group in enumerate(groups, start=1):
             adapter = self.parts["router"].assign(group[0])
             if index < len(stages):
                 continue
             if model is None:
-                model = load_model(self.model_path, self.config.model)
-                if index > 1:
-                    model = load_weights(model, self.folder.stage_path(index - 1), trainable=True)
-                model = self._place(model)
+                model = self._load(self.folder.stage_path(index - 1) if index > 1 else None)
             model = train_adapter(model, self.config, adapter, self.config.seed)
             model = self._stage(model, index, len(groups), group, adapter)
         if self.config.evaluation.experts and not record.experts:
@@ -224,14 +221,13 @@ class MethodRun:
         trainer.train(resume_from_checkpoint=checkpoint)
         train_seconds = trainer.record.seconds
         self.parts["update"].finish(trainer.optimizer)
-        for name, parameter in trainer.model.named_parameters():
+        model = self._unwrapped(trainer, index, adapter)
+        for name, parameter in model.named_parameters():
             if parameter.requires_grad and not parameter.isfinite().all():
                 raise RunError(
                     f"{self.folder.path}: stage {index} ({group[0].name}): {name} is not finite after training; "
                     "start again in another output with a smaller training.learning_rate"
                 )
-        # Accelerate's wrapper (DDP) and its forward patch belong to the stage; the model goes on without them.
-        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         started = time.perf_counter()
         known = list(self.stream)[:index] if self.config.evaluation.tasks == "seen" and not joint else list(self.stream)
         found = evaluate(model, self.encoder, known, self.config.evaluation, self.parts["router"], title)
@@ -300,14 +296,35 @@ class MethodRun:
                 max_length=self.config.data.max_length,
             ),
         )
-        if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
-            raise ConfigError(
-                "training: FSDP and DeepSpeed ZeRO-3 shard the weights, which the evaluation between stages cannot do "
-                "with yet; use DDP or ZeRO-1/2"
-            )
+        if trainer.is_deepspeed_enabled:
+            gather = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+            engine = trainer.args.hf_deepspeed_config
+            if engine.is_zero3() and not engine.is_true(gather):
+                raise ConfigError(f"training.deepspeed: {gather} must be true, or a stage's weights cannot be kept")
         return trainer, None if checkpoint is None else str(checkpoint[0])
 
-    def _place(self, model: Any) -> Any:
+    def _unwrapped(self, trainer: StageTrainer, index: int, adapter: str) -> Any:
+        """The trained model, whole on every process, without what Accelerate put around it."""
+        accelerator = trainer.accelerator
+        if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            return accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        # FSDP and ZeRO leave shards, hooks and another dtype in the model: it is gathered, written, and loaded anew.
+        gathered = self.folder.checkpoints(index) / "gathered"
+        weights = accelerator.get_state_dict(trainer.model_wrapped)  # every process takes part
+        if self.state.is_main_process:
+            save_weights(accelerator.unwrap_model(trainer.model), gathered, self.config.model.name, weights)
+        self.state.wait_for_everyone()
+        trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = None
+        accelerator.free_memory()
+        model = self._load(gathered)
+        return train_adapter(model, self.config, adapter, self.config.seed)
+
+    def _load(self, weights: Path | None) -> Any:
+        """The model on this process's device, with the weights of a stage."""
+        with _loading_whole():
+            model = load_model(self.model_path, self.config.model)
+            if weights is not None:
+                model = load_weights(model, weights, trainable=True)
         return model.to(self.state.device)
 
     # -- evaluation ----------------------------------------------------------------------------------------------
@@ -363,6 +380,19 @@ class MethodRun:
     def _say_scores(self, title: str, scores: Mapping[str, float]) -> None:
         listed = "  ".join(f"{name} [bold]{score:.1f}[/bold]" for name, score in scores.items())
         self._say(f"  {title.rsplit('] ', maxsplit=1)[-1]}: {listed}")
+
+
+@contextlib.contextmanager
+def _loading_whole() -> Iterator[None]:
+    """Keep transformers from loading shards only, as it does where FSDP or ZeRO-3 is configured."""
+    unset_hf_deepspeed_config()  # the next TrainingArguments set it again
+    name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    before = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[name] = before
 
 
 def _write_all(path: Path, predictions: Mapping[str, list[Prediction]]) -> None:

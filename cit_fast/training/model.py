@@ -61,12 +61,16 @@ def train_adapter(model: Any, config: RunConfig, name: str, seed: int) -> Any:
     return model
 
 
-def save_weights(model: Any, folder: Path, base_name: str) -> None:
-    """Write what training changed: ``adapters/<name>`` as plain PEFT folders, or the whole model as ``model``."""
+def save_weights(model: Any, folder: Path, base_name: str, state_dict: dict[str, Any] | None = None) -> None:
+    """Write what training changed: ``adapters/<name>`` as plain PEFT folders, or the whole model as ``model``.
+
+    Args:
+        state_dict: the model's weights, where the model itself holds only shards of them.
+    """
     if not isinstance(model, PeftModel):
-        model.save_pretrained(folder / "model")
+        model.save_pretrained(folder / "model", state_dict=state_dict)
         return
-    model.save_pretrained(folder / "adapters", selected_adapters=list(model.peft_config))
+    model.save_pretrained(folder / "adapters", selected_adapters=list(model.peft_config), state_dict=state_dict)
     for path in (folder / "adapters").glob("*/adapter_config.json"):
         # The folder the base was loaded from means nothing on another machine; its name does.
         write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "base_model_name_or_path": base_name})

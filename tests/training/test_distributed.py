@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,21 @@ from rich.console import Console
 from cit_fast import ContinualTrainer
 from cit_fast.evaluation import read_run, read_stages
 
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
 
-@pytest.mark.slow
-def test_accelerate_launch_with_two_processes(settings, tmp_path):
-    """Half the batch per process: the same global batches, so the same losses up to the rounding of the sum."""
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", str(Path(__file__).with_name("launch_on_cpu.py"))]
+# accelerate's own --cpu starts one process unless there is MPI; its multi-process launcher takes CPUs all the same.
+ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "cit_fast.cli"]
+
+
+def deepspeed(stage: int, **zero) -> dict:
+    auto = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto")
+    return {"deepspeed": {**auto, "zero_optimization": {"stage": stage, **zero}}}
+
+
+@pytest.fixture
+def two_tasks(settings, tmp_path):
     for name in ("alpha", "beta"):
         folder = tmp_path / name
         folder.mkdir()
@@ -30,47 +42,91 @@ def test_accelerate_launch_with_two_processes(settings, tmp_path):
             (folder / f"{split}.json").write_text(json.dumps(records))
     settings["data"] = {"max_length": 96, "tasks": [{"path": str(tmp_path / name)} for name in ("alpha", "beta")]}
     settings["adapter"]["lora_dropout"] = 0.0
-    settings["methods"] = ["balance-ema"]
+    return settings
 
-    ContinualTrainer(settings, console=Console(quiet=True)).run()
-    alone = read_stages(Path(settings["output"]) / "balance-ema")
 
-    settings["output"] += "-two"
-    settings["training"]["per_device_train_batch_size"] = 2
+def launch(launcher: list[str], settings: dict, tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
     config = tmp_path / "two.yaml"
     config.write_text(yaml.safe_dump(settings))
-    # accelerate's own --cpu starts one process unless there is MPI; its multi-process launcher takes CPUs all the same.
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "cit_fast.cli", "run", str(config)]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
         "CIT_FAST_CACHE": str(tmp_path / "other-cache"),
+        **environment,
     }
-    done = subprocess.run(launch, capture_output=True, text=True, env=environment, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("Report: ") == 1  # one process speaks
+    command = [sys.executable, *launcher, "run", str(config)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
 
-    folder = Path(settings["output"]) / "balance-ema"
-    record, together = read_run(folder), read_stages(folder)
+
+def compare(two: Path, one: Path) -> None:
+    """Half the batch per process: the same global batches, so the same losses up to the rounding of the sum."""
+    record, together, alone = read_run(two), read_stages(two), read_stages(one)
     assert record.status == "finished"
     assert record.environment["effective_batch_size"] == 4
-    assert [stage.steps for stage in together] == [stage.steps for stage in alone]
+    assert [stage.steps for stage in together] == [stage.steps for stage in alone] == [0, 4, 4]
     for ours, theirs in zip(together[1:], alone[1:], strict=True):
         assert [loss for _, loss in ours.losses] == pytest.approx([loss for _, loss in theirs.losses], rel=2e-3)
-        lines = (folder / f"stages/{ours.index:02d}/predictions/alpha.jsonl").read_text().splitlines()
+        lines = (two / f"stages/{ours.index:02d}/predictions/alpha.jsonl").read_text().splitlines()
         assert [json.loads(line)["references"] for line in lines] == [[f"alpha {k}"] for k in range(100, 105)]
 
-    again = subprocess.run(launch, capture_output=True, text=True, env=environment, timeout=240, check=False)
+
+@pytest.mark.slow
+def test_accelerate_launch_with_two_processes(two_tasks, tmp_path):
+    two_tasks["methods"] = ["balance-ema"]
+    ContinualTrainer(two_tasks, console=Console(quiet=True)).run()
+    one = Path(two_tasks["output"]) / "balance-ema"
+
+    two_tasks["output"] += "-two"
+    two_tasks["training"]["per_device_train_batch_size"] = 2
+    done = launch(ACCELERATE, two_tasks, tmp_path, ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Report: ") == 1  # one process speaks
+    compare(Path(two_tasks["output"]) / "balance-ema", one)
+
+    again = launch(ACCELERATE, two_tasks, tmp_path, ACCELERATE_USE_CPU="true")
     assert again.returncode == 0, again.stderr[-3000:]
     assert "already finished" in again.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("adapter", "sharding"),
+    [
+        pytest.param(True, {"fsdp": True}, id="fsdp2-lora"),
+        pytest.param(False, {"fsdp": True}, id="fsdp2-full"),
+        pytest.param(True, deepspeed(2), id="zero2-lora", marks=needs_deepspeed),
+        pytest.param(
+            True,
+            deepspeed(3, stage3_gather_16bit_weights_on_model_save=True),
+            id="zero3-lora",
+            marks=needs_deepspeed,
+        ),
+    ],
+)
+def test_sharded_training_killed_and_resumed_equals_one_process(two_tasks, tmp_path, adapter, sharding):
+    two_tasks["methods"] = ["sequential"]
+    if not adapter:
+        two_tasks["adapter"] = None
+    ContinualTrainer(two_tasks, console=Console(quiet=True)).run()
+    one = Path(two_tasks["output"]) / "sequential"
+
+    two_tasks["output"] += "-two"
+    two_tasks["training"] |= {"per_device_train_batch_size": 2, "use_cpu": False, **sharding}
+    killed = launch(TORCHRUN, two_tasks, tmp_path, DS_ACCELERATOR="cpu", DIE_AT_STEP="3")
+    assert killed.returncode != 0
+    two = Path(two_tasks["output"]) / "sequential"
+    state = "pytorch_model_fsdp.bin" if "fsdp" in sharding else "global_step2"  # what only FSDP, only DeepSpeed write
+    assert list(two.glob(f"checkpoints/*/checkpoint-2/{state}")), killed.stderr[-3000:]
+    assert len(read_stages(two)) == 1
+
+    done = launch(TORCHRUN, two_tasks, tmp_path, DS_ACCELERATOR="cpu")
+    assert done.returncode == 0, done.stderr[-3000:]
+    compare(two, one)
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_zero3_that_cannot_keep_its_weights_is_refused(two_tasks, tmp_path):
+    two_tasks["training"] |= {"use_cpu": False, **deepspeed(3)}
+    done = launch(TORCHRUN, two_tasks, tmp_path, DS_ACCELERATOR="cpu")
+    assert "stage3_gather_16bit_weights_on_model_save must be true" in done.stderr

@@ -17,7 +17,6 @@ from cit_fast.evaluation import read_predictions, read_run, read_stages
 from cit_fast.objectives import CrossEntropy
 from cit_fast.optim import BalanceEMA
 from cit_fast.replay import RandomReplay
-from cit_fast.training import method_run
 from cit_fast.training import model as model_module
 from cit_fast.training.run_folder import RunFolder
 
@@ -266,12 +265,6 @@ def test_a_run_that_diverges_says_so(settings, stream):
     quiet = {**settings, "output": settings["output"] + "-quiet"}
     with pytest.raises(RunError, match=r"stage 1 \(alpha\): .* is not finite after training"):
         run(quiet, stream, methods=["sequential"], training={"learning_rate": 1e30, "logging_steps": 100})
-
-
-def test_sharded_weights_are_refused(settings, stream, monkeypatch):
-    monkeypatch.setattr(method_run, "is_deepspeed_zero3_enabled", lambda: True)
-    with pytest.raises(ConfigError, match="FSDP and DeepSpeed ZeRO-3 shard the weights"):
-        run(settings, stream, methods=["sequential"])
 
 
 def test_examples_that_cannot_fit(settings, stream):
