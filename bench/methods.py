@@ -1,6 +1,6 @@
 """Methods compared on a benchmark of Super-NI task folders: who forgets how much, at what cost.
 
-    python bench/methods.py path/to/superni15 --tasks 5 --train 100 --methods sequential random-replay balance-ema
+    python bench/methods.py path/to/superni15 --tasks 5 --train 100 --methods sequential random-replay lcia
 
 The folder holds one sub-folder per task with train.json, dev.json and test.json. Every method trains the same tasks in
 the same order from the same seeds; ``joint`` (all tasks at once) is added as the upper bound, and experts (one model
@@ -106,7 +106,7 @@ def cell(values: list[float | None]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder of Super-NI task folders")
-    parser.add_argument("--methods", nargs="+", default=["sequential", "random-replay", "balance-ema"])
+    parser.add_argument("--methods", nargs="+", default=["sequential", "random-replay", "lcia"])
     parser.add_argument("--order", type=int, choices=ORDERS, default=1)
     parser.add_argument("--tasks", type=int, help="only the first so many tasks of the order")
     parser.add_argument("--train", type=int, help="training examples per task at most")

@@ -9,7 +9,8 @@ _PLAIN_NAMES = {
     "joint": "training on all tasks at once",
     "random-replay": "random replay",
     "ema": "averaged weights",
-    "balance-ema": "weights averaged at the speed their gradients give",
+    "lcia": "weights averaged at the speed their gradients give",
+    "lcia-paper": "weights averaged by the rule of the LCIA paper",
     "replay-ema": "random replay with averaged weights",
 }
 _MOST_RUNS = 4

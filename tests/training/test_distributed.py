@@ -72,16 +72,16 @@ def compare(two: Path, one: Path) -> None:
 
 @pytest.mark.slow
 def test_accelerate_launch_with_two_processes(two_tasks, tmp_path):
-    two_tasks["methods"] = ["balance-ema"]
+    two_tasks["methods"] = ["lcia"]
     ContinualTrainer(two_tasks, console=Console(quiet=True)).run()
-    one = Path(two_tasks["output"]) / "balance-ema"
+    one = Path(two_tasks["output"]) / "lcia"
 
     two_tasks["output"] += "-two"
     two_tasks["training"]["per_device_train_batch_size"] = 2
     done = launch(ACCELERATE, two_tasks, tmp_path, ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Report: ") == 1  # one process speaks
-    compare(Path(two_tasks["output"]) / "balance-ema", one)
+    compare(Path(two_tasks["output"]) / "lcia", one)
 
     again = launch(ACCELERATE, two_tasks, tmp_path, ACCELERATE_USE_CPU="true")
     assert again.returncode == 0, again.stderr[-3000:]

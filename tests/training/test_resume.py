@@ -69,7 +69,7 @@ MOMENTS = {
 }
 
 
-@pytest.fixture(params=["sequential", "balance-ema"])
+@pytest.fixture(params=["sequential", "lcia"])
 def method(request):
     return request.param
 
