@@ -3,8 +3,19 @@
 def simd_name() -> str: ...
 def simd_levels() -> list[str]: ...
 def set_simd_level(name: str) -> None: ...
+def balance_norms(table: list[int], *, store_grads: bool, threads: int, norms: int) -> None: ...
 def balance_ema(
-    table: list[int], *, rule: int, decay: float, fallback: float, threads: int, alphas: int, fallbacks: int
+    table: list[int],
+    *,
+    rule: int,
+    decay: float,
+    fallback: float,
+    store_grads: bool,
+    seed: int,
+    threads: int,
+    alphas: int,
+    fallbacks: int,
+    norms: int,
 ) -> None: ...
 def adamw_balance_ema(
     table: list[int],
@@ -18,8 +29,11 @@ def adamw_balance_ema(
     rule: int,
     decay: float,
     fallback: float,
+    store_grads: bool,
+    seed: int,
     threads: int,
     alphas: int,
     fallbacks: int,
+    norms: int,
 ) -> None: ...
-def flush_balance_ema(table: list[int], *, threads: int, alphas: int) -> None: ...
+def flush_balance_ema(table: list[int], *, seed: int, threads: int, alphas: int) -> None: ...

@@ -1,21 +1,89 @@
 """Types of the CUDA module (csrc/cuda/bindings.cpp). Pointers are device addresses as integers; nothing is checked."""
 
-CHUNK: int
+STREAMS: int
+PIECE: int
+SLOT_BYTES: int
+STEP_BYTES: int
 
 def architectures() -> str: ...
 def why_not(device: int) -> str: ...
+def layout(rows: list[int], row_sizes: list[int], dtypes: list[int]) -> tuple[list[int], int, int, int]: ...
+def upload(target: int, words: list[int], *, device: int, stream: int) -> None: ...
+def balance_norms(
+    table: int,
+    *,
+    count: int,
+    blocks: int,
+    slots: int,
+    device: int,
+    stream: int,
+    norms: int,
+    store_grads: bool,
+) -> None: ...
 def balance_ema(
     table: int,
     *,
     count: int,
-    chunks: int,
+    blocks: int,
+    slots: int,
+    device: int,
+    stream: int,
+    norms: int,
+    alphas: int,
+    fallbacks: int,
     rule: int,
     decay: float,
     fallback: float,
-    partials: int,
+    store_grads: bool,
+    seed: int,
+) -> None: ...
+def adamw_balance_ema(
+    table: int,
+    *,
+    count: int,
+    blocks: int,
+    slots: int,
+    device: int,
+    stream: int,
+    norms: int,
     alphas: int,
     fallbacks: int,
+    rule: int,
+    decay: float,
+    fallback: float,
+    store_grads: bool,
+    seed: int = 0,
+    step: int = 1,
+    lr: float = 0.0,
+    beta1: float = 0.0,
+    beta2: float = 0.0,
+    eps: float = 0.0,
+    weight_decay: float = 0.0,
+    step_on_device: int = 0,
+) -> None: ...
+def step_on_device(
+    target: int,
+    *,
+    step: int,
+    step_is_float: bool,
+    lr: int,
+    lr_is_float: bool,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    seed: int,
     device: int,
     stream: int,
 ) -> None: ...
-def flush_balance_ema(table: int, *, count: int, chunks: int, alphas: int, device: int, stream: int) -> None: ...
+def flush_balance_ema(
+    table: int,
+    *,
+    count: int,
+    blocks: int,
+    slots: int,
+    device: int,
+    stream: int,
+    alphas: int,
+    seed: int,
+) -> None: ...

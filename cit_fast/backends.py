@@ -128,7 +128,7 @@ def resolve(op: str, device: torch.device, *, cannot: Mapping[Backend, str] | No
     Raises:
         BackendError: No implementation serves the device, or the forced backend does not serve this op or device.
     """
-    order = PREFERENCE.get(device.type, (Backend.REFERENCE,))
+    order = _order(device)
     implementations = _implementations.get(op, {})
     cannot = cannot or {}
     usable = [each for each in order if each in implementations and each not in cannot and _status(each).available]
@@ -146,7 +146,7 @@ def resolve(op: str, device: torch.device, *, cannot: Mapping[Backend, str] | No
 def _cannot_serve(op: str, forced: Backend, device: torch.device, reason: str | None, usable: list[Backend]) -> str:
     if not _status(forced).available:
         why = _status(forced).reason
-    elif forced not in PREFERENCE.get(device.type, (Backend.REFERENCE,)):
+    elif forced not in _order(device):
         why = f"it does not run on {device.type} tensors"
     else:
         why = reason or f"it has no implementation of {op!r}"
@@ -155,6 +155,14 @@ def _cannot_serve(op: str, forced: Backend, device: torch.device, reason: str | 
         f"backend {forced.value!r} cannot serve op {op!r} on device {device.type!r}: {why}; "
         f"backends that would serve: {serving}"
     )
+
+
+def _order(device: torch.device) -> tuple[Backend, ...]:
+    order = PREFERENCE.get(device.type, (Backend.REFERENCE,))
+    if not _triton_interprets():
+        return order
+    # The interpreter reads addresses as the CPU sees them. Last, and registered as only_when_forced: for tests.
+    return (*order, Backend.TRITON) if device.type == "cpu" else tuple(x for x in order if x is not Backend.TRITON)
 
 
 def _parse(name: str | Backend, where: str) -> Backend:
@@ -205,9 +213,17 @@ def _native_status() -> BackendStatus:
 def _triton_status() -> BackendStatus:
     if find_spec("triton") is None:
         return BackendStatus(False, "triton is not installed")
+    if _triton_interprets():
+        return BackendStatus(True, "interpreter, CPU tensors, only when forced: TRITON_INTERPRET is set")
     if not torch.cuda.is_available():
         return BackendStatus(False, "no CUDA device")
-    return BackendStatus(True, torch.cuda.get_device_name())
+    return BackendStatus(
+        True, f"{torch.cuda.get_device_name()}; its kernels never ran on a GPU yet: used only when forced"
+    )
+
+
+def _triton_interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def _cuda_status() -> BackendStatus:

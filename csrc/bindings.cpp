@@ -18,26 +18,26 @@ namespace {
 
 using Table = std::vector<std::int64_t>;
 
-// One row per tensor: numel, param, its dtype, average, grad, its dtype, previous_grad (0 = none), its dtype.
-constexpr std::size_t kEmaColumns = 8;
-// The same, then exp_avg, exp_avg_sq.
-constexpr std::size_t kAdamWColumns = 10;
+// One row per tensor: numel, rows; then address and dtype of param, average, grad, previous_grad (address 0 = none).
+constexpr std::size_t kEmaColumns = 10;
+// The same, then address and dtype of exp_avg, exp_avg_sq.
+constexpr std::size_t kAdamWColumns = 14;
 
 template <class T>
 T* pointer(std::int64_t address) {
   return reinterpret_cast<T*>(static_cast<std::uintptr_t>(address));
 }
 
+cit::Array array(const std::int64_t* columns) {
+  return {pointer<void>(columns[0]), static_cast<cit::DType>(columns[1])};
+}
+
 cit::EmaTensor ema_tensor(const std::int64_t* row) {
-  return {row[0],
-          {pointer<void>(row[1]), static_cast<cit::DType>(row[2])},
-          pointer<float>(row[3]),
-          {pointer<void>(row[4]), static_cast<cit::DType>(row[5])},
-          {pointer<void>(row[6]), static_cast<cit::DType>(row[7])}};
+  return {row[0], row[1], array(row + 2), array(row + 4), array(row + 6), array(row + 8)};
 }
 
 cit::AdamWTensor adamw_tensor(const std::int64_t* row) {
-  return {ema_tensor(row), pointer<float>(row[8]), pointer<float>(row[9])};
+  return {ema_tensor(row), array(row + 10), array(row + 12)};
 }
 
 template <class Tensor>
@@ -54,6 +54,10 @@ cit::RuleOptions rule_options(std::int64_t rule, double decay, double fallback) 
   return {static_cast<cit::Rule>(rule), decay, fallback};
 }
 
+cit::Results results(std::int64_t alphas, std::int64_t fallbacks, std::int64_t norms) {
+  return {pointer<float>(alphas), pointer<bool>(fallbacks), pointer<double>(norms)};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -64,37 +68,48 @@ PYBIND11_MODULE(_native, m) {
   m.def("set_simd_level", &cit::set_simd_level, py::arg("name"));
 
   m.def(
-      "balance_ema",
-      [](const Table& table, std::int64_t rule, double decay, double fallback, int threads, std::int64_t alphas,
-         std::int64_t fallbacks) {
+      "balance_norms",
+      [](const Table& table, bool store_grads, int threads, std::int64_t norms) {
         const auto tensors = rows(table, kEmaColumns, ema_tensor);
         py::gil_scoped_release release;
-        cit::balance_ema(tensors, rule_options(rule, decay, fallback), threads, pointer<float>(alphas),
-                         pointer<bool>(fallbacks));
+        cit::balance_norms(tensors, {store_grads, 0, threads}, pointer<double>(norms));
       },
-      py::arg("table"), py::kw_only(), py::arg("rule"), py::arg("decay"), py::arg("fallback"), py::arg("threads"),
-      py::arg("alphas"), py::arg("fallbacks"));
+      py::arg("table"), py::kw_only(), py::arg("store_grads"), py::arg("threads"), py::arg("norms"));
+
+  m.def(
+      "balance_ema",
+      [](const Table& table, std::int64_t rule, double decay, double fallback, bool store_grads, std::uint32_t seed,
+         int threads, std::int64_t alphas, std::int64_t fallbacks, std::int64_t norms) {
+        const auto tensors = rows(table, kEmaColumns, ema_tensor);
+        py::gil_scoped_release release;
+        cit::balance_ema(tensors, rule_options(rule, decay, fallback), {store_grads, seed, threads},
+                         results(alphas, fallbacks, norms));
+      },
+      py::arg("table"), py::kw_only(), py::arg("rule"), py::arg("decay"), py::arg("fallback"), py::arg("store_grads"),
+      py::arg("seed"), py::arg("threads"), py::arg("alphas"), py::arg("fallbacks"), py::arg("norms"));
 
   m.def(
       "adamw_balance_ema",
       [](const Table& table, std::int64_t step, double lr, double beta1, double beta2, double eps, double weight_decay,
-         std::int64_t rule, double decay, double fallback, int threads, std::int64_t alphas, std::int64_t fallbacks) {
+         std::int64_t rule, double decay, double fallback, bool store_grads, std::uint32_t seed, int threads,
+         std::int64_t alphas, std::int64_t fallbacks, std::int64_t norms) {
         const auto tensors = rows(table, kAdamWColumns, adamw_tensor);
         py::gil_scoped_release release;
         cit::adamw_balance_ema(tensors, {step, lr, beta1, beta2, eps, weight_decay},
-                               rule_options(rule, decay, fallback), threads, pointer<float>(alphas),
-                               pointer<bool>(fallbacks));
+                               rule_options(rule, decay, fallback), {store_grads, seed, threads},
+                               results(alphas, fallbacks, norms));
       },
       py::arg("table"), py::kw_only(), py::arg("step"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"),
       py::arg("eps"), py::arg("weight_decay"), py::arg("rule"), py::arg("decay"), py::arg("fallback"),
-      py::arg("threads"), py::arg("alphas"), py::arg("fallbacks"));
+      py::arg("store_grads"), py::arg("seed"), py::arg("threads"), py::arg("alphas"), py::arg("fallbacks"),
+      py::arg("norms"));
 
   m.def(
       "flush_balance_ema",
-      [](const Table& table, int threads, std::int64_t alphas) {
+      [](const Table& table, std::uint32_t seed, int threads, std::int64_t alphas) {
         const auto tensors = rows(table, kEmaColumns, ema_tensor);
         py::gil_scoped_release release;
-        cit::flush_balance_ema(tensors, threads, pointer<float>(alphas));
+        cit::flush_balance_ema(tensors, {false, seed, threads}, pointer<float>(alphas));
       },
-      py::arg("table"), py::kw_only(), py::arg("threads"), py::arg("alphas"));
+      py::arg("table"), py::kw_only(), py::arg("seed"), py::arg("threads"), py::arg("alphas"));
 }

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from cit_fast.ops.balance_ema import (
+    BALANCE_GRANULARITIES,
     BALANCE_RULES,
+    BalanceGranularity,
     BalanceRule,
     BalanceWeights,
     adamw_balance_ema_,
     balance_ema_,
+    balance_norms_,
+    balance_weights,
     flush_balance_ema_,
 )
 from cit_fast.ops.information_gain import (
@@ -19,13 +23,17 @@ from cit_fast.ops.information_gain import (
 from cit_fast.ops.wasserstein import Wasserstein, wasserstein_matrix
 
 __all__ = [
+    "BALANCE_GRANULARITIES",
     "BALANCE_RULES",
+    "BalanceGranularity",
     "BalanceRule",
     "BalanceWeights",
     "TokenGain",
     "Wasserstein",
     "adamw_balance_ema_",
     "balance_ema_",
+    "balance_norms_",
+    "balance_weights",
     "flush_balance_ema_",
     "key_part_information_gain",
     "masked_jsd",

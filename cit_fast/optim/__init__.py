@@ -2,6 +2,28 @@
 
 from __future__ import annotations
 
-from cit_fast.optim.balance_ema import BalanceEMA, BalanceSummary
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["BalanceEMA", "BalanceSummary"]
+from cit_fast.optim.adamw import AdamWBalanceEMA
+from cit_fast.optim.averaging import AveragingOptimizer, BalanceSummary
+from cit_fast.optim.balance_ema import BalanceEMA, find_balance_ema
+
+if TYPE_CHECKING:
+    from cit_fast.optim.callback import BalanceEMACallback
+
+__all__ = [
+    "AdamWBalanceEMA",
+    "AveragingOptimizer",
+    "BalanceEMA",
+    "BalanceEMACallback",
+    "BalanceSummary",
+    "find_balance_ema",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "BalanceEMACallback":  # needs transformers, which takes seconds to import
+        from cit_fast.optim.callback import BalanceEMACallback
+
+        return BalanceEMACallback
+    raise AttributeError(f"module 'cit_fast.optim' has no attribute {name!r}")

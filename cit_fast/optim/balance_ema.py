@@ -1,41 +1,49 @@
-"""BalanceEMA: wrap any optimizer and keep an average of the parameters with gradient-derived weights."""
+"""BalanceEMA: wrap or watch any optimizer and keep an average of the parameters with gradient-derived weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, cast
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
+from cit_fast.backends import resolve
 from cit_fast.errors import CitFastError
-from cit_fast.ops.balance_ema import BalanceRule, BalanceWeights, balance_ema_, check_rule
+from cit_fast.ops.balance_ema import (
+    BalanceGranularity,
+    BalanceRule,
+    BalanceWeights,
+    balance_ema_,
+    balance_norms_,
+    balance_weights,
+    flush_balance_ema_,
+)
+from cit_fast.optim.averaging import AverageOptions, AveragingOptimizer, BalanceSummary
+from cit_fast.optim.engines import is_engine, refuse_partitions
+from cit_fast.optim.saving import AVERAGE_BITS, decode, encode
+from cit_fast.optim.sharding import Reduction, sum_norms
+from cit_fast.optim.sweeps import AVERAGE, Sweep, unique
 
-AVERAGE, PREVIOUS_GRAD = "average", "previous_grad"
-_OWN_STATE = (AVERAGE, PREVIOUS_GRAD)
+__all__ = ["BalanceEMA", "BalanceSummary", "find_balance_ema"]
+
+_HANDLE = "_cit_fast_balance_ema"  # where an optimizer that is watched keeps who watches it
+_STEPS = "balance_ema_steps"  # in param_groups[0], the only place that every way of saving a state keeps
 
 
-class BalanceSummary(NamedTuple):
-    """The last step's balance weights in four numbers, over the tensors that were averaged (0 where none was)."""
-
-    mean: float
-    minimum: float
-    maximum: float
-    fallback_fraction: float
-
-
-class BalanceEMA(Optimizer):
+class BalanceEMA(AveragingOptimizer):
     """Keeps, beside the parameters that ``optimizer`` trains, an average of them that forgets less.
 
     After each step of ``optimizer`` the average moves towards the parameters by a weight per tensor that follows
     from the gradients (:func:`cit_fast.ops.balance_ema_`). The average starts as a copy of the parameters before the
     first step. It is a ``torch.optim.Optimizer`` that shares ``param_groups``, ``state`` and ``defaults`` with the
     wrapped one, so learning-rate schedulers, Accelerate, transformers' Trainer, hooks and checkpoints work as
-    before. The average (float32) and the previous gradient live in ``state[p]["average"]`` and
-    ``state[p]["previous_grad"]``. Only parameters with gradients are averaged. Where a gradient or parameter is not
-    finite, that tensor's average stays as it is for the step and :attr:`skipped_updates` counts it.
+    before. The average and the previous gradient live in ``state[p]["average"]`` and ``state[p]["previous_grad"]``.
+    Only parameters with gradients are averaged. Where a gradient or parameter is not finite, that tensor's average
+    stays as it is for the step and :attr:`skipped_updates` counts it. Works under DDP as it is, and on FSDP2 and
+    other DTensor shards with one small all-reduce a step.
 
     Source: Qiao et al., ICML 2025 (LCIA), arXiv 2410.10868.
 
@@ -46,9 +54,17 @@ class BalanceEMA(Optimizer):
         decay: Share of the old average, in [0, 1), for ``fixed`` and where ``paper`` has no usable weight.
         fallback: Share of the new parameters, in (0, 1], where ``released`` has no usable weight.
         scope: ``"task"``: :meth:`start_task` begins a new average; ``"stream"``: one average lives across tasks.
+        granularity: ``"tensor"``: a weight for each tensor; ``"row"``: for each row of a matrix.
+        average_dtype: ``torch.float32``, or ``torch.bfloat16`` (half the memory; stochastic rounding keeps it from
+            standing still). Averages of float64 parameters are float64.
+        keep_gradients: How the previous gradients are kept. ``"reference"``: the gradient tensors themselves, which
+            saves writing 4 bytes a parameter and step and the second copy that a step otherwise has; gradients that
+            live in buckets or flat buffers, or that somebody writes to between two steps, are noticed and copied.
+            ``"copy"``: always in tensors of their own; for programs that write to old gradients through
+            ``grad.data``, which leaves no trace.
 
     Raises:
-        CitFastError: ``optimizer`` is not an optimizer or already a ``BalanceEMA``, or an option is out of range.
+        CitFastError: ``optimizer`` is not an optimizer or already averages, or an option is out of range.
 
     >>> layer = torch.nn.Linear(2, 1)
     >>> optimizer = BalanceEMA(torch.optim.AdamW(layer.parameters(), lr=2e-4))
@@ -65,33 +81,83 @@ class BalanceEMA(Optimizer):
         decay: float = 0.99,
         fallback: float = 0.01,
         scope: Literal["task", "stream"] = "task",
+        granularity: BalanceGranularity = "tensor",
+        average_dtype: torch.dtype = torch.float32,
+        keep_gradients: Literal["reference", "copy"] = "reference",
     ) -> None:
-        if not isinstance(optimizer, Optimizer) or isinstance(optimizer, BalanceEMA):
+        options = AverageOptions(rule, decay, fallback, scope, granularity, average_dtype, keep_gradients)
+        if not isinstance(optimizer, Optimizer) or isinstance(optimizer, AveragingOptimizer):
             raise CitFastError(
                 f"BalanceEMA: optimizer is a {type(optimizer).__name__}; "
-                "give a torch.optim.Optimizer that is not itself a BalanceEMA"
+                "give a torch.optim.Optimizer that does not itself keep an average"
             )
-        check_rule("BalanceEMA", rule, decay, fallback)
-        if scope not in ("task", "stream"):
-            raise CitFastError(f"BalanceEMA: scope={scope!r} is unknown; accepted: task, stream")
-        self.__setstate__({"optimizer": optimizer, "rule": rule, "decay": decay, "fallback": fallback, "scope": scope})
+        if find_balance_ema(optimizer) is not None:
+            raise CitFastError("BalanceEMA: this optimizer has an average already; find_balance_ema(optimizer) has it")
+        options.check("BalanceEMA")
+        if rule != "fixed" and is_engine(optimizer):
+            raise refuse_partitions("BalanceEMA", rule)
+        self.__setstate__({"optimizer": optimizer, "options": options, "attached": False})
+
+    @classmethod
+    def attach(cls, optimizer: Optimizer, **options: Any) -> BalanceEMA:
+        """Watch an optimizer that somebody else steps: its step hooks do what :meth:`step` does here.
+
+        Args:
+            optimizer: Any ``torch.optim.Optimizer``; of an ``AcceleratedOptimizer`` the one inside is watched.
+            options: As for :class:`BalanceEMA`.
+
+        Returns:
+            A ``BalanceEMA`` for :meth:`averaged` and the rest; :meth:`detach` ends it. The averages are in the state
+            dict of ``optimizer`` too, where those of 16-bit parameters stand as ``"average_bits"``: a checkpoint
+            that is loaded before ``attach`` keeps every bit of them.
+
+        Raises:
+            CitFastError: As for :class:`BalanceEMA`.
+        """
+        rule = options.get("rule", "released")
+        if rule != "fixed" and is_engine(optimizer):
+            raise refuse_partitions("BalanceEMA.attach", rule)
+        handle = cls(innermost(optimizer) if isinstance(optimizer, Optimizer) else optimizer, **options)
+        handle._watch()
+        return handle
+
+    @classmethod
+    def factory(cls, optimizer_cls: type[Optimizer], **options: Any) -> type[BalanceEMA]:
+        """A class that takes what ``optimizer_cls`` takes and makes it inside a :class:`BalanceEMA`.
+
+        For everything that wants the class of an optimizer, as
+        ``Trainer(optimizer_cls_and_kwargs=(BalanceEMA.factory(AdamW, rule="paper"), {"lr": 2e-4}))`` does, which is
+        the only way under FSDP.
+
+        Args:
+            optimizer_cls: The class of the optimizer to wrap.
+            options: As for :class:`BalanceEMA`.
+        """
+        AverageOptions(**options).check("BalanceEMA.factory")
+
+        def make(_: type, params: Any, **arguments: Any) -> BalanceEMA:
+            return BalanceEMA(optimizer_cls(params, **arguments), **options)
+
+        # What it makes are plain BalanceEMA objects, which can be pickled.
+        return type(f"BalanceEMA{optimizer_cls.__name__}", (cls,), {"__new__": make, "__doc__": cls.__doc__})
 
     # Optimizer.__init__ would regroup the parameters and start a state of its own; its __setstate__ makes what
     # remains: hooks.
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: self.__dict__[name] for name in ("optimizer", "rule", "decay", "fallback", "scope")}
+        return {"optimizer": self.optimizer, "options": self._options(), "attached": self._attached}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.optimizer: Optimizer = state["optimizer"]
-        self.rule: BalanceRule = state["rule"]
-        self.decay: float = state["decay"]
-        self.fallback: float = state["fallback"]
-        self.scope: Literal["task", "stream"] = state["scope"]
-        self._last: list[tuple[list[Tensor], BalanceWeights]] = []
-        self._skipped: dict[torch.device, Tensor] = {}
-        self._live: dict[Tensor, Tensor] | None = None
+        self._start(state["options"])
+        self._attached = False
+        self._handles: list[RemovableHandle] = []
+        self._starts: dict[Tensor, Tensor] = {}
         super().__setstate__({})
+        self._given.add(self._parameters())
+        self._watch_loading()
+        if state["attached"]:
+            self._watch()
 
     # Shared with the wrapped optimizer, whose load_state_dict replaces its own: hence properties.
 
@@ -125,9 +191,9 @@ class BalanceEMA(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; their average starts at their first step."""
         self.optimizer.add_param_group(param_group)
+        self._given.add(self._parameters())
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in the wrapped optimizer."""
+    def _zero_grad(self, set_to_none: bool) -> None:
         self.optimizer.zero_grad(set_to_none=set_to_none)
 
     def __getattr__(self, name: str) -> Any:
@@ -137,6 +203,8 @@ class BalanceEMA(Optimizer):
         if name in ("train", "eval") and "optimizer" in self.__dict__:
             return getattr(self.optimizer, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    # Stepping
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step the wrapped optimizer, then move the averages; the gradients are read, not changed.
@@ -148,14 +216,93 @@ class BalanceEMA(Optimizer):
             What the wrapped optimizer's step returns.
 
         Raises:
-            CitFastError: Called inside :meth:`averaged`, or a parameter is sharded (DTensor) or has a sparse or
-                complex gradient.
+            CitFastError: Called inside :meth:`averaged`, or a parameter has a sparse gradient, is complex, or belongs
+                to an engine whose parameters cannot be averaged.
         """
-        self._refuse_inside_averaged("step()")
-        starts = self._first_averages(all_of_them=closure is not None)
+        if self._attached:
+            return self.optimizer.step() if closure is None else self.optimizer.step(closure)
+        self._before_step(closure)
         loss = self.optimizer.step() if closure is None else self.optimizer.step(closure)
-        self._move_averages(starts)
+        self._after_step()
         return loss
+
+    def _before_step(self, closure: Any) -> None:
+        self._refuse_inside_averaged("step()")
+        # Which parameters step with a closure is known only afterwards.
+        stepping = self._present() if closure is None else [p for p in self._parameters() if p.requires_grad]
+        self._check_parameters(stepping)
+        # Averages enter ``state`` after the wrapped optimizer's step: many take an empty state as the sign to
+        # initialise.
+        self._starts = {
+            param: self._new_average(param)
+            for param in stepping
+            if param not in self.state or AVERAGE not in self.state[param]
+        }
+        self._refuse_weighing_partitions(self._starts)
+
+    @torch.no_grad()
+    def _after_step(self) -> None:
+        present = self._present()
+        for param in present:
+            if AVERAGE not in self.state[param]:
+                self.state[param][AVERAGE] = self._starts.pop(param)
+        self._starts = {}
+        self._last = []
+        seed = self._next_seed()
+        options: dict[str, Any] = {"rule": self.rule, "decay": self.decay, "fallback": self.fallback}
+        spread: dict[Reduction, list[tuple[Sweep, list[Tensor], Tensor, int]]] = {}
+        for i, sweep in enumerate(self._sweeps_of(present, also=None)):
+            params, grads, previous = self._gradients_of(sweep)
+            lists = (params, sweep.averages, grads, previous)
+            if sweep.over is None:
+                self._report(sweep, self._run(sweep, lists, seed + i))
+            else:
+                norms = balance_norms_(*lists, granularity=self.granularity, store_grads=sweep.copies)
+                spread.setdefault(sweep.over, []).append((sweep, params, norms, seed + i))
+            sweep.keep(grads)
+        for over, parts in spread.items():
+            summed = sum_norms([norms for _, _, norms, _ in parts], over)
+            for (sweep, params, _, sweep_seed), norms in zip(parts, summed, strict=True):
+                weights = balance_weights(norms, **options)
+                flush_balance_ema_(
+                    params, sweep.averages, weights.alphas.clone(), granularity=self.granularity, seed=sweep_seed
+                )
+                self._report(sweep, weights)
+
+    def _run(self, sweep: Sweep, lists: tuple[list[Tensor], ...], seed: int) -> BalanceWeights:
+        params, averages, grads, previous = lists
+        if sweep.takes(grads):
+            run = resolve("balance_ema_", params[0].device)
+            options = (self.rule, self.decay, self.fallback, self.granularity, sweep.copies, seed & 0xFFFFFFFF)
+            weights: BalanceWeights = run(*lists, *options)
+            return weights
+        return balance_ema_(
+            params,
+            averages,
+            grads,
+            previous,
+            rule=self.rule,
+            decay=self.decay,
+            fallback=self.fallback,
+            granularity=self.granularity,
+            store_grads=sweep.copies,
+            seed=seed,
+        )
+
+    def _next_seed(self) -> int:
+        if self.average_dtype != torch.bfloat16:
+            return 0
+        group = self.param_groups[0]
+        group[_STEPS] = group.get(_STEPS, 0) + 1
+        return int(group[_STEPS]) * 0x9E3779B1
+
+    def _make_sweeps(self, params: list[Tensor]) -> list[Sweep]:
+        by_key: dict[Any, list[Tensor]] = {}
+        for param in params:
+            by_key.setdefault(self._sweep_key(param), []).append(param)
+        return [self._fill_sweep(Sweep, each) for each in by_key.values()]
+
+    # Saving and loading
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state, with ``average`` and ``previous_grad`` in each parameter's entry."""
@@ -168,195 +315,96 @@ class BalanceEMA(Optimizer):
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` gave, the averages in their own dtype.
+        """Load what :meth:`state_dict` gave, the averages in ``average_dtype``, not that of the parameters.
 
-        ``torch.optim.Optimizer.load_state_dict`` casts all state to the parameter's dtype, which would ruin a
-        float32 average of bfloat16 parameters. A checkpoint of the plain optimizer is accepted: the averages then
-        start at the next step.
+        A checkpoint of the plain optimizer is accepted: the averages then start at the next step.
 
         Raises:
             CitFastError: An average does not have its parameter's shape, so the checkpoint is that of another model.
         """
+        self._refuse_inside_averaged("load_state_dict()")
         state_dict = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
-        saved, others = {}, {}
-        for key, entry in state_dict["state"].items():
-            mine = isinstance(entry, dict) and AVERAGE in entry
-            saved[key] = {name: entry[name] for name in _OWN_STATE if name in entry} if mine else {}
-            others[key] = {name: value for name, value in entry.items() if name not in _OWN_STATE} if mine else entry
-        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        params = self._parameters()
-        for key, param in zip(
-            keys, params, strict=False
-        ):  # the wrapped optimizer reports a different number of parameters
-            for name, value in saved.get(key, {}).items():
-                if value.shape != param.shape:
-                    raise CitFastError(
-                        f"BalanceEMA.load_state_dict: {name} of parameter {key} has shape {tuple(value.shape)}, "
-                        f"the parameter has {tuple(param.shape)}: this state belongs to another model"
-                    )
-        self.optimizer.load_state_dict({**state_dict, "state": others})
-        for key, param in zip(keys, params, strict=True):
-            for name, value in saved.get(key, {}).items():
-                self.state[param][name] = value.to(param.device, copy=True)
-        self._last = []
+        self.optimizer.load_state_dict(state_dict)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """The parameters hold the averages inside the ``with`` block, and exactly their own values again after it.
+    def _watch_loading(self) -> None:
+        """Hooks on the wrapped optimizer itself, which somebody may load directly."""
+        loaded: dict[int, Any] = {}
 
-        Costs one copy of the averaged parameters while it lasts. Blocks may nest. Parameters without an average stay
-        as they are.
-        """
-        if self._live is not None:
-            yield
-            return
-        self._live = {param: param.detach().clone() for param, _ in self._averages()}
-        try:
-            self._write_averages()
-            yield
-        finally:
-            with torch.no_grad():
-                for param, live in self._live.items():
-                    param.copy_(live)
-            self._live = None
+        def take(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            state_dict, ours = self._loading.take(state_dict, self._parameters())
+            loaded.update(ours)
+            return state_dict
 
-    def copy_averaged_to_parameters(self) -> None:
-        """Replace the parameters by their averages for good: the end of a task.
+        def put(_: Optimizer) -> None:
+            self._loading.put(loaded, self._parameters(), self.state)
+            loaded.clear()
+            self._forget_sweeps()
+            self._last = []
 
-        Raises:
-            CitFastError: Called inside :meth:`averaged`.
-        """
-        self._refuse_inside_averaged("copy_averaged_to_parameters()")
-        self._write_averages()
+        inner = innermost(self.optimizer)
+        self._handles += [
+            inner.register_load_state_dict_pre_hook(take),
+            inner.register_load_state_dict_post_hook(put),
+        ]
 
-    def start_task(self) -> None:
-        """A new task begins: ``scope="task"`` starts a new average, ``scope="stream"`` goes on with the old one."""
-        if self.scope == "task":
-            self.reset_average()
+    # Watching
 
-    def reset_average(self) -> None:
-        """Forget averages and previous gradients; the next step starts a new average from the parameters of then."""
-        self._refuse_inside_averaged("reset_average()")
-        for param, _ in self._averages():
-            for name in _OWN_STATE:
-                self.state[param].pop(name, None)
-        self._last = []
+    def _watch(self) -> None:
+        inner = self.optimizer
+        self._attached = True
+        for param in unique(self._parameters()):
+            entry = inner.state.get(param, {})
+            if AVERAGE_BITS in entry:
+                entry[AVERAGE] = decode(entry.pop(AVERAGE_BITS), param).to(self.average_dtype)
+            elif AVERAGE in entry and param.dtype != torch.float64:
+                entry[AVERAGE] = entry[AVERAGE].to(self.average_dtype)
 
-    def balance_weights(self) -> dict[str | int, float]:
-        """The last step's weight alpha, the share of the new values, of each parameter that had a gradient.
+        def closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return args[1] if len(args) > 1 else kwargs.get("closure")
 
-        0 means that the parameter was left out. Keys are the names, where the wrapped optimizer was given
-        ``named_parameters()``, else the positions over all groups. Waits for the device; empty before the first step.
-        """
-        keys: dict[int, str | int] = {id(param): i for i, param in enumerate(self._parameters())}
-        for group in self.param_groups:
-            keys.update(
-                {id(param): name for param, name in zip(group["params"], group.get("param_names", ()), strict=False)}
-            )
-        return {
-            keys[id(param)]: alpha
-            for params, weights in self._last
-            for param, alpha in zip(params, weights.alphas.tolist(), strict=True)
-        }
+        self._handles += [
+            inner.register_step_pre_hook(lambda _, args, kwargs: self._before_step(closure_of(args, kwargs))),
+            inner.register_step_post_hook(lambda *_: self._after_step()),
+            inner.register_state_dict_post_hook(lambda _, state_dict: encode(state_dict, self._parameters())),
+        ]
+        setattr(inner, _HANDLE, self)
+        # A fused optimizer unscales gradients inside its step, so its hooks would see scaled ones.
+        if getattr(inner, "_step_supports_amp_scaling", False):
+            inner._step_supports_amp_scaling = False  # type: ignore[attr-defined]
 
-    def balance_summary(self) -> BalanceSummary | None:
-        """Mean, minimum and maximum of the last step's weights and the fraction that fell back.
+    def detach(self) -> None:
+        """Stop watching an optimizer given to :meth:`attach`; averages stay in its state as they are."""
+        if not self._attached:
+            raise CitFastError("BalanceEMA.detach: this one wraps its optimizer; only what attach() made can detach")
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        delattr(self.optimizer, _HANDLE)
 
-        None before the first step. Tensors that were left out do not count. Waits for the device, so call it when
-        you log, not in every step.
-        """
-        if not self._last:
-            return None
-        alphas = torch.cat([weights.alphas.cpu() for _, weights in self._last])
-        fallbacks = torch.cat([weights.fallbacks.cpu() for _, weights in self._last])
-        used = alphas > 0
-        if not used.any():
-            return BalanceSummary(0.0, 0.0, 0.0, 0.0)
-        alphas, fell_back = alphas[used].double(), fallbacks[used].double()
-        return BalanceSummary(alphas.mean().item(), alphas.min().item(), alphas.max().item(), fell_back.mean().item())
 
-    @property
-    def skipped_updates(self) -> int:
-        """How often a tensor's average was left out for values that were not finite, since this object was made."""
-        return sum(int(count) for count in self._skipped.values())
+def innermost(optimizer: Optimizer) -> Optimizer:
+    """The optimizer inside wrappers that keep it as ``.optimizer``, as Accelerate's does."""
+    while isinstance(optimizer.__dict__.get("optimizer"), Optimizer):
+        optimizer = optimizer.__dict__["optimizer"]
+    return optimizer
 
-    def _parameters(self) -> list[Tensor]:
-        return [param for group in self.param_groups for param in group["params"]]
 
-    def _averages(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for param in self._parameters():
-            if param in self.state and AVERAGE in self.state[param]:
-                yield param, self.state[param][AVERAGE]
+def find_balance_ema(optimizer: Any) -> AveragingOptimizer | None:
+    """The ``BalanceEMA`` or ``AdamWBalanceEMA`` that an optimizer is, has inside, or is watched by; else None.
 
-    def _write_averages(self) -> None:
-        with torch.no_grad():
-            for param, average in self._averages():
-                param.copy_(average)
-
-    def _first_averages(self, *, all_of_them: bool) -> dict[Tensor, Tensor]:
-        """Copies of the parameters that have no average yet and will step; all when only a closure will tell which.
-
-        They enter ``state`` after the wrapped optimizer's step: many optimizers take an empty state as the sign to
-        initialise.
-        """
-        starts: dict[Tensor, Tensor] = {}
-        for param in self._parameters():
-            if (param.grad is None and not all_of_them) or not param.requires_grad:
-                continue
-            if param not in self.state or AVERAGE not in self.state[param]:
-                self._check_parameter(param)
-                dtype = torch.promote_types(param.dtype, torch.float32)
-                starts[param] = param.detach().to(dtype, copy=True)
-        return starts
-
-    def _move_averages(self, starts: dict[Tensor, Tensor]) -> None:
-        by_device: dict[torch.device, list[Tensor]] = {}
-        for param in self._parameters():
-            if param.grad is None:
-                continue
-            entry = self.state[param]
-            if AVERAGE not in entry:
-                entry[AVERAGE] = starts.pop(param)
-            if PREVIOUS_GRAD not in entry and self.rule != "fixed":
-                entry[PREVIOUS_GRAD] = param.grad.detach().clone()
-            by_device.setdefault(param.device, []).append(param)
-        self._last = []
-        for device, params in by_device.items():
-            entries = [self.state[param] for param in params]
-            weights = balance_ema_(
-                [param.detach() for param in params],
-                [entry[AVERAGE] for entry in entries],
-                [cast("Tensor", param.grad).detach() for param in params],
-                [] if self.rule == "fixed" else [entry[PREVIOUS_GRAD] for entry in entries],
-                rule=self.rule,
-                decay=self.decay,
-                fallback=self.fallback,
-            )
-            self._last.append((params, weights))
-            skipped = (weights.alphas == 0).sum()
-            self._skipped[device] = self._skipped[device] + skipped if device in self._skipped else skipped
-
-    def _check_parameter(self, param: Tensor) -> None:
-        if hasattr(param, "to_local"):
-            raise CitFastError(
-                f"BalanceEMA: a parameter of shape {tuple(param.shape)} is sharded ({type(param).__name__}); "
-                "use DDP or a single process"
-            )
-        if param.grad is not None and param.grad.layout != torch.strided:
-            raise CitFastError(
-                f"BalanceEMA: the gradient of a parameter of shape {tuple(param.shape)} is {param.grad.layout}; "
-                "only dense gradients are accepted (an embedding: sparse=False)"
-            )
-        if not param.is_floating_point():
-            raise CitFastError(
-                f"BalanceEMA: a parameter of shape {tuple(param.shape)} is {param.dtype}; only real floats are averaged"
-            )
-
-    def _refuse_inside_averaged(self, call: str) -> None:
-        if self._live is not None:
-            raise CitFastError(f"BalanceEMA.{call} inside averaged(): leave the with block first")
+    Args:
+        optimizer: An optimizer, or a wrapper with ``.optimizer`` such as ``accelerate``'s.
+    """
+    while optimizer is not None:
+        if isinstance(optimizer, AveragingOptimizer):
+            return optimizer
+        watcher = getattr(optimizer, "__dict__", {}).get(_HANDLE)
+        if watcher is not None:
+            return watcher  # type: ignore[no-any-return]
+        optimizer = getattr(optimizer, "__dict__", {}).get("optimizer")
+    return None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from cit_fast.reference.balance_ema import adamw_balance_ema_, balance_ema_, flush_balance_ema_
+from cit_fast.reference.balance_ema import adamw_balance_ema_, balance_ema_, balance_norms_, flush_balance_ema_
 from cit_fast.reference.information_gain import key_part_information_gain, masked_jsd, token_gain
 from cit_fast.reference.wasserstein import wasserstein_matrix
 
 __all__ = [
     "adamw_balance_ema_",
     "balance_ema_",
+    "balance_norms_",
     "flush_balance_ema_",
     "key_part_information_gain",
     "masked_jsd",

@@ -1,37 +1,42 @@
 """Balance-weight EMA in plain PyTorch: the definition every backend is tested against.
 
-Source: Qiao et al., ICML 2025 (LCIA), arXiv 2410.10868. Per tensor, with ``p`` the parameter, ``e`` its average,
-``g`` the gradient:
+Source: Qiao et al., ICML 2025 (LCIA), arXiv 2410.10868. Per tensor, or per row of it, with ``p`` the parameter, ``e``
+its average, ``g`` the gradient:
 
     (1)  a = |p - e|_1      b = |g|_1      c = |g - g_prev|_1          e before its update
     (2)  released:  alpha = 2 (1 + b) / (a c),    or ``fallback`` when that is not in (0, 1)
          paper:     alpha = 1 - (1 + b) / (a c),  or ``1 - decay`` when the fraction is not in (0, 1)
          fixed:     alpha = 1 - decay
-    (3)  alpha = 0 (leave the tensor out) when a or b is not finite: the average never takes in a NaN
+    (3)  alpha = 0 (leave the row out) when a or b is not finite: the average never takes in a NaN
     (4)  e <- e + alpha (p - e),   g_prev <- g
+
+State (averages, moments) in bfloat16 is computed in float32 and written by stochastic rounding: up or down with the
+probability that makes the expected value exact, so an update far below the last place still arrives in the mean.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 
 class BalanceWeights(NamedTuple):
-    """What the balance rule chose for each tensor of a list.
+    """What the balance rule chose for each row of a list of tensors; a row is a whole tensor, or one row of it.
 
     Attributes:
-        alphas: [n], float32, in (0, 1]: share of the new parameters. 0 marks a tensor left out because its parameter
+        alphas: [rows], float32, in (0, 1]: share of the new parameters. 0 marks a row left out because its parameter
             or its gradient held a value that is not finite.
-        fallbacks: [n], bool: the rule gave no usable weight and its constant was taken.
+        fallbacks: [rows], bool: the rule gave no usable weight and its constant was taken.
+        norms: [rows, 3], float64: a, b and c of equation (1), from which both follow.
     """
 
     alphas: Tensor
     fallbacks: Tensor
+    norms: Tensor
 
 
 def balance_ema_(
@@ -42,11 +47,73 @@ def balance_ema_(
     rule: str = "released",
     decay: float = 0.99,
     fallback: float = 0.01,
+    granularity: str = "tensor",
+    store_grads: bool = True,
+    seed: int = 0,
 ) -> BalanceWeights:
     """One EMA step, (1) to (4); see :func:`cit_fast.ops.balance_ema_`. float64 averages give float64 weights."""
-    weights = _weights(params, averages, grads, previous_grads, rule, decay, fallback)
-    flush_balance_ema_(params, averages, weights.alphas)
-    return weights
+    norms = balance_norms_(params, averages, grads, previous_grads, granularity, store_grads)
+    alphas, fallbacks = balance_weight(norms, rule, decay, fallback)
+    alphas = alphas.to(_compute_dtype(averages[0]))
+    flush_balance_ema_(params, averages, alphas, granularity, seed)
+    return BalanceWeights(alphas, fallbacks, norms)
+
+
+def balance_norms_(
+    params: Sequence[Tensor],
+    averages: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    previous_grads: Sequence[Tensor],
+    granularity: str = "tensor",
+    store_grads: bool = True,
+) -> Tensor:
+    """Equation (1), [rows, 3] float64; then ``g_prev <- g`` if ``store_grads``."""
+    norms = []
+    for i, (param, average, grad) in enumerate(zip(params, averages, grads, strict=True)):
+        dtype = _compute_dtype(average)
+        g = grad.to(dtype)
+        distance = _l1(param.to(dtype) - average.to(dtype), granularity)
+        gradient = _l1(g, granularity)
+        change = torch.zeros_like(gradient)
+        if previous_grads:
+            change = _l1(g - previous_grads[i].to(dtype), granularity)
+            if store_grads:
+                previous_grads[i].copy_(grad)
+        norms.append(torch.stack((distance, gradient, change), dim=1))
+    return torch.cat(norms)
+
+
+def balance_weight(norms: Tensor, rule: str, decay: float, fallback: float) -> tuple[Tensor, Tensor]:
+    """Equations (2) and (3) for norms [rows, 3]: (alpha [rows], whether it is the fallback [rows])."""
+    distance, gradient, change = norms.unbind(1)
+    if rule == "fixed":
+        alpha = torch.full_like(distance, 1 - decay)
+        fell_back = torch.zeros_like(distance, dtype=torch.bool)
+    else:
+        numerator = 2 * (1 + gradient) if rule == "released" else 1 + gradient
+        weight = numerator / (distance * change)
+        fell_back = ~((weight > 0) & (weight < 1))  # also where it is not a number
+        alpha = weight.masked_fill(fell_back, fallback if rule == "released" else decay)
+        alpha = alpha if rule == "released" else 1 - alpha
+        alpha = alpha.clamp_min(torch.finfo(torch.float32).tiny)  # 0 is reserved for (3)
+    finite = torch.isfinite(distance) & torch.isfinite(gradient)
+    return torch.where(finite, alpha, 0.0), fell_back & finite
+
+
+def flush_balance_ema_(
+    params: Sequence[Tensor],
+    averages: Sequence[Tensor],
+    alphas: Tensor,
+    granularity: str = "tensor",
+    seed: int = 0,
+) -> None:
+    """Equation (4) for the averages, with ``alphas`` [rows]."""
+    counts = [row_count(param, granularity) for param in params]
+    for i, (param, average, alpha) in enumerate(zip(params, averages, torch.split(alphas, counts), strict=True)):
+        dtype = _compute_dtype(average)
+        e, weight = by_rows(average.to(dtype), granularity), alpha.to(dtype).unsqueeze(1)
+        moved = e + weight * (by_rows(param.to(dtype), granularity) - e)
+        _write(average, torch.where(weight == 0, e, moved).view(average.shape), seed, i, stream=0)
 
 
 def adamw_balance_ema_(
@@ -66,76 +133,91 @@ def adamw_balance_ema_(
     rule: str = "released",
     decay: float = 0.99,
     fallback: float = 0.01,
+    granularity: str = "tensor",
+    store_grads: bool = True,
+    seed: int = 0,
 ) -> BalanceWeights:
-    """Pending (4), then AdamW (Loshchilov and Hutter, 2019, algorithm 2), then (1) to (3); ``alphas`` is replaced."""
-    flush_balance_ema_(params, averages, alphas)
-    root_scale = math.sqrt(1 - beta2**step)
+    """Pending (4), then AdamW (Loshchilov and Hutter, 2019, algorithm 2), then (1) to (3); ``alphas`` is replaced.
+
+    An element whose gradient is not finite keeps its parameter and moments.
+    """
+    flush_balance_ema_(params, averages, alphas, granularity, seed)
+    root_scale = 1 / math.sqrt(1 - beta2**step)
     step_size = lr / (1 - beta1**step)
-    for param, grad, exp_avg, exp_avg_sq in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
-        p, g = param.to(exp_avg.dtype), grad.to(exp_avg.dtype)
-        exp_avg.lerp_(g, 1 - beta1)
-        exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        p = p * (1 - lr * weight_decay) - step_size * exp_avg / (exp_avg_sq.sqrt() / root_scale + eps)
-        param.copy_(p)
-    weights = _weights(params, averages, grads, previous_grads, rule, decay, fallback)
-    alphas.copy_(weights.alphas)
-    return weights
+    for i, (param, grad, exp_avg, exp_avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
+        dtype = _compute_dtype(exp_avg)
+        p, g, m, v = (each.to(dtype) for each in (param, grad, exp_avg, exp_avg_sq))
+        new_m = m + (1 - beta1) * (g - m)
+        new_v = beta2 * v + (1 - beta2) * (g * g)
+        new_p = p * (1 - lr * weight_decay) - step_size * (new_m / (new_v.sqrt() * root_scale + eps))
+        finite = torch.isfinite(g)
+        param.copy_(torch.where(finite, new_p, p))
+        _write(exp_avg, torch.where(finite, new_m, m), seed, i, stream=1)
+        _write(exp_avg_sq, torch.where(finite, new_v, v), seed, i, stream=2)
+    norms = balance_norms_(params, averages, grads, previous_grads, granularity, store_grads)
+    weights, fallbacks = balance_weight(norms, rule, decay, fallback)
+    alphas.copy_(weights)
+    return BalanceWeights(alphas, fallbacks, norms)
 
 
-def flush_balance_ema_(params: Sequence[Tensor], averages: Sequence[Tensor], alphas: Tensor) -> None:
-    """Equation (4) for the averages, with ``alphas`` [n]."""
-    for param, average, alpha in zip(params, averages, alphas.unbind(), strict=True):
-        dtype = _compute_dtype(average)
-        e = average.to(dtype)
-        moved = e + alpha.to(dtype) * (param.to(dtype) - e)
-        average.copy_(torch.where(alpha == 0, e, moved))
+# Rows: the parts of a tensor that have a weight of their own.
 
 
-def balance_weight(
-    distance: Tensor, gradient: Tensor, change: Tensor, rule: str, decay: float, fallback: float
-) -> tuple[Tensor, Tensor]:
-    """Equations (2) and (3) for norms a, b, c [n]: (alpha [n], whether it is the fallback [n])."""
-    if rule == "fixed":
-        alpha = torch.full_like(distance, 1 - decay)
-        fell_back = torch.zeros_like(distance, dtype=torch.bool)
-    else:
-        numerator = 2 * (1 + gradient) if rule == "released" else 1 + gradient
-        weight = numerator / (distance * change)
-        fell_back = ~((weight > 0) & (weight < 1))  # also where it is not a number
-        alpha = weight.masked_fill(fell_back, fallback if rule == "released" else decay)
-        alpha = alpha if rule == "released" else 1 - alpha
-        alpha = alpha.clamp_min(torch.finfo(torch.float32).tiny)  # 0 is reserved for (3)
-    finite = torch.isfinite(distance) & torch.isfinite(gradient)
-    return torch.where(finite, alpha, 0.0), fell_back & finite
+def row_count(tensor: Tensor, granularity: str) -> int:
+    """1, or ``shape[0]`` of a tensor of two or more dimensions where the granularity is ``"row"``."""
+    return tensor.shape[0] if granularity == "row" and tensor.dim() > 1 else 1
 
 
-def _weights(
-    params: Sequence[Tensor],
-    averages: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    previous_grads: Sequence[Tensor],
-    rule: str,
-    decay: float,
-    fallback: float,
-) -> BalanceWeights:
-    norms = []
-    for i, (param, average, grad) in enumerate(zip(params, averages, grads, strict=True)):
-        dtype = _compute_dtype(average)
-        g = grad.to(dtype)
-        distance, gradient = _l1(param.to(dtype) - average.to(dtype)), _l1(g)
-        change = torch.zeros_like(gradient)
-        if previous_grads:
-            change = _l1(g - previous_grads[i].to(dtype))
-            previous_grads[i].copy_(grad)
-        norms.append(torch.stack((distance, gradient, change)))
-    distance, gradient, change = torch.stack(norms, dim=1).unbind()
-    alphas, fallbacks = balance_weight(distance, gradient, change, rule, decay, fallback)
-    return BalanceWeights(alphas.to(_compute_dtype(averages[0])), fallbacks)
+def by_rows(tensor: Tensor, granularity: str) -> Tensor:
+    """The elements as [rows, elements of a row]."""
+    rows = row_count(tensor, granularity)
+    return tensor.reshape(rows, tensor.numel() // rows if rows else 0)
 
 
-def _l1(x: Tensor) -> Tensor:
-    return x.abs().sum(dtype=torch.float64)
+def _l1(x: Tensor, granularity: str) -> Tensor:
+    return by_rows(x, granularity).abs().sum(dim=1, dtype=torch.float64)
 
 
-def _compute_dtype(average: Tensor) -> torch.dtype:
-    return torch.float64 if average.dtype == torch.float64 else torch.float32
+def _compute_dtype(state: Tensor) -> torch.dtype:
+    return torch.float64 if state.dtype == torch.float64 else torch.float32
+
+
+# Stochastic rounding
+
+_UINT32 = 0xFFFFFFFF
+Word = TypeVar("Word", int, Tensor)
+
+
+def stochastic_bfloat16(values: Tensor, seed: int, tensor: int, stream: int) -> Tensor:
+    """Round float32 values to bfloat16, up with the probability of the fraction that is cut off.
+
+    The random bits are a hash of seed, place and element, so every backend draws the same, in any order.
+
+    Args:
+        values: float32, any shape. What is not finite stays what it is; what is finite stays finite.
+        seed: Any integer, of which the lowest 32 bits count.
+        tensor: Position of the tensor in its list.
+        stream: 0 for an average, 1 and 2 for the first and second moment.
+    """
+    key = _mix((seed & _UINT32) ^ _mix(3 * tensor + stream + 1))
+    index = torch.arange(values.numel(), device=values.device).view(values.shape) & _UINT32
+    bits = values.contiguous().view(torch.int32).to(torch.int64) & _UINT32
+    truncated = (bits >> 16) | torch.where(values.isnan(), 0x40, 0)  # a NaN must not lose its last bit
+    rounded = (bits + (_mix(index ^ key) >> 16)) >> 16
+    infinite = (rounded & 0x7F80) == 0x7F80  # by the carry
+    return torch.where(infinite | ~values.isfinite(), truncated, rounded).to(torch.int16).view(torch.bfloat16)
+
+
+def _mix(x: Word) -> Word:
+    """A bijection of 32-bit words in which every bit depends on every other (C. Wellons, "lowbias32")."""
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & _UINT32
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & _UINT32
+    return x ^ (x >> 16)
+
+
+def _write(state: Tensor, values: Tensor, seed: int, tensor: int, stream: int) -> None:
+    if state.dtype == torch.bfloat16:
+        values = stochastic_bfloat16(values, seed, tensor, stream)
+    state.copy_(values)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Protocol
 
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
 from cit_fast.errors import ConfigError
-from cit_fast.ops.balance_ema import check_rule
-from cit_fast.optim import BalanceEMA, BalanceSummary
+from cit_fast.ops.balance_ema import BalanceGranularity, BalanceRule, check_granularity, check_rule
+from cit_fast.optim import AdamWBalanceEMA, AveragingOptimizer, BalanceEMA, BalanceSummary, find_balance_ema
 
 
 class Update(Protocol):
@@ -43,37 +43,45 @@ class BalanceEMAUpdate:
     """LCIA's average of the weights: starts as a copy at a stage's first step, replaces the live weights at its end.
 
     Args:
-        rule, decay, fallback: see :class:`cit_fast.optim.BalanceEMA`.
+        rule, decay, fallback, granularity: see :class:`cit_fast.optim.BalanceEMA`.
     """
 
     def __init__(
         self,
-        rule: Literal["released", "paper", "fixed"] = "released",
+        rule: BalanceRule = "released",
         decay: float = 0.99,
         fallback: float = 0.01,
+        granularity: BalanceGranularity = "tensor",
     ) -> None:
         check_rule("balance-ema", rule, decay, fallback)
-        self.rule, self.decay, self.fallback = rule, decay, fallback
+        check_granularity("balance-ema", granularity)
+        self.rule, self.decay, self.fallback, self.granularity = rule, decay, fallback, granularity
 
     def wrap(self, optimizer: Optimizer) -> Optimizer:
-        """The optimizer inside a :class:`cit_fast.optim.BalanceEMA`."""
-        return BalanceEMA(optimizer, rule=self.rule, decay=self.decay, fallback=self.fallback, scope="task")
+        """torch's AdamW becomes an :class:`AdamWBalanceEMA`, any other is put into a :class:`BalanceEMA`."""
+        if type(optimizer) is AdamW and not any(
+            group["amsgrad"] or group["maximize"] for group in optimizer.param_groups
+        ):
+            names = ("params", "lr", "betas", "eps", "weight_decay")
+            groups = [{name: group[name] for name in names} for group in optimizer.param_groups]
+            return AdamWBalanceEMA(groups, **vars(self))
+        return BalanceEMA(optimizer, **vars(self))
 
     def finish(self, optimizer: Optimizer) -> None:
         """Copy the average over the live weights."""
-        _balance_ema(optimizer).copy_averaged_to_parameters()
+        _averaging(optimizer).copy_averaged_to_parameters()
 
     def summary(self, optimizer: Optimizer) -> BalanceSummary | None:
         """Over parameter tensors, at the last step."""
-        return _balance_ema(optimizer).balance_summary()
+        return _averaging(optimizer).balance_summary()
 
 
-def _balance_ema(optimizer: Optimizer) -> BalanceEMA:
-    """The BalanceEMA inside Accelerate's wrapper."""
-    inner = getattr(optimizer, "optimizer", optimizer) if not isinstance(optimizer, BalanceEMA) else optimizer
-    if not isinstance(inner, BalanceEMA):
+def _averaging(optimizer: Optimizer) -> AveragingOptimizer:
+    """Our optimizer inside Accelerate's wrapper."""
+    found = find_balance_ema(optimizer)
+    if found is None:
         raise ConfigError(
-            f"update balance-ema: the optimizer came back as {type(inner).__name__}, which hides the average; "
-            "an engine that replaces the optimizer (DeepSpeed) cannot be used with this update"
+            f"update balance-ema: the optimizer came back as {type(optimizer).__name__}, which hides the average; "
+            "an engine that replaces the optimizer cannot be used with this update"
         )
-    return inner
+    return found

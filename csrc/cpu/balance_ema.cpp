@@ -7,13 +7,14 @@
 #include "balance_weight.h"
 #include "dispatch.h"
 #include "parallel.h"
+#include "stochastic_rounding.h"
 
 namespace cit {
 namespace {
 
-// Up to this many elements a tensor is one task: p and e (1 MiB) are still in the second-level cache when the average
-// is updated.
-constexpr std::int64_t kWholeTensor = 131072;
+// Up to this many elements a row is one task: p and e (1 MiB) are still in the second-level cache when the average is
+// updated.
+constexpr std::int64_t kWholeRow = 131072;
 
 const BalanceEmaKernels& kernels() {
 #ifdef CIT_FAST_X86
@@ -29,33 +30,48 @@ const BalanceEmaKernels& kernels() {
   return simd_baseline::kBalanceEma;
 }
 
-// A unit of work: one chunk of a large tensor, or a whole small tensor.
+// A unit of work: a piece of one long row, or some whole rows.
 struct Task {
   std::int64_t tensor;
+  std::int64_t row;   // the first, counted over all tensors
+  std::int64_t rows;  // 0: a piece of one
   std::int64_t begin;
-  std::int64_t count;
-  bool whole;
+  std::int64_t count;  // elements: of the piece, or of each row
 };
 
-template <class NumelOf>
-std::vector<Task> split(std::int64_t tensors, std::int64_t whole_limit, const NumelOf& numel_of) {
+// Rows longer than `whole_limit` are cut into chunks; shorter ones go together until they make a chunk.
+template <class Tensors, class EmaOf>
+std::vector<Task> split(const Tensors& tensors, std::int64_t whole_limit, const EmaOf& ema_of) {
   std::vector<Task> tasks;
-  for (std::int64_t i = 0; i < tensors; ++i) {
-    const std::int64_t numel = numel_of(i);
-    if (numel <= whole_limit) {
-      tasks.push_back({i, 0, numel, true});
+  std::int64_t row = 0;
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    const EmaTensor& tensor = ema_of(tensors[i]);
+    const auto index = static_cast<std::int64_t>(i);
+    const std::int64_t size = tensor.rows > 0 ? tensor.numel / tensor.rows : 0;
+    if (size > whole_limit) {
+      for (std::int64_t begin = 0; begin < tensor.numel; begin += size, ++row) {
+        for (std::int64_t at = 0; at < size; at += kChunk) {
+          tasks.push_back({index, row, 0, begin + at, std::min(kChunk, size - at)});
+        }
+      }
       continue;
     }
-    for (std::int64_t begin = 0; begin < numel; begin += kChunk) {
-      tasks.push_back({i, begin, std::min(kChunk, numel - begin), false});
+    const std::int64_t together = std::max<std::int64_t>(1, kChunk / std::max<std::int64_t>(1, size));
+    for (std::int64_t first = 0; first < tensor.rows; first += together) {
+      tasks.push_back({index, row + first, std::min(together, tensor.rows - first), first * size, size});
     }
+    row += tensor.rows;
   }
   return tasks;
 }
 
+const EmaTensor& itself(const EmaTensor& tensor) {
+  return tensor;
+}
+
 template <class Body>
-void for_each_chunk(std::int64_t numel, const Body& body) {
-  for (std::int64_t begin = 0; begin < numel; begin += kChunk) body(begin, std::min(kChunk, numel - begin));
+void for_each_row(const Task& task, const Body& body) {
+  for (std::int64_t k = 0; k < task.rows; ++k) body(task.row + k, task.begin + k * task.count);
 }
 
 void add(Norms& total, const Norms& part) {
@@ -64,19 +80,59 @@ void add(Norms& total, const Norms& part) {
   total.gradient_change += part.gradient_change;
 }
 
-// Adds the partial norms of each large tensor's chunks in order and stores its weight.
-template <class Store>
-void finish_large(const std::vector<Task>& tasks, const std::vector<Norms>& partial, const Store& store) {
+// Adds the partial norms of the pieces of each long row in order and hands them over.
+template <class Finish>
+void finish_pieces(const std::vector<Task>& tasks, const std::vector<Norms>& partial, const Finish& finish) {
   for (std::size_t k = 0; k < tasks.size();) {
-    if (tasks[k].whole) {
+    if (tasks[k].rows > 0) {
       ++k;
       continue;
     }
-    const std::int64_t tensor = tasks[k].tensor;
+    const std::int64_t row = tasks[k].row;
     Norms total{};
-    for (; k < tasks.size() && tasks[k].tensor == tensor; ++k) add(total, partial[k]);
-    store(tensor, total);
+    for (; k < tasks.size() && tasks[k].rows == 0 && tasks[k].row == row; ++k) add(total, partial[k]);
+    finish(row, total);
   }
+}
+
+RoundingKeys rounding_keys(std::uint32_t seed, std::int64_t tensor) {
+  const auto index = static_cast<std::uint32_t>(tensor);
+  return {rounding_key(seed, index, 0), rounding_key(seed, index, 1), rounding_key(seed, index, 2)};
+}
+
+void store_norms(double* target, std::int64_t row, const Norms& norms) {
+  target[3 * row] = norms.distance;
+  target[3 * row + 1] = norms.gradient;
+  target[3 * row + 2] = norms.gradient_change;
+}
+
+void store_weight(const Results& results, std::int64_t row, const Norms& norms, const RuleOptions& rule) {
+  const Weight weight = balance_weight(norms, rule);
+  results.alphas[row] = weight.alpha;
+  results.fallbacks[row] = weight.fallback;
+  store_norms(results.norms, row, norms);
+}
+
+// Calls finish(task, row, begin, norms) for each row of a task of whole rows as soon as it is summed, and afterwards
+// finish_piece(row, norms) for each row in pieces.
+template <class Finish, class FinishPieces>
+void sum_norms(const std::vector<EmaTensor>& tensors, const std::vector<Task>& tasks, const SweepOptions& sweep,
+               const Finish& finish, const FinishPieces& finish_piece) {
+  const BalanceEmaKernels& run = kernels();
+  std::vector<Norms> partial(tasks.size());
+  parallel_for(static_cast<std::int64_t>(tasks.size()), sweep.threads, [&](std::int64_t k) {
+    const Task& task = tasks[k];
+    const EmaTensor& tensor = tensors[task.tensor];
+    if (task.rows == 0) partial[k] = run.norms(tensor, sweep.store_grads, task.begin, task.count);
+    for_each_row(task, [&](std::int64_t row, std::int64_t begin) {
+      Norms total{};
+      for (std::int64_t at = 0; at < task.count; at += kChunk) {
+        add(total, run.norms(tensor, sweep.store_grads, begin + at, std::min(kChunk, task.count - at)));
+      }
+      finish(task, row, begin, total);
+    });
+  });
+  finish_pieces(tasks, partial, finish_piece);
 }
 
 AdamWStep prepare(const AdamWOptions& options) {
@@ -94,66 +150,66 @@ AdamWStep prepare(const AdamWOptions& options) {
 
 }  // namespace
 
-void balance_ema(const std::vector<EmaTensor>& tensors, const RuleOptions& options, int threads, float* alphas,
-                 bool* fallbacks) {
+void balance_norms(const std::vector<EmaTensor>& tensors, const SweepOptions& sweep, double* norms) {
+  const auto store = [&](std::int64_t row, const Norms& total) { store_norms(norms, row, total); };
+  sum_norms(
+      tensors, split(tensors, kChunk, itself), sweep,
+      [&](const Task&, std::int64_t row, std::int64_t, const Norms& total) { store(row, total); }, store);
+}
+
+void balance_ema(const std::vector<EmaTensor>& tensors, const RuleOptions& rule, const SweepOptions& sweep,
+                 const Results& results) {
   const BalanceEmaKernels& run = kernels();
-  const auto tasks =
-      split(static_cast<std::int64_t>(tensors.size()), kWholeTensor, [&](std::int64_t i) { return tensors[i].numel; });
-  const auto count = static_cast<std::int64_t>(tasks.size());
-  std::vector<Norms> partial(tasks.size());
-  const auto store_weight = [&](std::int64_t i, const Norms& norms) {
-    const Weight weight = balance_weight(norms, options);
-    alphas[i] = weight.alpha;
-    fallbacks[i] = weight.fallback;
+  const auto tasks = split(tensors, kWholeRow, itself);
+  const auto apply = [&](const Task& task, std::int64_t row, std::int64_t begin) {
+    if (results.alphas[row] == 0.0f) return;
+    run.apply(tensors[task.tensor], rounding_keys(sweep.seed, task.tensor), results.alphas[row], begin, task.count);
   };
-  parallel_for(count, threads, [&](std::int64_t k) {
-    const Task& task = tasks[k];
-    const EmaTensor& tensor = tensors[task.tensor];
-    if (!task.whole) {
-      partial[k] = run.norms(tensor, task.begin, task.count);
-      return;
-    }
-    Norms total{};
-    for_each_chunk(task.count, [&](std::int64_t begin, std::int64_t n) { add(total, run.norms(tensor, begin, n)); });
-    store_weight(task.tensor, total);
-    if (alphas[task.tensor] != 0.0f) run.apply(tensor, alphas[task.tensor], 0, task.count);
-  });
-  finish_large(tasks, partial, store_weight);
-  parallel_for(count, threads, [&](std::int64_t k) {
+  sum_norms(
+      tensors, tasks, sweep,
+      [&](const Task& task, std::int64_t row, std::int64_t begin, const Norms& norms) {
+        store_weight(results, row, norms, rule);
+        apply(task, row, begin);
+      },
+      [&](std::int64_t row, const Norms& norms) { store_weight(results, row, norms, rule); });
+  const auto count = static_cast<std::int64_t>(tasks.size());
+  parallel_for(count, sweep.threads, [&](std::int64_t k) {
     // Backwards: the chunks read last are the ones still in the cache.
     const Task& task = tasks[count - 1 - k];
-    if (!task.whole && alphas[task.tensor] != 0.0f)
-      run.apply(tensors[task.tensor], alphas[task.tensor], task.begin, task.count);
+    if (task.rows == 0) apply(task, task.row, task.begin);
   });
 }
 
-void adamw_balance_ema(const std::vector<AdamWTensor>& tensors, const AdamWOptions& adamw, const RuleOptions& options,
-                       int threads, float* alphas, bool* fallbacks) {
+void adamw_balance_ema(const std::vector<AdamWTensor>& tensors, const AdamWOptions& adamw, const RuleOptions& rule,
+                       const SweepOptions& sweep, const Results& results) {
   const BalanceEmaKernels& run = kernels();
   const AdamWStep step = prepare(adamw);
-  const auto tasks =
-      split(static_cast<std::int64_t>(tensors.size()), kChunk, [&](std::int64_t i) { return tensors[i].ema.numel; });
+  const auto tasks = split(tensors, kChunk, [](const AdamWTensor& tensor) -> const EmaTensor& { return tensor.ema; });
   std::vector<Norms> partial(tasks.size());
-  const auto store_weight = [&](std::int64_t i, const Norms& norms) {
-    const Weight weight = balance_weight(norms, options);
-    alphas[i] = weight.alpha;
-    fallbacks[i] = weight.fallback;
-  };
-  parallel_for(static_cast<std::int64_t>(tasks.size()), threads, [&](std::int64_t k) {
+  parallel_for(static_cast<std::int64_t>(tasks.size()), sweep.threads, [&](std::int64_t k) {
     const Task& task = tasks[k];
-    partial[k] = run.adamw(tensors[task.tensor], step, alphas[task.tensor], task.begin, task.count);
-    if (task.whole) store_weight(task.tensor, partial[k]);
+    const RoundingKeys keys = rounding_keys(sweep.seed, task.tensor);
+    const auto piece = [&](std::int64_t row, std::int64_t begin) {
+      return run.adamw(tensors[task.tensor], step, keys, results.alphas[row], sweep.store_grads, begin, task.count);
+    };
+    if (task.rows == 0) partial[k] = piece(task.row, task.begin);
+    for_each_row(task,
+                 [&](std::int64_t row, std::int64_t begin) { store_weight(results, row, piece(row, begin), rule); });
   });
-  finish_large(tasks, partial, store_weight);
+  finish_pieces(tasks, partial, [&](std::int64_t row, const Norms& norms) { store_weight(results, row, norms, rule); });
 }
 
-void flush_balance_ema(const std::vector<EmaTensor>& tensors, int threads, const float* alphas) {
+void flush_balance_ema(const std::vector<EmaTensor>& tensors, const SweepOptions& sweep, const float* alphas) {
   const BalanceEmaKernels& run = kernels();
-  const auto tasks =
-      split(static_cast<std::int64_t>(tensors.size()), kChunk, [&](std::int64_t i) { return tensors[i].numel; });
-  parallel_for(static_cast<std::int64_t>(tasks.size()), threads, [&](std::int64_t k) {
+  const auto tasks = split(tensors, kChunk, itself);
+  parallel_for(static_cast<std::int64_t>(tasks.size()), sweep.threads, [&](std::int64_t k) {
     const Task& task = tasks[k];
-    if (alphas[task.tensor] != 0.0f) run.apply(tensors[task.tensor], alphas[task.tensor], task.begin, task.count);
+    const RoundingKeys keys = rounding_keys(sweep.seed, task.tensor);
+    const auto apply = [&](std::int64_t row, std::int64_t begin) {
+      if (alphas[row] != 0.0f) run.apply(tensors[task.tensor], keys, alphas[row], begin, task.count);
+    };
+    if (task.rows == 0) apply(task.row, task.begin);
+    for_each_row(task, apply);
   });
 }
 

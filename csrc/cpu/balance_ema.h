@@ -1,11 +1,12 @@
-// Exponential moving average of parameters with a weight per tensor that follows from the gradients (LCIA).
+// Exponential moving average of parameters with a weight per tensor, or per row of it, that follows from the gradients
+// (LCIA).
 //
-//   a = |p - e|_1,  b = |g|_1,  c = |g - g_prev|_1          per tensor, e before its update
+//   a = |p - e|_1,  b = |g|_1,  c = |g - g_prev|_1          per row, e before its update
 //   alpha = released: 2 (1 + b) / (a c)    paper: 1 - (1 + b) / (a c)    fixed: 1 - decay
 //   e <- e + alpha (p - e),  g_prev <- g
 //
 // The definition that this is tested against is cit_fast/reference/balance_ema.py. Sums: 16 float lanes over each chunk
-// of 16 Ki elements, then double over the chunks in order, so the number of threads never changes a bit.
+// of 16 Ki elements of a row, then double over the chunks in order, so the number of threads never changes a bit.
 #pragma once
 
 #include <cstdint>
@@ -24,18 +25,21 @@ struct RuleOptions {
   double fallback;  // alpha that `released` falls back to
 };
 
+// `rows` rows of numel / rows neighbouring elements, each with norms and a weight of its own; 1 for one weight per
+// tensor.
 struct EmaTensor {
   std::int64_t numel;
+  std::int64_t rows;
   Array param;
-  float* average;
+  Array average;  // float32 or bfloat16, like the moments
   Array grad;
   Array previous_grad;  // data is null when the rule does not need it
 };
 
 struct AdamWTensor {
   EmaTensor ema;
-  float* exp_avg;
-  float* exp_avg_sq;
+  Array exp_avg;
+  Array exp_avg_sq;
 };
 
 struct AdamWOptions {
@@ -43,15 +47,31 @@ struct AdamWOptions {
   double lr, beta1, beta2, eps, weight_decay;
 };
 
-// alphas[i] is 0 where a tensor was left out because p or g held a value that is not finite.
-void balance_ema(const std::vector<EmaTensor>& tensors, const RuleOptions& options, int threads, float* alphas,
-                 bool* fallbacks);
+// How to treat memory and threads.
+struct SweepOptions {
+  bool store_grads;    // previous_grad <- grad; otherwise previous_grad is only read
+  std::uint32_t seed;  // for stochastic rounding of bfloat16 state
+  int threads;
+};
 
-// One sweep: the pending average update of the step before (alphas, 0 = none), AdamW, the norms, the new alphas.
-void adamw_balance_ema(const std::vector<AdamWTensor>& tensors, const AdamWOptions& adamw, const RuleOptions& options,
-                       int threads, float* alphas, bool* fallbacks);
+// Where results go: one entry for each row of all tensors in order.
+struct Results {
+  float* alphas;    // 0 where a row was left out because p or g held a value that is not finite
+  bool* fallbacks;  // the rule gave no usable weight
+  double* norms;    // a, b, c of each row
+};
 
-// Applies pending updates; reads only numel, param and average.
-void flush_balance_ema(const std::vector<EmaTensor>& tensors, int threads, const float* alphas);
+void balance_norms(const std::vector<EmaTensor>& tensors, const SweepOptions& sweep, double* norms);
+
+void balance_ema(const std::vector<EmaTensor>& tensors, const RuleOptions& rule, const SweepOptions& sweep,
+                 const Results& results);
+
+// One sweep: the pending average update of the step before (results.alphas, 0 = none), AdamW, the norms, the new
+// alphas. An element whose gradient is not finite keeps its parameter and moments.
+void adamw_balance_ema(const std::vector<AdamWTensor>& tensors, const AdamWOptions& adamw, const RuleOptions& rule,
+                       const SweepOptions& sweep, const Results& results);
+
+// Applies pending updates; reads only param and average.
+void flush_balance_ema(const std::vector<EmaTensor>& tensors, const SweepOptions& sweep, const float* alphas);
 
 }  // namespace cit

@@ -1,25 +1,30 @@
 // Inner loops of balance_ema.h, compiled once per instruction set.
 //
-// All of them wait for memory, so what counts is bytes per float32 parameter: norms 20 (read p, e, g, g_prev; write
-// g_prev), apply 12 (read p, e; write e), AdamW with everything in one sweep 44 (read p, g, m, v, e, g_prev; write p,
-// m, v, e, g_prev). Six read and five write streams are more than hardware prefetchers follow, hence the prefetch by
-// hand. float32 tensors are used in place in one loop; 16-bit ones pass through float blocks that stay in the
-// first-level cache.
+// All of them wait for memory, so what counts is bytes per float32 parameter: norms 16 (read p, e, g, g_prev), apply 12
+// (read p, e; write e), AdamW with everything in one sweep 40 (read p, g, m, v, e, g_prev; write p, m, v, e); 4 more
+// where g_prev is overwritten. Six read and four write streams are more than hardware prefetchers follow, hence the
+// prefetch by hand. 16-bit tensors are converted in registers.
 
 #include "balance_ema_kernels.h"
 
-#include "simd.h"
+#include "stream.h"
 
 namespace cit {
 namespace CIT_SIMD_NAMESPACE {
 namespace {
 
-constexpr int64_t kBlock = 1024;         // floats per conversion buffer: 4 KiB, five of them fit the first-level cache
-constexpr int64_t kPrefetchAhead = 512;  // floats, 2 KiB: measured best on a two-core server part
+constexpr int64_t kPrefetchAhead = 512;  // elements: measured best on a two-core server part
 
-template <class... Pointers>
-inline void prefetch(int64_t i, const Pointers*... streams) {
-  (__builtin_prefetch(streams + i + kPrefetchAhead), ...);
+template <class... Streams>
+CIT_INLINE void prefetch(int64_t i, const Streams&... streams) {
+  (streams.prefetch(i + kPrefetchAhead), ...);
+}
+
+// What happens to the previous gradient.
+enum class Previous { kNone, kRead, kReplace };
+
+inline bool is_float(const Array& array) {
+  return array.data == nullptr || array.dtype == DType::kFloat32;
 }
 
 struct Sums {
@@ -30,203 +35,128 @@ struct Sums {
   Norms total() const { return {sum(distance), sum(gradient), sum(gradient_change)}; }
 };
 
-template <bool kHasPrevious>
-inline void norms_step(const F32x16& p, const F32x16& e, const F32x16& g, const F32x16& previous, Sums& sums) {
-  sums.distance = sums.distance + absolute(p - e);
+template <Previous kPrevious, bool kFloat, class Lanes>
+CIT_INLINE void add_norms(const F32x16& p, const F32x16& e, const F32x16& g, const Stream<kFloat>& previous, int64_t i,
+                          Lanes lanes, Sums& sums) {
+  sums.distance = sums.distance + absolute(only(p - e, lanes));
   sums.gradient = sums.gradient + absolute(g);
-  if (kHasPrevious) sums.gradient_change = sums.gradient_change + absolute(g - previous);
+  if (kPrevious == Previous::kNone) return;
+  prefetch(i, previous);
+  sums.gradient_change = sums.gradient_change + absolute(g - previous.load_at(i, lanes));
+  if (kPrevious == Previous::kReplace) previous.store_at(i, g, lanes);
 }
 
-// `previous` holds g_prev on entry and g on return.
-template <bool kHasPrevious>
-void norms_block(const float* p, const float* e, const float* g, float* previous, int64_t count, Sums& total) {
-  Sums sums = total;
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    prefetch(i, p, e, g);
-    const F32x16 grad = load(g + i);
-    F32x16 before = grad;
-    if (kHasPrevious) {
-      prefetch(i, previous);
-      before = load(previous + i);
-      store(previous + i, grad);
-    }
-    norms_step<kHasPrevious>(load(p + i), load(e + i), grad, before, sums);
-  }
-  if (const int rest = static_cast<int>(count - i); rest > 0) {
-    const F32x16 grad = load_first(g + i, rest);
-    F32x16 before = grad;
-    if (kHasPrevious) {
-      before = load_first(previous + i, rest);
-      store_first(previous + i, grad, rest);
-    }
-    norms_step<kHasPrevious>(load_first(p + i, rest), load_first(e + i, rest), grad, before, sums);
-  }
-  total = sums;
-}
-
-inline void norms_block_any(const float* p, const float* e, const float* g, float* previous, int64_t count,
-                            Sums& sums) {
-  if (previous != nullptr) {
-    norms_block<true>(p, e, g, previous, count, sums);
-  } else {
-    norms_block<false>(p, e, g, nullptr, count, sums);
-  }
-}
-
-inline bool is_float(const Array& array) {
-  return array.data == nullptr || array.dtype == DType::kFloat32;
-}
-
-// Blocks of whole vectors keep every element in the same lane as one long loop does.
-inline int64_t block_size(bool in_place, int64_t count) {
-  return in_place || count < kBlock ? count : kBlock;
-}
-
-inline int64_t smaller(int64_t x, int64_t y) {
-  return x < y ? x : y;
-}
-
-// g_prev as floats that a kernel may overwrite with g; null when there is none.
-inline float* open_previous(const Array& array, int64_t begin, int64_t count, float* scratch) {
-  if (array.data == nullptr) return nullptr;
-  read(array, begin, count, scratch);
-  return write_target(array, begin, scratch);
-}
-
-inline void close_previous(const Array& array, int64_t begin, int64_t count, const float* scratch) {
-  if (array.data != nullptr) write_back(array, begin, count, scratch);
-}
-
-Norms norms(const EmaTensor& tensor, int64_t begin, int64_t count) {
-  alignas(64) float p_scratch[kBlock], g_scratch[kBlock], previous_scratch[kBlock];
-  const bool in_place = is_float(tensor.param) && is_float(tensor.grad) && is_float(tensor.previous_grad);
-  const int64_t block = block_size(in_place, count);
+template <bool kFloat, Previous kPrevious>
+Norms norms_of(const EmaTensor& tensor, int64_t begin, int64_t count) {
+  const Stream<kFloat> p(tensor.param), e(tensor.average), g(tensor.grad), previous(tensor.previous_grad);
   Sums sums;
-  for (int64_t at = begin; at < begin + count; at += block) {
-    const int64_t n = smaller(block, begin + count - at);
-    float* previous = open_previous(tensor.previous_grad, at, n, previous_scratch);
-    norms_block_any(read(tensor.param, at, n, p_scratch), tensor.average + at, read(tensor.grad, at, n, g_scratch),
-                    previous, n, sums);
-    close_previous(tensor.previous_grad, at, n, previous_scratch);
-  }
+  for_each_vector(begin, count, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+    prefetch(i, p, e, g);
+    add_norms<kPrevious>(p.load_at(i, lanes), e.load_at(i, lanes), g.load_at(i, lanes), previous, i, lanes, sums);
+  });
   return sums.total();
 }
 
-void apply(const EmaTensor& tensor, float alpha, int64_t begin, int64_t count) {
-  alignas(64) float scratch[kBlock];
-  const int64_t block = block_size(is_float(tensor.param), count);
+template <bool kFloat>
+Norms norms_for(const EmaTensor& tensor, bool store_grads, int64_t begin, int64_t count) {
+  if (tensor.previous_grad.data == nullptr) return norms_of<kFloat, Previous::kNone>(tensor, begin, count);
+  if (!store_grads) return norms_of<kFloat, Previous::kRead>(tensor, begin, count);
+  return norms_of<kFloat, Previous::kReplace>(tensor, begin, count);
+}
+
+Norms norms(const EmaTensor& tensor, bool store_grads, int64_t begin, int64_t count) {
+  const bool floats =
+      is_float(tensor.param) && is_float(tensor.average) && is_float(tensor.grad) && is_float(tensor.previous_grad);
+  return floats ? norms_for<true>(tensor, store_grads, begin, count)
+                : norms_for<false>(tensor, store_grads, begin, count);
+}
+
+template <bool kFloat>
+void apply_for(const EmaTensor& tensor, const RoundingKeys& keys, float alpha, int64_t begin, int64_t count) {
+  const Stream<kFloat> p(tensor.param), e(tensor.average);
   const F32x16 weight = splat(alpha);
-  for (int64_t at = begin; at < begin + count; at += block) {
-    const int64_t n = smaller(block, begin + count - at);
-    const float* p = read(tensor.param, at, n, scratch);
-    float* e = tensor.average + at;
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-      prefetch(i, p, e);
-      const F32x16 average = load(e + i);
-      store(e + i, average + weight * (load(p + i) - average));
-    }
-    if (const int rest = static_cast<int>(n - i); rest > 0) {
-      const F32x16 average = load_first(e + i, rest);
-      store_first(e + i, average + weight * (load_first(p + i, rest) - average), rest);
-    }
+  const uint32_t key = keys.average;
+  for_each_vector(begin, count, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+    prefetch(i, p, e);
+    const F32x16 average = e.load_at(i, lanes);
+    e.store_state_at(i, average + weight * (p.load_at(i, lanes) - average), key, lanes);
+  });
+}
+
+void apply(const EmaTensor& tensor, const RoundingKeys& keys, float alpha, int64_t begin, int64_t count) {
+  if (is_float(tensor.param) && is_float(tensor.average)) {
+    apply_for<true>(tensor, keys, alpha, begin, count);
+  } else {
+    apply_for<false>(tensor, keys, alpha, begin, count);
   }
 }
 
-struct Lanes {
+struct Element {
   F32x16 p, m, v, e;
 };
 
 template <bool kPending>
-inline void adamw_step(Lanes& x, const F32x16& g, const AdamWStep& step, float pending) {
+CIT_INLINE void adamw_step(Element& x, const F32x16& g, const AdamWStep& step, float pending) {
   if (kPending) x.e = x.e + splat(pending) * (x.p - x.e);
-  x.m = x.m + splat(step.weight1) * (g - x.m);
-  x.v = splat(step.beta2) * x.v + splat(step.weight2) * (g * g);
-  const F32x16 root = square_root(x.v) * splat(step.root_scale) + splat(step.eps);
-  x.p = x.p * splat(step.keep) - splat(step.step_size) * (x.m / root);
+  const F32x16 m = x.m + splat(step.weight1) * (g - x.m);
+  const F32x16 v = splat(step.beta2) * x.v + splat(step.weight2) * (g * g);
+  const F32x16 root = square_root(v) * splat(step.root_scale) + splat(step.eps);
+  const F32x16 p = x.p * splat(step.keep) - splat(step.step_size) * (m / root);
+  x.m = where_finite(g, m, x.m);
+  x.v = where_finite(g, v, x.v);
+  x.p = where_finite(g, p, x.p);
 }
 
-struct AdamWBlock {
-  const float* p;
-  float* p_out;
-  const float* g;
-  float *m, *v, *e, *previous;
+// The arguments of `adamw`.
+struct Sweep {
+  const AdamWTensor& tensor;
+  const AdamWStep& step;
+  const RoundingKeys& keys;
+  float pending;
+  int64_t begin, count;
 };
 
-// kNorms: sum the norms in the same loop. Not for 16-bit parameters, whose norms are those of the rounded new value.
-template <bool kPending, bool kNorms>
-void adamw_block(const AdamWBlock& block, const AdamWStep& step, float pending, int64_t count, Sums& total) {
-  const float *p = block.p, *g = block.g;
-  float *p_out = block.p_out, *m = block.m, *v = block.v, *e = block.e, *previous = block.previous;
-  Sums sums = total;
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    prefetch(i, p, g, m, v, e);
-    Lanes x{load(p + i), load(m + i), load(v + i), load(e + i)};
-    const F32x16 grad = load(g + i);
-    adamw_step<kPending>(x, grad, step, pending);
-    store(p_out + i, x.p);
-    store(m + i, x.m);
-    store(v + i, x.v);
-    if (kPending) store(e + i, x.e);
-    if (kNorms) {
-      prefetch(i, previous);
-      norms_step<true>(x.p, x.e, grad, load(previous + i), sums);
-      store(previous + i, grad);
-    }
-  }
-  if (const int rest = static_cast<int>(count - i); rest > 0) {
-    // v = 1 in the lanes past the end: eps may be 0, and 0 / 0 would spoil the norms.
-    Lanes x{load_first(p + i, rest), load_first(m + i, rest), load_first(v + i, rest, 1.0f), load_first(e + i, rest)};
-    const F32x16 grad = load_first(g + i, rest);
-    adamw_step<kPending>(x, grad, step, pending);
-    store_first(p_out + i, x.p, rest);
-    store_first(m + i, x.m, rest);
-    store_first(v + i, x.v, rest);
-    if (kPending) store_first(e + i, x.e, rest);
-    if (kNorms) {
-      norms_step<true>(x.p, x.e, grad, load_first(previous + i, rest), sums);
-      store_first(previous + i, grad, rest);
-    }
-  }
-  total = sums;
-}
-
-template <bool kNorms>
-inline void adamw_block_any(const AdamWBlock& block, const AdamWStep& step, float pending, int64_t count, Sums& sums) {
-  if (pending != 0.0f) {
-    adamw_block<true, kNorms>(block, step, pending, count, sums);
-  } else {
-    adamw_block<false, kNorms>(block, step, pending, count, sums);
-  }
-}
-
-Norms adamw(const AdamWTensor& tensor, const AdamWStep& step, float pending, int64_t begin, int64_t count) {
-  alignas(64) float p_scratch[kBlock], g_scratch[kBlock], previous_scratch[kBlock];
-  const EmaTensor& ema = tensor.ema;
-  const bool in_place = is_float(ema.param) && is_float(ema.grad) && is_float(ema.previous_grad);
-  const bool fused = is_float(ema.param) && ema.previous_grad.data != nullptr;
-  const int64_t block = block_size(in_place, count);
+template <bool kFloat, bool kPending, Previous kPrevious>
+Norms adamw_of(const Sweep& sweep) {
+  const EmaTensor& ema = sweep.tensor.ema;
+  const Stream<kFloat> p(ema.param), e(ema.average), g(ema.grad), previous(ema.previous_grad);
+  const Stream<kFloat> m(sweep.tensor.exp_avg), v(sweep.tensor.exp_avg_sq);
+  const AdamWStep step = sweep.step;
+  const RoundingKeys keys = sweep.keys;
+  const float pending = sweep.pending;
   Sums sums;
-  for (int64_t at = begin; at < begin + count; at += block) {
-    const int64_t n = smaller(block, begin + count - at);
-    const float* p = read(ema.param, at, n, p_scratch);
-    const float* g = read(ema.grad, at, n, g_scratch);
-    float* previous = open_previous(ema.previous_grad, at, n, previous_scratch);
-    float* e = ema.average + at;
-    const AdamWBlock streams{
-        p, write_target(ema.param, at, p_scratch), g, tensor.exp_avg + at, tensor.exp_avg_sq + at, e, previous};
-    if (fused) {
-      adamw_block_any<true>(streams, step, pending, n, sums);
-    } else {
-      adamw_block_any<false>(streams, step, pending, n, sums);
-      write_back(ema.param, at, n, p_scratch);
-      norms_block_any(read(ema.param, at, n, p_scratch), e, g, previous, n, sums);
-    }
-    close_previous(ema.previous_grad, at, n, previous_scratch);
-  }
+  for_each_vector(sweep.begin, sweep.count, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+    prefetch(i, p, g, m, v, e);
+    Element x{p.load_at(i, lanes), m.load_at(i, lanes), v.load_at(i, lanes), e.load_at(i, lanes)};
+    const F32x16 grad = g.load_at(i, lanes);
+    adamw_step<kPending>(x, grad, step, pending);
+    m.store_state_at(i, x.m, keys.exp_avg, lanes);
+    v.store_state_at(i, x.v, keys.exp_avg_sq, lanes);
+    // The norms are those of the values as they are stored.
+    x.p = p.store_at(i, x.p, lanes);
+    if (kPending) x.e = e.store_state_at(i, x.e, keys.average, lanes);
+    add_norms<kPrevious>(x.p, x.e, grad, previous, i, lanes, sums);
+  });
   return sums.total();
+}
+
+template <bool kFloat, bool kPending>
+Norms adamw_for(const Sweep& sweep, bool store_grads) {
+  if (sweep.tensor.ema.previous_grad.data == nullptr) return adamw_of<kFloat, kPending, Previous::kNone>(sweep);
+  if (!store_grads) return adamw_of<kFloat, kPending, Previous::kRead>(sweep);
+  return adamw_of<kFloat, kPending, Previous::kReplace>(sweep);
+}
+
+Norms adamw(const AdamWTensor& tensor, const AdamWStep& step, const RoundingKeys& keys, float pending, bool store_grads,
+            int64_t begin, int64_t count) {
+  const Sweep sweep{tensor, step, keys, pending, begin, count};
+  const EmaTensor& ema = tensor.ema;
+  const bool floats = is_float(ema.param) && is_float(ema.average) && is_float(ema.grad) &&
+                      is_float(ema.previous_grad) && is_float(tensor.exp_avg) && is_float(tensor.exp_avg_sq);
+  if (floats) {
+    return pending != 0.0f ? adamw_for<true, true>(sweep, store_grads) : adamw_for<true, false>(sweep, store_grads);
+  }
+  return pending != 0.0f ? adamw_for<false, true>(sweep, store_grads) : adamw_for<false, false>(sweep, store_grads);
 }
 
 }  // namespace

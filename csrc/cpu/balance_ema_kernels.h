@@ -1,4 +1,5 @@
-// The kernels of one instruction set. Each works on elements [begin, begin + count) of one tensor, count <= kChunk.
+// The kernels of one instruction set. Each works on elements [begin, begin + count) of one tensor and
+// row; those that sum take count <= kChunk.
 #pragma once
 
 #include <stdint.h>
@@ -26,13 +27,19 @@ struct AdamWStep {
   float step_size;  // lr / (1 - beta1^step)
 };
 
+// Of one tensor, for the stochastic rounding of its bfloat16 state.
+struct RoundingKeys {
+  uint32_t average, exp_avg, exp_avg_sq;
+};
+
 struct BalanceEmaKernels {
-  // Sums the norms and copies the gradient to previous_grad.
-  Norms (*norms)(const EmaTensor& tensor, int64_t begin, int64_t count);
+  // Sums the norms; previous_grad <- g if store_grads.
+  Norms (*norms)(const EmaTensor& tensor, bool store_grads, int64_t begin, int64_t count);
   // e += alpha (p - e)
-  void (*apply)(const EmaTensor& tensor, float alpha, int64_t begin, int64_t count);
-  // e += pending (p - e), AdamW, norms with the new p, previous_grad <- g.
-  Norms (*adamw)(const AdamWTensor& tensor, const AdamWStep& step, float pending, int64_t begin, int64_t count);
+  void (*apply)(const EmaTensor& tensor, const RoundingKeys& keys, float alpha, int64_t begin, int64_t count);
+  // e += pending (p - e), AdamW, norms with the new p; previous_grad <- g if store_grads.
+  Norms (*adamw)(const AdamWTensor& tensor, const AdamWStep& step, const RoundingKeys& keys, float pending,
+                 bool store_grads, int64_t begin, int64_t count);
 };
 
 namespace simd_baseline {

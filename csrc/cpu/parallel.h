@@ -1,16 +1,21 @@
 // A parallel loop. The caller passes the number of threads, so that torch.set_num_threads governs us as well.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace cit {
 
 // Calls body(index) for 0 <= index < count, each index exactly once, in no fixed order. Whoever needs the same bits
 // with any number of threads writes results to a slot per index and combines the slots afterwards in a fixed order.
+//
+// A thread takes some neighbouring indices at a time: what it prefetches past the end of one is then its own next one.
 template <class Body>
 void parallel_for(std::int64_t count, int threads, const Body& body) {
 #ifdef _OPENMP
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1 && count > 1)
+  constexpr std::int64_t kMost = 8;
+  const std::int64_t together = std::clamp<std::int64_t>(count / (16 * std::max(threads, 1)), 1, kMost);
+#pragma omp parallel for schedule(dynamic, together) num_threads(threads) if (threads > 1 && count > 1)
 #else
   (void)threads;
 #endif

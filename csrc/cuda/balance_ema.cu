@@ -1,134 +1,165 @@
-// Balance-weight EMA (csrc/cpu/balance_ema.h has the equations) for a list of tensors of any size in three launches.
+// Balance-weight EMA (csrc/cpu/balance_ema.h has the equations) for a list of tensors of any size: the norms with the
+// weights in one launch, the update of the averages in another; with AdamW everything in one.
 //
-// Bytes per float32 element: norms 20 (read p, e, g, g_prev; write g_prev), apply 12 (read p, e; write e); no
-// arithmetic to speak of, so all that counts is wide loads and enough of them in flight. The unit of work is a chunk of
-// 16 Ki elements of one tensor; a grid that fills the GPU once walks over all chunks of all tensors, so 224 small
-// tensors cost the same launches as one large one. Partial sums go to one slot per chunk and are added in double in a
-// fixed order: no atomics, and the bits depend neither on the grid nor on the GPU. The weights never visit the host.
+// Bytes per float32 element: norms 20 (read p, e, g, g_prev; write g_prev), apply 12 (read p, e; write e), AdamW with
+// everything 44 (read p, g, m, v, e, g_prev; write p, m, v, e, g_prev); 4 less where g_prev is not written. There is no
+// arithmetic to speak of, so all that counts is wide loads and enough of them in flight: two blocks of 256 threads on a
+// processor, each thread with up to twelve 16-byte loads. One block works on about 8 Ki elements of one tensor
+// (layout.h); the GPU's scheduler hands the blocks out, which evens out the load of lists that are small.
+//
+// Sums go to one slot for each piece of a row and are added in double in a fixed order by whichever block of the row is
+// last: the only atomic operation counts blocks, and the bits depend neither on the order of the blocks nor on the GPU.
+// The weights never visit the host.
+#include <mutex>
 #include <stdexcept>
-#include <string>
+#include <unordered_map>
 
 #include "cuda/balance_ema.h"
-#include "cuda/balance_ema_math.cuh"
+#include "cuda/balance_ema_blocks.cuh"
 
 namespace cit::gpu {
 namespace {
 
-constexpr int kWarp = 32;
-constexpr int kWarps = kThreads / kWarp;
+__shared__ Scratch shared_scratch;
 
-__device__ Partial shuffle_down(const Partial& x, int offset) {
-  return {__shfl_down_sync(0xffffffffu, x.distance, offset), __shfl_down_sync(0xffffffffu, x.gradient, offset),
-          __shfl_down_sync(0xffffffffu, x.gradient_change, offset)};
-}
+struct DeviceBlock {
+  __device__ int thread() const { return static_cast<int>(threadIdx.x); }
+  // Backwards in the second of two kernels: what the first read last is still in the cache.
+  __device__ std::int64_t index() const { return backwards ? gridDim.x - 1 - blockIdx.x : blockIdx.x; }
+  __device__ void sync() { __syncthreads(); }
+  __device__ float shuffle_down(float x, int offset, int lanes) { return __shfl_down_sync(~0u, x, offset, lanes); }
+  __device__ double shuffle_down(double x, int offset, int lanes) { return __shfl_down_sync(~0u, x, offset, lanes); }
+  template <class Sums>
+  __device__ Sums shuffle_down(const Sums& x, int offset, int lanes) {
+    return {shuffle_down(x.distance, offset, lanes), shuffle_down(x.gradient, offset, lanes),
+            shuffle_down(x.gradient_change, offset, lanes)};
+  }
+  __device__ Scratch& scratch() { return shared_scratch; }
+  __device__ void fence() { __threadfence(); }
+  __device__ std::uint32_t add(std::uint32_t* counter) { return atomicAdd(counter, 1u); }
+  // Past the first-level cache, which does not see what other processors write.
+  __device__ Partial fresh(const Slot& slot) {
+    const float4 bits = __ldcg(reinterpret_cast<const float4*>(&slot));
+    return {bits.x, bits.y, bits.z};
+  }
 
-// The sum over the block, in thread 0.
-__device__ Partial block_sum(Partial sum) {
-  __shared__ Partial of_warp[kWarps];
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) sum = sum + shuffle_down(sum, offset);
-  __syncthreads();  // of_warp may still be read for the chunk before
-  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = sum;
-  __syncthreads();
-  if (threadIdx.x != 0) return sum;
-  Partial total = of_warp[0];
-  for (int warp = 1; warp < kWarps; ++warp) total = total + of_warp[warp];
-  return total;
-}
-
-struct Chunk {
-  std::int64_t tensor;
-  std::int64_t begin;
-  int count;
+  bool backwards = false;
 };
 
-__device__ Chunk find_chunk(const Lists& lists, std::int64_t chunk) {
-  const std::int64_t i = tensor_of_chunk(lists.first_chunk, lists.count, chunk);
-  const std::int64_t begin = (chunk - lists.first_chunk[i]) * kChunk;
-  const std::int64_t rest = lists.tensors[i].numel - begin;
-  return {i, begin, static_cast<int>(rest < kChunk ? rest : kChunk)};
+__global__ void __launch_bounds__(kThreads, 3) norms_kernel(Lists lists, Slot* slots, Outcome outcome) {
+  DeviceBlock block;
+  norms_of_block(block, lists, slots, outcome);
 }
 
-__global__ void __launch_bounds__(kThreads) norms_kernel(Lists lists, Partial* partials) {
-  for (std::int64_t k = blockIdx.x; k < lists.chunks; k += gridDim.x) {
-    const Chunk chunk = find_chunk(lists, k);
-    const EmaTensor tensor = lists.tensors[chunk.tensor];
-    const Partial sum = block_sum(norms_of_thread(tensor, chunk.begin, chunk.count, threadIdx.x));
-    if (threadIdx.x == 0) partials[k] = sum;
-  }
+__global__ void __launch_bounds__(kThreads, 2)
+    adamw_kernel(Lists lists, Slot* slots, Outcome outcome, Step step, const Step* on_device) {
+  DeviceBlock block;
+  adamw_of_block(block, lists, slots, outcome, step, on_device);
 }
 
-// One warp per tensor.
+__global__ void __launch_bounds__(kThreads, 4) apply_kernel(Lists lists, const float* alphas, std::uint32_t seed) {
+  DeviceBlock block{true};
+  apply_of_block(block, lists, alphas, seed);
+}
+
+// As many as fit the arguments of a launch: 4 KiB, and 32 KiB since CUDA 12.1.
+#if CUDART_VERSION >= 12010
+constexpr int kWords = 4000;
+#else
+constexpr int kWords = 500;
+#endif
+
+struct Words {
+  std::int64_t word[kWords];
+};
+
 __global__ void __launch_bounds__(kThreads)
-    weights_kernel(Lists lists, RuleOptions options, const Partial* partials, float* alphas, bool* fallbacks) {
-  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-  if (i >= lists.count) return;
-  const int lane = threadIdx.x % kWarp;
-  Norms norms = norms_of_lane(partials, lists.first_chunk[i], lists.first_chunk[i + 1], lane);
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    norms.distance += __shfl_down_sync(0xffffffffu, norms.distance, offset);
-    norms.gradient += __shfl_down_sync(0xffffffffu, norms.gradient, offset);
-    norms.gradient_change += __shfl_down_sync(0xffffffffu, norms.gradient_change, offset);
-  }
-  if (lane != 0) return;
-  const Weight weight = balance_weight(norms, options);
-  alphas[i] = weight.alpha;
-  fallbacks[i] = weight.fallback;
+    upload_kernel(std::int64_t* target, const __grid_constant__ Words words, int count) {
+  const int i = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
+  if (i < count) target[i] = words.word[i];
 }
 
-__global__ void __launch_bounds__(kThreads) apply_kernel(Lists lists, const float* alphas) {
-  for (std::int64_t k = blockIdx.x; k < lists.chunks; k += gridDim.x) {
-    // Backwards: the chunks that norms_kernel read last are the ones still in the cache.
-    const Chunk chunk = find_chunk(lists, lists.chunks - 1 - k);
-    const float alpha = alphas[chunk.tensor];
-    if (alpha == 0.0f) continue;
-    const EmaTensor tensor = lists.tensors[chunk.tensor];
-    apply_of_thread(tensor, alpha, chunk.begin, chunk.count, threadIdx.x);
-  }
+__global__ void step_kernel(AdamW adamw, const void* step, bool step_is_float, const void* lr, bool lr_is_float,
+                            std::uint32_t seed, Step* target) {
+  const auto at = step_is_float ? static_cast<std::int64_t>(*static_cast<const float*>(step))
+                                : *static_cast<const std::int64_t*>(step);
+  const double rate = lr_is_float ? *static_cast<const float*>(lr) : *static_cast<const double*>(lr);
+  *target = make_step(adamw, static_cast<double>(at), rate, seed + static_cast<std::uint32_t>(at));
 }
 
 void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }
 
-// As many blocks as the GPU runs at once, at most one per chunk.
-template <class Kernel>
-unsigned grid_size(Kernel kernel, std::int64_t chunks, int device) {
-  int processors = 0, blocks = 0;
-  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, 0));
-  const std::int64_t resident = static_cast<std::int64_t>(processors) * blocks;
-  return static_cast<unsigned>(chunks < resident ? chunks : resident);
+template <class... Parameters, class... Arguments>
+void start(void (*kernel)(Parameters...), const Launch& launch, const Arguments&... arguments) {
+  if (launch.blocks == 0) return;
+  if (launch.blocks > 0x7fffffff) throw std::runtime_error("CUDA: the tensors of one call hold too many elements");
+  check(cudaSetDevice(launch.device));
+  const Lists lists = open_table(launch.table, launch.count);
+  kernel<<<static_cast<unsigned>(launch.blocks), kThreads, 0, launch.stream>>>(lists, arguments...);
+  check(cudaGetLastError());
 }
 
 }  // namespace
 
-void balance_ema(const Lists& lists, const RuleOptions& options, Partial* partials, float* alphas, bool* fallbacks,
-                 int device, CUstream_st* stream) {
-  if (lists.count == 0) return;
+void upload(std::int64_t* target, const std::int64_t* words, std::int64_t count, int device, CUstream_st* stream) {
+  if (count == 0) return;
   check(cudaSetDevice(device));
-  if (lists.chunks > 0) {
-    norms_kernel<<<grid_size(norms_kernel, lists.chunks, device), kThreads, 0, stream>>>(lists, partials);
+  Words some;
+  for (std::int64_t at = 0; at < count; at += kWords) {
+    const int n = static_cast<int>(count - at < kWords ? count - at : kWords);
+    std::memcpy(some.word, words + at, n * sizeof *words);
+    upload_kernel<<<(n + kThreads - 1) / kThreads, kThreads, 0, stream>>>(target + at, some, n);
     check(cudaGetLastError());
   }
-  const auto blocks = static_cast<unsigned>((lists.count + kWarps - 1) / kWarps);
-  weights_kernel<<<blocks, kThreads, 0, stream>>>(lists, options, partials, alphas, fallbacks);
-  check(cudaGetLastError());
-  flush_balance_ema(lists, alphas, device, stream);
 }
 
-void flush_balance_ema(const Lists& lists, const float* alphas, int device, CUstream_st* stream) {
-  if (lists.chunks == 0) return;
+void balance_norms(const Launch& launch, const Outcome& outcome) {
+  start(norms_kernel, launch, static_cast<Slot*>(launch.slots), outcome);
+}
+
+void balance_ema(const Launch& launch, const Outcome& outcome, std::uint32_t seed) {
+  balance_norms(launch, outcome);
+  flush_balance_ema(launch, outcome.alphas, seed);
+}
+
+void flush_balance_ema(const Launch& launch, const float* alphas, std::uint32_t seed) {
+  start(apply_kernel, launch, alphas, seed);
+}
+
+Step step_on_host(const AdamW& adamw, std::int64_t step, double lr, std::uint32_t seed) {
+  return make_step(adamw, static_cast<double>(step), lr, seed);
+}
+
+void step_on_device(const AdamW& adamw, const void* step, bool step_is_float, const void* lr, bool lr_is_float,
+                    std::uint32_t seed, Step* target, int device, CUstream_st* stream) {
   check(cudaSetDevice(device));
-  apply_kernel<<<grid_size(apply_kernel, lists.chunks, device), kThreads, 0, stream>>>(lists, alphas);
+  step_kernel<<<1, 1, 0, stream>>>(adamw, step, step_is_float, lr, lr_is_float, seed, target);
   check(cudaGetLastError());
+}
+
+void adamw_balance_ema(const Launch& launch, const Outcome& outcome, const Step& step, const Step* on_device) {
+  start(adamw_kernel, launch, static_cast<Slot*>(launch.slots), outcome, step, on_device);
 }
 
 std::string why_not(int device) {
+  static std::mutex mutex;
+  static std::unordered_map<int, std::string> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (const auto found = known.find(device); found != known.end()) return found->second;
   cudaFuncAttributes attributes;
   cudaError_t error = cudaSetDevice(device);
-  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, norms_kernel);
+  const auto load = [&](auto* kernel) {
+    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+  };
+  load(norms_kernel);
+  load(adamw_kernel);
+  load(apply_kernel);
+  load(upload_kernel);
+  load(step_kernel);
   cudaGetLastError();  // or the next launch would report it
-  return error == cudaSuccess ? std::string() : cudaGetErrorString(error);
+  return known[device] = error == cudaSuccess ? std::string() : cudaGetErrorString(error);
 }
 
 }  // namespace cit::gpu

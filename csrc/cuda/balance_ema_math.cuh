@@ -1,167 +1,43 @@
-// What one thread of csrc/cuda/balance_ema.cu does, free of everything that only exists on a GPU, so that
-// balance_ema_test.cu runs the same arithmetic on the host.
-//
-// A thread takes groups of eight neighbouring elements: 16 bytes of a 16-bit tensor, 32 of a float32 one. All streams
-// of a group are loaded as they are before the first is converted, so that the loads are in flight together. Groups
-// that are not aligned to 16 bytes, or the last of a tensor, go element by element, in the same order: the bits stay
-// the same.
+// What one thread of csrc/cuda/balance_ema_blocks.cuh does to the elements of a row, on a GPU or on the host.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+#include <cmath>
 
-#include <cstdint>
-#include <cstring>
-
-#include "balance_weight.h"
+#include "cuda/balance_ema.h"
+#include "cuda/elements.cuh"
 
 namespace cit::gpu {
 
-constexpr int kThreads = 256;  // a block; part of the order of summation, so the same on every GPU
-constexpr int kGroup = 8;
-
-// Eight elements as they lie in memory: a float32 in each word, or two 16-bit elements in each of the first four.
-struct Group {
-  std::uint32_t word[kGroup];
+// One tensor of the lists.
+struct Tensor {
+  Elements streams[kStreams];
+  std::uint32_t key[3];  // of the rounding of average, exp_avg and exp_avg_sq
 };
 
-CIT_HOST_DEVICE inline float float_from_bits(std::uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-CIT_HOST_DEVICE inline std::uint32_t bits_from_float(float value) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-CIT_HOST_DEVICE inline bool is_aligned(const void* data) {
-  return reinterpret_cast<std::uintptr_t>(data) % 16 == 0;
-}
-
-// The addresses come from a table, so the compiler cannot see that they are global memory and would use slower
-// accesses.
-CIT_HOST_DEVICE inline void assume_global([[maybe_unused]] const void* data) {
-#ifdef __CUDA_ARCH__
-  __builtin_assume(__isGlobal(data));
-#endif
-}
-
-// Elements [at, at + count) of `array`, count <= 8; zeros after them. `at` is a multiple of 8.
-CIT_HOST_DEVICE inline Group load(const Array& array, std::int64_t at, int count) {
-  assume_global(array.data);
-  Group group{};
-  const bool whole = count == kGroup && is_aligned(array.data);
-  if (array.dtype == DType::kFloat32) {
-    const auto* source = static_cast<const std::uint32_t*>(array.data) + at;
-    if (whole) {
-      const auto* vectors = reinterpret_cast<const uint4*>(source);
-      const uint4 low = vectors[0], high = vectors[1];
-      return {{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}};
-    }
+CIT_HOST_DEVICE inline Tensor open_tensor(const Lists& lists, const Shape& shape, std::int64_t i, std::uint32_t seed) {
+  Tensor tensor;
 #pragma unroll
-    for (int k = 0; k < kGroup; ++k) {
-      if (k < count) group.word[k] = source[k];
-    }
-    return group;
-  }
-  const auto* source = static_cast<const std::uint16_t*>(array.data) + at;
-  if (whole) {
-    const uint4 all = *reinterpret_cast<const uint4*>(source);
-    return {{all.x, all.y, all.z, all.w, 0, 0, 0, 0}};
+  for (int s = 0; s < kStreams; ++s) {
+    tensor.streams[s] = {reinterpret_cast<void*>(lists.addresses[s * lists.count + i]),
+                         static_cast<int>(shape.dtypes >> (8 * s) & 0xff)};
   }
 #pragma unroll
-  for (int k = 0; k < kGroup; ++k) {
-    if (k < count) group.word[k / 2] |= static_cast<std::uint32_t>(source[k]) << (16 * (k % 2));
-  }
-  return group;
+  for (int s = 0; s < 3; ++s) tensor.key[s] = rounding_key(seed, i, s);
+  return tensor;
 }
 
-CIT_HOST_DEVICE inline void store(const Array& array, std::int64_t at, int count, const Group& group) {
-  assume_global(array.data);
-  const std::uint32_t* word = group.word;
-  const bool whole = count == kGroup && is_aligned(array.data);
-  if (array.dtype == DType::kFloat32) {
-    auto* target = static_cast<std::uint32_t*>(array.data) + at;
-    if (whole) {
-      auto* vectors = reinterpret_cast<uint4*>(target);
-      vectors[0] = {word[0], word[1], word[2], word[3]};
-      vectors[1] = {word[4], word[5], word[6], word[7]};
-      return;
-    }
-#pragma unroll
-    for (int k = 0; k < kGroup; ++k) {
-      if (k < count) target[k] = word[k];
-    }
-    return;
-  }
-  auto* target = static_cast<std::uint16_t*>(array.data) + at;
-  if (whole) {
-    *reinterpret_cast<uint4*>(target) = {word[0], word[1], word[2], word[3]};
-    return;
-  }
-#pragma unroll
-  for (int k = 0; k < kGroup; ++k) {
-    if (k < count) target[k] = static_cast<std::uint16_t>(word[k / 2] >> (16 * (k % 2)));
-  }
-}
-
-CIT_HOST_DEVICE inline void to_floats(const Group& group, DType dtype, float (&out)[kGroup]) {
-#pragma unroll
-  for (int k = 0; k < kGroup; ++k) {
-    if (dtype == DType::kFloat32) {
-      out[k] = float_from_bits(group.word[k]);
-      continue;
-    }
-    const auto half = static_cast<std::uint16_t>(group.word[k / 2] >> (16 * (k % 2)));
-    if (dtype == DType::kBFloat16) {
-      out[k] = float_from_bits(static_cast<std::uint32_t>(half) << 16);
-    } else {
-      out[k] = __half2float(__half(__half_raw{half}));
-    }
-  }
-}
-
-// To the nearest, ties to even.
-CIT_HOST_DEVICE inline Group from_floats(const float (&values)[kGroup], DType dtype) {
-  Group group{};
-#pragma unroll
-  for (int k = 0; k < kGroup; ++k) {
-    if (dtype == DType::kFloat32) {
-      group.word[k] = bits_from_float(values[k]);
-      continue;
-    }
-    const std::uint16_t half = dtype == DType::kBFloat16
-                                   ? static_cast<__nv_bfloat16_raw>(__float2bfloat16_rn(values[k])).x
-                                   : static_cast<__half_raw>(__float2half_rn(values[k])).x;
-    group.word[k / 2] |= static_cast<std::uint32_t>(half) << (16 * (k % 2));
-  }
-  return group;
-}
+// The elements of one row, or of one piece of it, that a thread goes through: groups `lane`, `lane` + `lanes`, ...
+struct Span {
+  std::int64_t begin;
+  int count;
+  int lane, lanes;
+};
 
 CIT_HOST_DEVICE inline int group_count(int count, int i) {
   return count - i < kGroup ? count - i : kGroup;
 }
 
-CIT_HOST_DEVICE inline float absolute(float x) {
-  return float_from_bits(bits_from_float(x) & 0x7fffffffu);
-}
-
-// The index of the tensor that chunk `chunk` belongs to: the last with first_chunk[i] <= chunk, which no empty tensor
-// is.
-CIT_HOST_DEVICE inline std::int64_t tensor_of_chunk(const std::int64_t* first_chunk, std::int64_t tensors,
-                                                    std::int64_t chunk) {
-  std::int64_t low = 0, high = tensors;
-  while (high - low > 1) {
-    const std::int64_t middle = (low + high) / 2;
-    (first_chunk[middle] <= chunk ? low : high) = middle;
-  }
-  return low;
-}
-
-// The sums of one chunk. One that is not finite marks the tensor as one to leave out.
+// The part of a thread, or more, of the three norms. A sum that is not finite marks the row as one to leave out.
 struct Partial {
   float distance, gradient, gradient_change;
 };
@@ -170,64 +46,131 @@ CIT_HOST_DEVICE inline Partial operator+(const Partial& x, const Partial& y) {
   return {x.distance + y.distance, x.gradient + y.gradient, x.gradient_change + y.gradient_change};
 }
 
-// Sums of the elements of [begin, begin + count) that are thread `thread`'s; there previous_grad becomes the gradient.
-CIT_HOST_DEVICE inline Partial norms_of_thread(const EmaTensor& tensor, std::int64_t begin, int count, int thread) {
-  const bool has_previous = tensor.previous_grad.data != nullptr;
+// Adds |g| and |g - g_prev| of a group and, when `store_grads`, makes the gradient the previous one.
+CIT_HOST_DEVICE inline void add_gradients(const Tensor& tensor, std::int64_t at, int n, const Group& g_group,
+                                          const float (&g)[kGroup], const Group& previous_group, bool store_grads,
+                                          Partial& sums) {
+#pragma unroll
+  for (int k = 0; k < kGroup; ++k) sums.gradient += absolute(g[k]);
+  const Elements& previous = tensor.streams[kPreviousGrad];
+  if (previous.data == nullptr) return;
+  float before[kGroup];
+  to_floats(previous_group, previous.dtype, before);
+#pragma unroll
+  for (int k = 0; k < kGroup; ++k) sums.gradient_change += absolute(g[k] - before[k]);
+  if (!store_grads) return;
+  const bool same = tensor.streams[kGrad].dtype == previous.dtype;
+  store(previous, at, n, same ? g_group : from_floats(g, previous.dtype));
+}
+
+// The norms of a span; there, when `store_grads`, previous_grad becomes the gradient.
+CIT_HOST_DEVICE inline Partial norms_of_span(const Tensor& tensor, bool store_grads, const Span& span) {
+  const Elements* streams = tensor.streams;
   Partial sums{};
-  for (int i = thread * kGroup; i < count; i += kThreads * kGroup) {
-    const std::int64_t at = begin + i;
-    const int n = group_count(count, i);
-    const Group p_group = load(tensor.param, at, n);
-    const Group e_group = load({tensor.average, DType::kFloat32}, at, n);
-    const Group g_group = load(tensor.grad, at, n);
+#pragma unroll 1
+  for (int i = span.lane * kGroup; i < span.count; i += span.lanes * kGroup) {
+    const std::int64_t at = span.begin + i;
+    const int n = group_count(span.count, i);
+    const Group p_group = load(streams[kParam], at, n);
+    const Group e_group = load(streams[kAverage], at, n);
+    const Group g_group = load(streams[kGrad], at, n);
     Group previous_group{};
-    if (has_previous) previous_group = load(tensor.previous_grad, at, n);
-    float p[kGroup], e[kGroup], g[kGroup], previous[kGroup];
-    to_floats(p_group, tensor.param.dtype, p);
-    to_floats(e_group, DType::kFloat32, e);
-    to_floats(g_group, tensor.grad.dtype, g);
+    if (streams[kPreviousGrad].data != nullptr) previous_group = load(streams[kPreviousGrad], at, n);
+    float p[kGroup], e[kGroup], g[kGroup];
+    to_floats(p_group, streams[kParam].dtype, p);
+    to_floats(e_group, streams[kAverage].dtype, e);
+    to_floats(g_group, streams[kGrad].dtype, g);
 #pragma unroll
-    for (int k = 0; k < kGroup; ++k) {
-      sums.distance += absolute(p[k] - e[k]);
-      sums.gradient += absolute(g[k]);
-    }
-    if (!has_previous) continue;
-    to_floats(previous_group, tensor.previous_grad.dtype, previous);
-#pragma unroll
-    for (int k = 0; k < kGroup; ++k) sums.gradient_change += absolute(g[k] - previous[k]);
-    const bool same = tensor.grad.dtype == tensor.previous_grad.dtype;
-    store(tensor.previous_grad, at, n, same ? g_group : from_floats(g, tensor.previous_grad.dtype));
+    for (int k = 0; k < kGroup; ++k) sums.distance += absolute(p[k] - e[k]);
+    add_gradients(tensor, at, n, g_group, g, previous_group, store_grads, sums);
   }
   return sums;
 }
 
-// The part of lane `lane` of 32 in the sum over the chunks of a tensor.
-CIT_HOST_DEVICE inline Norms norms_of_lane(const Partial* partials, std::int64_t first, std::int64_t last, int lane) {
-  Norms norms{};
-  for (std::int64_t chunk = first + lane; chunk < last; chunk += 32) {
-    norms.distance += partials[chunk].distance;
-    norms.gradient += partials[chunk].gradient;
-    norms.gradient_change += partials[chunk].gradient_change;
-  }
-  return norms;
+// e += alpha (p - e) in `e`; returns e as it is to be stored, and leaves in `e` what that holds.
+CIT_HOST_DEVICE inline Group move_average(const Tensor& tensor, float alpha, std::int64_t at, const float (&p)[kGroup],
+                                          float (&e)[kGroup]) {
+#pragma unroll
+  for (int k = 0; k < kGroup; ++k) e[k] = e[k] + alpha * (p[k] - e[k]);
+  const int dtype = tensor.streams[kAverage].dtype;
+  const Group group = from_state(e, dtype, at, tensor.key[0]);
+  to_floats(group, dtype, e);
+  return group;
 }
 
-// e += alpha (p - e)
-CIT_HOST_DEVICE inline void apply_of_thread(const EmaTensor& tensor, float alpha, std::int64_t begin, int count,
-                                            int thread) {
-  const Array average{tensor.average, DType::kFloat32};
-  for (int i = thread * kGroup; i < count; i += kThreads * kGroup) {
-    const std::int64_t at = begin + i;
-    const int n = group_count(count, i);
-    const Group p_group = load(tensor.param, at, n);
-    const Group e_group = load(average, at, n);
+CIT_HOST_DEVICE inline void apply_to_span(const Tensor& tensor, float alpha, const Span& span) {
+  const Elements* streams = tensor.streams;
+#pragma unroll 1
+  for (int i = span.lane * kGroup; i < span.count; i += span.lanes * kGroup) {
+    const std::int64_t at = span.begin + i;
+    const int n = group_count(span.count, i);
+    const Group p_group = load(streams[kParam], at, n);
+    const Group e_group = load(streams[kAverage], at, n);
     float p[kGroup], e[kGroup];
-    to_floats(p_group, tensor.param.dtype, p);
-    to_floats(e_group, DType::kFloat32, e);
-#pragma unroll
-    for (int k = 0; k < kGroup; ++k) e[k] = e[k] + alpha * (p[k] - e[k]);
-    store(average, at, n, from_floats(e, DType::kFloat32));
+    to_floats(p_group, streams[kParam].dtype, p);
+    to_floats(e_group, streams[kAverage].dtype, e);
+    store(streams[kAverage], at, n, move_average(tensor, alpha, at, p, e));
   }
+}
+
+// AdamW (Loshchilov and Hutter, 2019, algorithm 2) made ready for the inner loop.
+CIT_HOST_DEVICE inline Step make_step(const AdamW& adamw, double step, double lr, std::uint32_t seed) {
+  return {static_cast<float>(1.0 - lr * adamw.weight_decay),
+          static_cast<float>(1.0 - adamw.beta1),
+          static_cast<float>(adamw.beta2),
+          static_cast<float>(1.0 - adamw.beta2),
+          static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(adamw.beta2, step))),
+          static_cast<float>(adamw.eps),
+          static_cast<float>(lr / (1.0 - std::pow(adamw.beta1, step))),
+          seed};
+}
+
+// The whole step for a span: the pending update of the average, AdamW, the norms with the new parameter.
+CIT_HOST_DEVICE inline Partial adamw_on_span(const Tensor& tensor, const Step& step, float pending, bool store_grads,
+                                             const Span& span) {
+  const Elements* streams = tensor.streams;
+  const int p_dtype = streams[kParam].dtype;
+  Partial sums{};
+#pragma unroll 1
+  for (int i = span.lane * kGroup; i < span.count; i += span.lanes * kGroup) {
+    const std::int64_t at = span.begin + i;
+    const int n = group_count(span.count, i);
+    const Group p_group = load(streams[kParam], at, n);
+    const Group e_group = load(streams[kAverage], at, n);
+    const Group g_group = load(streams[kGrad], at, n);
+    const Group m_group = load(streams[kExpAvg], at, n);
+    const Group v_group = load(streams[kExpAvgSq], at, n);
+    Group previous_group{};
+    if (streams[kPreviousGrad].data != nullptr) previous_group = load(streams[kPreviousGrad], at, n);
+    float p[kGroup], e[kGroup], g[kGroup], m[kGroup], v[kGroup];
+    to_floats(p_group, p_dtype, p);
+    to_floats(e_group, streams[kAverage].dtype, e);
+    if (pending != 0.0f) store(streams[kAverage], at, n, move_average(tensor, pending, at, p, e));
+    to_floats(g_group, streams[kGrad].dtype, g);
+    to_floats(m_group, streams[kExpAvg].dtype, m);
+    to_floats(v_group, streams[kExpAvgSq].dtype, v);
+#pragma unroll
+    for (int k = 0; k < kGroup; ++k) {
+      const float new_m = m[k] + step.weight1 * (g[k] - m[k]);
+      const float new_v = step.beta2 * v[k] + step.weight2 * (g[k] * g[k]);
+      const float root = std::sqrt(new_v) * step.root_scale + step.eps;
+      const float new_p = p[k] * step.keep - step.step_size * (new_m / root);
+      const bool usable = is_finite(g[k]);  // or the element stays as it is
+      m[k] = usable ? new_m : m[k];
+      v[k] = usable ? new_v : v[k];
+      p[k] = usable ? new_p : p[k];
+    }
+    store(streams[kExpAvg], at, n, from_state(m, streams[kExpAvg].dtype, at, tensor.key[1]));
+    store(streams[kExpAvgSq], at, n, from_state(v, streams[kExpAvgSq].dtype, at, tensor.key[2]));
+    const Group new_p = from_floats(p, p_dtype);
+    store(streams[kParam], at, n, new_p);
+    to_floats(new_p, p_dtype, p);
+    // Past the end of the row p is 0 / 0 when eps is 0.
+#pragma unroll
+    for (int k = 0; k < kGroup; ++k) sums.distance += k < n ? absolute(p[k] - e[k]) : 0.0f;
+    add_gradients(tensor, at, n, g_group, g, previous_group, store_grads, sums);
+  }
+  return sums;
 }
 
 }  // namespace cit::gpu

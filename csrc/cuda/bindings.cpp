@@ -1,28 +1,39 @@
 // The Python module cit_fast._native_cuda: GPU kernels on addresses (torch.Tensor.data_ptr()), without torch. It can be
 // imported where there is no driver. Arguments are checked in cit_fast/ops.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
+#include <tuple>
+#include <vector>
 
-#include "cpu/balance_ema_kernels.h"
 #include "cuda/balance_ema.h"
 
 namespace py = pybind11;
 
 namespace {
 
+using cit::gpu::Launch;
+using cit::gpu::Outcome;
+
 template <class T>
 T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// A row of the table in device memory is an EmaTensor as it lies in memory: the eight columns of csrc/bindings.cpp.
-// After the rows come count + 1 integers, the running sum of chunks.
-constexpr std::size_t kColumns = 8;
-static_assert(sizeof(cit::EmaTensor) == kColumns * sizeof(std::int64_t));
+Launch launch(std::uintptr_t table, std::int64_t count, std::int64_t blocks, std::uintptr_t slots, int device,
+              std::uintptr_t stream) {
+  return {pointer<const std::int64_t>(table), count, blocks, pointer<void>(slots), device,
+          pointer<CUstream_st>(stream)};
+}
 
-cit::gpu::Lists lists(std::uintptr_t table, std::int64_t count, std::int64_t chunks) {
-  return {pointer<const cit::EmaTensor>(table), pointer<const std::int64_t>(table) + kColumns * count, count, chunks};
+Outcome outcome(std::uintptr_t norms, std::uintptr_t alphas, std::uintptr_t fallbacks, std::int64_t rule, double decay,
+                double fallback, bool store_grads) {
+  return {pointer<double>(norms),
+          pointer<float>(alphas),
+          pointer<bool>(fallbacks),
+          {static_cast<cit::Rule>(rule), decay, fallback},
+          store_grads};
 }
 
 }  // namespace
@@ -30,31 +41,90 @@ cit::gpu::Lists lists(std::uintptr_t table, std::int64_t count, std::int64_t chu
 PYBIND11_MODULE(_native_cuda, m) {
   m.doc() = "CUDA kernels of cit_fast; use them through cit_fast.ops.";
 
-  m.attr("CHUNK") = cit::kChunk;
+  m.attr("STREAMS") = static_cast<int>(cit::gpu::kStreams);
+  m.attr("PIECE") = cit::gpu::kPiece;
+  m.attr("SLOT_BYTES") = 16;
+  m.attr("STEP_BYTES") = sizeof(cit::gpu::Step);
 
   m.def("architectures", [] { return CIT_FAST_CUDA_ARCHITECTURES; });
   m.def("why_not", &cit::gpu::why_not, py::arg("device"));
 
   m.def(
-      "balance_ema",
-      [](std::uintptr_t table, std::int64_t count, std::int64_t chunks, std::int64_t rule, double decay,
-         double fallback, std::uintptr_t partials, std::uintptr_t alphas, std::uintptr_t fallbacks, int device,
-         std::uintptr_t stream) {
-        cit::gpu::balance_ema(lists(table, count, chunks), {static_cast<cit::Rule>(rule), decay, fallback},
-                              pointer<cit::gpu::Partial>(partials), pointer<float>(alphas), pointer<bool>(fallbacks),
-                              device, pointer<CUstream_st>(stream));
+      "layout",
+      [](const std::vector<std::int64_t>& rows, const std::vector<std::int64_t>& row_sizes,
+         const std::vector<std::int64_t>& dtypes) {
+        cit::gpu::Layout layout = cit::gpu::make_layout(rows, row_sizes, dtypes);
+        return std::make_tuple(std::move(layout.words), layout.rows, layout.slots, layout.blocks);
       },
-      py::arg("table"), py::kw_only(), py::arg("count"), py::arg("chunks"), py::arg("rule"), py::arg("decay"),
-      py::arg("fallback"), py::arg("partials"), py::arg("alphas"), py::arg("fallbacks"), py::arg("device"),
-      py::arg("stream"));
+      py::arg("rows"), py::arg("row_sizes"), py::arg("dtypes"));
+
+  m.def(
+      "upload",
+      [](std::uintptr_t target, const std::vector<std::int64_t>& words, int device, std::uintptr_t stream) {
+        cit::gpu::upload(pointer<std::int64_t>(target), words.data(), static_cast<std::int64_t>(words.size()), device,
+                         pointer<CUstream_st>(stream));
+      },
+      py::arg("target"), py::arg("words"), py::kw_only(), py::arg("device"), py::arg("stream"));
+
+  m.def(
+      "balance_norms",
+      [](std::uintptr_t table, std::int64_t count, std::int64_t blocks, std::uintptr_t slots, int device,
+         std::uintptr_t stream, std::uintptr_t norms, bool store_grads) {
+        cit::gpu::balance_norms(launch(table, count, blocks, slots, device, stream),
+                                outcome(norms, 0, 0, 0, 0.0, 0.0, store_grads));
+      },
+      py::arg("table"), py::kw_only(), py::arg("count"), py::arg("blocks"), py::arg("slots"), py::arg("device"),
+      py::arg("stream"), py::arg("norms"), py::arg("store_grads"));
+
+  m.def(
+      "balance_ema",
+      [](std::uintptr_t table, std::int64_t count, std::int64_t blocks, std::uintptr_t slots, int device,
+         std::uintptr_t stream, std::uintptr_t norms, std::uintptr_t alphas, std::uintptr_t fallbacks,
+         std::int64_t rule, double decay, double fallback, bool store_grads, std::uint32_t seed) {
+        cit::gpu::balance_ema(launch(table, count, blocks, slots, device, stream),
+                              outcome(norms, alphas, fallbacks, rule, decay, fallback, store_grads), seed);
+      },
+      py::arg("table"), py::kw_only(), py::arg("count"), py::arg("blocks"), py::arg("slots"), py::arg("device"),
+      py::arg("stream"), py::arg("norms"), py::arg("alphas"), py::arg("fallbacks"), py::arg("rule"), py::arg("decay"),
+      py::arg("fallback"), py::arg("store_grads"), py::arg("seed"));
+
+  m.def(
+      "adamw_balance_ema",
+      [](std::uintptr_t table, std::int64_t count, std::int64_t blocks, std::uintptr_t slots, int device,
+         std::uintptr_t stream, std::uintptr_t norms, std::uintptr_t alphas, std::uintptr_t fallbacks,
+         std::int64_t rule, double decay, double fallback, bool store_grads, std::uint32_t seed, std::int64_t step,
+         double lr, double beta1, double beta2, double eps, double weight_decay, std::uintptr_t step_on_device) {
+        cit::gpu::adamw_balance_ema(launch(table, count, blocks, slots, device, stream),
+                                    outcome(norms, alphas, fallbacks, rule, decay, fallback, store_grads),
+                                    cit::gpu::step_on_host({beta1, beta2, eps, weight_decay}, step, lr, seed),
+                                    pointer<const cit::gpu::Step>(step_on_device));
+      },
+      py::arg("table"), py::kw_only(), py::arg("count"), py::arg("blocks"), py::arg("slots"), py::arg("device"),
+      py::arg("stream"), py::arg("norms"), py::arg("alphas"), py::arg("fallbacks"), py::arg("rule"), py::arg("decay"),
+      py::arg("fallback"), py::arg("store_grads"), py::arg("seed") = 0, py::arg("step") = 1, py::arg("lr") = 0.0,
+      py::arg("beta1") = 0.0, py::arg("beta2") = 0.0, py::arg("eps") = 0.0, py::arg("weight_decay") = 0.0,
+      py::arg("step_on_device") = 0);
+
+  m.def(
+      "step_on_device",
+      [](std::uintptr_t target, std::uintptr_t step, bool step_is_float, std::uintptr_t lr, bool lr_is_float,
+         double beta1, double beta2, double eps, double weight_decay, std::uint32_t seed, int device,
+         std::uintptr_t stream) {
+        cit::gpu::step_on_device({beta1, beta2, eps, weight_decay}, pointer<const void>(step), step_is_float,
+                                 pointer<const void>(lr), lr_is_float, seed, pointer<cit::gpu::Step>(target), device,
+                                 pointer<CUstream_st>(stream));
+      },
+      py::arg("target"), py::kw_only(), py::arg("step"), py::arg("step_is_float"), py::arg("lr"),
+      py::arg("lr_is_float"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"),
+      py::arg("seed"), py::arg("device"), py::arg("stream"));
 
   m.def(
       "flush_balance_ema",
-      [](std::uintptr_t table, std::int64_t count, std::int64_t chunks, std::uintptr_t alphas, int device,
-         std::uintptr_t stream) {
-        cit::gpu::flush_balance_ema(lists(table, count, chunks), pointer<const float>(alphas), device,
-                                    pointer<CUstream_st>(stream));
+      [](std::uintptr_t table, std::int64_t count, std::int64_t blocks, std::uintptr_t slots, int device,
+         std::uintptr_t stream, std::uintptr_t alphas, std::uint32_t seed) {
+        cit::gpu::flush_balance_ema(launch(table, count, blocks, slots, device, stream), pointer<const float>(alphas),
+                                    seed);
       },
-      py::arg("table"), py::kw_only(), py::arg("count"), py::arg("chunks"), py::arg("alphas"), py::arg("device"),
-      py::arg("stream"));
+      py::arg("table"), py::kw_only(), py::arg("count"), py::arg("blocks"), py::arg("slots"), py::arg("device"),
+      py::arg("stream"), py::arg("alphas"), py::arg("seed"));
 }

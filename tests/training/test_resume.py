@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from cit_fast import ContinualTrainer
 from cit_fast.errors import RunError
 from cit_fast.evaluation import read_stages
+from cit_fast.optim import AdamWBalanceEMA
 from cit_fast.training import method_run, run_folder, stage_trainer
 
 
@@ -61,7 +62,7 @@ def half_written_checkpoint():
 MOMENTS = {
     "before anything": at_call(1, method_run, "load_model"),
     "while the untrained model answers": at_call(1, method_run, "evaluate"),
-    "inside an optimizer step": at_call(7, torch.optim.AdamW, "step"),
+    "inside an optimizer step": lambda: [at_call(7, kind, "step")() for kind in (torch.optim.AdamW, AdamWBalanceEMA)],
     "while a checkpoint is written": half_written_checkpoint,
     "between checkpoint and evaluation": at_call(3, method_run, "evaluate"),
     "before a stage is renamed into place": at_call(4, run_folder, "commit_folder"),

@@ -1,0 +1,386 @@
+"""AdamWBalanceEMA: AdamW and the balance-weight average of its parameters in one sweep over memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.optim import Optimizer
+
+from cit_fast.backends import resolve
+from cit_fast.errors import CitFastError
+from cit_fast.ops._balance_ema_checks import check_adamw
+from cit_fast.ops.balance_ema import (
+    BalanceGranularity,
+    BalanceRule,
+    adamw_balance_ema_,
+    balance_weights,
+    flush_balance_ema_,
+)
+from cit_fast.optim.averaging import AverageOptions, AveragingOptimizer, check_dtype
+from cit_fast.optim.saving import StateLoading
+from cit_fast.optim.sharding import Reduction, local, rows_of, sum_norms
+from cit_fast.optim.sweeps import AVERAGE, PREVIOUS_GRAD, Sweep, zeros_like_parameter
+
+_GOLDEN = 0x9E3779B1  # odd, so that seeds of different steps differ in all bits
+STEP, EXP_AVG, EXP_AVG_SQ = "step", "exp_avg", "exp_avg_sq"
+
+GroupOptions = tuple[float, tuple[float, float], float, float]
+"""lr, betas, eps, weight_decay of a parameter group."""
+
+
+@dataclass(eq=False)
+class AdamWSweep(Sweep):
+    """A sweep with the moments of AdamW and the pending weights.
+
+    Attributes:
+        exp_avgs, exp_avg_sqs: the local parts of the moments.
+        alphas: [rows], float32: weights of the last step, to be applied when the parameters are read next.
+        steps: [n], float32: ``state[p]["step"]`` are its elements.
+        step: their common value.
+        group: the first parameter group with the options of these parameters.
+    """
+
+    exp_avgs: list[Tensor] = field(default_factory=list)
+    exp_avg_sqs: list[Tensor] = field(default_factory=list)
+    alphas: Tensor = field(default_factory=lambda: torch.empty(0))
+    steps: Tensor = field(default_factory=lambda: torch.empty(0))
+    step: int = 0
+    group: int = 0
+
+    def state_lists(self) -> list[list[Tensor]]:
+        """Averages and moments."""
+        return [self.averages, self.exp_avgs, self.exp_avg_sqs]
+
+
+class AdamWBalanceEMA(AveragingOptimizer):
+    """AdamW that keeps an average of its parameters which forgets less, at hardly more than the cost of AdamW alone.
+
+    The numbers are those of ``BalanceEMA(torch.optim.AdamW(...))`` to float32 rounding, but parameters, gradients and
+    moments are read once a step: the average of a step is brought up to date when its parameter is read at the next
+    one. ``state_dict()``, :meth:`averaged` and :meth:`copy_averaged_to_parameters` do that first; before you read
+    ``state[p]["average"]`` or overwrite parameters yourself, call :meth:`flush`.
+
+    State names and group options are those of ``torch.optim.AdamW``, whose state dicts load here and the other way
+    round; ``average`` and ``previous_grad`` come on top. An element whose gradient is not finite keeps its value, and
+    its tensor's average stays as it is for the step; :attr:`skipped_updates` counts it.
+
+    Source: Loshchilov and Hutter, ICLR 2019, arXiv 1711.05101; Qiao et al., ICML 2025 (LCIA), arXiv 2410.10868.
+
+    Args:
+        params: Parameters, named parameters or parameter groups, as for ``torch.optim.AdamW``.
+        lr: Learning rate, not negative; a number or a tensor of one element.
+        betas: Decay of the two moments, each in [0, 1).
+        eps: Added to the root of the second moment, not negative.
+        weight_decay: Not negative.
+        rule, decay, fallback, scope, granularity, average_dtype, keep_gradients: As in
+            :class:`cit_fast.optim.BalanceEMA`.
+        state_dtype: Dtype of the moments, ``torch.float32`` or ``torch.bfloat16`` (with stochastic rounding),
+            whatever that of the parameters (float64 for float64 parameters).
+
+    Raises:
+        CitFastError: An option is out of range.
+
+    >>> layer = torch.nn.Linear(2, 1)
+    >>> optimizer = AdamWBalanceEMA(layer.parameters(), lr=2e-4)
+    >>> layer(torch.ones(1, 2)).sum().backward()
+    >>> optimizer.step()
+    >>> with optimizer.averaged():
+    ...     prediction = layer(torch.ones(1, 2))
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        rule: BalanceRule = "released",
+        decay: float = 0.99,
+        fallback: float = 0.01,
+        scope: Literal["task", "stream"] = "task",
+        granularity: BalanceGranularity = "tensor",
+        average_dtype: torch.dtype = torch.float32,
+        state_dtype: torch.dtype = torch.float32,
+        keep_gradients: Literal["reference", "copy"] = "reference",
+    ) -> None:
+        options = AverageOptions(rule, decay, fallback, scope, granularity, average_dtype, keep_gradients)
+        options.check("AdamWBalanceEMA")
+        check_dtype("AdamWBalanceEMA", "state_dtype", state_dtype)
+        self._begin(options, state_dtype)
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._watch_loading()
+
+    def _begin(self, options: AverageOptions, state_dtype: torch.dtype) -> None:
+        self._start(options)
+        self.state_dtype = state_dtype
+        self._pending: dict[Tensor, Tensor] = {}  # of parameters that are in no sweep
+        self._behind = False  # whether a step is pending
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.flush()
+        return {**super().__getstate__(), "options": self._options(), "state_dtype": self.state_dtype}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        if "options" in state:  # unpickled; Optimizer.load_state_dict calls this too
+            self._begin(state.pop("options"), state.pop("state_dtype"))
+            super().__setstate__(state)
+            self._given.add(self._parameters())
+            self._watch_loading()
+        else:
+            super().__setstate__(state)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; their state and average start at their first step.
+
+        Raises:
+            CitFastError: An option of the group is out of range.
+        """
+        super().add_param_group(param_group)
+        try:
+            self._group_options()
+        except CitFastError:
+            self.param_groups.pop()
+            raise
+        self._given.add(self.param_groups[-1]["params"])
+
+    # Stepping
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """AdamW's step, and the weights with which the averages will follow.
+
+        Args:
+            closure: Reevaluates the model and returns the loss.
+
+        Returns:
+            What ``closure`` returns.
+
+        Raises:
+            CitFastError: Called inside :meth:`averaged`, an option is out of range, or a parameter has a sparse
+                gradient, is complex, or belongs to an engine whose parameters cannot be averaged. Nothing has been
+                written then.
+        """
+        self._refuse_inside_averaged("step()")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        options = self._group_options()
+        present = self._present()
+        self._check_parameters(present)
+        # Groups with equal options go through the op together; a scheduler may part them.
+        same_as = tuple(_first_equal(options))
+        self._last = []
+        spread: dict[Reduction, list[tuple[AdamWSweep, Tensor]]] = {}
+        for i, sweep in enumerate(self._sweeps_of(present, also=same_as)):
+            norms = self._run(sweep, options[sweep.group], i)
+            if sweep.over is not None:
+                spread.setdefault(sweep.over, []).append((sweep, norms))
+        self._behind = True
+        for over, parts in spread.items():
+            for (sweep, _), norms in zip(parts, sum_norms([norms for _, norms in parts], over), strict=True):
+                weights = balance_weights(norms, rule=self.rule, decay=self.decay, fallback=self.fallback)
+                sweep.alphas.copy_(weights.alphas)
+                self._report(sweep, weights._replace(alphas=sweep.alphas))
+        return loss
+
+    def _run(self, sweep: AdamWSweep, group: GroupOptions, index: int) -> Tensor:
+        params, grads, previous = self._gradients_of(sweep)
+        lr, betas, eps, weight_decay = group
+        step = sweep.step + 1
+        lists = (params, grads, sweep.exp_avgs, sweep.exp_avg_sqs, sweep.averages, previous)
+        seed = step * _GOLDEN + index
+        if sweep.takes(grads):
+            run = resolve("adamw_balance_ema_", params[0].device)
+            options = (step, lr, *betas, eps, weight_decay, self.rule, self.decay, self.fallback)
+            weights = run(*lists, sweep.alphas, *options, self.granularity, sweep.copies, seed & 0xFFFFFFFF)
+            increment_version(params)
+        else:
+            weights = adamw_balance_ema_(
+                *lists,
+                sweep.alphas,
+                step=step,
+                lr=lr,
+                betas=betas,
+                eps=eps,
+                weight_decay=weight_decay,
+                rule=self.rule,
+                decay=self.decay,
+                fallback=self.fallback,
+                granularity=self.granularity,
+                store_grads=sweep.copies,
+                seed=seed,
+            )
+        sweep.step = step
+        sweep.steps.add_(1)
+        sweep.keep(grads)
+        if sweep.over is None:
+            self._report(sweep, weights)
+        norms: Tensor = weights.norms
+        return norms
+
+    def _group_options(self) -> list[GroupOptions]:
+        found: list[GroupOptions] = []
+        for group in self.param_groups:
+            for name in ("amsgrad", "maximize"):
+                if group.get(name):
+                    raise CitFastError(f"AdamWBalanceEMA: a parameter group has {name}=True, which it cannot do")
+            beta1, beta2 = group["betas"]
+            lr, eps, weight_decay = (float(group[name]) for name in ("lr", "eps", "weight_decay"))
+            options = lr, (float(beta1), float(beta2)), eps, weight_decay
+            check_adamw("AdamWBalanceEMA", 1, *options)
+            found.append(options)
+        return found
+
+    # Sweeps
+
+    def _make_sweeps(self, params: list[Tensor]) -> list[AdamWSweep]:
+        self._set_aside_pending()
+        options = self._group_options()
+        first_like: dict[int, int] = {}
+        for group, first in zip(self.param_groups, _first_equal(options), strict=True):
+            first_like.update((id(param), first) for param in group["params"])
+        by_key: dict[Any, list[Tensor]] = {}
+        for param in params:
+            self._initialise(param)
+            key = (first_like[id(param)], int(self.state[param][STEP]), *self._sweep_key(param))
+            by_key.setdefault(key, []).append(param)
+        return [self._make_sweep(each, *key[:2]) for key, each in by_key.items()]
+
+    def _make_sweep(self, params: list[Tensor], group: int, step: int) -> AdamWSweep:
+        steps = torch.full((len(params),), float(step))  # on the host, as torch.optim.AdamW keeps them
+        for param, each in zip(params, steps.unbind(), strict=True):
+            self.state[param][STEP] = each
+        alphas = [
+            self._pending.pop(param)
+            if param in self._pending
+            else torch.zeros(rows_of(param, self.granularity), device=param.device)
+            for param in params
+        ]
+        return self._fill_sweep(
+            AdamWSweep,
+            params,
+            exp_avgs=[local(self.state[param][EXP_AVG]) for param in params],
+            exp_avg_sqs=[local(self.state[param][EXP_AVG_SQ]) for param in params],
+            alphas=torch.cat(alphas),
+            steps=steps,
+            step=step,
+            group=group,
+        )
+
+    def _initialise(self, param: Tensor) -> None:
+        entry = self.state[param]
+        if EXP_AVG not in entry:
+            dtype = torch.float64 if param.dtype == torch.float64 else self.state_dtype
+            entry[STEP] = torch.tensor(0.0)
+            entry[EXP_AVG] = zeros_like_parameter(param, dtype)
+            entry[EXP_AVG_SQ] = zeros_like_parameter(param, dtype)
+        if AVERAGE not in entry:
+            entry[AVERAGE] = self._new_average(param)
+
+    # Pending weights
+
+    def flush(self) -> None:
+        """Bring the averages up to date with the last step: 12 bytes a parameter, once."""
+        if not self._behind:
+            return
+        self._last = [
+            step._replace(weights=step.weights._replace(alphas=step.weights.alphas.clone())) for step in self._last
+        ]
+        for i, sweep in enumerate(self._sweeps):
+            self._flush(sweep.params, sweep.averages, sweep.alphas, i)
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for param in self._pending:
+            by_device.setdefault(param.device, []).append(param)
+        for i, params in enumerate(by_device.values(), len(self._sweeps)):
+            averages = [local(self.state[param][AVERAGE]) for param in params]
+            self._flush(params, averages, torch.cat([self._pending[param] for param in params]), i)
+        self._pending = {}
+        self._behind = False
+
+    def _flush(self, params: list[Tensor], averages: list[Tensor], alphas: Tensor, index: int) -> None:
+        seed = self._sweeps[0].step * _GOLDEN + index + 0x55555555 if self._sweeps else index
+        flush_balance_ema_(
+            [local(param) for param in params], averages, alphas, granularity=self.granularity, seed=seed
+        )
+
+    def _set_aside_pending(self) -> None:
+        """Keep what is pending by parameter, while sweeps are made anew."""
+        if self._behind:
+            for sweep in self._sweeps:
+                self._pending.update(zip(sweep.params, torch.split(sweep.alphas, sweep.rows), strict=True))
+        self._sweeps = []
+
+    def _forget_sweeps(self) -> None:
+        super()._forget_sweeps()
+        self._pending, self._behind = {}, False
+
+    # Saving and loading
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of ``torch.optim.AdamW``, with ``average`` and ``previous_grad`` in each parameter's entry."""
+        self.flush()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` or that of ``torch.optim.AdamW`` gave.
+
+        Averages and moments get the dtypes of this optimizer's options, not that of the parameters. Without averages
+        in it, they start at the next step.
+
+        Raises:
+            CitFastError: A tensor does not have its parameter's shape (the checkpoint is that of another model), or a
+                group wants ``amsgrad`` or ``maximize``. Nothing has changed then.
+        """
+        self._refuse_inside_averaged("load_state_dict()")
+        # Last of the hooks: those of others may rename or add entries.
+        self._optimizer_load_state_dict_pre_hooks.move_to_end(self._take.id)
+        super().load_state_dict(state_dict)
+
+    @property
+    def _loading(self) -> StateLoading:
+        dtypes = {AVERAGE: self.average_dtype, PREVIOUS_GRAD: None, EXP_AVG: self.state_dtype}
+        return StateLoading(type(self).__name__, {**dtypes, EXP_AVG_SQ: self.state_dtype})
+
+    def _watch_loading(self) -> None:
+        loaded: dict[int, Any] = {}
+
+        def take(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            for group in state_dict["param_groups"]:
+                for name in ("amsgrad", "maximize"):
+                    if group.get(name):
+                        raise CitFastError(
+                            f"AdamWBalanceEMA.load_state_dict: a parameter group has {name}=True, which it cannot do"
+                        )
+            state_dict, ours = self._loading.take(state_dict, self._parameters())
+            loaded.clear()
+            loaded.update(ours)
+            return state_dict
+
+        def put(_: Optimizer) -> None:
+            params = self._parameters()
+            self._loading.put(loaded, params, self.state)
+            for param in params:
+                step = self.state[param].get(STEP) if param in self.state else None
+                if step is not None:
+                    self.state[param][STEP] = torch.tensor(float(step))
+            loaded.clear()
+            self._forget_sweeps()
+            self._last = []
+
+        self._take = self.register_load_state_dict_pre_hook(take)
+        self.register_load_state_dict_post_hook(put)
+
+
+def _first_equal(options: list[GroupOptions]) -> list[int]:
+    """For each group the first one with the same options."""
+    first: dict[GroupOptions, int] = {}
+    return [first.setdefault(each, i) for i, each in enumerate(options)]

@@ -1,0 +1,409 @@
+"""What BalanceEMA and AdamWBalanceEMA share: options, averages in ``state``, swapping, reporting, gradients."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from operator import is_
+from typing import Any, Literal, NamedTuple, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from cit_fast.errors import CitFastError
+from cit_fast.ops.balance_ema import (
+    BalanceGranularity,
+    BalanceRule,
+    BalanceWeights,
+    check_granularity,
+    check_rule,
+)
+from cit_fast.optim.engines import GivenParameters, refuse_partitions, refuse_swap
+from cit_fast.optim.saving import StateLoading
+from cit_fast.optim.sharding import is_sharded, local, local_gradient, reduction, reshard, rows_of
+from cit_fast.optim.sweeps import AVERAGE, PREVIOUS_GRAD, Sweep, owns_its_memory, unique
+
+AnySweep = TypeVar("AnySweep", bound=Sweep)
+_STATE_DTYPES = (torch.float32, torch.bfloat16)
+
+
+class BalanceSummary(NamedTuple):
+    """The last step's balance weights in four numbers, over the tensors (rows) that were averaged (0 where none was).
+
+    On a parameter that is sharded by rows, ``granularity="row"`` counts the rows of this process.
+    """
+
+    mean: float
+    minimum: float
+    maximum: float
+    fallback_fraction: float
+
+
+class LastStep(NamedTuple):
+    """What one call of the op decided: parameters, weights of each, the weights of all."""
+
+    params: list[Tensor]
+    rows: list[int]
+    weights: BalanceWeights
+
+
+class AverageOptions(NamedTuple):
+    """The options of an average; see :class:`cit_fast.optim.BalanceEMA`."""
+
+    rule: BalanceRule = "released"
+    decay: float = 0.99
+    fallback: float = 0.01
+    scope: Literal["task", "stream"] = "task"
+    granularity: BalanceGranularity = "tensor"
+    average_dtype: torch.dtype = torch.float32
+    keep_gradients: Literal["reference", "copy"] = "reference"
+
+    def check(self, owner: str) -> None:
+        """Raise CitFastError that starts with ``owner`` unless every option is one that it can be."""
+        check_rule(owner, self.rule, self.decay, self.fallback)
+        check_granularity(owner, self.granularity)
+        check_dtype(owner, "average_dtype", self.average_dtype)
+        if self.scope not in ("task", "stream"):
+            raise CitFastError(f"{owner}: scope={self.scope!r} is unknown; accepted: task, stream")
+        if self.keep_gradients not in ("reference", "copy"):
+            raise CitFastError(f"{owner}: keep_gradients={self.keep_gradients!r} is unknown; accepted: reference, copy")
+
+
+def check_dtype(owner: str, name: str, dtype: torch.dtype) -> None:
+    """Raise CitFastError unless state can be kept in ``dtype``."""
+    if dtype not in _STATE_DTYPES:
+        raise CitFastError(f"{owner}: {name}={dtype} cannot follow small updates; accepted: float32, bfloat16")
+
+
+class AveragingOptimizer(Optimizer):
+    """Base of the optimizers that keep an average of their parameters in ``state[p]["average"]``."""
+
+    rule: BalanceRule
+    decay: float
+    fallback: float
+    scope: Literal["task", "stream"]
+    granularity: BalanceGranularity
+    average_dtype: torch.dtype
+    keep_gradients: Literal["reference", "copy"]
+
+    def _start(self, options: AverageOptions) -> None:
+        """Set the options and what does not outlive this object; call it before anything else of this class."""
+        self.__dict__.update(options._asdict())
+        self._last: list[LastStep] = []
+        self._skipped: dict[torch.device, Tensor] = {}
+        self._live: dict[Tensor, Tensor] | None = None
+        self._copied: set[Tensor] = set()
+        self._warned = False
+        self._sweeps: list[Any] = []
+        self._given = GivenParameters()
+        self._planned: tuple[list[Tensor], Hashable, Any] | None = None
+
+    def _options(self) -> AverageOptions:
+        return AverageOptions(*(self.__dict__[name] for name in AverageOptions._fields))
+
+    @property
+    def _loading(self) -> StateLoading:
+        return StateLoading(type(self).__name__, {AVERAGE: self.average_dtype, PREVIOUS_GRAD: None})
+
+    # The averages in the model
+
+    @contextmanager
+    def averaged(self, model: nn.Module | None = None) -> Iterator[None]:
+        """The parameters hold the averages inside the ``with`` block, and exactly their own values again after it.
+
+        Costs one copy of the averaged parameters while it lasts. Blocks may nest. Parameters without an average stay
+        as they are.
+
+        Args:
+            model: Only for FSDP2: the module given to ``fully_shard``, whose gathered parameters (its root keeps
+                them after a forward without backward) are freed on the way in and out, or they would outlive the swap.
+
+        Raises:
+            CitFastError: An engine put partitions in place of the parameters.
+        """
+        if self._live is not None:
+            yield
+            return
+        self._refuse_partitions("averaged()")
+        self.flush()
+        self._live = {param: local(param).detach().clone() for param, _ in self._averages()}
+        try:
+            self._write_averages()
+            reshard(model)
+            yield
+        finally:
+            with torch.no_grad():
+                for param, live in self._live.items():
+                    local(param).copy_(live)
+            reshard(model)
+            self._live = None
+
+    def copy_averaged_to_parameters(self) -> None:
+        """Replace the parameters by their averages for good: the end of a task.
+
+        Raises:
+            CitFastError: Called inside :meth:`averaged`, or as there.
+        """
+        self._refuse_inside_averaged("copy_averaged_to_parameters()")
+        self._refuse_partitions("copy_averaged_to_parameters()")
+        self.flush()
+        self._write_averages()
+
+    def flush(self) -> None:
+        """Bring the averages in ``state`` up to date with the last step.
+
+        Call it before you read ``state[p]["average"]`` or overwrite parameters yourself; everything in this class
+        and ``state_dict()`` do. :class:`BalanceEMA` is always up to date.
+        """
+
+    def start_task(self) -> None:
+        """A new task begins: ``scope="task"`` starts a new average, ``scope="stream"`` goes on with the old one."""
+        if self.scope == "task":
+            self.reset_average()
+
+    def reset_average(self) -> None:
+        """Forget averages and previous gradients; the next step starts a new average from the parameters of then."""
+        self._refuse_inside_averaged("reset_average()")
+        for param, _ in self._averages():
+            for name in (AVERAGE, PREVIOUS_GRAD):
+                self.state[param].pop(name, None)
+        self._forget_sweeps()
+        self._last = []
+
+    def has_averages(self) -> bool:
+        """Whether any parameter has an average yet."""
+        return next(self._averages(), None) is not None
+
+    # Reporting
+
+    def balance_weights(self) -> dict[str | int, float | list[float]]:
+        """The last step's weight alpha, the share of the new values, of each parameter that had a gradient.
+
+        0 means that the parameter was left out; with ``granularity="row"`` there is a list of weights, one for each
+        row. Keys are the names, where the optimizer was given ``named_parameters()``, else the positions over all
+        groups. Waits for the device; empty before the first step.
+        """
+        keys: dict[int, str | int] = {id(param): i for i, param in enumerate(self._parameters())}
+        for group in self.param_groups:
+            keys.update(
+                {id(param): name for param, name in zip(group["params"], group.get("param_names", ()), strict=False)}
+            )
+        found: dict[str | int, float | list[float]] = {}
+        for params, rows, weights in self._last:
+            for param, alphas in zip(params, torch.split(weights.alphas.cpu(), rows), strict=True):
+                by_row = self.granularity == "row" and param.dim() > 1
+                found[keys[id(param)]] = alphas.tolist() if by_row else alphas.item()
+        return found
+
+    def balance_summary(self) -> BalanceSummary | None:
+        """Mean, minimum and maximum of the last step's weights and the fraction that fell back.
+
+        None before the first step. What was left out does not count. Waits for the device, so call it when you log,
+        not in every step.
+        """
+        if not self._last:
+            return None
+        alphas = torch.cat([step.weights.alphas.cpu() for step in self._last])
+        fallbacks = torch.cat([step.weights.fallbacks.cpu() for step in self._last])
+        used = alphas > 0
+        if not used.any():
+            return BalanceSummary(0.0, 0.0, 0.0, 0.0)
+        alphas, fell_back = alphas[used].double(), fallbacks[used].double()
+        return BalanceSummary(alphas.mean().item(), alphas.min().item(), alphas.max().item(), fell_back.mean().item())
+
+    @property
+    def skipped_updates(self) -> int:
+        """How often an average (a row of it) was left out for values not finite, since this object was made."""
+        return sum(int(count) for count in self._skipped.values())
+
+    def _report(self, sweep: Sweep, weights: BalanceWeights) -> None:
+        device = weights.alphas.device
+        skipped = (weights.alphas == 0).sum()
+        self._skipped[device] = self._skipped[device] + skipped if device in self._skipped else skipped
+        self._last.append(LastStep(sweep.params, sweep.rows, weights))
+
+    # Gradients
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in every optimizer; previous gradients that are kept by reference are copied before they become 0."""
+        if not set_to_none:
+            self._copy_kept_gradients()
+        self._zero_grad(set_to_none)
+
+    def _zero_grad(self, set_to_none: bool) -> None:
+        super().zero_grad(set_to_none=set_to_none)
+
+    def _copy_kept_gradients(self) -> None:
+        copied: set[Tensor] = set()
+        for param in self._parameters():
+            entry, grad = self.state.get(param, {}), param.grad
+            if grad is not None and entry.get(PREVIOUS_GRAD) is grad:
+                entry[PREVIOUS_GRAD] = grad.detach().clone()
+                copied.add(param)
+        if copied:
+            self._copied |= copied
+            self._planned = None  # new sweeps at the next step
+            for sweep in self._sweeps:
+                sweep.release(copied)
+
+    # The parameters and their state
+
+    def _parameters(self) -> list[Tensor]:
+        return list(chain.from_iterable(group["params"] for group in self.param_groups))
+
+    def _averages(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for param in unique(self._parameters()):
+            if param in self.state and AVERAGE in self.state[param]:
+                yield param, self.state[param][AVERAGE]
+
+    def _write_averages(self) -> None:
+        with torch.no_grad():
+            for param, average in self._averages():
+                local(param).copy_(local(average))
+
+    def _new_average(self, param: Tensor) -> Tensor:
+        dtype = torch.float64 if param.dtype == torch.float64 else self.average_dtype
+        return param.detach().to(dtype, copy=True)
+
+    def _check_parameters(self, params: Iterable[Tensor]) -> None:
+        for param in params:
+            grad = param.grad
+            if (grad is None or grad.layout == torch.strided) and param.is_floating_point() and not param.is_meta:
+                continue
+            name, shape = type(self).__name__, tuple(param.shape)
+            if param.is_meta:
+                raise CitFastError(f"{name}: a parameter of shape {shape} is on the meta device and has no values")
+            if not param.is_floating_point():
+                raise CitFastError(
+                    f"{name}: a parameter of shape {shape} is {param.dtype}; only real floats are averaged"
+                )
+            assert grad is not None  # noqa: S101 - the first condition
+            raise CitFastError(
+                f"{name}: the gradient of a parameter of shape {shape} is {grad.layout}; "
+                "only dense gradients are accepted (an embedding: sparse=False)"
+            )
+
+    def _refuse_inside_averaged(self, call: str) -> None:
+        if self._live is not None:
+            raise CitFastError(f"{type(self).__name__}.{call} inside averaged(): leave the with block first")
+
+    def _refuse_partitions(self, call: str) -> None:
+        if any(map(self._given.is_partition, self.state)):
+            raise refuse_swap(f"{type(self).__name__}.{call}")
+
+    def _refuse_weighing_partitions(self, params: Iterable[Tensor]) -> None:
+        if self.rule != "fixed" and any(map(self._given.is_partition, params)):
+            raise refuse_partitions(type(self).__name__, self.rule)
+
+    # Sweeps
+
+    def _forget_sweeps(self) -> None:
+        """``state`` no longer is what the sweeps hold."""
+        self._sweeps, self._planned = [], None
+
+    def _present(self) -> list[Tensor]:
+        """The parameters that step now."""
+        return [param for param in self._parameters() if param.grad is not None]
+
+    def _sweeps_of(self, present: list[Tensor], also: Hashable) -> list[Any]:
+        """The sweeps of these parameters: those of the last step, if nothing changed in them nor in ``also``."""
+        for sweep in self._sweeps:
+            changed, written = sweep.changed([param.grad for param in sweep.params])
+            if changed:
+                self._start_gradients_again(changed, warn=written)
+        planned = self._planned
+        if (
+            planned is None
+            or planned[1] != also
+            or planned[2] is not self.state
+            or len(planned[0]) != len(present)
+            or not all(map(is_, planned[0], present))
+            or (present and present[0] not in self.state)
+        ):
+            params = unique(present)
+            self._refuse_weighing_partitions(params)
+            self._sweeps = self._make_sweeps(params)
+            self._planned = (present, also, self.state)
+        return self._sweeps
+
+    def _start_gradients_again(self, params: Sequence[Tensor], *, warn: bool) -> None:
+        if warn and not self._warned:
+            warnings.warn(
+                f"{type(self).__name__}: {len(params)} gradients of the last step were written to, or their memory "
+                "used again, before this step (zero_grad(set_to_none=False) by someone else, or a buffer of "
+                "gradients). Their change counts as 0 in this step, and from now on they are copied; "
+                'keep_gradients="copy" does so from the start.',
+                stacklevel=4,
+            )
+            self._warned = True
+        for param in params:
+            self.state[param].pop(PREVIOUS_GRAD, None)
+        self._copied.update(params)
+        self._planned = None
+
+    def _make_sweeps(self, params: list[Tensor]) -> list[Any]:
+        raise NotImplementedError
+
+    def _sweep_key(self, param: Tensor) -> tuple[Hashable, ...]:
+        """Parameters with the same key go through the op in one call."""
+        return param.device, self._copies(param), reduction(param, self.granularity)
+
+    def _copies(self, param: Tensor) -> bool:
+        return (
+            self.rule == "fixed"
+            or self.keep_gradients == "copy"
+            or param in self._copied
+            or not owns_its_memory(cast("Tensor", param.grad))
+        )
+
+    def _fill_sweep(self, kind: type[AnySweep], params: list[Tensor], **more: Any) -> AnySweep:
+        entries = [self.state[param] for param in params]
+        for param, entry in zip(params, entries, strict=True):
+            if entry[AVERAGE].device != param.device:
+                raise CitFastError(
+                    f"{type(self).__name__}: a parameter of shape {tuple(param.shape)} is on {param.device}, its "
+                    f"average on {entry[AVERAGE].device}; move the model before the first step, or load the state again"
+                )
+        sweep = kind(
+            params=params,
+            entries=entries,
+            averages=[local(entry[AVERAGE]) for entry in entries],
+            rows=[rows_of(param, self.granularity) for param in params],
+            over=reduction(params[0], self.granularity),
+            copies=self._copies(params[0]),
+            sharded=any(map(is_sharded, params)),
+            **more,
+        )
+        if self.rule == "fixed":
+            sweep.check_plain()
+            return sweep
+        if sweep.copies:
+            for param, entry in zip(params, entries, strict=True):
+                grad = cast("Tensor", param.grad).detach()
+                kept = entry.get(PREVIOUS_GRAD)
+                if kept is None or kept is param.grad:
+                    entry[PREVIOUS_GRAD] = grad.clone()
+                elif not self._owned(kept):
+                    entry[PREVIOUS_GRAD] = kept.detach().clone()
+        sweep.previous = [None if (kept := entry.get(PREVIOUS_GRAD)) is None else local(kept) for entry in entries]
+        sweep.remember()
+        sweep.check_plain()
+        return sweep
+
+    def _owned(self, kept: Tensor) -> bool:
+        return is_sharded(kept) or owns_its_memory(kept)
+
+    def _gradients_of(self, sweep: Sweep) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """(local parameters, local gradients, previous gradients) for the op; [] for ``fixed``."""
+        params = [local(param) for param in sweep.params] if sweep.sharded else sweep.params
+        if sweep.sharded:
+            grads = [local_gradient(param) for param in sweep.params]
+        else:
+            grads = [cast("Tensor", param.grad) for param in sweep.params]
+        if self.rule == "fixed":
+            return params, grads, []
+        # Where there is no previous gradient yet, c is 0.
+        return params, grads, [g if k is None else k for g, k in zip(grads, sweep.previous, strict=True)]
