@@ -33,7 +33,13 @@ CASES: dict[str, list[tuple[int, ...]]] = {
 }
 DECAY, FALLBACK = 0.99, 0.01
 STEP, AVERAGE, FIXED = "optimizer step with the average", "average alone", "fixed-weight average alone"
-BYTES = {"AdamWBalanceEMA": 40, "AdamW fused, no average": 28, "balance_ema_": 28}
+BYTES = {
+    "AdamWBalanceEMA": 40,
+    "AdamWBalanceEMA, bf16 average": 36,
+    "AdamWBalanceEMA, bf16 average and moments": 28,
+    "AdamW fused, no average": 28,
+    "balance_ema_": 28,
+}
 
 
 class Problem:
@@ -106,13 +112,18 @@ Contender = tuple[Problem, Callable[[], object]]
 
 def steps(x: Problem) -> dict[str, Contender]:
     """Whole optimizer steps. The rows with torch's AdamW share one: same parameters, same moments."""
-    both, wrapped = x.another(), x.another()
-    step = AdamWBalanceEMA(both.params, lr=1e-4, decay=DECAY, fallback=FALLBACK).step
+    half = {"average_dtype": torch.bfloat16}
+    contenders: dict[str, Contender] = {}
+    for name, dtypes in {
+        "AdamWBalanceEMA": {},
+        "AdamWBalanceEMA, bf16 average": half,
+        "AdamWBalanceEMA, bf16 average and moments": {**half, "state_dtype": torch.bfloat16},
+    }.items():
+        own = x.another()
+        contenders[name] = own, AdamWBalanceEMA(own.params, lr=1e-4, decay=DECAY, fallback=FALLBACK, **dtypes).step
+    wrapped = x.another()
     inner = torch.optim.AdamW(wrapped.params, lr=1e-4, fused=True)
-    contenders: dict[str, Contender] = {
-        "AdamWBalanceEMA": (both, step),
-        "BalanceEMA(AdamW fused)": (wrapped, BalanceEMA(inner, decay=DECAY, fallback=FALLBACK).step),
-    }
+    contenders["BalanceEMA(AdamW fused)"] = wrapped, BalanceEMA(inner, decay=DECAY, fallback=FALLBACK).step
     fused = torch.optim.AdamW(x.params, lr=1e-4, fused=True)
     for name, average in PEERS.items():
         contenders[f"AdamW fused + {name}"] = x, lambda average=average: (fused.step(), average(x))
@@ -196,13 +207,13 @@ def in_turns(contenders: dict[str, Contender], rounds: int) -> dict[str, list[fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", default=list(CASES), choices=[*CASES, []], metavar="CASE")
+    parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)}; all, and a record, without any")
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
     # Measured before and after: the machine may be shared.
     ceilings = {"copy_GB/s": [copy_bandwidth()], "in_place_lerp_GB/s": [in_place_bandwidth()]}
     results: dict[str, object] = {}
-    for case in options.cases:
+    for case in options.cases or CASES:
         tables = results[case] = {}
         for table, make in TABLES.items():
             problem = Problem(CASES[case])
@@ -217,13 +228,13 @@ def main() -> None:
                     row["GB/s"] = BYTES[name] * problem.numel / median / 1e9
                 rows[name] = {key: round(value, 3) for key, value in row.items()}
                 rate = f"{row['GB/s']:6.1f} GB/s" if "GB/s" in row else ""
-                print(f"  {name:40s} {row['median_ms']:9.2f} ms [{row['best_ms']:8.2f}]  x {row['ratio']:<6.2f} {rate}")
+                print(f"  {name:42s} {row['median_ms']:9.2f} ms [{row['best_ms']:8.2f}]  x {row['ratio']:<6.2f} {rate}")
             del problem
     ceilings["copy_GB/s"].append(copy_bandwidth())
     ceilings["in_place_lerp_GB/s"].append(in_place_bandwidth())
     ceilings = {name: [round(value, 1) for value in values] for name, values in ceilings.items()}
     print(f"\nceilings of this run, before and after: {ceilings}")
-    if options.cases == list(CASES):
+    if not options.cases:
         print(f"recorded in {record('balance_ema', {'ceilings': ceilings, 'cases': results})}")
 
 

@@ -16,6 +16,10 @@ namespace {
 // updated.
 constexpr std::int64_t kWholeRow = 131072;
 
+// Longer rows are summed and updated in batches of this many elements, where the rows allow it: 8 MiB of p and e, that
+// a third-level cache still has when the average is updated.
+constexpr std::int64_t kBatch = 1 << 20;
+
 const BalanceEmaKernels& kernels() {
 #ifdef CIT_FAST_X86
   switch (simd_level()) {
@@ -65,6 +69,31 @@ std::vector<Task> split(const Tensors& tensors, std::int64_t whole_limit, const 
   return tasks;
 }
 
+// Neighbouring tasks, whole rows only.
+struct Tasks {
+  const Task* data;
+  std::int64_t count;
+};
+
+Tasks all(const std::vector<Task>& tasks) {
+  return {tasks.data(), static_cast<std::int64_t>(tasks.size())};
+}
+
+// Batches of about `elements`, in order.
+template <class Body>
+void for_each_batch(const std::vector<Task>& tasks, std::int64_t elements, const Body& body) {
+  std::size_t first = 0;
+  std::int64_t size = 0;
+  for (std::size_t k = 0; k < tasks.size(); ++k) {
+    size += tasks[k].count * std::max<std::int64_t>(1, tasks[k].rows);
+    const bool row_ends = k + 1 == tasks.size() || tasks[k + 1].row != tasks[k].row;
+    if (!row_ends || (size < elements && k + 1 < tasks.size())) continue;
+    body(Tasks{tasks.data() + first, static_cast<std::int64_t>(k + 1 - first)});
+    first = k + 1;
+    size = 0;
+  }
+}
+
 const EmaTensor& itself(const EmaTensor& tensor) {
   return tensor;
 }
@@ -82,15 +111,17 @@ void add(Norms& total, const Norms& part) {
 
 // Adds the partial norms of the pieces of each long row in order and hands them over.
 template <class Finish>
-void finish_pieces(const std::vector<Task>& tasks, const std::vector<Norms>& partial, const Finish& finish) {
-  for (std::size_t k = 0; k < tasks.size();) {
-    if (tasks[k].rows > 0) {
+void finish_pieces(const Tasks& tasks, const std::vector<Norms>& partial, const Finish& finish) {
+  for (std::int64_t k = 0; k < tasks.count;) {
+    if (tasks.data[k].rows > 0) {
       ++k;
       continue;
     }
-    const std::int64_t row = tasks[k].row;
+    const std::int64_t row = tasks.data[k].row;
     Norms total{};
-    for (; k < tasks.size() && tasks[k].rows == 0 && tasks[k].row == row; ++k) add(total, partial[k]);
+    for (; k < tasks.count && tasks.data[k].rows == 0 && tasks.data[k].row == row; ++k) {
+      add(total, partial[static_cast<std::size_t>(k)]);
+    }
     finish(row, total);
   }
 }
@@ -116,12 +147,12 @@ void store_weight(const Results& results, std::int64_t row, const Norms& norms, 
 // Calls finish(task, row, begin, norms) for each row of a task of whole rows as soon as it is summed, and afterwards
 // finish_piece(row, norms) for each row in pieces.
 template <class Finish, class FinishPieces>
-void sum_norms(const std::vector<EmaTensor>& tensors, const std::vector<Task>& tasks, const SweepOptions& sweep,
+void sum_norms(const std::vector<EmaTensor>& tensors, const Tasks& tasks, const SweepOptions& sweep,
                const Finish& finish, const FinishPieces& finish_piece) {
   const BalanceEmaKernels& run = kernels();
-  std::vector<Norms> partial(tasks.size());
-  parallel_for(static_cast<std::int64_t>(tasks.size()), sweep.threads, [&](std::int64_t k) {
-    const Task& task = tasks[k];
+  std::vector<Norms> partial(static_cast<std::size_t>(tasks.count));
+  parallel_for_blocks(tasks.count, sweep.threads, false, [&](std::int64_t k) {
+    const Task& task = tasks.data[k];
     const EmaTensor& tensor = tensors[task.tensor];
     if (task.rows == 0) partial[k] = run.norms(tensor, sweep.store_grads, task.begin, task.count);
     for_each_row(task, [&](std::int64_t row, std::int64_t begin) {
@@ -152,8 +183,9 @@ AdamWStep prepare(const AdamWOptions& options) {
 
 void balance_norms(const std::vector<EmaTensor>& tensors, const SweepOptions& sweep, double* norms) {
   const auto store = [&](std::int64_t row, const Norms& total) { store_norms(norms, row, total); };
+  const auto tasks = split(tensors, kChunk, itself);
   sum_norms(
-      tensors, split(tensors, kChunk, itself), sweep,
+      tensors, all(tasks), sweep,
       [&](const Task&, std::int64_t row, std::int64_t, const Norms& total) { store(row, total); }, store);
 }
 
@@ -165,18 +197,19 @@ void balance_ema(const std::vector<EmaTensor>& tensors, const RuleOptions& rule,
     if (results.alphas[row] == 0.0f) return;
     run.apply(tensors[task.tensor], rounding_keys(sweep.seed, task.tensor), results.alphas[row], begin, task.count);
   };
-  sum_norms(
-      tensors, tasks, sweep,
-      [&](const Task& task, std::int64_t row, std::int64_t begin, const Norms& norms) {
-        store_weight(results, row, norms, rule);
-        apply(task, row, begin);
-      },
-      [&](std::int64_t row, const Norms& norms) { store_weight(results, row, norms, rule); });
-  const auto count = static_cast<std::int64_t>(tasks.size());
-  parallel_for(count, sweep.threads, [&](std::int64_t k) {
-    // Backwards: the chunks read last are the ones still in the cache.
-    const Task& task = tasks[count - 1 - k];
-    if (task.rows == 0) apply(task, task.row, task.begin);
+  for_each_batch(tasks, kBatch, [&](const Tasks& batch) {
+    sum_norms(
+        tensors, batch, sweep,
+        [&](const Task& task, std::int64_t row, std::int64_t begin, const Norms& norms) {
+          store_weight(results, row, norms, rule);
+          apply(task, row, begin);
+        },
+        [&](std::int64_t row, const Norms& norms) { store_weight(results, row, norms, rule); });
+    // Backwards: what was read last is what is still in the cache.
+    parallel_for_blocks(batch.count, sweep.threads, true, [&](std::int64_t k) {
+      const Task& task = batch.data[k];
+      if (task.rows == 0) apply(task, task.row, task.begin);
+    });
   });
 }
 
@@ -196,7 +229,8 @@ void adamw_balance_ema(const std::vector<AdamWTensor>& tensors, const AdamWOptio
     for_each_row(task,
                  [&](std::int64_t row, std::int64_t begin) { store_weight(results, row, piece(row, begin), rule); });
   });
-  finish_pieces(tasks, partial, [&](std::int64_t row, const Norms& norms) { store_weight(results, row, norms, rule); });
+  finish_pieces(all(tasks), partial,
+                [&](std::int64_t row, const Norms& norms) { store_weight(results, row, norms, rule); });
 }
 
 void flush_balance_ema(const std::vector<EmaTensor>& tensors, const SweepOptions& sweep, const float* alphas) {

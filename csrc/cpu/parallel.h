@@ -22,4 +22,18 @@ void parallel_for(std::int64_t count, int threads, const Body& body) {
   for (std::int64_t index = 0; index < count; ++index) body(index);
 }
 
+// The same in one block of indices per thread, the same blocks in every call with this count; from the last index of
+// the block to the first where `backwards`. What a thread read in one call is in its own cache in the next.
+template <class Body>
+void parallel_for_blocks(std::int64_t count, int threads, bool backwards, const Body& body) {
+  const std::int64_t blocks = std::clamp<std::int64_t>(threads, 1, std::max<std::int64_t>(count, 1));
+#ifdef _OPENMP
+#pragma omp parallel for schedule(static, 1) num_threads(threads) if (blocks > 1)
+#endif
+  for (std::int64_t block = 0; block < blocks; ++block) {
+    const std::int64_t first = count * block / blocks, last = count * (block + 1) / blocks;
+    for (std::int64_t k = 0; k < last - first; ++k) body(backwards ? last - 1 - k : first + k);
+  }
+}
+
 }  // namespace cit
