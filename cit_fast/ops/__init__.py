@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cit_fast.ops._balance_ema_cuda import adamw_balance_ema_capturable_
 from cit_fast.ops.balance_ema import (
     BALANCE_GRANULARITIES,
     BALANCE_RULES,
@@ -31,6 +32,7 @@ __all__ = [
     "TokenGain",
     "Wasserstein",
     "adamw_balance_ema_",
+    "adamw_balance_ema_capturable_",
     "balance_ema_",
     "balance_norms_",
     "balance_weights",

@@ -42,39 +42,65 @@ def check_granularity(op: str, granularity: str) -> None:
 
 def check_adamw(op: str, step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
     """Raise CitFastError that starts with ``op`` unless AdamW can run with these options."""
-    if step < 1:
-        raise CitFastError(f"{op}: step={step} must be at least 1 (the first step)")
+    if step < 1 or step % 1 != 0:
+        raise CitFastError(f"{op}: step={step} must be a whole number, 1 for the first step")
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-        if not (value >= 0 and math.isfinite(value)):
+        if not 0 <= value < math.inf:  # math.isfinite would break the graph of torch.compile
             raise CitFastError(f"{op}: {name}={value} must be finite and not negative")
+    if len(betas) != 2:
+        raise CitFastError(f"{op}: betas={tuple(betas)} must be two numbers")
     if not all(0 <= beta < 1 for beta in betas):
         raise CitFastError(f"{op}: betas={tuple(betas)} must both be in [0, 1)")
 
 
-def check_lists(op: str, lists: dict[str, Sequence[Tensor]], *, previous_optional: bool = False) -> None:
-    """Raise CitFastError unless all lists hold dense floating-point tensors of the parameters' shapes and device."""
+def adamw_writes(store_grads: bool) -> tuple[str, ...]:
+    """The lists that AdamW with the average writes."""
+    always = ("params", "exp_avgs", "exp_avg_sqs", "averages")
+    return (*always, "previous_grads") if store_grads else always
+
+
+def check_lists(
+    op: str, lists: dict[str, Sequence[Tensor]], *, written: Sequence[str], previous_optional: bool = False
+) -> None:
+    """Raise CitFastError unless all lists hold dense floating-point tensors of the parameters' shapes and device.
+
+    In the lists named by ``written`` every element has memory of its own, and no tensor appears twice.
+    """
     params = lists["params"]
-    device = params[0].device if params else None
-    shapes = [param.shape for param in params]
+    device = getattr(params[0], "device", None) if params else None
+    shapes = [getattr(param, "shape", None) for param in params]
     for name, tensors in lists.items():
         if previous_optional and name == "previous_grads" and not tensors:
             continue
         if len(tensors) != len(params):
             raise CitFastError(f"{op}: {name} holds {len(tensors)} tensors, params holds {len(params)}")
-        # All at once, for lists of hundreds of small tensors; what is contiguous is dense.
-        if (
+        if not _all_fit(tensors, shapes, device):
+            for i, (param, tensor) in enumerate(zip(params, tensors, strict=True)):
+                if problem := _mismatch(tensor, param, device, written=name in written):
+                    raise CitFastError(f"{op}: {name}[{i}] {problem}")
+        if name in written and len(set(map(id, tensors))) < len(tensors):
+            identities = [id(tensor) for tensor in tensors]
+            i = next(i for i, identity in enumerate(identities) if identity in identities[:i])
+            first = identities.index(identities[i])
+            raise CitFastError(f"{op}: {name}[{i}] is the very tensor {name}[{first}], and would be updated twice")
+
+
+def _all_fit(tensors: Sequence[Tensor], shapes: list[torch.Size | None], device: torch.device | None) -> bool:
+    """All at once, for lists of hundreds of small tensors. False: look at each."""
+    try:
+        return (
             [tensor.shape for tensor in tensors] == shapes
             and {tensor.dtype for tensor in tensors} <= _FLOAT_DTYPES
             and all(tensor.device == device for tensor in tensors)
-            and all(tensor.is_contiguous() or tensor.layout == torch.strided for tensor in tensors)
-        ):
-            continue
-        for i, (param, tensor) in enumerate(zip(params, tensors, strict=True)):
-            if problem := _mismatch(tensor, param, device):
-                raise CitFastError(f"{op}: {name}[{i}] {problem}")
+            and all(tensor.is_contiguous() for tensor in tensors)  # and so dense
+        )
+    except AttributeError:  # not a tensor
+        return False
 
 
-def _mismatch(tensor: Tensor, param: Tensor, device: torch.device | None) -> str | None:
+def _mismatch(tensor: Tensor | None, param: Tensor, device: torch.device | None, written: bool) -> str | None:
+    if not isinstance(tensor, Tensor):
+        return f"is {type(tensor).__name__}, not a tensor"
     if tensor.layout != torch.strided:
         return f"has layout {tensor.layout}; only dense (strided) tensors are accepted"
     if tensor.shape != param.shape:
@@ -83,6 +109,8 @@ def _mismatch(tensor: Tensor, param: Tensor, device: torch.device | None) -> str
         return f"is on {tensor.device}, params[0] on {device}; one call takes one device"
     if tensor.dtype not in _FLOAT_DTYPES:
         return f"is {tensor.dtype}; accepted: float32, bfloat16, float16, float64"
+    if written and any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        return "is expanded: elements that share memory cannot be written; clone() it"
     return None
 
 

@@ -35,6 +35,7 @@ from cit_fast.errors import BackendError, CitFastError
 from cit_fast.ops._balance_ema_checks import (
     BalanceGranularity,
     BalanceRule,
+    adamw_writes,
     check_adamw,
     check_alphas,
     check_granularity,
@@ -170,7 +171,8 @@ def adamw_balance_ema_capturable_(
     """:func:`cit_fast.ops.adamw_balance_ema_` for a CUDA graph: step count and learning rate from device memory.
 
     At step ``k`` the result is that of ``adamw_balance_ema_(..., step=k, seed=seed + k)``. The returned tensors, but
-    for ``alphas``, belong to the graph when captured. What a replay needs is at the top of this file.
+    for ``alphas``, belong to the graph when captured. What a replay needs is at the top of this file. It has never run
+    on a GPU yet, so no optimizer of ours uses it.
 
     Args:
         params, grads, exp_avgs, exp_avg_sqs, averages, previous_grads, alphas, betas, eps, weight_decay, rule, decay,
@@ -184,8 +186,6 @@ def adamw_balance_ema_capturable_(
         CitFastError: As in :func:`cit_fast.ops.adamw_balance_ema_`.
         BackendError: The CUDA kernels are not available or do not take these tensors.
     """
-    from cit_fast import _native_cuda
-
     op = "adamw_balance_ema_capturable_"
     check_rule(op, rule, decay, fallback)
     check_granularity(op, granularity)
@@ -200,11 +200,13 @@ def adamw_balance_ema_capturable_(
     }
     if not params:
         raise CitFastError(f"{op}: params is empty")
-    check_lists(op, lists, previous_optional=rule == "fixed")
+    written = adamw_writes(store_grads)
+    check_lists(op, lists, written=written, previous_optional=rule == "fixed")
     check_alphas(op, alphas, params, granularity)
     _check_scalar(op, "step", step, params[0], (torch.float32, torch.int64))
     _check_scalar(op, "lr", lr, params[0], (torch.float32, torch.float64))
     _check_kernels(op, lists, granularity)
+    from cit_fast import _native_cuda
 
     weights = empty_weights(params, granularity)._replace(alphas=alphas)
     outcome = _outcome(weights, rule, decay, fallback, store_grads)
@@ -225,6 +227,8 @@ def adamw_balance_ema_capturable_(
             stream=plan.launch["stream"],
         )
         _native_cuda.adamw_balance_ema(**plan.launch, **outcome, step_on_device=prepared.data_ptr())
+    for tensors in (*(lists[name] for name in written), [alphas]):
+        torch.autograd.graph.increment_version(tensors)
     return weights
 
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from cit_fast.backends import Backend, register
+from cit_fast.ops._balance_ema_checks import BALANCE_RULES
 from cit_fast.reference.balance_ema import BalanceWeights, row_count
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/cpu/dtype.h
-RULES = {"released": 0, "paper": 1, "fixed": 2}  # csrc/cpu/balance_ema.h
+RULES: dict[str, int] = {rule: number for number, rule in enumerate(BALANCE_RULES)}  # csrc/cpu/balance_ema.h
 _STATE_DTYPES = {torch.float32, torch.bfloat16}
 _KERNELS = {"cpu": (Backend.NATIVE, Backend.TRITON), "cuda": (Backend.CUDA, Backend.TRITON)}
 
@@ -184,7 +185,7 @@ def _why_not(state: Sequence[Tensor], lists: tuple[Sequence[Tensor], ...], granu
         return f"it keeps averages and moments in float32 or bfloat16, not {dtype}"
     for dtype in {tensor.dtype for tensors in lists for tensor in tensors} - DTYPES.keys():
         return f"it takes no {dtype}"
-    if all(tensor.is_contiguous() for tensors in lists for tensor in tensors):
+    if all(map(Tensor.is_contiguous, chain(*lists))):
         return None
     if granularity == "row" or torch.bfloat16 in state_dtypes:
         return "a tensor is not contiguous, which weights for rows and bfloat16 state need"

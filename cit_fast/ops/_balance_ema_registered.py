@@ -101,7 +101,7 @@ def _(params: list[Tensor], averages: Any, grads: Any, previous_grads: Any, gran
 
 @list_op(
     "(Tensor[] params, Tensor(a1!)[] averages, Tensor[] grads, Tensor(a3!)[] previous_grads, str rule, "
-    "float decay, float fallback, str granularity, bool store_grads, int seed) -> (Tensor, Tensor, Tensor)",
+    "float decay, float fallback, str granularity, bool store_grads, SymInt seed) -> (Tensor, Tensor, Tensor)",
     mutated=[1, 3],
 )
 def balance_ema_(
@@ -142,9 +142,9 @@ def _(
 
 @list_op(
     "(Tensor(a0!)[] params, Tensor[] grads, Tensor(a2!)[] exp_avgs, Tensor(a3!)[] exp_avg_sqs, "
-    "Tensor(a4!)[] averages, Tensor(a5!)[] previous_grads, Tensor(a6!) alphas, int step, float lr, float beta1, "
+    "Tensor(a4!)[] averages, Tensor(a5!)[] previous_grads, Tensor(a6!) alphas, SymInt step, float lr, float beta1, "
     "float beta2, float eps, float weight_decay, str rule, float decay, float fallback, str granularity, "
-    "bool store_grads, int seed) -> (Tensor, Tensor)",
+    "bool store_grads, SymInt seed) -> (Tensor, Tensor)",
     mutated=[0, 2, 3, 4, 5, 6],
 )
 def adamw_balance_ema_(
@@ -193,7 +193,7 @@ def _(
 
 
 @list_op(
-    "(Tensor[] params, Tensor(a1!)[] averages, Tensor alphas, str granularity, int seed) -> ()",
+    "(Tensor[] params, Tensor(a1!)[] averages, Tensor alphas, str granularity, SymInt seed) -> ()",
     mutated=[1],
 )
 def flush_balance_ema_(

@@ -17,6 +17,7 @@ from cit_fast.ops._balance_ema_checks import (
     BALANCE_RULES,
     BalanceGranularity,
     BalanceRule,
+    adamw_writes,
     check_adamw,
     check_alphas,
     check_granularity,
@@ -94,7 +95,8 @@ def balance_ema_(
         elements falls back.
 
     Raises:
-        CitFastError: Lists of different length, tensors that do not fit each other, an option out of range.
+        CitFastError: Lists of different length, tensors that do not fit each other, a tensor that is written but
+            listed twice or expanded, an option out of range. Nothing has been written then.
         BackendError: A backend was forced that cannot serve these tensors.
 
     >>> p, e, g = [torch.ones(3)], [torch.zeros(3)], [torch.full((3,), 0.5)]
@@ -107,7 +109,8 @@ def balance_ema_(
     lists = {"params": params, "averages": averages, "grads": grads, "previous_grads": previous_grads}
     if not any(lists.values()):
         return _nothing()
-    check_lists(op, lists, previous_optional=rule == "fixed")
+    written = ("averages", "previous_grads") if store_grads else ("averages",)
+    check_lists(op, lists, written=written, previous_optional=rule == "fixed")
     with torch.no_grad():
         options = (rule, float(decay), float(fallback), granularity, store_grads, seed & _UINT32)
         return BalanceWeights(*registered.balance_ema_(*(list(each) for each in lists.values()), *options))
@@ -144,7 +147,7 @@ def balance_norms_(
     lists = {"params": params, "averages": averages, "grads": grads, "previous_grads": previous_grads}
     if not any(lists.values()):
         return _nothing().norms
-    check_lists(op, lists, previous_optional=True)
+    check_lists(op, lists, written=("previous_grads",) if store_grads else (), previous_optional=True)
     with torch.no_grad():
         norms: Tensor = registered.balance_norms_(*(list(each) for each in lists.values()), granularity, store_grads)
     return norms
@@ -214,7 +217,8 @@ def adamw_balance_ema_(
         alphas: [rows], float32, **changed**: on entry the pending weights (0 = none, as before the first step), on
             return the new ones.
         step: 1 for the first step.
-        lr, betas, eps, weight_decay: As in ``torch.optim.AdamW``.
+        lr, betas, eps, weight_decay: As in ``torch.optim.AdamW``. ``torch.compile`` compiles anew for each ``lr``, as
+            it does there for one that is no tensor.
         seed: As in :func:`balance_ema_`, for averages and moments.
 
     Returns:
@@ -237,13 +241,13 @@ def adamw_balance_ema_(
     }
     if not any(lists.values()):
         return _nothing()
-    check_lists(op, lists, previous_optional=rule == "fixed")
+    check_lists(op, lists, written=adamw_writes(store_grads), previous_optional=rule == "fixed")
     check_alphas(op, alphas, params, granularity)
     with torch.no_grad():
         fallbacks, norms = registered.adamw_balance_ema_(
             *(list(each) for each in lists.values()),
             alphas,
-            step,
+            int(step),
             float(lr),
             *(float(beta) for beta in betas),
             float(eps),
@@ -283,7 +287,7 @@ def flush_balance_ema_(
     lists = {"params": params, "averages": averages}
     if not any(lists.values()):
         return
-    check_lists(op, lists)
+    check_lists(op, lists, written=("averages",))
     check_alphas(op, alphas, params, granularity)
     with torch.no_grad():
         registered.flush_balance_ema_(list(params), list(averages), alphas, granularity, seed & _UINT32)

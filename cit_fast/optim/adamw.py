@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
@@ -153,6 +154,7 @@ class AdamWBalanceEMA(AveragingOptimizer):
 
     # Stepping
 
+    @_disable_dynamo  # which would lose some of what a step notes down
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """AdamW's step, and the weights with which the averages will follow.
@@ -169,6 +171,7 @@ class AdamWBalanceEMA(AveragingOptimizer):
                 written then.
         """
         self._refuse_inside_averaged("step()")
+        self._check_options()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -176,11 +179,12 @@ class AdamWBalanceEMA(AveragingOptimizer):
         options = self._group_options()
         present = self._present()
         self._check_parameters(present)
-        # Groups with equal options go through the op together; a scheduler may part them.
+        # Groups with equal options go through the op together; a scheduler may part them, or a parameter move.
+        sizes = [sum(param.grad is not None for param in group["params"]) for group in self.param_groups]
         same_as = tuple(_first_equal(options))
         self._last = []
         spread: dict[Reduction, list[tuple[AdamWSweep, Tensor]]] = {}
-        for i, sweep in enumerate(self._sweeps_of(present, also=same_as)):
+        for i, sweep in enumerate(self._sweeps_of(present, also=(same_as, *sizes))):
             norms = self._run(sweep, options[sweep.group], i)
             if sweep.over is not None:
                 spread.setdefault(sweep.over, []).append((sweep, norms))
@@ -253,14 +257,17 @@ class AdamWBalanceEMA(AveragingOptimizer):
             self._initialise(param)
             key = (first_like[id(param)], int(self.state[param][STEP]), *self._sweep_key(param))
             by_key.setdefault(key, []).append(param)
-        return [self._make_sweep(each, *key[:2]) for key, each in by_key.items()]
+        sweeps = [self._make_sweep(each, *key[:2]) for key, each in by_key.items()]
+        for param in params:
+            self._pending.pop(param, None)
+        return sweeps
 
     def _make_sweep(self, params: list[Tensor], group: int, step: int) -> AdamWSweep:
         steps = torch.full((len(params),), float(step))  # on the host, as torch.optim.AdamW keeps them
         for param, each in zip(params, steps.unbind(), strict=True):
             self.state[param][STEP] = each
         alphas = [
-            self._pending.pop(param)
+            self._pending[param]
             if param in self._pending
             else torch.zeros(rows_of(param, self.granularity), device=param.device)
             for param in params
@@ -338,7 +345,7 @@ class AdamWBalanceEMA(AveragingOptimizer):
 
         Raises:
             CitFastError: A tensor does not have its parameter's shape (the checkpoint is that of another model), or a
-                group wants ``amsgrad`` or ``maximize``. Nothing has changed then.
+                group wants ``amsgrad``, ``maximize`` or L2 regularisation. Nothing has changed then.
         """
         self._refuse_inside_averaged("load_state_dict()")
         # Last of the hooks: those of others may rename or add entries.
@@ -360,6 +367,11 @@ class AdamWBalanceEMA(AveragingOptimizer):
                         raise CitFastError(
                             f"AdamWBalanceEMA.load_state_dict: a parameter group has {name}=True, which it cannot do"
                         )
+                if group.get("decoupled_weight_decay") is False and group.get("weight_decay"):
+                    raise CitFastError(
+                        "AdamWBalanceEMA.load_state_dict: this is the state of an Adam with L2 regularisation "
+                        f"(weight_decay={group['weight_decay']}), not of an AdamW; set its weight_decay to 0 first"
+                    )
             state_dict, ours = self._loading.take(state_dict, self._parameters())
             loaded.clear()
             loaded.update(ours)

@@ -22,7 +22,6 @@ from cit_fast.ops.balance_ema import (
     check_rule,
 )
 from cit_fast.optim.engines import GivenParameters, refuse_partitions, refuse_swap
-from cit_fast.optim.saving import StateLoading
 from cit_fast.optim.sharding import is_sharded, local, local_gradient, reduction, reshard, rows_of
 from cit_fast.optim.sweeps import AVERAGE, PREVIOUS_GRAD, Sweep, owns_its_memory, unique
 
@@ -92,6 +91,7 @@ class AveragingOptimizer(Optimizer):
     def _start(self, options: AverageOptions) -> None:
         """Set the options and what does not outlive this object; call it before anything else of this class."""
         self.__dict__.update(options._asdict())
+        self._checked = options
         self._last: list[LastStep] = []
         self._skipped: dict[torch.device, Tensor] = {}
         self._live: dict[Tensor, Tensor] | None = None
@@ -104,9 +104,20 @@ class AveragingOptimizer(Optimizer):
     def _options(self) -> AverageOptions:
         return AverageOptions(*(self.__dict__[name] for name in AverageOptions._fields))
 
-    @property
-    def _loading(self) -> StateLoading:
-        return StateLoading(type(self).__name__, {AVERAGE: self.average_dtype, PREVIOUS_GRAD: None})
+    def _check_options(self) -> None:
+        """A schedule may set ``decay`` and ``fallback`` between steps; state depends on the other options."""
+        options, known = self._options(), self._checked
+        if options == known:
+            return
+        name = type(self).__name__
+        options.check(name)
+        for field in ("rule", "granularity", "average_dtype", "keep_gradients"):
+            if getattr(options, field) != getattr(known, field):
+                raise CitFastError(
+                    f"{name}: {field} was {getattr(known, field)!r} and is {getattr(options, field)!r} now; "
+                    "only decay, fallback and scope may change after the optimizer was made"
+                )
+        self._checked = options
 
     # The averages in the model
 
@@ -184,7 +195,7 @@ class AveragingOptimizer(Optimizer):
 
         0 means that the parameter was left out; with ``granularity="row"`` there is a list of weights, one for each
         row. Keys are the names, where the optimizer was given ``named_parameters()``, else the positions over all
-        groups. Waits for the device; empty before the first step.
+        groups; what has left the groups since is not in it. Waits for the device; empty before the first step.
         """
         keys: dict[int, str | int] = {id(param): i for i, param in enumerate(self._parameters())}
         for group in self.param_groups:
@@ -194,6 +205,8 @@ class AveragingOptimizer(Optimizer):
         found: dict[str | int, float | list[float]] = {}
         for params, rows, weights in self._last:
             for param, alphas in zip(params, torch.split(weights.alphas.cpu(), rows), strict=True):
+                if id(param) not in keys:
+                    continue
                 by_row = self.granularity == "row" and param.dim() > 1
                 found[keys[id(param)]] = alphas.tolist() if by_row else alphas.item()
         return found
@@ -325,6 +338,7 @@ class AveragingOptimizer(Optimizer):
         ):
             params = unique(present)
             self._refuse_weighing_partitions(params)
+            self._planned = None  # if making them fails, the next step must not take the rest for all
             self._sweeps = self._make_sweeps(params)
             self._planned = (present, also, self.state)
         return self._sweeps

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -23,9 +24,9 @@ from cit_fast.ops.balance_ema import (
 )
 from cit_fast.optim.averaging import AverageOptions, AveragingOptimizer, BalanceSummary
 from cit_fast.optim.engines import is_engine, refuse_partitions
-from cit_fast.optim.saving import AVERAGE_BITS, decode, encode
+from cit_fast.optim.saving import AVERAGE_BITS, StateLoading, decode, encode
 from cit_fast.optim.sharding import Reduction, sum_norms
-from cit_fast.optim.sweeps import AVERAGE, Sweep, unique
+from cit_fast.optim.sweeps import AVERAGE, PREVIOUS_GRAD, Sweep, unique
 
 __all__ = ["BalanceEMA", "BalanceSummary", "find_balance_ema"]
 
@@ -38,10 +39,11 @@ class BalanceEMA(AveragingOptimizer):
 
     After each step of ``optimizer`` the average moves towards the parameters by a weight per tensor that follows
     from the gradients (:func:`cit_fast.ops.balance_ema_`). The average starts as a copy of the parameters before the
-    first step. It is a ``torch.optim.Optimizer`` that shares ``param_groups``, ``state`` and ``defaults`` with the
-    wrapped one, so learning-rate schedulers, Accelerate, transformers' Trainer, hooks and checkpoints work as
-    before. The average and the previous gradient live in ``state[p]["average"]`` and ``state[p]["previous_grad"]``.
-    Only parameters with gradients are averaged. Where a gradient or parameter is not finite, that tensor's average
+    first step (the authors' code copies after it, which is the same where a warm-up begins at 0). It is a
+    ``torch.optim.Optimizer`` that shares ``param_groups``, ``state`` and ``defaults`` with the wrapped one, so
+    learning-rate schedulers, Accelerate, transformers' Trainer, hooks and checkpoints work as before. The average and the
+    previous gradient live in ``state[p]["average"]`` and ``state[p]["previous_grad"]``. Only parameters with
+    gradients are averaged. Where a gradient or parameter is not finite, that tensor's average
     stays as it is for the step and :attr:`skipped_updates` counts it. Works under DDP as it is, and on FSDP2 and
     other DTensor shards with one small all-reduce a step.
 
@@ -226,8 +228,10 @@ class BalanceEMA(AveragingOptimizer):
         self._after_step()
         return loss
 
+    @_disable_dynamo  # which would lose some of what a step notes down
     def _before_step(self, closure: Any) -> None:
         self._refuse_inside_averaged("step()")
+        self._check_options()
         # Which parameters step with a closure is known only afterwards.
         stepping = self._present() if closure is None else [p for p in self._parameters() if p.requires_grad]
         self._check_parameters(stepping)
@@ -240,6 +244,7 @@ class BalanceEMA(AveragingOptimizer):
         }
         self._refuse_weighing_partitions(self._starts)
 
+    @_disable_dynamo
     @torch.no_grad()
     def _after_step(self) -> None:
         present = self._present()
@@ -320,7 +325,8 @@ class BalanceEMA(AveragingOptimizer):
         A checkpoint of the plain optimizer is accepted: the averages then start at the next step.
 
         Raises:
-            CitFastError: An average does not have its parameter's shape, so the checkpoint is that of another model.
+            CitFastError: An average, or a moment of an optimizer of ``torch.optim``, does not have its parameter's
+                shape, so the checkpoint is that of another model. Nothing has changed then.
         """
         self._refuse_inside_averaged("load_state_dict()")
         state_dict = dict(state_dict)
@@ -336,17 +342,25 @@ class BalanceEMA(AveragingOptimizer):
         loaded: dict[int, Any] = {}
 
         def take(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            state_dict, ours = self._loading.take(state_dict, self._parameters())
+            state_dict, ours = loading.take(state_dict, self._parameters())
+            loaded.clear()
             loaded.update(ours)
             return state_dict
 
         def put(_: Optimizer) -> None:
-            self._loading.put(loaded, self._parameters(), self.state)
+            loading.put(loaded, self._parameters(), self.state)
             loaded.clear()
             self._forget_sweeps()
             self._last = []
 
         inner = innermost(self.optimizer)
+        # Other people's optimizers may keep moments of another shape under these names (low-rank, 8-bit).
+        torchs = type(inner).__module__.startswith("torch.optim.")
+        loading = StateLoading(
+            type(self).__name__,
+            {AVERAGE: self.average_dtype, PREVIOUS_GRAD: None},
+            like_parameter=("exp_avg", "exp_avg_sq", "momentum_buffer") if torchs else (),
+        )
         self._handles += [
             inner.register_load_state_dict_pre_hook(take),
             inner.register_load_state_dict_post_hook(put),

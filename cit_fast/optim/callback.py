@@ -227,7 +227,7 @@ def load_averaged(model: nn.Module, folder: Path) -> None:
     """Load what :func:`export_averaged` wrote into the model that it came from.
 
     Raises:
-        CitFastError: Nothing was written there, or the model is sharded.
+        CitFastError: Nothing was written there, a parameter is not in it, or the model is sharded.
     """
     from safetensors.torch import load_file
 
@@ -237,8 +237,20 @@ def load_averaged(model: nn.Module, folder: Path) -> None:
         raise CitFastError(f"{folder}: cannot be loaded into a sharded model; load it in a process of its own")
     inner = _unwrapped(model)
     if not hasattr(inner, "peft_config"):
+        loaded: set[str] = set()
         for file in sorted(folder.glob("*.safetensors")):
-            inner.load_state_dict(load_file(file), strict=False)
+            weights = load_file(file)
+            inner.load_state_dict(weights, strict=False)
+            loaded.update(weights)
+        names = dict(inner.named_parameters(remove_duplicate=False))
+        found = {id(param) for name, param in names.items() if name in loaded}  # tied weights are written once
+        if all(id(param) in found for param in names.values()):
+            return
+        if not hasattr(inner, "from_pretrained"):
+            missing = next(name for name, param in names.items() if id(param) not in found)
+            raise CitFastError(f"{folder}: holds no {missing}; load it by the means of the model that wrote it")
+        # save_pretrained writes some models (mixtures of experts) under other names than those of their parameters.
+        inner.load_state_dict(type(inner).from_pretrained(folder).state_dict())
         return
     from peft import set_peft_model_state_dict
 

@@ -6,7 +6,7 @@ would round a float32 average of bfloat16 parameters at every resume.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,10 +26,13 @@ class StateLoading:
     Args:
         owner: the class that loads, for messages.
         dtypes: name of each state tensor that is loaded here -> its dtype; None keeps the one it was saved in.
+        like_parameter: names of other state tensors that have their parameter's shape, which is checked.
     """
 
-    def __init__(self, owner: str, dtypes: Mapping[str, torch.dtype | None]) -> None:
-        self.owner, self.dtypes = owner, dtypes
+    def __init__(
+        self, owner: str, dtypes: Mapping[str, torch.dtype | None], like_parameter: Container[str] = ()
+    ) -> None:
+        self.owner, self.dtypes, self.like_parameter = owner, dtypes, like_parameter
 
     def take(self, state_dict: dict[str, Any], params: Sequence[Tensor]) -> tuple[dict[str, Any], dict[int, Any]]:
         """(the state dict without what is ours, {position of a parameter: {name: tensor}}); checks before anything.
@@ -51,8 +54,9 @@ class StateLoading:
             others[key] = {
                 name: value for name, value in entry.items() if name not in self.dtypes and name != AVERAGE_BITS
             }
-            for name, value in ours[place[key]].items():
-                if value.shape != param.shape:
+            for name, value in entry.items():
+                expected = name in ours[place[key]] or (name in self.like_parameter and isinstance(value, Tensor))
+                if expected and value.shape != param.shape:
                     raise CitFastError(
                         f"{self.owner}.load_state_dict: {name} of parameter {key} has shape {tuple(value.shape)}, "
                         f"the parameter has {tuple(param.shape)}: this state belongs to another model"

@@ -16,7 +16,7 @@
 
 namespace cit {
 
-// The values are part of the contract with cit_fast/ops/balance_ema.py.
+// The values are the positions in BALANCE_RULES of cit_fast/ops/_balance_ema_checks.py.
 enum class Rule : std::int64_t { kReleased = 0, kPaper = 1, kFixed = 2 };
 
 struct RuleOptions {

@@ -18,11 +18,11 @@ from cit_fast.ops import (
     BALANCE_RULES,
     BalanceWeights,
     adamw_balance_ema_,
+    adamw_balance_ema_capturable_,
     balance_ema_,
     balance_norms_,
     flush_balance_ema_,
 )
-from cit_fast.ops._balance_ema_cuda import adamw_balance_ema_capturable_
 from cit_fast.reference.balance_ema import balance_weight, row_count
 
 pytestmark = [

@@ -228,6 +228,23 @@ def test_a_bad_gradient_never_reaches_the_average(make: Make, moments: Make, for
     assert state.lists.averages[1].isfinite().all()
 
 
+def test_tied_parameters_are_refused(make: Make, moments: Make) -> None:
+    state = moments(make([(4,), (4,)]))
+    state.lists.params[1] = state.lists.params[0]
+    before = state.copy()
+    with pytest.raises(CitFastError, match=r"params\[1\] is the very tensor params\[0\], and would be updated twice"):
+        state.step(1, lr=0.1)
+    assert all(torch.equal(x, y) for x, y in zip(tensors_of(state), tensors_of(before), strict=True))
+
+
+def test_a_step_count_kept_as_a_float(make: Make, moments: Make, forced: str) -> None:
+    state = moments(make([(10,)]))
+    other = state.copy()
+    state.step(3, lr=0.1)
+    other.step(torch.tensor(3.0), lr=0.1)  # as torch.optim keeps it
+    assert all(torch.equal(x, y) for x, y in zip(tensors_of(state), tensors_of(other), strict=True))
+
+
 @pytest.mark.parametrize("size", [5, 19])
 def test_eps_zero_on_odd_lengths(make: Make, moments: Make, forced: str, size: int) -> None:
     state = moments(make([(size,)]))
@@ -238,11 +255,13 @@ def test_eps_zero_on_odd_lengths(make: Make, moments: Make, forced: str, size: i
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"step": 0}, "adamw_balance_ema_: step=0 must be at least 1"),
+        ({"step": 0}, "adamw_balance_ema_: step=0 must be a whole number, 1 for the first step"),
+        ({"step": 1.5}, "step=1.5 must be a whole number"),
         ({"lr": -0.1}, "lr=-0.1 must be finite and not negative"),
         ({"eps": float("inf")}, "eps=inf"),
         ({"weight_decay": float("nan")}, "weight_decay=nan"),
         ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\)"),
+        ({"betas": (0.9, 0.99, 0.999)}, r"betas=\(0.9, 0.99, 0.999\) must be two numbers"),
         ({"rule": "mean"}, "adamw_balance_ema_: rule='mean'"),
         ({"granularity": "row"}, r"alphas must be contiguous float32 of shape \(2,\) on cpu"),
     ],

@@ -371,7 +371,7 @@ def test_properties(
 # Bad input
 
 
-def put(name: str, index: int, tensor: Tensor) -> Callable[[Any], object]:
+def put(name: str, index: int, tensor: Tensor | None) -> Callable[[Any], object]:
     return lambda lists: getattr(lists, name).__setitem__(index, tensor)
 
 
@@ -391,6 +391,9 @@ def put(name: str, index: int, tensor: Tensor) -> Callable[[Any], object]:
         (put("params", 0, torch.ones(4, dtype=torch.int32)), {}, r"params\[0\] is torch.int32; accepted: float32"),
         (put("grads", 0, torch.ones(4, device="meta")), {}, r"grads\[0\] is on meta, params\[0\] on cpu"),
         (put("grads", 1, torch.ones(2, 3).to_sparse()), {}, r"grads\[1\] has layout torch.sparse_coo"),
+        (put("grads", 1, None), {}, r"grads\[1\] is NoneType, not a tensor"),
+        (put("params", 0, None), {}, r"params\[0\] is NoneType, not a tensor"),
+        (put("previous_grads", 1, torch.ones(3).expand(2, 3)), {}, r"previous_grads\[1\] is expanded: elements that"),
     ],
 )
 def test_bad_input_is_one_clear_line(
@@ -424,6 +427,24 @@ def test_bad_input_is_one_clear_line(
 def test_bad_input_of_the_parts(call: Callable[[Any], object], message: str) -> None:
     with pytest.raises(CitFastError, match=message):
         call([[torch.ones(2, 3)]] * 4)
+
+
+def test_a_tensor_that_is_written_must_not_be_listed_twice(make: Make) -> None:
+    """Tied weights: threads would write the same memory, and the update would be applied twice."""
+    lists = make([(4,)] * 3)
+    lists.params[2] = lists.params[0]  # only read
+    lists.run()
+    before = lists.averages[2] = lists.averages[1]
+    copy_before = before.clone()
+    with pytest.raises(CitFastError, match=r"averages\[2\] is the very tensor averages\[1\], and would be"):
+        lists.run()
+    assert torch.equal(before, copy_before)
+
+
+def test_expanded_tensors_may_be_read(make: Make) -> None:
+    lists = make([(4, 3)])
+    lists.grads[0], lists.previous_grads[0] = torch.ones(3).expand(4, 3), torch.full((1, 1), 3.0).expand(4, 3)
+    assert lists.run(store_grads=False).norms[0, 1:].tolist() == [12.0, 24.0]
 
 
 def test_native_table_with_a_wrong_number_of_columns() -> None:

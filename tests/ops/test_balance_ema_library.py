@@ -54,6 +54,23 @@ def test_compiles_without_a_graph_break(make: Make, moments: Make) -> None:
     assert all(torch.equal(x, y) for x, y in zip(compiled[1].lists.averages, eager[1].lists.averages, strict=True))
 
 
+def test_steps_seeds_and_a_schedule_do_not_break_the_graph(make: Make, moments: Make) -> None:
+    def step(state: Any, count: int, lr: float) -> Tensor:
+        return state.step(count, lr=lr, seed=3 * count).alphas * 1
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    eager, traced = sample(make, moments)[1], sample(make, moments)[1]
+    for state in (eager, traced):
+        state.alphas = torch.zeros(4)
+    for count in range(1, 2 * torch._dynamo.config.recompile_limit):
+        lr = 0.1 if count < 5 else 0.01
+        assert torch.equal(compiled(traced, count, lr), step(eager, count, lr))
+    assert all(torch.equal(x, y) for x, y in zip(traced.lists.averages, eager.lists.averages, strict=True))
+    assert counter.frame_count <= 4  # once for counts that change, and once for each learning rate, as any float
+
+
 class Log(TorchDispatchMode):
     """The names of the ops of this package that go through the dispatcher."""
 

@@ -23,6 +23,7 @@ from cit_fast import available_backends, backend
 from cit_fast.backends import resolve
 from cit_fast.errors import BackendError, CitFastError
 from cit_fast.ops import _balance_ema_cuda as kernels
+from cit_fast.ops import adamw_balance_ema_capturable_
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
@@ -329,6 +330,12 @@ def test_what_a_graph_would_freeze_is_refused(gpu: Gpu) -> None:
         kernels._adamw_balance_ema(p, p, p, p, p, p, torch.zeros(1), *adamw, "paper", 0.9, 0.1, "tensor", True, 0)
 
 
+def test_capturable_adamw_without_a_gpu_is_a_clear_error() -> None:
+    p, one = [torch.ones(4)], torch.ones(())
+    with pytest.raises(BackendError, match="adamw_balance_ema_capturable_: the CUDA kernels cannot serve"):
+        adamw_balance_ema_capturable_(p, p, p, p, p, p, torch.zeros(1), step=one, lr=one)
+
+
 @needs_module
 def test_capturable_adamw_checks_its_arguments(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     p = [torch.ones(4)]
@@ -346,6 +353,7 @@ def test_capturable_adamw_checks_its_arguments(recorder: Recorder, monkeypatch: 
     monkeypatch.setattr(kernels, "_check_kernels", lambda *_: None)
     recorder.calls.clear()
     step, lr = torch.ones((), dtype=torch.int64), torch.full((1,), 0.1)
+    version = p[0]._version
     weights = kernels.adamw_balance_ema_capturable_(*lists, step=step, lr=lr, seed=8)
     (name, prepared), (_, options) = recorder.calls
     assert name == "step_on_device"
@@ -353,3 +361,4 @@ def test_capturable_adamw_checks_its_arguments(recorder: Recorder, monkeypatch: 
     assert (prepared["lr"], prepared["lr_is_float"], prepared["seed"]) == (lr.data_ptr(), True, 8)
     assert options["step_on_device"] != 0
     assert weights.alphas is lists[-1]
+    assert p[0]._version > version  # autograd would notice

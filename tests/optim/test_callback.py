@@ -8,14 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from torch.optim import AdamW
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from cit_fast.errors import CitFastError, ConfigError
 from cit_fast.optim import AdamWBalanceEMA, BalanceEMA, BalanceEMACallback, find_balance_ema
-from cit_fast.optim.callback import EXPORT_FOLDER
+from cit_fast.optim.callback import EXPORT_FOLDER, load_averaged
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch.utils.data")
 
@@ -203,6 +210,43 @@ def test_the_best_checkpoint_is_the_averaged_one_that_was_evaluated(tmp_path: Pa
     held = trainer.model.state_dict()
     assert all(torch.equal(held[name], value) for name, value in exported.items())
     assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-6)
+
+
+def test_the_best_mixture_of_experts_is_loaded_whole(tmp_path: Path, tiny_model_folder: Path) -> None:
+    """transformers writes each expert by itself but keeps all of them in one parameter."""
+    config = MixtralConfig(
+        vocab_size=400,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+    )
+    torch.manual_seed(0)
+    trainer = make_trainer(
+        tmp_path,
+        tiny_model_folder,
+        BalanceEMACallback(fallback=0.3),
+        model=MixtralForCausalLM(config),
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=False,  # so that the best is not the last
+    )
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name != "checkpoint-4"
+    exported = MixtralForCausalLM.from_pretrained(best / EXPORT_FOLDER)
+    assert all(map(torch.equal, live(trainer), exported.parameters()))
+
+
+def test_an_export_without_a_parameter_is_refused(tmp_path: Path) -> None:
+    save_file({"0.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    with pytest.raises(CitFastError, match=r"holds no 1\.weight"):
+        load_averaged(nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)), tmp_path)
 
 
 def test_logs_reach_history_and_trackers(tmp_path: Path, tiny_model_folder: Path) -> None:
