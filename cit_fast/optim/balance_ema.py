@@ -23,8 +23,9 @@ from cit_fast.ops.balance_ema import (
 )
 from cit_fast.optim.averaging import AverageOptions, AveragingOptimizer, BalanceSummary
 from cit_fast.optim.engines import is_engine, refuse_partitions
+from cit_fast.optim.partitions import Partition
 from cit_fast.optim.saving import AVERAGE_BITS, decode, encode
-from cit_fast.optim.sharding import Reduction, sum_norms
+from cit_fast.optim.sharding import Reduction
 from cit_fast.optim.sweeps import AVERAGE, Sweep, unique
 
 __all__ = ["BalanceEMA", "BalanceSummary", "find_balance_ema"]
@@ -154,7 +155,7 @@ class BalanceEMA(AveragingOptimizer):
         self._handles: list[RemovableHandle] = []
         self._starts: dict[Tensor, Tensor] = {}
         super().__setstate__({})
-        self._given.add(self._parameters())
+        self._given.add(self.param_groups)
         self._watch_loading()
         if state["attached"]:
             self._watch()
@@ -191,7 +192,7 @@ class BalanceEMA(AveragingOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; their average starts at their first step."""
         self.optimizer.add_param_group(param_group)
-        self._given.add(self._parameters())
+        self._given.add(self.param_groups)
 
     def _zero_grad(self, set_to_none: bool) -> None:
         self.optimizer.zero_grad(set_to_none=set_to_none)
@@ -238,7 +239,8 @@ class BalanceEMA(AveragingOptimizer):
             for param in stepping
             if param not in self.state or AVERAGE not in self.state[param]
         }
-        self._refuse_weighing_partitions(self._starts)
+        for param in self._starts:
+            self._partition_of(param)  # which is refused here, before anything is written
 
     @torch.no_grad()
     def _after_step(self) -> None:
@@ -247,10 +249,10 @@ class BalanceEMA(AveragingOptimizer):
             if AVERAGE not in self.state[param]:
                 self.state[param][AVERAGE] = self._starts.pop(param)
         self._starts = {}
-        self._last = []
+        self._begin_report(present)
         seed = self._next_seed()
         options: dict[str, Any] = {"rule": self.rule, "decay": self.decay, "fallback": self.fallback}
-        spread: dict[Reduction, list[tuple[Sweep, list[Tensor], Tensor, int]]] = {}
+        spread: dict[Reduction | Partition, list[tuple[Sweep, list[Tensor], Tensor, int]]] = {}
         for i, sweep in enumerate(self._sweeps_of(present, also=None)):
             params, grads, previous = self._gradients_of(sweep)
             lists = (params, sweep.averages, grads, previous)
@@ -261,12 +263,11 @@ class BalanceEMA(AveragingOptimizer):
                 spread.setdefault(sweep.over, []).append((sweep, params, norms, seed + i))
             sweep.keep(grads)
         for over, parts in spread.items():
-            summed = sum_norms([norms for _, _, norms, _ in parts], over)
+            summed = over.sum_norms([norms for _, _, norms, _ in parts])
             for (sweep, params, _, sweep_seed), norms in zip(parts, summed, strict=True):
                 weights = balance_weights(norms, **options)
-                flush_balance_ema_(
-                    params, sweep.averages, weights.alphas.clone(), granularity=self.granularity, seed=sweep_seed
-                )
+                alphas = sweep.own(weights.alphas.clone())
+                flush_balance_ema_(params, sweep.averages, alphas, granularity=self.granularity, seed=sweep_seed)
                 self._report(sweep, weights)
 
     def _run(self, sweep: Sweep, lists: tuple[list[Tensor], ...], seed: int) -> BalanceWeights:

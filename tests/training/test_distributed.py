@@ -29,6 +29,9 @@ def deepspeed(stage: int, **zero) -> dict:
     return {"deepspeed": {**auto, "zero_optimization": {"stage": stage, **zero}}}
 
 
+ZERO2, ZERO3 = deepspeed(2), deepspeed(3, stage3_gather_16bit_weights_on_model_save=True)
+
+
 @pytest.fixture
 def two_tasks(settings, tmp_path):
     for name in ("alpha", "beta"):
@@ -66,6 +69,10 @@ def compare(two: Path, one: Path) -> None:
     assert [stage.steps for stage in together] == [stage.steps for stage in alone] == [0, 4, 4]
     for ours, theirs in zip(together[1:], alone[1:], strict=True):
         assert [loss for _, loss in ours.losses] == pytest.approx([loss for _, loss in theirs.losses], rel=2e-3)
+        theirs_weights = {step: weights for step, *weights in theirs.balance_weights}
+        for step, *weights in ours.balance_weights:
+            assert weights == pytest.approx(theirs_weights[step], rel=0.05)
+        assert len(ours.balance_weights) == len(theirs.balance_weights)
         lines = (two / f"stages/{ours.index:02d}/predictions/alpha.jsonl").read_text().splitlines()
         assert [json.loads(line)["references"] for line in lines] == [[f"alpha {k}"] for k in range(100, 105)]
 
@@ -90,31 +97,28 @@ def test_accelerate_launch_with_two_processes(two_tasks, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("adapter", "sharding"),
+    ("method", "adapter", "sharding"),
     [
-        pytest.param(True, {"fsdp": True}, id="fsdp2-lora"),
-        pytest.param(False, {"fsdp": True}, id="fsdp2-full"),
-        pytest.param(True, deepspeed(2), id="zero2-lora", marks=needs_deepspeed),
-        pytest.param(
-            True,
-            deepspeed(3, stage3_gather_16bit_weights_on_model_save=True),
-            id="zero3-lora",
-            marks=needs_deepspeed,
-        ),
+        pytest.param("sequential", True, {"fsdp": True}, id="fsdp2-lora"),
+        pytest.param("sequential", False, {"fsdp": True}, id="fsdp2-full"),
+        pytest.param("sequential", True, ZERO2, id="zero2-lora", marks=needs_deepspeed),
+        pytest.param("lcia", True, ZERO2, id="zero2-lora-lcia", marks=needs_deepspeed),
+        pytest.param("sequential", True, ZERO3, id="zero3-lora", marks=needs_deepspeed),
+        pytest.param("lcia", True, ZERO3, id="zero3-lora-lcia", marks=needs_deepspeed),
     ],
 )
-def test_sharded_training_killed_and_resumed_equals_one_process(two_tasks, tmp_path, adapter, sharding):
-    two_tasks["methods"] = ["sequential"]
+def test_sharded_training_killed_and_resumed_equals_one_process(two_tasks, tmp_path, method, adapter, sharding):
+    two_tasks["methods"] = [method]
     if not adapter:
         two_tasks["adapter"] = None
     ContinualTrainer(two_tasks, console=Console(quiet=True)).run()
-    one = Path(two_tasks["output"]) / "sequential"
+    one = Path(two_tasks["output"]) / method
 
     two_tasks["output"] += "-two"
     two_tasks["training"] |= {"per_device_train_batch_size": 2, "use_cpu": False, **sharding}
     killed = launch(TORCHRUN, two_tasks, tmp_path, DS_ACCELERATOR="cpu", DIE_AT_STEP="3")
     assert killed.returncode != 0
-    two = Path(two_tasks["output"]) / "sequential"
+    two = Path(two_tasks["output"]) / method
     state = "pytorch_model_fsdp.bin" if "fsdp" in sharding else "global_step2"  # what only FSDP, only DeepSpeed write
     assert list(two.glob(f"checkpoints/*/checkpoint-2/{state}")), killed.stderr[-3000:]
     assert len(read_stages(two)) == 1
@@ -130,3 +134,14 @@ def test_zero3_that_cannot_keep_its_weights_is_refused(two_tasks, tmp_path):
     two_tasks["training"] |= {"use_cpu": False, **deepspeed(3)}
     done = launch(TORCHRUN, two_tasks, tmp_path, DS_ACCELERATOR="cpu")
     assert "stage3_gather_16bit_weights_on_model_save must be true" in done.stderr
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_an_optimizer_of_deepspeeds_own_cannot_keep_an_average(two_tasks, tmp_path):
+    settings = deepspeed(2)
+    settings["deepspeed"]["optimizer"] = {"type": "AdamW", "params": {"lr": 1e-2}}
+    two_tasks["methods"] = ["lcia"]
+    two_tasks["training"] |= {"use_cpu": False, **settings}
+    done = launch(TORCHRUN, two_tasks, tmp_path, DS_ACCELERATOR="cpu")
+    assert "training.deepspeed: optimizer must not be set" in done.stderr
