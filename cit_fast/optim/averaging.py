@@ -182,6 +182,10 @@ class AveragingOptimizer(Optimizer):
         """Whether any parameter has an average yet."""
         return next(self._averages(), None) is not None
 
+    def in_partitions(self) -> bool:
+        """Whether the averages are those of an engine's partitions: all processes have to call :meth:`averaged`."""
+        return any(map(self._given.is_partition, self.state))
+
     # Reporting
 
     def balance_weights(self) -> dict[str | int, float | list[float]]:
@@ -309,13 +313,13 @@ class AveragingOptimizer(Optimizer):
     # Partitions
 
     def _refuse_partitions(self, call: str) -> None:
-        if any(map(self._given.is_partition, self.state)) and not can_publish(self._given.alive()):
+        if self.in_partitions() and not can_publish(self._given.alive()):
             raise refuse_swap(f"{type(self).__name__}.{call}")
 
     def _publish(self, model: nn.Module | None) -> None:
         """What the parameters hold goes to where the next forward reads it, if that is elsewhere."""
         reshard(model)
-        if any(map(self._given.is_partition, self.state)):
+        if self.in_partitions():
             with torch.no_grad():
                 publish(self._given.alive())
 

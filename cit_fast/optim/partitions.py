@@ -105,6 +105,17 @@ def publish(given: Sequence[Tensor]) -> None:
                 param.data.copy_(values)
 
 
+def gather_state(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The state dict of a model under ZeRO in memory of its own on the CPU. Every process has to call it."""
+    import deepspeed
+
+    weights = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
+            weights[name] = tensor.detach().to("cpu", copy=True)
+    return weights
+
+
 def _is_marked(param: Tensor) -> bool:
     if not param.requires_grad:
         return False

@@ -11,15 +11,18 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cit_fast.optim import AdamWBalanceEMA, BalanceEMA, find_balance_ema
+from cit_fast.optim.callback import export_averaged
 
 OPTIONS: dict[str, Any] = {"decay": 0.9, "fallback": 0.1}
 CLIP = 20.0
@@ -35,7 +38,9 @@ def groups(model: nn.Module) -> list[dict[str, Any]]:
     named = list(model.named_parameters())
     return [
         {"params": [(name, param) for name, param in named if param.dim() > 1], "weight_decay": 0.1},
-        {"params": [(name, param) for name, param in named if param.dim() == 1], "weight_decay": 0.0},
+        {"params": [(name, param) for name, param in named if param.dim() == 1 < len(param)], "weight_decay": 0.0},
+        # One element: the partition of the second process is nothing but padding.
+        {"params": [(name, param) for name, param in named if param.numel() == 1], "weight_decay": 0.05},
     ]
 
 
@@ -64,12 +69,14 @@ def loss_of(output: Tensor) -> Tensor:
     return 100 * (output.float() - 1).square().mean()
 
 
-def make_engine(stage: int, kind: str, rule: str, dtype: torch.dtype) -> tuple[Any, nn.Module, Any]:
+def make_engine(stage: int, kind: str, rule: str, dtype: torch.dtype, offload: bool) -> tuple[Any, nn.Module, Any]:
     model = make_model()
     optimizer = MAKERS[kind](groups(model), rule)
     zero: dict[str, Any] = {"stage": stage}
     if stage == 3:  # several sub-groups; some parameters stay whole, others do not
         zero |= {"sub_group_size": 12, "stage3_param_persistence_threshold": 6}
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
     config = {
         "train_micro_batch_size_per_gpu": 4,
         "gradient_clipping": CLIP,
@@ -134,8 +141,8 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     return all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def check(stage: int, kind: str, rule: str, dtype: torch.dtype, folder: str) -> dict[str, Any]:
-    engine, model, optimizer = make_engine(stage, kind, rule, dtype)
+def check(stage: int, kind: str, rule: str, dtype: torch.dtype, folder: str, offload: bool = False) -> dict[str, Any]:
+    engine, model, optimizer = make_engine(stage, kind, rule, dtype, offload)
     alone = Alone(kind, rule, dtype)
     result: dict[str, Any] = {"clipped": 0, "decided": 0}
     train(engine, range(3), dtype)
@@ -163,10 +170,14 @@ def check(stage: int, kind: str, rule: str, dtype: torch.dtype, folder: str) -> 
         output = engine(batch_of(9).to(dtype)).float()
         expected = torch.func.functional_call(make_model().to(dtype), swapped, batch_of(9).to(dtype)).float()
         result["output"] = (output - expected).abs().max().item()
+    exported = Path(folder) / "averaged"
+    export_averaged(model, optimizer, exported, write=dist.get_rank() == 0)
+    dist.barrier()
+    result["exported"] = same(swapped, load_file(exported / "model.safetensors"))
     result["restored"] = same(masters_of(model), live) and same(model_of(model), live_model)
     result["moved"] = difference(live, averages)
 
-    again, other, resumed = make_engine(stage, kind, rule, dtype)
+    again, other, resumed = make_engine(stage, kind, rule, dtype, offload)
     again.load_checkpoint(folder, tag="three")
     train(again, range(3, 6), dtype)
     result["resumed"] = same(masters_of(other), live)
@@ -185,6 +196,7 @@ def main() -> None:
     for kind, rule, dtype in cases:
         name = f"{kind} {rule} {str(dtype)[6:]}"
         results[name] = check(stage, kind, rule, dtype, f"{folder}/{name}")
+    results["offloaded"] = check(stage, "fused", "paper", torch.float32, f"{folder}/offloaded", offload=True)
     print(json.dumps(results))  # noqa: T201
     dist.barrier()
     dist.destroy_process_group()

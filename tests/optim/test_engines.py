@@ -58,12 +58,13 @@ def test_zero_equals_one_process(stage: int, tmp_path: Path) -> None:
         for output, _ in outputs
     )
     assert results == other
-    assert len(results) == 8
+    assert len(results) == 9
     for name, result in results.items():
         assert result["parameters"] < TOLERANCE, name
         assert result["averages"] < TOLERANCE < 0.1 < result["moved"], name
         assert result["published"], name
         assert result["output"] < TOLERANCE, name
+        assert result["exported"], name
         assert result["restored"], name
         assert result["resumed"], name
         assert result["copied"], name
