@@ -44,7 +44,8 @@ class BalanceEMA(AveragingOptimizer):
     before. The average and the previous gradient live in ``state[p]["average"]`` and ``state[p]["previous_grad"]``.
     Only parameters with gradients are averaged. Where a gradient or parameter is not finite, that tensor's average
     stays as it is for the step and :attr:`skipped_updates` counts it. Works under DDP as it is, and on FSDP2 and
-    other DTensor shards with one small all-reduce a step.
+    other DTensor shards with one small all-reduce a step. DeepSpeed ZeRO-1, 2 and 3 (no NVMe): make it before
+    ``deepspeed.initialize`` and pass it there; one small all-reduce for each parameter group, or sub-group of ZeRO-3.
 
     Source: Qiao et al., ICML 2025 (LCIA), arXiv 2410.10868.
 

@@ -94,6 +94,7 @@ def test_partitions_are_told_from_parameters(make: Any) -> None:
     with pytest.raises(CitFastError, match="nothing tells whose pieces they hold"):
         engine.step()
     assert torch.equal(engine.flat, before)
+    assert not engine.optimizer.state[engine.flat]
     engine = Engine(make(model.parameters(), rule="fixed"))
     engine.step()
     for call in (lambda: engine.optimizer.averaged().__enter__(), engine.optimizer.copy_averaged_to_parameters):
@@ -106,6 +107,12 @@ def test_partitions_are_told_from_parameters(make: Any) -> None:
     optimizer.step()
     with optimizer.averaged():
         pass
+
+
+def test_rows_of_partitions_are_refused() -> None:
+    engine = Engine(AdamWBalanceEMA(nn.Linear(3, 2).parameters(), granularity="row"))
+    with pytest.raises(CitFastError, match="flat partitions, which cut through rows"):
+        engine.step()
 
 
 def test_watching_an_engines_optimizer_is_refused_early() -> None:
