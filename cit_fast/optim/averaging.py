@@ -101,7 +101,7 @@ class AveragingOptimizer(Optimizer):
         self._warned = False
         self._sweeps: list[Any] = []
         self._given = GivenParameters()
-        self._partitions: dict[Tensor, Partition] = {}
+        self._partitions: dict[Tensor, Partition | None] = {}
         self._planned: tuple[list[Tensor], Hashable, Any] | None = None
 
     def _options(self) -> AverageOptions:
@@ -324,17 +324,20 @@ class AveragingOptimizer(Optimizer):
                 publish(self._given.alive())
 
     def _partition_of(self, param: Tensor) -> Partition | None:
-        """Whose pieces ``param`` holds, if it is a flat partition whose parameters have to be told apart."""
-        if self.rule == "fixed" or not self._given.is_partition(param):
+        """Whose pieces ``param`` holds, if it is a flat partition.
+
+        A fixed weight is right without that knowledge too, unless the padding holds values that are not finite.
+        """
+        if not self._given.is_partition(param):
             return None
         if param not in self._partitions:
-            if self.granularity == "row":
+            if self.granularity == "row" and self.rule != "fixed":
                 raise CitFastError(
                     f'{type(self).__name__}: granularity="row" is not possible on DeepSpeed\'s flat partitions, which '
                     'cut through rows; use granularity="tensor"'
                 )
             found = find_partition(self._given.alive(), param)
-            if found is None:
+            if found is None and self.rule != "fixed":
                 raise refuse_partitions(type(self).__name__, self.rule)
             self._partitions[param] = found
         return self._partitions[param]

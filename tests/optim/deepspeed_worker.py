@@ -152,11 +152,10 @@ def check(stage: int, kind: str, rule: str, dtype: torch.dtype, folder: str, off
         train(engine, range(step, step + 1), dtype)
         alone.train(range(step, step + 1))
         theirs = alone.optimizer.balance_weights()
-        if rule != "fixed":
-            ours = optimizer.balance_weights()
-            assert list(ours) == list(theirs)
-            torch.testing.assert_close(list(ours.values()), list(theirs.values()), rtol=1e-3, atol=1e-7)
-            assert optimizer.balance_summary().fallback_fraction == alone.optimizer.balance_summary().fallback_fraction
+        ours = optimizer.balance_weights()
+        assert list(ours) == list(theirs)
+        torch.testing.assert_close(list(ours.values()), list(theirs.values()), rtol=1e-3, atol=1e-7)
+        assert optimizer.balance_summary().fallback_fraction == alone.optimizer.balance_summary().fallback_fraction
         result["clipped"] += float(engine.get_global_grad_norm()) > CLIP
         result["decided"] += len({*theirs.values()} - {0.1, 0.10000000149011612})
     live, live_model = masters_of(model), model_of(model)
