@@ -23,8 +23,9 @@ from cit_fast.ops.balance_ema import (
     flush_balance_ema_,
 )
 from cit_fast.optim.averaging import AverageOptions, AveragingOptimizer, check_dtype
+from cit_fast.optim.partitions import Partition
 from cit_fast.optim.saving import StateLoading
-from cit_fast.optim.sharding import Reduction, local, rows_of, sum_norms
+from cit_fast.optim.sharding import Reduction
 from cit_fast.optim.sweeps import AVERAGE, PREVIOUS_GRAD, Sweep, zeros_like_parameter
 
 _GOLDEN = 0x9E3779B1  # odd, so that seeds of different steps differ in all bits
@@ -133,7 +134,7 @@ class AdamWBalanceEMA(AveragingOptimizer):
         if "options" in state:  # unpickled; Optimizer.load_state_dict calls this too
             self._begin(state.pop("options"), state.pop("state_dtype"))
             super().__setstate__(state)
-            self._given.add(self._parameters())
+            self._given.add(self.param_groups)
             self._watch_loading()
         else:
             super().__setstate__(state)
@@ -150,7 +151,7 @@ class AdamWBalanceEMA(AveragingOptimizer):
         except CitFastError:
             self.param_groups.pop()
             raise
-        self._given.add(self.param_groups[-1]["params"])
+        self._given.add(self.param_groups[-1:])
 
     # Stepping
 
@@ -182,18 +183,18 @@ class AdamWBalanceEMA(AveragingOptimizer):
         # Groups with equal options go through the op together; a scheduler may part them, or a parameter move.
         sizes = [sum(param.grad is not None for param in group["params"]) for group in self.param_groups]
         same_as = tuple(_first_equal(options))
-        self._last = []
-        spread: dict[Reduction, list[tuple[AdamWSweep, Tensor]]] = {}
+        self._begin_report(present)
+        spread: dict[Reduction | Partition, list[tuple[AdamWSweep, Tensor]]] = {}
         for i, sweep in enumerate(self._sweeps_of(present, also=(same_as, *sizes))):
             norms = self._run(sweep, options[sweep.group], i)
             if sweep.over is not None:
                 spread.setdefault(sweep.over, []).append((sweep, norms))
         self._behind = True
         for over, parts in spread.items():
-            for (sweep, _), norms in zip(parts, sum_norms([norms for _, norms in parts], over), strict=True):
+            for (sweep, _), norms in zip(parts, over.sum_norms([norms for _, norms in parts]), strict=True):
                 weights = balance_weights(norms, rule=self.rule, decay=self.decay, fallback=self.fallback)
-                sweep.alphas.copy_(weights.alphas)
-                self._report(sweep, weights._replace(alphas=sweep.alphas))
+                sweep.alphas.copy_(sweep.own(weights.alphas))
+                self._report(sweep, weights)
         return loss
 
     def _run(self, sweep: AdamWSweep, group: GroupOptions, index: int) -> Tensor:
@@ -267,16 +268,14 @@ class AdamWBalanceEMA(AveragingOptimizer):
         for param, each in zip(params, steps.unbind(), strict=True):
             self.state[param][STEP] = each
         alphas = [
-            self._pending[param]
-            if param in self._pending
-            else torch.zeros(rows_of(param, self.granularity), device=param.device)
+            self._pending[param] if param in self._pending else torch.zeros(self._rows_of(param), device=param.device)
             for param in params
         ]
         return self._fill_sweep(
             AdamWSweep,
             params,
-            exp_avgs=[local(self.state[param][EXP_AVG]) for param in params],
-            exp_avg_sqs=[local(self.state[param][EXP_AVG_SQ]) for param in params],
+            exp_avgs=self._local_state(params, EXP_AVG),
+            exp_avg_sqs=self._local_state(params, EXP_AVG_SQ),
             alphas=torch.cat(alphas),
             steps=steps,
             step=step,
@@ -308,16 +307,15 @@ class AdamWBalanceEMA(AveragingOptimizer):
         for param in self._pending:
             by_device.setdefault(param.device, []).append(param)
         for i, params in enumerate(by_device.values(), len(self._sweeps)):
-            averages = [local(self.state[param][AVERAGE]) for param in params]
-            self._flush(params, averages, torch.cat([self._pending[param] for param in params]), i)
+            alphas = torch.cat([self._pending[param] for param in params])
+            self._flush(params, self._local_state(params, AVERAGE), alphas, i)
         self._pending = {}
         self._behind = False
 
     def _flush(self, params: list[Tensor], averages: list[Tensor], alphas: Tensor, index: int) -> None:
         seed = self._sweeps[0].step * _GOLDEN + index + 0x55555555 if self._sweeps else index
-        flush_balance_ema_(
-            [local(param) for param in params], averages, alphas, granularity=self.granularity, seed=seed
-        )
+        parts = [part for param in params for part in self._parts(param, param)]
+        flush_balance_ema_(parts, averages, alphas, granularity=self.granularity, seed=seed)
 
     def _set_aside_pending(self) -> None:
         """Keep what is pending by parameter, while sweeps are made anew."""

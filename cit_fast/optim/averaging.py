@@ -22,7 +22,8 @@ from cit_fast.ops.balance_ema import (
     check_rule,
 )
 from cit_fast.optim.engines import GivenParameters, refuse_partitions, refuse_swap
-from cit_fast.optim.sharding import is_sharded, local, local_gradient, reduction, reshard, rows_of
+from cit_fast.optim.partitions import Partition, can_publish, find_partition, publish
+from cit_fast.optim.sharding import Reduction, is_sharded, local, reduction, reshard, rows_of
 from cit_fast.optim.sweeps import AVERAGE, PREVIOUS_GRAD, Sweep, owns_its_memory, unique
 
 AnySweep = TypeVar("AnySweep", bound=Sweep)
@@ -42,11 +43,12 @@ class BalanceSummary(NamedTuple):
 
 
 class LastStep(NamedTuple):
-    """What one call of the op decided: parameters, weights of each, the weights of all."""
+    """What one call of the op decided: parameters, weights of each, the weights of all; for which flat partition."""
 
     params: list[Tensor]
     rows: list[int]
     weights: BalanceWeights
+    flat: Tensor | None = None
 
 
 class AverageOptions(NamedTuple):
@@ -99,6 +101,7 @@ class AveragingOptimizer(Optimizer):
         self._warned = False
         self._sweeps: list[Any] = []
         self._given = GivenParameters()
+        self._partitions: dict[Tensor, Partition | None] = {}
         self._planned: tuple[list[Tensor], Hashable, Any] | None = None
 
     def _options(self) -> AverageOptions:
@@ -126,14 +129,15 @@ class AveragingOptimizer(Optimizer):
         """The parameters hold the averages inside the ``with`` block, and exactly their own values again after it.
 
         Costs one copy of the averaged parameters while it lasts. Blocks may nest. Parameters without an average stay
-        as they are.
+        as they are. Under FSDP2 and DeepSpeed ZeRO every process has to enter and leave it; with ZeRO, whose model
+        parameters are gathered one by one, both the model and the float32 partitions are swapped.
 
         Args:
             model: Only for FSDP2: the module given to ``fully_shard``, whose gathered parameters (its root keeps
                 them after a forward without backward) are freed on the way in and out, or they would outlive the swap.
 
         Raises:
-            CitFastError: An engine put partitions in place of the parameters.
+            CitFastError: An engine other than DeepSpeed ZeRO put partitions in place of the parameters.
         """
         if self._live is not None:
             yield
@@ -143,13 +147,13 @@ class AveragingOptimizer(Optimizer):
         self._live = {param: local(param).detach().clone() for param, _ in self._averages()}
         try:
             self._write_averages()
-            reshard(model)
+            self._publish(model)
             yield
         finally:
             with torch.no_grad():
                 for param, live in self._live.items():
                     local(param).copy_(live)
-            reshard(model)
+            self._publish(model)
             self._live = None
 
     def copy_averaged_to_parameters(self) -> None:
@@ -162,6 +166,7 @@ class AveragingOptimizer(Optimizer):
         self._refuse_partitions("copy_averaged_to_parameters()")
         self.flush()
         self._write_averages()
+        self._publish(None)
 
     def flush(self) -> None:
         """Bring the averages in ``state`` up to date with the last step.
@@ -188,6 +193,10 @@ class AveragingOptimizer(Optimizer):
         """Whether any parameter has an average yet."""
         return next(self._averages(), None) is not None
 
+    def in_partitions(self) -> bool:
+        """Whether the averages are those of an engine's partitions: all processes have to call :meth:`averaged`."""
+        return any(map(self._given.is_partition, self.state))
+
     # Reporting
 
     def balance_weights(self) -> dict[str | int, float | list[float]]:
@@ -197,18 +206,19 @@ class AveragingOptimizer(Optimizer):
         row. Keys are the names, where the optimizer was given ``named_parameters()``, else the positions over all
         groups; what has left the groups since is not in it. Waits for the device; empty before the first step.
         """
-        keys: dict[int, str | int] = {id(param): i for i, param in enumerate(self._parameters())}
+        keys = self._given.keys()  # the engine's groups hold other tensors
+        keys.update((id(param), i) for i, param in enumerate(self._parameters()))
         for group in self.param_groups:
             keys.update(
                 {id(param): name for param, name in zip(group["params"], group.get("param_names", ()), strict=False)}
             )
         found: dict[str | int, float | list[float]] = {}
-        for params, rows, weights in self._last:
+        for params, rows, weights, _ in self._last:
             for param, alphas in zip(params, torch.split(weights.alphas.cpu(), rows), strict=True):
                 if id(param) not in keys:
                     continue
                 by_row = self.granularity == "row" and param.dim() > 1
-                found[keys[id(param)]] = alphas.tolist() if by_row else alphas.item()
+                found[keys.get(id(param), f"partition {len(found)}")] = alphas.tolist() if by_row else alphas.item()
         return found
 
     def balance_summary(self) -> BalanceSummary | None:
@@ -236,7 +246,15 @@ class AveragingOptimizer(Optimizer):
         device = weights.alphas.device
         skipped = (weights.alphas == 0).sum()
         self._skipped[device] = self._skipped[device] + skipped if device in self._skipped else skipped
-        self._last.append(LastStep(sweep.params, sweep.rows, weights))
+        if sweep.partition is None:
+            self._last.append(LastStep(sweep.params, sweep.rows, weights))
+        else:
+            whole = sweep.partition.params
+            self._last.append(LastStep(whole, [1] * len(whole), weights, sweep.params[0]))
+
+    def _begin_report(self, present: Sequence[Tensor]) -> None:
+        """A new step, or the part of an engine's step that concerns the partitions in ``present``."""
+        self._last = [last for last in self._last if last.flat is not None and not any(last.flat is p for p in present)]
 
     # Gradients
 
@@ -268,7 +286,9 @@ class AveragingOptimizer(Optimizer):
         return list(chain.from_iterable(group["params"] for group in self.param_groups))
 
     def _averages(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for param in unique(self._parameters()):
+        # ZeRO-3 leaves its partitions in the groups only while they step.
+        partitions = filter(self._given.is_partition, self.state)
+        for param in unique(chain(self._parameters(), partitions)):
             if param in self.state and AVERAGE in self.state[param]:
                 yield param, self.state[param][AVERAGE]
 
@@ -303,13 +323,49 @@ class AveragingOptimizer(Optimizer):
         if self._live is not None:
             raise CitFastError(f"{type(self).__name__}.{call} inside averaged(): leave the with block first")
 
+    # Partitions
+
     def _refuse_partitions(self, call: str) -> None:
-        if any(map(self._given.is_partition, self.state)):
+        if self.in_partitions() and not can_publish(self._given.alive()):
             raise refuse_swap(f"{type(self).__name__}.{call}")
 
-    def _refuse_weighing_partitions(self, params: Iterable[Tensor]) -> None:
-        if self.rule != "fixed" and any(map(self._given.is_partition, params)):
-            raise refuse_partitions(type(self).__name__, self.rule)
+    def _publish(self, model: nn.Module | None) -> None:
+        """What the parameters hold goes to where the next forward reads it, if that is elsewhere."""
+        reshard(model)
+        if self.in_partitions():
+            with torch.no_grad():
+                publish(self._given.alive())
+
+    def _partition_of(self, param: Tensor) -> Partition | None:
+        """Whose pieces ``param`` holds, if it is a flat partition.
+
+        A fixed weight is right without that knowledge too, unless the padding holds values that are not finite.
+        """
+        if not self._given.is_partition(param):
+            return None
+        if param not in self._partitions:
+            if self.granularity == "row" and self.rule != "fixed":
+                raise CitFastError(
+                    f'{type(self).__name__}: granularity="row" is not possible on DeepSpeed\'s flat partitions, which '
+                    'cut through rows; use granularity="tensor"'
+                )
+            found = find_partition(self._given.alive(), param)
+            if found is None and self.rule != "fixed":
+                raise refuse_partitions(type(self).__name__, self.rule)
+            self._partitions[param] = found
+        return self._partitions[param]
+
+    def _parts(self, param: Tensor, tensor: Tensor) -> list[Tensor]:
+        """What this process holds of ``tensor``, which is ``param`` or of its state, as the ops take it."""
+        partition = self._partition_of(param)
+        return [local(tensor)] if partition is None else partition.views(tensor)
+
+    def _local_state(self, params: Iterable[Tensor], name: str) -> list[Tensor]:
+        return [part for param in params for part in self._parts(param, self.state[param][name])]
+
+    def _rows_of(self, param: Tensor) -> int:
+        partition = self._partition_of(param)
+        return rows_of(param, self.granularity) if partition is None else len(partition.pieces)
 
     # Sweeps
 
@@ -335,9 +391,11 @@ class AveragingOptimizer(Optimizer):
             or len(planned[0]) != len(present)
             or not all(map(is_, planned[0], present))
             or (present and present[0] not in self.state)
+            or any(sweep.partition is not None for sweep in self._sweeps)  # their memory may have moved
         ):
             params = unique(present)
-            self._refuse_weighing_partitions(params)
+            for param in params:
+                self._partition_of(param)  # which is refused here, before anything is written
             self._planned = None  # if making them fails, the next step must not take the rest for all
             self._sweeps = self._make_sweeps(params)
             self._planned = (present, also, self.state)
@@ -363,13 +421,18 @@ class AveragingOptimizer(Optimizer):
 
     def _sweep_key(self, param: Tensor) -> tuple[Hashable, ...]:
         """Parameters with the same key go through the op in one call."""
-        return param.device, self._copies(param), reduction(param, self.granularity)
+        return param.device, self._copies(param), self._over(param)
+
+    def _over(self, param: Tensor) -> Reduction | Partition | None:
+        """Over which processes norms are summed."""
+        return self._partition_of(param) or reduction(param, self.granularity)
 
     def _copies(self, param: Tensor) -> bool:
         return (
             self.rule == "fixed"
             or self.keep_gradients == "copy"
             or param in self._copied
+            or self._given.is_partition(param)  # the engine may use its buffers again
             or not owns_its_memory(cast("Tensor", param.grad))
         )
 
@@ -384,11 +447,12 @@ class AveragingOptimizer(Optimizer):
         sweep = kind(
             params=params,
             entries=entries,
-            averages=[local(entry[AVERAGE]) for entry in entries],
-            rows=[rows_of(param, self.granularity) for param in params],
-            over=reduction(params[0], self.granularity),
+            averages=self._local_state(params, AVERAGE),
+            rows=[self._rows_of(param) for param in params],
+            over=self._over(params[0]),
             copies=self._copies(params[0]),
             sharded=any(map(is_sharded, params)),
+            partition=self._partition_of(params[0]),
             **more,
         )
         if self.rule == "fixed":
@@ -402,7 +466,10 @@ class AveragingOptimizer(Optimizer):
                     entry[PREVIOUS_GRAD] = grad.clone()
                 elif not self._owned(kept):
                     entry[PREVIOUS_GRAD] = kept.detach().clone()
-        sweep.previous = [None if (kept := entry.get(PREVIOUS_GRAD)) is None else local(kept) for entry in entries]
+        if sweep.partition is not None:
+            sweep.previous = list(sweep.partition.views(entries[0][PREVIOUS_GRAD]))
+        else:
+            sweep.previous = [None if (kept := entry.get(PREVIOUS_GRAD)) is None else local(kept) for entry in entries]
         sweep.remember()
         sweep.check_plain()
         return sweep
@@ -412,11 +479,7 @@ class AveragingOptimizer(Optimizer):
 
     def _gradients_of(self, sweep: Sweep) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """(local parameters, local gradients, previous gradients) for the op; [] for ``fixed``."""
-        params = [local(param) for param in sweep.params] if sweep.sharded else sweep.params
-        if sweep.sharded:
-            grads = [local_gradient(param) for param in sweep.params]
-        else:
-            grads = [cast("Tensor", param.grad) for param in sweep.params]
+        params, grads = sweep.local_params(), sweep.local_grads()
         if self.rule == "fixed":
             return params, grads, []
         # Where there is no previous gradient yet, c is 0.

@@ -24,8 +24,9 @@ from cit_fast.ops.balance_ema import (
 )
 from cit_fast.optim.averaging import AverageOptions, AveragingOptimizer, BalanceSummary
 from cit_fast.optim.engines import is_engine, refuse_partitions
+from cit_fast.optim.partitions import Partition
 from cit_fast.optim.saving import AVERAGE_BITS, StateLoading, decode, encode
-from cit_fast.optim.sharding import Reduction, sum_norms
+from cit_fast.optim.sharding import Reduction
 from cit_fast.optim.sweeps import AVERAGE, PREVIOUS_GRAD, Sweep, unique
 
 __all__ = ["BalanceEMA", "BalanceSummary", "find_balance_ema"]
@@ -38,14 +39,16 @@ class BalanceEMA(AveragingOptimizer):
     """Keeps, beside the parameters that ``optimizer`` trains, an average of them that forgets less.
 
     After each step of ``optimizer`` the average moves towards the parameters by a weight per tensor that follows
-    from the gradients (:func:`cit_fast.ops.balance_ema_`). The average starts as a copy of the parameters before the
-    first step (the authors' code copies after it, which is the same where a warm-up begins at 0). It is a
+    from the gradients (:func:`cit_fast.ops.balance_ema_`). The average starts as a copy of the parameters before
+    the first step (the authors' code copies after it, which is the same where a warm-up begins at 0). It is a
     ``torch.optim.Optimizer`` that shares ``param_groups``, ``state`` and ``defaults`` with the wrapped one, so
-    learning-rate schedulers, Accelerate, transformers' Trainer, hooks and checkpoints work as before. The average and the
-    previous gradient live in ``state[p]["average"]`` and ``state[p]["previous_grad"]``. Only parameters with
-    gradients are averaged. Where a gradient or parameter is not finite, that tensor's average
-    stays as it is for the step and :attr:`skipped_updates` counts it. Works under DDP as it is, and on FSDP2 and
-    other DTensor shards with one small all-reduce a step.
+    learning-rate schedulers, Accelerate, transformers' Trainer, hooks and checkpoints work as before. The average
+    and the previous gradient live in ``state[p]["average"]`` and ``state[p]["previous_grad"]``. Only parameters
+    with gradients are averaged. Where a gradient or parameter is not finite, that tensor's average stays as it is
+    for the step and :attr:`skipped_updates` counts it. Works under DDP as it is, and on FSDP2 and other DTensor
+    shards with one small all-reduce a step. DeepSpeed ZeRO-1, 2 and 3 (no NVMe): make it before
+    ``deepspeed.initialize`` and pass it there; one small all-reduce for each parameter group, or sub-group of
+    ZeRO-3.
 
     Source: Qiao et al., ICML 2025 (LCIA), arXiv 2410.10868.
 
@@ -156,7 +159,7 @@ class BalanceEMA(AveragingOptimizer):
         self._handles: list[RemovableHandle] = []
         self._starts: dict[Tensor, Tensor] = {}
         super().__setstate__({})
-        self._given.add(self._parameters())
+        self._given.add(self.param_groups)
         self._watch_loading()
         if state["attached"]:
             self._watch()
@@ -193,7 +196,7 @@ class BalanceEMA(AveragingOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; their average starts at their first step."""
         self.optimizer.add_param_group(param_group)
-        self._given.add(self._parameters())
+        self._given.add(self.param_groups)
 
     def _zero_grad(self, set_to_none: bool) -> None:
         self.optimizer.zero_grad(set_to_none=set_to_none)
@@ -242,7 +245,8 @@ class BalanceEMA(AveragingOptimizer):
             for param in stepping
             if param not in self.state or AVERAGE not in self.state[param]
         }
-        self._refuse_weighing_partitions(self._starts)
+        for param in self._starts:
+            self._partition_of(param)  # which is refused here, before anything is written
 
     @_disable_dynamo
     @torch.no_grad()
@@ -252,10 +256,10 @@ class BalanceEMA(AveragingOptimizer):
             if AVERAGE not in self.state[param]:
                 self.state[param][AVERAGE] = self._starts.pop(param)
         self._starts = {}
-        self._last = []
+        self._begin_report(present)
         seed = self._next_seed()
         options: dict[str, Any] = {"rule": self.rule, "decay": self.decay, "fallback": self.fallback}
-        spread: dict[Reduction, list[tuple[Sweep, list[Tensor], Tensor, int]]] = {}
+        spread: dict[Reduction | Partition, list[tuple[Sweep, list[Tensor], Tensor, int]]] = {}
         for i, sweep in enumerate(self._sweeps_of(present, also=None)):
             params, grads, previous = self._gradients_of(sweep)
             lists = (params, sweep.averages, grads, previous)
@@ -266,12 +270,11 @@ class BalanceEMA(AveragingOptimizer):
                 spread.setdefault(sweep.over, []).append((sweep, params, norms, seed + i))
             sweep.keep(grads)
         for over, parts in spread.items():
-            summed = sum_norms([norms for _, _, norms, _ in parts], over)
+            summed = over.sum_norms([norms for _, _, norms, _ in parts])
             for (sweep, params, _, sweep_seed), norms in zip(parts, summed, strict=True):
                 weights = balance_weights(norms, **options)
-                flush_balance_ema_(
-                    params, sweep.averages, weights.alphas.clone(), granularity=self.granularity, seed=sweep_seed
-                )
+                alphas = sweep.own(weights.alphas.clone())
+                flush_balance_ema_(params, sweep.averages, alphas, granularity=self.granularity, seed=sweep_seed)
                 self._report(sweep, weights)
 
     def _run(self, sweep: Sweep, lists: tuple[list[Tensor], ...], seed: int) -> BalanceWeights:

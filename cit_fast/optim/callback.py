@@ -16,6 +16,7 @@ from cit_fast.errors import CitFastError, ConfigError
 from cit_fast.files import commit_folder
 from cit_fast.optim.averaging import AverageOptions, AveragingOptimizer
 from cit_fast.optim.balance_ema import BalanceEMA, find_balance_ema
+from cit_fast.optim.partitions import gather_state
 from cit_fast.optim.sharding import is_sharded
 
 EXPORT_FOLDER = Path("averaged", "model")
@@ -204,17 +205,18 @@ def export_averaged(model: nn.Module, balance_ema: AveragingOptimizer, folder: P
 
     Args:
         model: With ``save_pretrained`` (transformers, PEFT: the adapters only), or any module, whose state dict is
-            then written as ``model.safetensors``. Of an FSDP2 model all processes must call.
+            then written as ``model.safetensors``. Under FSDP2 and DeepSpeed ZeRO all processes must call.
         balance_ema: The optimizer that has the averages.
         folder: Is replaced if it exists.
         write: Whether this process writes.
     """
-    sharded = any(is_sharded(param) for param in model.parameters())
+    zero = balance_ema.in_partitions()
+    sharded = zero or any(map(is_sharded, model.parameters()))
     if not (write or sharded):
         return
     partial = folder.with_name(f"{folder.name}.partial")
     with balance_ema.averaged(model):
-        weights = _gathered(model) if sharded else None
+        weights = gather_state(_unwrapped(model)) if zero else _gathered(model) if sharded else None
         if not write:
             return
         shutil.rmtree(partial, ignore_errors=True)
@@ -233,7 +235,7 @@ def load_averaged(model: nn.Module, folder: Path) -> None:
 
     if not folder.is_dir():
         raise CitFastError(f"{folder}: no averaged weights")
-    if any(is_sharded(param) for param in model.parameters()):
+    if any(is_sharded(param) or hasattr(param, "ds_id") for param in model.parameters()):  # FSDP2, ZeRO-3
         raise CitFastError(f"{folder}: cannot be loaded into a sharded model; load it in a process of its own")
     inner = _unwrapped(model)
     if not hasattr(inner, "peft_config"):

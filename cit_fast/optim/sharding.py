@@ -24,6 +24,15 @@ class Reduction(NamedTuple):
     mesh: Any
     dims: tuple[int, ...]
 
+    def sum_norms(self, norms: Sequence[Tensor]) -> list[Tensor]:
+        """The norms [rows, 3] of several calls, each summed over the processes, in one all-reduce a dimension."""
+        import torch.distributed as dist
+
+        together = torch.cat(list(norms))
+        for dim in self.dims:
+            dist.all_reduce(together, group=self.mesh.get_group(dim))
+        return list(torch.split(together, [len(each) for each in norms]))
+
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether the tensor is a DTensor."""
@@ -65,16 +74,6 @@ def reduction(param: Tensor, granularity: str) -> Reduction | None:
         if not placement.is_replicate() and not (by_row and placement.is_shard(0)) and mesh.size(i) > 1
     )
     return Reduction(mesh, dims) if dims else None
-
-
-def sum_norms(norms: Sequence[Tensor], over: Reduction) -> list[Tensor]:
-    """The norms [rows, 3] of several calls, each summed over the processes of ``over``, in one all-reduce each."""
-    import torch.distributed as dist
-
-    together = torch.cat(list(norms))
-    for dim in over.dims:
-        dist.all_reduce(together, group=over.mesh.get_group(dim))
-    return list(torch.split(together, [len(each) for each in norms]))
 
 
 def rows_of(param: Tensor, granularity: str) -> int:

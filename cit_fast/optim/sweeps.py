@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from cit_fast.optim.sharding import local
+from cit_fast.optim.partitions import Partition
+from cit_fast.optim.sharding import local, local_gradient
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 AVERAGE, PREVIOUS_GRAD = "average", "previous_grad"
@@ -32,10 +33,11 @@ class Sweep:
         entries: ``optimizer.state[p]`` of each.
         averages: the local part of each average.
         rows: how many weights each has.
-        over: where the norms are summed over processes, a ``sharding.Reduction``.
+        over: where the norms are summed over processes, a ``sharding.Reduction`` or a ``Partition``.
         copies: whether previous gradients have tensors of their own that the op writes (or there are none,
             ``rule="fixed"``); else they are kept by reference. ``previous`` holds them: None where there is none yet.
         sharded: whether any parameter is a DTensor.
+        partition: whose pieces the only "parameter", a flat tensor of an engine, holds.
         plain: whether the kernels take these tensors as they are, whatever contiguous gradients come. A backend is
             then called without the checks and the dispatcher of the public op, which over a few hundred small tensors
             cost more than the sweep itself.
@@ -48,6 +50,7 @@ class Sweep:
     over: Any
     copies: bool
     sharded: bool
+    partition: Partition | None = None
     plain: bool = False
     previous: list[Tensor | None] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
@@ -55,11 +58,11 @@ class Sweep:
 
     def check_plain(self) -> None:
         """Set ``plain``, once the lists are complete."""
-        params = [local(param) for param in self.params]
-        device = params[0].device
+        params = self.local_params()
+        device = self.params[0].device
         kept = [p if k is None else k for p, k in zip(params, self.previous, strict=False)]
         lists = [params, *self.state_lists(), kept]
-        self.plain = all(
+        self.plain = bool(params) and all(
             tensor.is_contiguous()
             and tensor.dtype in _KERNEL_DTYPES
             and tensor.device == device
@@ -71,6 +74,24 @@ class Sweep:
     def state_lists(self) -> list[list[Tensor]]:
         """Averages and moments."""
         return [self.averages]
+
+    def local_params(self) -> list[Tensor]:
+        """What this process holds of the parameters."""
+        if self.partition is not None:
+            return self.partition.views(self.params[0])
+        return [local(param) for param in self.params] if self.sharded else self.params
+
+    def local_grads(self) -> list[Tensor]:
+        """The gradients of :meth:`local_params`."""
+        if self.partition is not None:
+            return self.partition.views(cast("Tensor", self.params[0].grad))
+        if self.sharded:
+            return [local_gradient(param) for param in self.params]
+        return [cast("Tensor", param.grad) for param in self.params]
+
+    def own(self, alphas: Tensor) -> Tensor:
+        """Of the weights that follow from the summed norms those of :meth:`local_params`."""
+        return alphas if self.partition is None else self.partition.own(alphas)
 
     def takes(self, grads: Sequence[Tensor]) -> bool:
         """Whether the kernels take the tensors with these gradients as they are."""

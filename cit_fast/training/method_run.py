@@ -38,6 +38,7 @@ from cit_fast.training.parts import PARTS, build_part
 from cit_fast.training.pretrained import cache_folder, load_model, load_tokenizer, model_identity, resolve_model
 from cit_fast.training.run_folder import RunFolder
 from cit_fast.training.stage_trainer import StageTrainer
+from cit_fast.training.update import PlainUpdate
 
 # What TrainingArguments hold unless the configuration says otherwise.
 _TRAINING_DEFAULTS: dict[str, Any] = {
@@ -299,6 +300,11 @@ class MethodRun:
         if trainer.is_deepspeed_enabled:
             gather = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
             engine = trainer.args.hf_deepspeed_config
+            if "optimizer" in engine.config and not isinstance(self.parts["update"], PlainUpdate):
+                raise ConfigError(
+                    f"training.deepspeed: optimizer must not be set for method {self.method.name!r}: its update steps "
+                    "with an optimizer of its own, which DeepSpeed's would replace; use training.optim"
+                )
             if engine.is_zero3() and not engine.is_true(gather):
                 raise ConfigError(f"training.deepspeed: {gather} must be true, or a stage's weights cannot be kept")
         return trainer, None if checkpoint is None else str(checkpoint[0])

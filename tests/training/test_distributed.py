@@ -10,8 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
+from safetensors.torch import load_file
 
 from cit_fast import ContinualTrainer
 from cit_fast.evaluation import read_run, read_stages
@@ -27,6 +29,9 @@ ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "cit_f
 def deepspeed(stage: int, **zero) -> dict:
     auto = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto")
     return {"deepspeed": {**auto, "zero_optimization": {"stage": stage, **zero}}}
+
+
+ZERO2, ZERO3 = deepspeed(2), deepspeed(3, stage3_gather_16bit_weights_on_model_save=True)
 
 
 @pytest.fixture
@@ -66,6 +71,10 @@ def compare(two: Path, one: Path) -> None:
     assert [stage.steps for stage in together] == [stage.steps for stage in alone] == [0, 4, 4]
     for ours, theirs in zip(together[1:], alone[1:], strict=True):
         assert [loss for _, loss in ours.losses] == pytest.approx([loss for _, loss in theirs.losses], rel=2e-3)
+        theirs_weights = {step: weights for step, *weights in theirs.balance_weights}
+        for step, *weights in ours.balance_weights:
+            assert weights == pytest.approx(theirs_weights[step], rel=0.05)
+        assert len(ours.balance_weights) == len(theirs.balance_weights)
         lines = (two / f"stages/{ours.index:02d}/predictions/alpha.jsonl").read_text().splitlines()
         assert [json.loads(line)["references"] for line in lines] == [[f"alpha {k}"] for k in range(100, 105)]
 
@@ -90,31 +99,28 @@ def test_accelerate_launch_with_two_processes(two_tasks, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("adapter", "sharding"),
+    ("method", "adapter", "sharding"),
     [
-        pytest.param(True, {"fsdp": True}, id="fsdp2-lora"),
-        pytest.param(False, {"fsdp": True}, id="fsdp2-full"),
-        pytest.param(True, deepspeed(2), id="zero2-lora", marks=needs_deepspeed),
-        pytest.param(
-            True,
-            deepspeed(3, stage3_gather_16bit_weights_on_model_save=True),
-            id="zero3-lora",
-            marks=needs_deepspeed,
-        ),
+        pytest.param("sequential", True, {"fsdp": True}, id="fsdp2-lora"),
+        pytest.param("sequential", False, {"fsdp": True}, id="fsdp2-full"),
+        pytest.param("sequential", True, ZERO2, id="zero2-lora", marks=needs_deepspeed),
+        pytest.param("lcia", True, ZERO2, id="zero2-lora-lcia", marks=needs_deepspeed),
+        pytest.param("sequential", True, ZERO3, id="zero3-lora", marks=needs_deepspeed),
+        pytest.param("lcia", True, ZERO3, id="zero3-lora-lcia", marks=needs_deepspeed),
     ],
 )
-def test_sharded_training_killed_and_resumed_equals_one_process(two_tasks, tmp_path, adapter, sharding):
-    two_tasks["methods"] = ["sequential"]
+def test_sharded_training_killed_and_resumed_equals_one_process(two_tasks, tmp_path, method, adapter, sharding):
+    two_tasks["methods"] = [method]
     if not adapter:
         two_tasks["adapter"] = None
     ContinualTrainer(two_tasks, console=Console(quiet=True)).run()
-    one = Path(two_tasks["output"]) / "sequential"
+    one = Path(two_tasks["output"]) / method
 
     two_tasks["output"] += "-two"
     two_tasks["training"] |= {"per_device_train_batch_size": 2, "use_cpu": False, **sharding}
     killed = launch(TORCHRUN, two_tasks, tmp_path, DS_ACCELERATOR="cpu", DIE_AT_STEP="3")
     assert killed.returncode != 0
-    two = Path(two_tasks["output"]) / "sequential"
+    two = Path(two_tasks["output"]) / method
     state = "pytorch_model_fsdp.bin" if "fsdp" in sharding else "global_step2"  # what only FSDP, only DeepSpeed write
     assert list(two.glob(f"checkpoints/*/checkpoint-2/{state}")), killed.stderr[-3000:]
     assert len(read_stages(two)) == 1
@@ -122,6 +128,10 @@ def test_sharded_training_killed_and_resumed_equals_one_process(two_tasks, tmp_p
     done = launch(TORCHRUN, two_tasks, tmp_path, DS_ACCELERATOR="cpu")
     assert done.returncode == 0, done.stderr[-3000:]
     compare(two, one)
+    if method == "lcia":  # what is kept are the averages: the live weights are 100 times as far from the start
+        for index in (1, 2):
+            ours, theirs = (load_file(next((run / f"stages/{index:02d}").rglob("*.safetensors"))) for run in (two, one))
+            assert all(torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-3) for name in theirs)
 
 
 @pytest.mark.slow
@@ -130,3 +140,14 @@ def test_zero3_that_cannot_keep_its_weights_is_refused(two_tasks, tmp_path):
     two_tasks["training"] |= {"use_cpu": False, **deepspeed(3)}
     done = launch(TORCHRUN, two_tasks, tmp_path, DS_ACCELERATOR="cpu")
     assert "stage3_gather_16bit_weights_on_model_save must be true" in done.stderr
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_an_optimizer_of_deepspeeds_own_cannot_keep_an_average(two_tasks, tmp_path):
+    settings = deepspeed(2)
+    settings["deepspeed"]["optimizer"] = {"type": "AdamW", "params": {"lr": 1e-2}}
+    two_tasks["methods"] = ["lcia"]
+    two_tasks["training"] |= {"use_cpu": False, **settings}
+    done = launch(TORCHRUN, two_tasks, tmp_path, DS_ACCELERATOR="cpu")
+    assert "training.deepspeed: optimizer must not be set" in done.stderr
