@@ -63,6 +63,12 @@ class Chat(ABC):
                         bar.update(1)
         return [kept[prompt] for prompt in prompts]
 
+    def forget(self, prompts: Sequence[str]) -> None:
+        """Keep the answers to these prompts no longer: they were of no use, and the next call asks again."""
+        if self.cache is not None:
+            for prompt in prompts:
+                self._path(self.cache, prompt).unlink(missing_ok=True)
+
     @abstractmethod
     def _answers(self, prompts: Sequence[str]) -> Iterator[tuple[str, str]]:
         """``(prompt, answer)`` for every prompt, each as soon as it is there, in any order."""

@@ -220,6 +220,10 @@ _REMINDERS = (
 )
 
 
+def _prompt(instruction: str, reminder: str) -> str:
+    return _PROMPT.format(instruction=instruction) + reminder
+
+
 class LLMTagger:
     """Tags by a chat model that is asked for a JSON list of them, in the manner of InsTag.
 
@@ -242,18 +246,19 @@ class LLMTagger:
         """The tags as the model gave them.
 
         Raises:
-            DataError: answers without tags, even when asked again. Usable answers are kept.
+            DataError: answers without tags, even when asked again. The others' are kept.
             RunError: the model did not answer.
         """
         found: dict[str, list[str]] = {}
         answers: dict[str, str] = {}
         for reminder in _REMINDERS:
             asked = [each for each in dict.fromkeys(instructions) if each not in found]
-            prompts = [_PROMPT.format(instruction=each) + reminder for each in asked]
+            prompts = [_prompt(each, reminder) for each in asked]
             answers = dict(zip(asked, self.chat.complete(prompts), strict=True)) if asked else {}
             found |= {each: tags for each, answer in answers.items() if (tags := read_tags(answer))}
         missing = [each for each in dict.fromkeys(instructions) if each not in found]
         if missing and self.unusable == "error":
+            self.chat.forget([_prompt(each, reminder) for each in missing for reminder in _REMINDERS])
             raise DataError(
                 f"tagger: {len(missing)} of {len(set(instructions))} instructions got no tags from the chat model in "
                 f"{len(_REMINDERS)} attempts; {_cut(missing[0])!r} was answered with {_cut(answers[missing[0]])!r}. "
