@@ -86,6 +86,22 @@ def replay_figure(view: RunView, theme: Theme) -> Figure:
     return _heat_map(counts, texts, names, view.record.tasks, theme, float(np.nanmax(counts)), "examples", [])
 
 
+def distance_figure(view: RunView, theme: Theme) -> Figure:
+    """How far each earlier task was from the new one, as the replay policy of each stage measured it."""
+    distances = np.full((len(view.trained), len(view.record.tasks)), np.nan)
+    for i, stage in enumerate(view.trained):
+        for j, task in enumerate(view.record.tasks):
+            distances[i, j] = stage.replay.get("distances", {}).get(task, math.nan)
+    measured = [i for i, row in enumerate(distances) if not np.isnan(row).all()]
+    rows = distances[measured]
+    top = float(np.nanmax(rows))
+    # Three digits of the largest: a cosine distance may be far below one.
+    digits = min(max(2, 2 - math.floor(math.log10(top))), 6) if top > 0 else 2
+    texts = [["" if math.isnan(value) else f"{value:.{digits}f}" for value in row] for row in rows]
+    names = [f"to {view.stage_names[i]}" for i in measured]
+    return _heat_map(rows, texts, names, view.record.tasks, theme, top, "distance", [])
+
+
 def task_curves_figure(views: Sequence[RunView], theme: Theme) -> Figure:
     """Score of each task over the stages, a panel per task, a line per run; joint runs are horizontal
     lines.
