@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cit_fast.errors import CitFastError, DataError
+from cit_fast.errors import CitFastError, DataError, RunError
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -169,6 +169,8 @@ def distances(
     from cit_fast.training.pretrained import cache_folder, resolve_model
 
     check_options(weights, metric, method)
+    if out.exists() and not out.is_dir():
+        raise RunError(f"{out}: cannot be written (it is no folder)")
     sources = find_tasks(data)
     if len(sources) < 2:
         raise DataError(f"{' '.join(data)}: only one task ({sources[0].name}); distances need at least two")
