@@ -316,7 +316,11 @@ def _neighbours(result: TaskDistances, width: int) -> Table:
         table.add_column(("Nearest", "Second", "Third")[rank], no_wrap=True)
         table.add_column("", justify="right", no_wrap=True)
     for i in result.order:
-        cells = [Text(_short(result.names[i], room)), f"{result.instructions[i]:,}", result.number(result.mean[i])]
+        cells: list[str | Text] = [
+            Text(_short(result.names[i], room)),
+            f"{result.instructions[i]:,}",
+            result.number(result.mean[i]),
+        ]
         for j in result.neighbours(i)[:shown]:
             cells += [Text(_short(result.names[j], room)), result.number(result.distances[i, j])]
         table.add_row(*cells)

@@ -175,8 +175,9 @@ def _heat_map(result: TaskDistances, theme: figures.Theme) -> tuple[Figure, _Box
     bar = figure.colorbar(image, cax=scale, orientation="horizontal")
     bar.outline.set_visible(False)
     scale.tick_params(colors=theme.text, labelsize=8.5 * large, length=2 * large)
-    beside = {"transform": scale.transAxes, "ha": "left", "va": "center"}
-    scale.text(1.03, 0.5, "distance", fontsize=9 * large, color=theme.text, **beside)
+    scale.text(
+        1.03, 0.5, "distance", transform=scale.transAxes, ha="left", va="center", fontsize=9 * large, color=theme.text
+    )
     return figure, box
 
 
