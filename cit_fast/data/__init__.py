@@ -20,7 +20,7 @@ from cit_fast.data.example import MASK, Example, Task, TaskStream
 from cit_fast.data.prompts import Encoded, EncodedExamples, EncodedPrompts, ExampleTooLongError, PromptEncoder
 from cit_fast.data.readers import read_dataset, read_file
 from cit_fast.data.records import FORMATS, ReadOptions, read_records
-from cit_fast.data.sources import TaskSource, load_stream, load_task
+from cit_fast.data.sources import TaskSource, find_tasks, load_stream, load_task
 
 __all__ = [
     "FORMATS",
@@ -43,6 +43,7 @@ __all__ = [
     "TokenMeanEmbedder",
     "build_embedder",
     "choose_collator",
+    "find_tasks",
     "instruction_measure",
     "left_pad",
     "load_stream",

@@ -51,8 +51,12 @@ DARK = Theme(
 )
 
 
-def png(figure: Figure) -> bytes:
-    """The figure as a PNG file of at most 256 colours, a third of the size of one in full colour."""
+def png(figure: Figure, *, all_colours: bool = False) -> bytes:
+    """The figure as a PNG file of at most 256 colours, a third of the size of one in full colour.
+
+    Args:
+        all_colours: keep every colour, for a picture whose rare colours are its largest values.
+    """
     canvas = FigureCanvasAgg(figure)
     with warnings.catch_warnings():
         # A name in a script that the font lacks shows as boxes in the picture; the page spells it out.
@@ -60,7 +64,9 @@ def png(figure: Figure) -> bytes:
         canvas.draw()
     image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     buffer = io.BytesIO()
-    image.quantize(256, dither=Image.Dither.NONE).save(buffer, "png", optimize=True, dpi=(DPI, DPI))
+    if not all_colours:
+        image = image.quantize(256, dither=Image.Dither.NONE)
+    image.save(buffer, "png", optimize=True, dpi=(DPI, DPI))
     return buffer.getvalue()
 
 
