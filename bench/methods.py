@@ -2,28 +2,40 @@
 
     python bench/methods.py path/to/superni15 --tasks 5 --train 100 --methods sequential random-replay lcia
 
+    python bench/methods.py path/to/superni15 --by-category --train 100 --fraction 0.1 \\
+        --methods sequential random-replay inscl inscl-uniform inscl-no-insinfo
+
 The folder holds one sub-folder per task with train.json, dev.json and test.json. Every method trains the same tasks in
 the same order from the same seeds; ``joint`` (all tasks at once) is added as the upper bound, and experts (one model
 per task, shared by all methods through the cache) for Relative Gain. A call that was interrupted goes on where it was.
 The table goes to the terminal and, with hardware and versions, to ``--results``.
+
+Every Super-NI task has one instruction. With ``--by-category`` the tasks of a category are trained as one, as in the
+InsCL paper, so that there are several to choose from. ``--fraction`` or ``--per-task`` gives every method that replays
+the same budget; without them each has its preset's, which is the same for all presets that are shipped.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import sys
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from cit_fast import ContinualTrainer
+from cit_fast.data import Task, TaskStream, load_stream
+from cit_fast.data.sources import TaskSource
 from cit_fast.errors import CitFastError, DataError
 from cit_fast.evaluation import continual_metrics, read_run, read_stages
+from cit_fast.training.config import presets
 
 # The two orders that continual-learning papers use on these fifteen tasks, by the number in the folder's name.
 ORDERS = {
@@ -43,20 +55,56 @@ def task_folders(data: Path, order: int, count: int | None) -> list[Path]:
     return [by_number[number] for number in wanted]
 
 
-def settings(options: argparse.Namespace, seed: int) -> dict:
-    """The configuration of one seed."""
-    tasks = [
+def sources(options: argparse.Namespace) -> list[dict]:
+    """The tasks as a configuration names them."""
+    return [
         {"path": str(path), "format": "super_ni", "metric": "rouge_l", "skip_unanswered": True}
         for path in task_folders(options.data, options.order, options.tasks)
     ]
+
+
+def category(folder: Path) -> str:
+    """The category that a task's own file names."""
+    named = json.loads((folder / "train.json").read_text(encoding="utf-8"))["Categories"]
+    return str(named if isinstance(named, str) else named[0]).lower().replace(" ", "-")
+
+
+def categories(options: argparse.Namespace, seed: int) -> TaskStream:
+    """One task per category, in the order in which the categories appear; ``--train`` and ``--test`` hold for each of
+    the tasks in it.
+    """
+    members: dict[str, list[Task]] = {}
+    for source in sources(options):
+        (task,) = load_stream([TaskSource(**source)], seed=seed, train=options.train, test=options.test)
+        members.setdefault(category(Path(source["path"])), []).append(task)
+    return TaskStream(tuple(_merged(name, tasks) for name, tasks in members.items()))
+
+
+def _merged(name: str, tasks: list[Task]) -> Task:
+    splits = {
+        split: tuple(dataclasses.replace(each, task=name) for task in tasks for each in getattr(task, split))
+        for split in ("train", "dev", "test")
+    }
+    return Task(name, **splits, metric="rouge_l")
+
+
+def method(name: str, options: argparse.Namespace) -> dict:
+    """A preset, with the budget that was asked for where it replays."""
+    budget = {"fraction": options.fraction, "per_task": options.per_task}
+    given = {key: value for key, value in budget.items() if value is not None}
+    return {"preset": name, **({"replay": given} if given and "replay" in presets().get(name, {}) else {})}
+
+
+def settings(options: argparse.Namespace, seed: int) -> dict:
+    """The configuration of one seed."""
     return {
         "name": f"superni-order{options.order}",
         "output": str(options.output / f"seed{seed}"),
         "seed": seed,
-        "methods": [*options.methods, *([] if "joint" in options.methods else ["joint"])],
+        "methods": [method(name, options) for name in dict.fromkeys([*options.methods, "joint"])],
         "model": {"name": options.model, "attn_implementation": options.attention},
         "data": {
-            "tasks": tasks,
+            "tasks": sources(options),
             "train": options.train,
             "test": options.test,
             "max_length": options.max_length,
@@ -78,8 +126,8 @@ def settings(options: argparse.Namespace, seed: int) -> dict:
     }
 
 
-def figures(folder: Path) -> dict[str, float | None]:
-    """One run's row of the table."""
+def figures(folder: Path) -> dict[str, Any]:
+    """One run's row of the table, and what was replayed of each task in each stage."""
     run, stages = read_run(folder), read_stages(folder)
     metrics = continual_metrics(run, stages)
     train = sum(stage.train_seconds for stage in stages) / 60
@@ -91,6 +139,7 @@ def figures(folder: Path) -> dict[str, float | None]:
         "replayed": float(sum(sum(stage.replayed.values()) for stage in stages)),
         "train minutes": train,
         "total minutes": train + sum(stage.evaluate_seconds for stage in stages) / 60,
+        "replayed by stage": [stage.replayed for stage in stages if stage.replayed],
     }
 
 
@@ -109,6 +158,10 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["sequential", "random-replay", "lcia"])
     parser.add_argument("--order", type=int, choices=ORDERS, default=1)
     parser.add_argument("--tasks", type=int, help="only the first so many tasks of the order")
+    parser.add_argument("--by-category", action="store_true", help="train the tasks of a category as one")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--fraction", type=float, help="share of every earlier task that is replayed, for all methods")
+    budget.add_argument("--per-task", type=int, help="examples per earlier task that are replayed, for all methods")
     parser.add_argument("--train", type=int, help="training examples per task at most")
     parser.add_argument("--test", type=int, help="test examples per task at most")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -125,16 +178,18 @@ def main() -> None:
     options = parser.parse_args()
 
     console = Console()
-    rows: dict[str, list[dict[str, float | None]]] = {}
+    rows: dict[str, list[dict[str, Any]]] = {}
     environment: dict = {}
     for seed in options.seeds:
-        for folder in ContinualTrainer(settings(options, seed)).run():
+        stream = categories(options, seed) if options.by_category else None
+        for folder in ContinualTrainer(settings(options, seed), stream=stream).run():
             rows.setdefault(folder.name, []).append(figures(folder))
             environment = read_run(folder).environment
     table = Table(
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
-        title=f"Super-NI, order {options.order}, {options.tasks or 15} tasks, {len(options.seeds)} seed(s)",
+        title=f"Super-NI, order {options.order}, {options.tasks or 15} tasks"
+        f"{' in categories' if options.by_category else ''}, {len(options.seeds)} seed(s)",
     )
     table.add_column("method", no_wrap=True)
     for column in COLUMNS:

@@ -1,4 +1,4 @@
-"""The command line: ``cit-fast run | report | eval | generate | doctor``."""
+"""The command line: ``cit-fast run | report | eval | generate | distances | doctor``."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cit_fast.errors import CitFastError
+from cit_fast.errors import CitFastError, DataError, RunError
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 app = typer.Typer(
     name="cit-fast",
@@ -117,6 +120,90 @@ def generate(
     model = ContinualModel.from_run(run_folder)
     for answer in model.generate(lines, max_new_tokens=max_new_tokens):
         typer.echo(answer.replace("\n", "\\n"))
+
+
+@app.command()
+def distances(
+    data: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DATA...",
+            help="Files and folders of instruction data, a task each; folders of such; 'builtin', or a built-in task.",
+        ),
+    ],
+    embedder: Annotated[
+        str,
+        typer.Option(
+            metavar="tokens|sentence|MODEL",
+            help="What embeds an instruction: the mean token embedding of the quickstart's model, a sentence model, "
+            "or a model folder or hub name.",
+        ),
+    ] = "tokens",
+    weights: Annotated[
+        str,
+        typer.Option(metavar="real|uniform", help="An instruction counts by its share of the examples, or like any."),
+    ] = "real",
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|exact|sinkhorn", help="auto: exact unless that would take more than about a minute."
+        ),
+    ] = "auto",
+    metric: Annotated[str, typer.Option(metavar="cosine|euclidean|sqeuclidean")] = "cosine",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the table, the picture and the page.")] = Path(
+        "distances"
+    ),
+) -> None:
+    """Measure how far instruction sets are from each other: a table, a clustered heat map, CSV and Parquet."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from cit_fast.data import build_embedder, find_tasks, load_task
+    from cit_fast.report.distances import (
+        check_options,
+        distance_tables,
+        how_measured,
+        measure_distances,
+        write_distances,
+    )
+    from cit_fast.training.config import ModelConfig
+    from cit_fast.training.pretrained import cache_folder, resolve_model
+
+    check_options(weights, metric, method)
+    if out.exists() and not out.is_dir():
+        raise RunError(f"{out}: cannot be written (it is no folder)")
+    sources = find_tasks(data)
+    if len(sources) < 2:
+        raise DataError(f"{' '.join(data)}: only one task ({sources[0].name}); distances need at least two")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        started: dict[str, TaskID] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in started:
+                started[what] = bars.add_task(what)
+            bars.update(started[what], completed=done, total=total)
+
+        tasks = []
+        for number, source in enumerate(sources, 1):
+            tasks.append(load_task(source, dev=0, test=0))
+            progress("Reading tasks", number, len(sources))
+        # Only the quickstart's model comes from a wheel where no hub can be reached.
+        default = ModelConfig()
+        model = str(resolve_model(default)) if embedder in {"tokens", default.name} else embedder
+        result = measure_distances(
+            tasks,
+            build_embedder(model, cache=cache_folder() / "embeddings"),
+            weights=weights,
+            metric=metric,
+            method=method,
+            progress=progress,
+        )
+    console = Console()
+    for table in distance_tables(result, console.width):
+        console.print(table)
+        console.print()
+    console.print(how_measured(result), highlight=False)
+    console.print(f"Page: {write_distances(result, out)}", highlight=False, soft_wrap=True)
 
 
 @app.command()

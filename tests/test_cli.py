@@ -124,6 +124,66 @@ def test_unknown_metric(config, monkeypatch, capsys, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.fixture
+def tasks(tmp_path):
+    """Three tasks: two folders and a file."""
+    for name, instructions in (("one", "ab"), ("two", "bc"), ("three", "xyz")):
+        lines = [json.dumps({"instruction": f"Write {each}.", "input": "1", "output": "2"}) for each in instructions]
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{name}.jsonl").write_text("\n".join(lines))
+    return tmp_path / "data"
+
+
+def test_distances(tasks, tiny_model_folder, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("CIT_FAST_CACHE", str(tmp_path / "cache"))
+    options = ["--embedder", tiny_model_folder, "--out", tmp_path / "out"]
+    assert call(monkeypatch, "distances", tasks, *options) == 0
+    printed = capsys.readouterr().out
+    assert "3 tasks, 3 pairs" in " ".join(printed.split())
+    assert str(tmp_path / "out" / "distances.html") in printed
+    rows = [line.split(",") for line in (tmp_path / "out" / "distances.csv").read_text().splitlines()]
+    assert rows[0] == ["task", "one", "three", "two"]
+    distance = {
+        (row[0], name): float(value) for row in rows[1:] for name, value in zip(rows[0][1:], row[1:], strict=True)
+    }
+    assert 0 < distance["one", "two"] < distance["one", "three"]
+    assert list((tmp_path / "cache" / "embeddings").glob("*/*.safetensors"))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        f"distances.{kind}" for kind in ("csv", "html", "parquet", "png")
+    ]
+    many = [*options, "--weights", "uniform", "--metric", "euclidean", "--method", "sinkhorn"]
+    assert call(monkeypatch, "distances", "units", "dates", tasks / "one.jsonl", *many) == 0
+    assert "Sinkhorn" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["DATA/one.jsonl"], "only one task (one); distances need at least two"),
+        (["DATA", "unitz"], "did you mean units"),
+        (["DATA/none.jsonl", "DATA"], "none.jsonl: no such file or folder"),
+        (["DATA", "--embedder", "tokenz"], "'tokenz' is neither 'tokens', 'sentence', a folder, nor a hub name"),
+        (["DATA", "--weights", "equal"], "weights: 'equal' is unknown"),
+        (["DATA", "--method", "emd"], "method: 'emd' is unknown; expected one of auto, exact, sinkhorn"),
+        (["DATA", "--metric", "l1"], "metric: 'l1' is unknown"),
+        (["DATA", "--embedder", "MODEL", "--out", "DATA/one.jsonl"], "cannot be written"),
+        (["DATA", "empty"], "task 'empty' is empty"),
+        (["DATA", "broken.jsonl"], "broken.jsonl:1: broken JSON"),
+    ],
+)
+def test_errors_of_distances(tasks, tiny_model_folder, monkeypatch, capsys, tmp_path, arguments, message):
+    monkeypatch.setenv("CIT_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "test.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
+    (tmp_path / "broken.jsonl").write_text("{")
+    named = [word.replace("DATA", str(tasks)).replace("MODEL", str(tiny_model_folder)) for word in arguments]
+    assert call(monkeypatch, "distances", *named) == 2
+    printed = capsys.readouterr().err.strip().splitlines()[-1]
+    assert printed.startswith("error: ")
+    assert message in printed
+
+
 def test_no_prompts(config, monkeypatch, capsys, tmp_path):
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")

@@ -7,6 +7,7 @@ import difflib
 import json
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,8 @@ _SPLIT_NAMES = {
     "dev": ("dev", "eval", "validation", "valid", "val"),
     "test": ("test",),
 }
+_LABELS = "labels.json"
+_SAVED = ("dataset_dict.json", "state.json")  # marks of a dataset saved by save_to_disk
 _TABLES = {".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}  # file suffix -> builder of `datasets`
 
 Limits = Mapping[str, "int | None"]
@@ -152,6 +155,72 @@ def load_stream(
         DataError: no sources, or two tasks of one name.
     """
     return TaskStream(tuple(load_task(source, seed=seed, train=train, dev=dev, test=test) for source in sources))
+
+
+def find_tasks(places: Sequence[str]) -> list[TaskSource]:
+    """The sources of all tasks at these places.
+
+    Args:
+        places: each ``"builtin"`` for all built-in tasks, the name of one, a data file, a folder that is one task
+            (see :class:`TaskSource`), or a folder whose data files and task folders are a task each, in the order of
+            their names.
+
+    Returns:
+        Sources with different names: where two files or folders are called alike, their folder's name comes in front.
+        Records without an answer will be skipped, with a warning.
+
+    Raises:
+        DataError: nothing there, a folder without data, or one file or folder twice.
+    """
+    sources: list[TaskSource] = []
+    for place in places:
+        if place == "builtin":
+            from cit_fast.data.builtin import builtin_task_names
+
+            sources += [TaskSource(builtin=name, name=name) for name in builtin_task_names()]
+            continue
+        source = _source_of_text(place)
+        if source.path is None:
+            sources.append(dataclasses.replace(source, name=source.builtin))
+        else:
+            sources += [TaskSource(path=str(path), skip_unanswered=True) for path in _tasks_below(Path(source.path))]
+    named = [source if source.name else dataclasses.replace(source, name=_name_of(source)) for source in sources]
+    alike = Counter(source.name for source in named)
+    if max(alike.values(), default=0) > 1:
+        named = [_under_its_folder(s) if s.path is not None and alike[s.name] > 1 else s for s in named]
+    for name, count in Counter(source.name for source in named).items():
+        if count > 1:
+            twice = [source.path or "builtin" for source in named if source.name == name]
+            raise DataError(f"two tasks are called {name!r}: {twice[0]} and {twice[1]}; give each task once")
+    return named
+
+
+def _tasks_below(path: Path) -> list[Path]:
+    """The path itself where it is one task, else the files and folders in it that are tasks."""
+    if not path.is_dir() or _is_task_folder(path):
+        return [path]
+    inside = sorted(path.iterdir())
+    tasks = [each for each in inside if _is_data_file(each) or (each.is_dir() and _is_task_folder(each))]
+    if not tasks:
+        raise DataError(
+            f"{path}: no tasks in it: no data files (.json, .jsonl, .csv, .parquet), no folders with a train file"
+        )
+    return tasks
+
+
+def _is_data_file(path: Path) -> bool:
+    return path.is_file() and path.suffix in {".json", ".jsonl", *_TABLES} and path.name != _LABELS
+
+
+def _is_task_folder(folder: Path) -> bool:
+    known = {stem for stems in _SPLIT_NAMES.values() for stem in stems}
+    saved = any((folder / mark).exists() for mark in _SAVED)
+    return saved or any(file.stem in known for file in folder.iterdir() if _is_data_file(file))
+
+
+def _under_its_folder(source: TaskSource) -> TaskSource:
+    parent = re.sub(r"[^\w.+-]", "_", Path(f"{source.path}").resolve().parent.name).lstrip(".+-")
+    return dataclasses.replace(source, name=f"{parent}.{source.name}" if parent else source.name)
 
 
 def choose_examples(counts: Mapping[str, int], limits: Limits, seed_text: str) -> dict[str, tuple[str, list[int]]]:
@@ -289,7 +358,7 @@ def _open(source: TaskSource, options: ReadOptions) -> _Opened:
         raise DataError(f"{path}: no such file or folder")
     if not path.is_dir():
         files = {"train": path}
-    elif any((path / mark).exists() for mark in ("dataset_dict.json", "state.json")):
+    elif any((path / mark).exists() for mark in _SAVED):
         import datasets
 
         return _open_dataset(datasets.load_from_disk(str(path)), source, options)
@@ -307,7 +376,7 @@ def _open(source: TaskSource, options: ReadOptions) -> _Opened:
     return _Opened(
         counts={split: len(found) for split, found in examples.items()},
         read=lambda split, positions: [examples[split][position] for position in positions],
-        labels=_labels_file(path / "labels.json") if path.is_dir() else (),
+        labels=_labels_file(path / _LABELS) if path.is_dir() else (),
     )
 
 

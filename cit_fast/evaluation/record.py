@@ -33,6 +33,10 @@ class StageRecord:
         adapter: name of the adapter set that was trained.
         train_examples: examples of the new task(s), without replay.
         replayed: earlier task -> examples replayed in this stage.
+        replay: what the replay policy says about its choice; any plain values. The report shows ``distances`` and
+            ``budgets`` (earlier task -> its distance to the new task, examples it was given), ``instructions`` (a list
+            of ``{task, instruction, insinfo, tags, drawn, available}``, highest InsInfo first; of
+            ``instruction_count`` in all) and ``notes`` (a list of sentences).
         steps: optimizer steps; ``train_seconds`` and ``evaluate_seconds``: wall time (summed over resumed parts).
         losses: ``(step, training loss)`` as logged.
         balance_weights: per optimizer step ``(step, mean, minimum, maximum, fallback fraction)`` of the balance
@@ -48,6 +52,7 @@ class StageRecord:
     adapter: str = "shared"
     train_examples: int = 0
     replayed: dict[str, int] = field(default_factory=dict)
+    replay: dict[str, Any] = field(default_factory=dict)
     steps: int = 0
     train_seconds: float = 0.0
     evaluate_seconds: float = 0.0
@@ -106,8 +111,9 @@ def _read(path: Path, kind: type[_Record]) -> _Record:
     unknown = sorted(set(raw) - known)
     if unknown:
         raise RunError(f"{path}: unknown key {unknown[0]!r}")
-    for key in ("tasks", "metrics", "method", "config", "environment", "experts", "scores", "replayed", "trained"):
-        wanted = list if key in {"tasks", "trained"} else dict
+    lists, objects = {"tasks", "trained"}, {"metrics", "method", "config", "environment", "experts", "scores"}
+    for key in sorted(lists | objects | {"replayed", "replay"}):
+        wanted = list if key in lists else dict
         if key in raw and not isinstance(raw[key], wanted):
             raise RunError(f"{path}: damaged ({key} is no {'list' if wanted is list else 'object'})")
     try:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cit_fast.data.example import Example, Task
-from cit_fast.errors import ConfigError
+from cit_fast.replay.allocation import Budget
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,6 +25,10 @@ class ReplayContext:
         task: the task about to be trained; ``seen``: the tasks trained before it, in order.
         model: the model as the previous stage left it; ``encoder``: turns examples into its tokens.
         rng: the only source of chance; seeded by run and stage, so a resumed run draws the same examples.
+        folder: where a policy may keep what it worked out, with the run; ``cache``: the same, shared by all runs, for
+            what is found by its content. ``None``: nowhere.
+        decided: what a policy has to say about its choice, filled in by ``select``; plain JSON values, which go into
+            the stage's record. The report knows the keys named in :class:`cit_fast.evaluation.StageRecord`.
     """
 
     task: Task
@@ -31,6 +36,9 @@ class ReplayContext:
     model: nn.Module
     encoder: PromptEncoder
     rng: random.Random
+    folder: Path | None = None
+    cache: Path | None = None
+    decided: dict[str, Any] = field(default_factory=dict)
 
 
 class ReplayPolicy(Protocol):
@@ -57,16 +65,13 @@ class RandomReplay:
     """
 
     def __init__(self, fraction: float = 0.1, per_task: int | None = None) -> None:
-        if not 0 < fraction <= 1:
-            raise ConfigError(f"fraction: {fraction} is outside (0, 1]")
-        if per_task is not None and per_task < 1:
-            raise ConfigError(f"per_task: {per_task} is not a positive number of examples")
-        self.fraction, self.per_task = fraction, per_task
+        budget = Budget(fraction, per_task)  # which refuses what is out of range
+        self.fraction, self.per_task = budget.fraction, budget.per_task
 
     def select(self, context: ReplayContext) -> list[Example]:
         """Sample every earlier task, in order."""
+        budget = Budget(self.fraction, self.per_task)
         chosen: list[Example] = []
         for task in context.seen:
-            budget = self.per_task if self.per_task is not None else round(self.fraction * len(task.train))
-            chosen += context.rng.sample(task.train, min(max(budget, 1), len(task.train)))
+            chosen += context.rng.sample(task.train, min(budget.wanted(len(task.train)), len(task.train)))
         return chosen

@@ -51,8 +51,12 @@ DARK = Theme(
 )
 
 
-def png(figure: Figure) -> bytes:
-    """The figure as a PNG file of at most 256 colours, a third of the size of one in full colour."""
+def png(figure: Figure, *, all_colours: bool = False) -> bytes:
+    """The figure as a PNG file of at most 256 colours, a third of the size of one in full colour.
+
+    Args:
+        all_colours: keep every colour, for a picture whose rare colours are its largest values.
+    """
     canvas = FigureCanvasAgg(figure)
     with warnings.catch_warnings():
         # A name in a script that the font lacks shows as boxes in the picture; the page spells it out.
@@ -60,7 +64,9 @@ def png(figure: Figure) -> bytes:
         canvas.draw()
     image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     buffer = io.BytesIO()
-    image.quantize(256, dither=Image.Dither.NONE).save(buffer, "png", optimize=True, dpi=(DPI, DPI))
+    if not all_colours:
+        image = image.quantize(256, dither=Image.Dither.NONE)
+    image.save(buffer, "png", optimize=True, dpi=(DPI, DPI))
     return buffer.getvalue()
 
 
@@ -84,6 +90,22 @@ def replay_figure(view: RunView, theme: Theme) -> Figure:
     texts = [["" if math.isnan(value) else f"{value:.0f}" for value in row] for row in counts]
     names = [f"during {name}" for name in view.stage_names]
     return _heat_map(counts, texts, names, view.record.tasks, theme, float(np.nanmax(counts)), "examples", [])
+
+
+def distance_figure(view: RunView, theme: Theme) -> Figure:
+    """How far each earlier task was from the new one, as the replay policy of each stage measured it."""
+    distances = np.full((len(view.trained), len(view.record.tasks)), np.nan)
+    for i, stage in enumerate(view.trained):
+        for j, task in enumerate(view.record.tasks):
+            distances[i, j] = stage.replay.get("distances", {}).get(task, math.nan)
+    measured = [i for i, row in enumerate(distances) if not np.isnan(row).all()]
+    rows = distances[measured]
+    top = float(np.nanmax(rows))
+    # Three digits of the largest: a cosine distance may be far below one.
+    digits = min(max(2, 2 - math.floor(math.log10(top))), 6) if top > 0 else 2
+    texts = [["" if math.isnan(value) else f"{value:.{digits}f}" for value in row] for row in rows]
+    names = [f"to {view.stage_names[i]}" for i in measured]
+    return _heat_map(rows, texts, names, view.record.tasks, theme, top, "distance", [])
 
 
 def task_curves_figure(views: Sequence[RunView], theme: Theme) -> Figure:

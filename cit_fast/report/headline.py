@@ -12,6 +12,12 @@ _PLAIN_NAMES = {
     "lcia": "weights averaged at the speed their gradients give",
     "lcia-paper": "weights averaged by the rule of the LCIA paper",
     "replay-ema": "random replay with averaged weights",
+    "inscl": "replay of what is far and says much",
+    "inscl-uniform": "replay of what is far and says much, every instruction weighing the same",
+    "inscl-no-insinfo": "replay of what is far",
+    "prototype-data": "replay of typical examples",
+    "prototype-instruction": "replay of typical instructions",
+    "diverse-instruction": "replay of instructions unlike the new ones",
 }
 _MOST_RUNS = 4
 

@@ -26,6 +26,8 @@ _TEMPLATE = Path(__file__).with_name("page.html.j2")
 _RIGHT = 99.95
 _SHOWN_OF_EACH = 2
 _LONGEST_TEXT = 700
+_SHOWN_RANKED = 20
+_RANKED = {"task", "instruction", "insinfo", "tags", "drawn", "available"}
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,16 @@ def _section(view: RunView, runs: Runs, album: _Album) -> dict[str, Any]:
                 "Examples of each earlier task (columns) replayed during each stage (rows).",
             )
         )
+    if any(stage.replay.get("distances") for stage in view.trained):
+        pictures.append(
+            album.picture(
+                f"{view.label}-distances",
+                lambda theme: figures.distance_figure(view, theme),
+                f"Heat map: distances between tasks that {view.label} measured",
+                "Distance of each earlier task (columns) to the task that arrived (rows). "
+                "The farther a task, the more of it was replayed.",
+            )
+        )
     if any(stage.balance_weights for stage in view.trained):
         pictures.append(
             album.picture(
@@ -209,6 +221,12 @@ def _section(view: RunView, runs: Runs, album: _Album) -> dict[str, Any]:
         "view": view,
         "pictures": pictures,
         "rows": rows,
+        "replay_notes": [
+            (name, note)
+            for name, stage in zip(view.stage_names, view.trained, strict=True)
+            for note in stage.replay.get("notes", [])
+        ],
+        "ranking": _ranking(view),
         "examples": examples,
         "problem": problem,
         "truncated": sum(stage.truncated for stage in view.trained),
@@ -216,6 +234,21 @@ def _section(view: RunView, runs: Runs, album: _Album) -> dict[str, Any]:
         "config": _yaml({"method": view.record.method, **view.record.config}),
         "environment": _yaml(view.record.environment),
     }
+
+
+def _ranking(view: RunView) -> dict[str, Any] | None:
+    """The instructions of the last stage that ranked them, those with most InsInfo first."""
+    for name, stage in reversed(list(zip(view.stage_names, view.trained, strict=True))):
+        # A policy of the user's own may have put something else under this name.
+        listed = stage.replay.get("instructions", [])
+        entries = [each for each in listed if isinstance(each, dict) and each.keys() >= _RANKED]
+        if entries:
+            return {
+                "stage": name,
+                "count": stage.replay.get("instruction_count", len(entries)),
+                "entries": [{**each, "instruction": _cut(each["instruction"])} for each in entries[:_SHOWN_RANKED]],
+            }
+    return None
 
 
 def _yaml(value: dict[str, Any]) -> str:

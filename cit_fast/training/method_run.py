@@ -207,9 +207,17 @@ class MethodRun:
         seen = [] if joint else list(self.stream)[: index - 1]
         rng = random.Random(f"{self.config.seed}/{index}")  # noqa: S311  # a seed, not a secret
         replayed: list[Example] = []
+        decided: dict[str, Any] = {}
         if seen:
-            context = ReplayContext(group[0], seen, model, self.encoder, rng)
+            folder = self.folder.path / "replay"
+            context = ReplayContext(group[0], seen, model, self.encoder, rng, folder, cache_folder(), decided)
             replayed = self.parts["replay"].select(context)
+            try:
+                decided = json.loads(json.dumps(decided, allow_nan=False))
+            except (TypeError, ValueError) as error:  # better now than when the stage is trained
+                raise ConfigError(f"replay: context.decided must hold plain JSON values: {error}") from None
+            for note in decided.get("notes", []):
+                self._say(f"  {escape(note)}")
         new = [example for task in group for example in task.train]
         title = f"{self.method.name} [{index}/{count}] {'all tasks' if joint else group[0].name}"
         encoded = self.encoder.encode_all([*new, *replayed])
@@ -239,6 +247,7 @@ class MethodRun:
             adapter=adapter,
             train_examples=len(new),
             replayed={task.name: sum(e.task == task.name for e in replayed) for task in seen},
+            replay=decided,
             steps=trainer.state.global_step,
             train_seconds=train_seconds,
             evaluate_seconds=time.perf_counter() - started,

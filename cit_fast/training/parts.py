@@ -12,7 +12,14 @@ from cit_fast.training.config import Part, _choices, checked_value
 
 PARTS: dict[str, dict[str, str]] = {
     "router": {"shared": "cit_fast.routing.SharedRouter"},
-    "replay": {"none": "cit_fast.replay.NoReplay", "random": "cit_fast.replay.RandomReplay"},
+    "replay": {
+        "none": "cit_fast.replay.NoReplay",
+        "random": "cit_fast.replay.RandomReplay",
+        "inscl": "cit_fast.replay.InsCLReplay",
+        "prototype-data": "cit_fast.replay.PrototypeDataReplay",
+        "prototype-instruction": "cit_fast.replay.PrototypeInstructionReplay",
+        "diverse-instruction": "cit_fast.replay.DiverseInstructionReplay",
+    },
     "objective": {"cross-entropy": "cit_fast.objectives.CrossEntropy"},
     "update": {
         "plain": "cit_fast.training.update.PlainUpdate",

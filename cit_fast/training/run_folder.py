@@ -86,7 +86,7 @@ class RunFolder:
                 f"{self.path}: holds a run of another configuration ({'; '.join(changed[:3])}"
                 f"{'; ...' if len(changed) > 3 else ''}); choose another output, or delete the folder"
             )
-        for leftover in [*self.path.glob("stages/.*"), *self.path.glob(".*.tmp")]:
+        for leftover in [*self.path.glob("stages/.*"), *self.path.glob(".*.tmp"), *self.path.glob("replay/.*.tmp")]:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         return found
 

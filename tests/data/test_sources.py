@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from cit_fast.data import TaskSource, load_stream, load_task
-from cit_fast.data.builtin import builtin_task
+from cit_fast.data import TaskSource, find_tasks, load_stream, load_task
+from cit_fast.data.builtin import builtin_task, builtin_task_names
 from cit_fast.data.sources import SPLITS, choose_examples
 from cit_fast.errors import ConfigError, DataError
 
@@ -303,3 +303,65 @@ def test_dataset_by_name(monkeypatch, dataset_cache):
     assert asked == [("someone/copy", "en", "v1")]
     assert (task.name, len(task.train), len(task.dev), len(task.test)) == ("copy", 7, 1, 1)
     assert task.train[0].source == "someone/copy [train]: record 1"
+
+
+# ------------------------------------------------------------------------------------------ all tasks at a place
+
+
+def found(*places):
+    return {source.name: source.path or source.builtin for source in find_tasks([str(place) for place in places])}
+
+
+def test_builtin_tasks_are_found():
+    assert tuple(found("builtin")) == builtin_task_names()
+    assert found("units", "dates") == {"units": "units", "dates": "dates"}
+
+
+def test_a_folder_of_tasks(tmp_path):
+    put(tmp_path / "all", beta=rows(2), alpha=rows(2), labels=["yes"])
+    (tmp_path / "all" / "notes.txt").write_text("not data")
+    put(tmp_path / "all" / "gamma", train=rows(3), test=rows(1))
+    (tmp_path / "all" / "empty").mkdir()
+    assert list(found(tmp_path / "all")) == ["alpha", "beta", "gamma"]
+    tasks = [load_task(source, dev=0, test=0) for source in find_tasks([str(tmp_path / "all")])]
+    assert [(task.name, len(task.train), len(task.test)) for task in tasks] == [
+        ("alpha", 2, 0),
+        ("beta", 2, 0),
+        ("gamma", 3, 0),
+    ]
+
+
+def test_a_folder_with_splits_and_a_saved_dataset_are_one_task_each(tmp_path):
+    import datasets
+
+    one = put(tmp_path / "one", train=rows(2), other=rows(2))
+    datasets.Dataset.from_list(rows(2)).save_to_disk(str(tmp_path / "two"))
+    assert found(one) == {"one": one}
+    assert list(found(tmp_path)) == ["one", "two"]
+
+
+def test_tasks_called_alike_are_told_apart_by_their_folders(tmp_path):
+    put(tmp_path / "old", copy=rows(2), sort=rows(2))
+    put(tmp_path / "new", copy=rows(2))
+    assert list(found(tmp_path / "old", tmp_path / "new")) == ["old.copy", "sort", "new.copy"]
+    with pytest.raises(DataError, match=r"two tasks are called 'old.copy': .*copy.json and .*copy.json; give each"):
+        find_tasks([str(tmp_path / "old" / "copy.json"), str(tmp_path / "old")])
+    with pytest.raises(DataError, match="two tasks are called 'units': builtin and builtin"):
+        find_tasks(["builtin", "units"])
+
+
+def test_places_without_tasks(tmp_path):
+    (tmp_path / "notes.txt").write_text("not data")
+    with pytest.raises(DataError, match=r"no tasks in it: no data files"):
+        find_tasks([str(tmp_path)])
+    with pytest.raises(DataError, match=r"did you mean units"):
+        find_tasks(["unitz"])
+    with pytest.raises(DataError, match=r"no such file or folder"):
+        find_tasks([str(tmp_path / "nowhere")])
+
+
+def test_records_without_an_answer_are_skipped(tmp_path, caplog):
+    path = put(tmp_path / "set", one=[*rows(2), {"instruction": "Copy.", "input": "", "output": ""}])
+    (source,) = find_tasks([path])
+    assert len(load_task(source, dev=0, test=0).train) == 2
+    assert "skipped 1 records" in caplog.text

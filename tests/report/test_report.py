@@ -422,3 +422,51 @@ def test_figures_show_the_values(folders):
     assert [patch.get_width() for patch in bars.axes[1].patches] == pytest.approx([58.0, 8.0])
     curves = pictures.task_curves_figure(views, pictures.LIGHT)
     assert list(curves.axes[0].lines[0].get_ydata()) == [4.0, 96.0, 40.0, 20.0]
+
+
+def with_replay(folder, *replays):
+    """The run's stages with what a replay policy said of each."""
+    for index, replay in enumerate(replays, start=1):
+        path = folder / "stages" / f"{index:02d}" / "stage.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "replay": replay}))
+    return folder
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_a_replay_policy_decided_is_shown(tmp_path):
+    entry = {"task": "dates", "insinfo": 4.256, "tags": ["write date", "year"], "drawn": 3, "available": 9}
+    run = with_replay(
+        write_run(tmp_path / "a", REPLAY, method="inscl", replay=10),
+        {},
+        {"distances": {"dates": 0.5}, "budgets": {"dates": 10}, "notes": ["All distances are <zero>."]},
+        {
+            "distances": {"dates": 0.04, "words": 0.02},
+            "budgets": {"dates": 13, "words": 7},
+            "notes": [],
+            "instructions": [{**entry, "instruction": f"Instruction {k}"} for k in range(25)],
+            "instruction_count": 40,
+        },
+    )
+    page = Page(write_report([run]))
+    assert "Replay during words: All distances are <zero>." in page.text
+    assert "Instructions by InsInfo, during labels" in page.text
+    assert "The 20 highest of 40." in page.text
+    assert "Instruction 19" in page.text
+    assert "Instruction 20" not in page.text
+    assert "4.26" in page.text
+    assert "write date, year" in page.text
+    view = collect([run]).views[0]
+    ax = pictures.distance_figure(view, pictures.DARK).axes[0]
+    assert [text.get_text() for text in ax.texts] == ["0.500", "", "", "0.040", "0.020", ""]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["to words", "to labels"]
+    assert (tmp_path / "a" / "report-figures" / "inscl-distances.png").exists()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_another_policy_says_does_no_harm(tmp_path):
+    own = {"instructions": ["mine", {"task": "x"}], "scores": {"dates": [1, 2]}}
+    page = Page(write_report([with_replay(write_run(tmp_path / "a", REPLAY, replay=1), {}, own, {"distances": {}})]))
+    assert "InsInfo" not in page.text
+    zero = with_replay(write_run(tmp_path / "b", REPLAY, replay=1), {}, {"distances": {"dates": 0.0}})
+    ax = pictures.distance_figure(collect([zero]).views[0], pictures.LIGHT).axes[0]
+    assert ax.texts[0].get_text() == "0.00"
