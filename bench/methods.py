@@ -108,6 +108,7 @@ def settings(options: argparse.Namespace, seed: int) -> dict:
             "train": options.train,
             "test": options.test,
             "max_length": options.max_length,
+            "on_overflow": options.on_overflow,
             "system_prompt": "",
         },
         "training": {
@@ -171,6 +172,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--on-overflow", choices=["truncate", "error", "skip"], default="truncate")
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--no-experts", dest="experts", action="store_false", help="leave Relative Gain out")
     parser.add_argument("--output", type=Path, default=Path("runs/methods"))
