@@ -37,3 +37,13 @@ def adamw_balance_ema(
     norms: int,
 ) -> None: ...
 def flush_balance_ema(table: list[int], *, seed: int, threads: int, alphas: int) -> None: ...
+def sinkhorn(
+    table: list[int],
+    epsilons: list[float],
+    *,
+    tolerance: float,
+    max_iterations: int,
+    clamp_epsilon: bool,
+    threads: int,
+    results: int,
+) -> None: ...

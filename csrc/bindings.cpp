@@ -11,6 +11,7 @@
 
 #include "cpu/balance_ema.h"
 #include "cpu/dispatch.h"
+#include "cpu/wasserstein.h"
 
 namespace py = pybind11;
 
@@ -22,6 +23,8 @@ using Table = std::vector<std::int64_t>;
 constexpr std::size_t kEmaColumns = 10;
 // The same, then address and dtype of exp_avg, exp_avg_sq.
 constexpr std::size_t kAdamWColumns = 14;
+// One row per pair of clouds: address of the cost (float64), n, m, elements between its rows; addresses of a and b.
+constexpr std::size_t kTransportColumns = 6;
 
 template <class T>
 T* pointer(std::int64_t address) {
@@ -48,6 +51,11 @@ std::vector<Tensor> rows(const Table& table, std::size_t columns, Tensor (*make)
   tensors.reserve(table.size() / columns);
   for (std::size_t at = 0; at < table.size(); at += columns) tensors.push_back(make(table.data() + at));
   return tensors;
+}
+
+cit::TransportPair transport_pair(const std::int64_t* row) {
+  return {pointer<const double>(row[0]), row[1], row[2], row[3], pointer<const double>(row[4]),
+          pointer<const double>(row[5]), 0.0};
 }
 
 cit::RuleOptions rule_options(std::int64_t rule, double decay, double fallback) {
@@ -112,4 +120,18 @@ PYBIND11_MODULE(_native, m) {
         cit::flush_balance_ema(tensors, {false, seed, threads}, pointer<float>(alphas));
       },
       py::arg("table"), py::kw_only(), py::arg("seed"), py::arg("threads"), py::arg("alphas"));
+
+  m.def(
+      "sinkhorn",
+      [](const Table& table, const std::vector<double>& epsilons, double tolerance, std::int64_t max_iterations,
+         bool clamp_epsilon, int threads, std::int64_t results) {
+        auto pairs = rows(table, kTransportColumns, transport_pair);
+        if (epsilons.size() != pairs.size()) throw std::invalid_argument("epsilons: expected one for each pair");
+        for (std::size_t k = 0; k < pairs.size(); ++k) pairs[k].epsilon = epsilons[k];
+        py::gil_scoped_release release;
+        cit::sinkhorn(pairs, {tolerance, max_iterations, clamp_epsilon, threads},
+                      pointer<cit::TransportResult>(results));
+      },
+      py::arg("table"), py::arg("epsilons"), py::kw_only(), py::arg("tolerance"), py::arg("max_iterations"),
+      py::arg("clamp_epsilon"), py::arg("threads"), py::arg("results"));
 }

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cit_fast.backends import resolve
 from cit_fast.errors import CitFastError, ConfigError, DataError
+from cit_fast.ops import _wasserstein_native  # noqa: F401  registers the native backend
 from cit_fast.reference.wasserstein import METHODS, METRICS
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -1,0 +1,332 @@
+#include "wasserstein.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <new>
+#include <numeric>
+#include <utility>
+
+#include "dispatch.h"
+#include "parallel.h"
+#include "wasserstein_kernels.h"
+
+namespace cit {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// Automatic epsilon, its range and the effort of a level of the epsilon scaling: as in the reference.
+constexpr double kEpsilonOfSpread = 0.05, kSmallestEpsilon = 1e-9, kLargestEpsilon = 1e6;
+constexpr double kCoarseTolerance = 0.05;
+constexpr std::int64_t kCoarseIterations = 10;
+
+// Columns with less mass take no part in the iteration; the bounds are of all columns.
+constexpr double kLeastMass = 1e-25;
+
+// Costs below this leave no room for epsilon: the product plan is as good as any.
+constexpr double kLeastCost = 1e-290;
+
+// Where iterations in float stop, as a share of the tolerance, and the error they can reach. Double goes on from there.
+constexpr double kFloatShare = 0.75, kFloatTolerance = 5e-7;
+
+// The range of v in which it is kept, and the smallest column sum from which v is formed.
+template <class Real>
+struct Limits;
+template <>
+struct Limits<float> {
+  static constexpr double kLeast = 1e-6, kMost = 1e6, kLeastSum = 1e-30;
+};
+template <>
+struct Limits<double> {
+  static constexpr double kLeast = 1e-20, kMost = 1e20, kLeastSum = 1e-200;
+};
+
+const WassersteinKernels& kernels() {
+#ifdef CIT_FAST_X86
+  switch (simd_level()) {
+    case SimdLevel::kAvx512:
+      return simd_avx512::kWasserstein;
+    case SimdLevel::kAvx2:
+      return simd_avx2::kWasserstein;
+    default:
+      break;
+  }
+#endif
+  return simd_baseline::kWasserstein;
+}
+
+template <class Real>
+const ScalingKernels<Real>& scaling_kernels();
+template <>
+const ScalingKernels<float>& scaling_kernels() {
+  return kernels().single;
+}
+template <>
+const ScalingKernels<double>& scaling_kernels() {
+  return kernels().twice;
+}
+
+// Zeros at an address that is a multiple of a cache line.
+template <class T>
+class Array1 {
+ public:
+  explicit Array1(std::int64_t size) : data_(allocate(size)) { std::fill_n(data_.get(), size, T(0)); }
+  T* get() const { return data_.get(); }
+  T& operator[](std::int64_t i) const { return data_.get()[i]; }
+
+ private:
+  struct Free {
+    void operator()(T* data) const { std::free(data); }
+  };
+  static T* allocate(std::int64_t size) {
+    const std::size_t bytes = (sizeof(T) * static_cast<std::size_t>(size) + 63) / 64 * 64;
+    void* data = std::aligned_alloc(64, std::max<std::size_t>(bytes, 64));
+    if (data == nullptr) throw std::bad_alloc();
+    return static_cast<T*>(data);
+  }
+  std::unique_ptr<T[], Free> data_;
+};
+
+std::int64_t padded(std::int64_t size, std::int64_t block) {
+  return (size + block - 1) / block * block;
+}
+
+// One pair in double, and its column potential.
+struct Problem {
+  explicit Problem(const TransportPair& pair)
+      : cost{pair.cost, pair.n, pair.m, pair.stride},
+        columns(padded(pair.m, kColumnBlock)),
+        a(pair.a),
+        b(columns),
+        g(columns) {
+    std::copy_n(pair.b, pair.m, b.get());
+    for (std::int64_t j = 0; j < columns; ++j) g[j] = takes_part(j) ? 0.0 : -kInfinity;
+  }
+
+  bool takes_part(std::int64_t j) const { return b[j] >= kLeastMass; }
+
+  CostMatrix cost;
+  std::int64_t columns;
+  const double* a;
+  Array1<double> b, g;
+};
+
+// Iterations with the kernel matrix in float or double.
+template <class Real>
+class Iteration {
+ public:
+  explicit Iteration(Problem& problem)
+      : problem_(problem),
+        run_(scaling_kernels<Real>()),
+        rows_(padded(problem.cost.n, kRowBlock)),
+        kernel_(rows_ * problem.columns),
+        by_row_(3 * rows_),
+        by_column_(5 * problem.columns),
+        long_sum_(problem.columns),
+        row_shift_(rows_),
+        exponent_(problem.columns) {
+    const std::int64_t columns = problem.columns;
+    x_ = {problem.cost.n,
+          problem.cost.m,
+          rows_,
+          columns,
+          kernel_.get(),
+          by_row_.get(),
+          by_column_.get(),
+          by_column_.get() + columns,
+          by_column_.get() + 2 * columns,
+          by_row_.get() + rows_,
+          by_row_.get() + 2 * rows_,
+          by_column_.get() + 3 * columns,
+          by_column_.get() + 4 * columns,
+          long_sum_.get(),
+          row_shift_.get()};
+    for (std::int64_t i = 0; i < x_.n; ++i) x_.a[i] = static_cast<Real>(problem.a[i]);
+    for (std::int64_t j = 0; j < x_.m; ++j) {
+      x_.b[j] = problem.takes_part(j) ? static_cast<Real>(problem.b[j]) : Real(0);
+    }
+  }
+
+  // From problem.g until the columns are right to `tolerance`; afterwards K and v are those of the last iteration.
+  std::int64_t alternate(double epsilon, double tolerance, std::int64_t most) {
+    epsilon_ = epsilon;
+    bool fresh = true;
+    for (std::int64_t iterations = 1;; ++iterations) {
+      fresh ? absorb() : run_.scale(x_);
+      const ColumnUpdate update = run_.update(x_);
+      if (update.error <= tolerance || iterations >= most) return iterations;
+      fresh = !(update.smallest >= Limits<Real>::kLeast && update.largest <= Limits<Real>::kMost);
+      if (fresh) {
+        advance();
+      } else {
+        std::swap(x_.v, x_.next_v);
+      }
+    }
+  }
+
+  // problem.g <- the potential that makes the columns right.
+  void advance() {
+    std::vector<std::int64_t> unreached;
+    for (std::int64_t j = 0; j < x_.m; ++j) {
+      if (!problem_.takes_part(j)) continue;
+      const double sum = x_.column_sum[j];
+      if (sum >= Limits<Real>::kLeastSum) {
+        problem_.g[j] += epsilon_ * std::log(problem_.b[j] / sum);
+      } else {
+        unreached.push_back(j);
+      }
+    }
+    if (!unreached.empty()) solve_columns(unreached);
+  }
+
+  // Value and bounds of the plan that K and v give once the rows are right.
+  TransportResult finish() {
+    const std::int64_t columns = x_.columns, n = x_.n, m = x_.m;
+    Array1<double> v(columns), au(n), sum(columns), clipped(columns), missing(columns), g(columns), feasible(columns);
+    for (std::int64_t j = 0; j < columns; ++j) {
+      v[j] = static_cast<double>(x_.v[j]);
+      g[j] = v[j] > 0.0 ? problem_.g[j] + epsilon_ * std::log(v[j]) : -kInfinity;
+    }
+    const Rounding rounding{problem_.a,    problem_.b.get(), v.get(), au.get(),      sum.get(),
+                            clipped.get(), missing.get(),    g.get(), feasible.get()};
+    run_.balance(x_, rounding);
+    TransportResult out{};
+    for (std::int64_t j = 0; j < m; ++j) {
+      const double mass = v[j] * sum[j], wanted = problem_.b[j];
+      out.marginal_error += std::fabs(mass - wanted);
+      clipped[j] = mass > wanted ? v[j] * (wanted / mass) : v[j];
+      missing[j] = mass < wanted ? wanted - mass : 0.0;
+    }
+    const Bounds bounds = run_.bounds(problem_.cost, x_, rounding);
+    out.upper = bounds.plan_cost;
+    if (bounds.missing_mass > 0.0) out.upper += bounds.missing_cost / bounds.missing_mass;
+    double dual = bounds.dual_rows;
+    for (std::int64_t j = 0; j < m; ++j) {
+      dual += problem_.b[j] * feasible[j];
+      if (v[j] > 0.0) out.entropic_value += problem_.b[j] * g[j];
+    }
+    for (std::int64_t i = 0; i < n; ++i) {
+      const double a = problem_.a[i];
+      out.entropic_value += epsilon_ * a * (std::log(au[i] / a) - row_shift_[i]);
+    }
+    out.lower = std::max(0.0, std::min(dual, out.upper));
+    out.epsilon = epsilon_;
+    return out;
+  }
+
+  // problem.g <- the potential of K and v, for another Iteration to start from.
+  void hand_over() {
+    for (std::int64_t j = 0; j < x_.m; ++j) {
+      if (x_.v[j] > Real(0)) problem_.g[j] += epsilon_ * std::log(static_cast<double>(x_.v[j]));
+    }
+  }
+
+ private:
+  void absorb() {
+    for (std::int64_t j = 0; j < x_.columns; ++j) {
+      const bool takes_part = problem_.takes_part(j);
+      exponent_[j] = takes_part ? problem_.g[j] / epsilon_ + std::log(problem_.b[j]) : -kInfinity;
+      x_.v[j] = takes_part ? Real(1) : Real(0);
+    }
+    run_.absorb(problem_.cost, exponent_.get(), 1.0 / epsilon_, x_);
+  }
+
+  // g_j = -epsilon log sum_i a_i exp((f_i - C_ij) / epsilon) for columns where K is 0.
+  void solve_columns(const std::vector<std::int64_t>& columns) {
+    const CostMatrix& cost = problem_.cost;
+    std::vector<double> most(columns.size(), -kInfinity), total(columns.size(), 0.0);
+    for (int pass = 0; pass < 2; ++pass) {
+      for (std::int64_t i = 0; i < x_.n; ++i) {
+        const double row = std::log(problem_.a[i]) - std::log(static_cast<double>(x_.row_sum[i])) - x_.row_shift[i];
+        for (std::size_t k = 0; k < columns.size(); ++k) {
+          const double exponent = row - cost.data[i * cost.stride + columns[k]] / epsilon_;
+          if (pass == 0) {
+            most[k] = std::max(most[k], exponent);
+          } else {
+            total[k] += std::exp(exponent - most[k]);
+          }
+        }
+      }
+    }
+    for (std::size_t k = 0; k < columns.size(); ++k) {
+      problem_.g[columns[k]] = -epsilon_ * (most[k] + std::log(total[k]));
+    }
+  }
+
+  Problem& problem_;
+  const ScalingKernels<Real>& run_;
+  std::int64_t rows_;
+  Array1<Real> kernel_, by_row_, by_column_;
+  Array1<double> long_sum_, row_shift_, exponent_;
+  Scaling<Real> x_{};
+  double epsilon_ = 0.0;
+};
+
+double effective_epsilon(const TransportPair& pair, const Problem& problem, const CostRange& range, bool clamp) {
+  double epsilon = pair.epsilon;
+  if (epsilon == 0.0) {
+    const double spread = kernels().variance(problem.cost, problem.a, problem.b.get(), range.mean, 1.0 / range.largest);
+    epsilon = kEpsilonOfSpread * range.largest * std::sqrt(spread);
+  }
+  const double low = kSmallestEpsilon * range.largest, high = kLargestEpsilon * range.largest;
+  return std::max(clamp ? std::min(epsilon, high) : epsilon, low);
+}
+
+TransportResult solve(const TransportPair& pair, const SinkhornOptions& options) {
+  Problem problem(pair);
+  const CostRange range = kernels().range(problem.cost, problem.a, problem.b.get());
+  TransportResult out{};
+  if (!range.finite) {
+    out.epsilon = std::numeric_limits<double>::quiet_NaN();
+    return out;
+  }
+  if (range.largest < kLeastCost) {
+    out.upper = out.entropic_value = range.mean;
+    out.epsilon = range.largest;
+    return out;
+  }
+  const double epsilon = effective_epsilon(pair, problem, range, options.clamp_epsilon);
+  const double tolerance = options.tolerance;
+  Iteration<float> single(problem);
+  std::int64_t coarse = 0;
+  for (double level = range.largest; level > epsilon; level /= 2) {
+    coarse += single.alternate(level, std::max(tolerance, kCoarseTolerance), kCoarseIterations);
+    single.advance();
+  }
+  std::int64_t used =
+      single.alternate(epsilon, std::max(kFloatShare * tolerance, kFloatTolerance), options.max_iterations);
+  out = single.finish();
+  if (out.marginal_error > tolerance && used < options.max_iterations) {
+    single.hand_over();
+    Iteration<double> twice(problem);
+    used += twice.alternate(epsilon, tolerance, options.max_iterations - used);
+    out = twice.finish();
+  }
+  out.iterations = static_cast<double>(coarse + used);
+  return out;
+}
+
+}  // namespace
+
+void sinkhorn(const std::vector<TransportPair>& pairs, const SinkhornOptions& options, TransportResult* results) {
+  std::vector<std::size_t> order(pairs.size());
+  std::iota(order.begin(), order.end(), std::size_t{0});
+  std::stable_sort(order.begin(), order.end(),
+                   [&](std::size_t i, std::size_t j) { return pairs[i].n * pairs[i].m > pairs[j].n * pairs[j].m; });
+  std::atomic<bool> out_of_memory{false};
+  parallel_for(static_cast<std::int64_t>(order.size()), options.threads, [&](std::int64_t k) {
+    const std::size_t index = order[static_cast<std::size_t>(k)];
+    try {
+      results[index] = solve(pairs[index], options);
+    } catch (const std::bad_alloc&) {
+      out_of_memory = true;
+    }
+  });
+  if (out_of_memory) throw std::bad_alloc();
+}
+
+}  // namespace cit

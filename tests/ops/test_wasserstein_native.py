@@ -1,0 +1,259 @@
+"""wasserstein_matrix in C++: the reference, POT, bounds, threads. What every backend must do: test_wasserstein.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import ot
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cit_fast import _native, backend
+from cit_fast.ops import wasserstein_matrix
+from cit_fast.ops.wasserstein import METRICS, Wasserstein
+
+ENTROPIC = ("sinkhorn", "sinkhorn-divergence")
+
+# Relative: of bounds on the exact distance, whose sums have up to 1e5 terms.
+ROUNDING = 1e-12
+
+# Both backends stop within `tolerance` of the same plan, each somewhere else.
+TOLERANCE = 1e-8
+AGREEMENT = 1e-6
+
+
+def random_clouds(
+    sizes: tuple[int, ...], d: int = 4, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def make(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    return [(make(n, d) + 2 * make(1, d)).to(dtype) for n in sizes]
+
+
+def random_weights(clouds: list[Tensor], seed: int = 1) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(len(cloud), generator=generator, dtype=torch.float64) + 0.1 for cloud in clouds]
+
+
+def both(clouds: list[Tensor], weights: list[Tensor] | None = None, **options: object) -> list[Wasserstein]:
+    results = []
+    for name in ("native", "reference"):
+        with backend(name):
+            results.append(wasserstein_matrix(clouds, weights, **options))
+    return results
+
+
+def exact(x: Tensor, y: Tensor, a: Tensor, b: Tensor, metric: str, p: float = 1) -> float:
+    """POT, with nothing of ours."""
+    cost = ot.dist(x.double().numpy(), y.double().numpy(), metric=metric) ** p
+    return float(ot.emd2((a / a.sum()).numpy(), (b / b.sum()).numpy(), np.ascontiguousarray(cost)) ** (1 / p))
+
+
+def same_bits(first: Wasserstein, second: Wasserstein) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# --- the reference ---
+
+# Around a block of rows, a vector of floats and of doubles, and the rows summed in float before they go to double.
+SIZES = (1, 2, 3, 4, 5, 8, 15, 16, 17, 33)
+
+
+@pytest.mark.parametrize("method", ENTROPIC)
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("p", [1, 2.5])
+@pytest.mark.parametrize("weighted", [False, True], ids=["uniform", "weighted"])
+def test_equals_the_reference(simd: str, method: str, metric: str, p: float, weighted: bool) -> None:
+    clouds = random_clouds(SIZES)
+    weights = random_weights(clouds) if weighted else None
+    options = {"method": method, "metric": metric, "p": p, "tolerance": TOLERANCE, "max_iterations": 400}
+    native, expected = both(clouds, weights, pairs=3, **options)
+    settled = (native.marginal_error <= TOLERANCE) & (expected.marginal_error <= TOLERANCE * 1.1)
+    assert settled.sum() >= len(SIZES) // 2
+    for name in ("distances", "lower", "upper"):
+        got, wanted = (getattr(each, name)[settled] for each in (native, expected))
+        # A divergence is the small difference of large values, and a root of one: its error is that of its p-th power.
+        if name == "distances" and method == "sinkhorn-divergence":
+            got, wanted = got**p, wanted**p
+        torch.testing.assert_close(got, wanted, rtol=AGREEMENT, atol=AGREEMENT * float(expected.upper.max()) ** p)
+
+
+def test_many_rows_are_summed_in_blocks(simd: str) -> None:
+    clouds = random_clouds((600, 530), d=8, seed=3)
+    native, expected = both(clouds, method="sinkhorn", metric="euclidean", pairs=[(0, 1)])
+    assert native.marginal_error <= 1e-6
+    torch.testing.assert_close(native.upper, expected.upper, rtol=AGREEMENT, atol=0)
+    torch.testing.assert_close(native.lower, expected.lower, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-6, 1e-9, 1e-13])
+def test_stops_at_the_tolerance(simd: str, tolerance: float) -> None:
+    clouds = random_clouds((40, 50))
+    out = wasserstein_matrix(clouds, method="sinkhorn", metric="euclidean", epsilon=0.5, tolerance=tolerance)
+    assert out.marginal_error[0, 1] <= tolerance
+    assert 0 < out.iterations[0, 1] < 1000
+    if tolerance < 1e-6:
+        looser = wasserstein_matrix(clouds, method="sinkhorn", metric="euclidean", epsilon=0.5, tolerance=1e-4)
+        assert looser.iterations[0, 1] < out.iterations[0, 1]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_the_cost_keeps_its_precision_far_from_the_origin(metric: str, dtype: torch.dtype) -> None:
+    clouds = [cloud + 100 for cloud in random_clouds((12, 9), d=3, dtype=dtype)]
+    clouds[1] = torch.cat([clouds[1], clouds[0][:3]])  # points in common, at distance exactly 0
+    native, expected = both(clouds, metric=metric, method="exact")  # POT's own costs cancel here
+    torch.testing.assert_close(native.distances, expected.distances, rtol=1e-10, atol=1e-13)
+
+
+# --- bounds ---
+
+
+@pytest.mark.parametrize("method", ENTROPIC)
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("p", [1, 2])
+def test_bounds_enclose_pot(simd: str, method: str, metric: str, p: float) -> None:
+    clouds = random_clouds((1, 30, 47, 9), d=6)
+    weights = random_weights(clouds)
+    for epsilon in (None, 1e-3, 10.0):
+        out = wasserstein_matrix(
+            clouds, weights, metric=metric, p=p, method=method, epsilon=epsilon, max_iterations=100
+        )
+        for i in range(4):
+            for j in range(i):
+                value = exact(clouds[i], clouds[j], weights[i], weights[j], metric, p)
+                assert out.lower[i, j] <= value * (1 + 1e-10)
+                assert out.upper[i, j] >= value * (1 - 1e-10)
+                if method == "sinkhorn":
+                    assert out.distances[i, j] == out.upper[i, j]
+
+
+def test_certified_within_a_thousandth() -> None:
+    clouds = random_clouds((60, 80), d=16)
+    out = wasserstein_matrix(
+        clouds, metric="euclidean", method="sinkhorn", epsilon=0.01, max_iterations=20_000, tolerance=1e-6
+    )
+    assert out.upper[0, 1] - out.lower[0, 1] <= 1e-3 * out.upper[0, 1]
+
+
+points_strategy = st.lists(st.lists(st.floats(-10, 10, width=32), min_size=2, max_size=2), min_size=1, max_size=20)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    x=points_strategy,
+    y=points_strategy,
+    copies=st.integers(1, 3),
+    seed=st.integers(0, 99),
+    epsilon=st.sampled_from([None, 1e-300, 1e-6, 1e-2, 1.0, 1e300]),
+    metric=st.sampled_from(["euclidean", "sqeuclidean"]),
+    method=st.sampled_from(ENTROPIC),
+)
+def test_bounds_of_anything(
+    x: list, y: list, copies: int, seed: int, epsilon: float | None, metric: str, method: str
+) -> None:
+    clouds = [torch.tensor(x * copies, dtype=torch.float64), torch.tensor(y, dtype=torch.float64)]
+    weights = random_weights(clouds, seed)
+    weights[0][seed % len(weights[0])] *= 1e-30
+    native, expected = both(clouds, weights, metric=metric, method=method, epsilon=epsilon, max_iterations=20)
+    with backend("reference"):
+        value = wasserstein_matrix(clouds, weights, metric=metric).distances[0, 1]
+    slack = 1e-12 * float(expected.upper.max())
+    for values in native:
+        assert values.isfinite().all()
+    assert native.lower[0, 1] <= value + slack
+    assert native.upper[0, 1] >= value - slack
+    assert native.lower[0, 1] <= native.upper[0, 1]
+    assert native.marginal_error[0, 1] >= 0
+
+
+# --- special clouds ---
+
+
+@pytest.mark.parametrize("epsilon", [1e-300, 1e-9, 1e-5, 1e5, 1e300])
+@pytest.mark.parametrize("method", ENTROPIC)
+def test_no_nan_at_any_epsilon(simd: str, method: str, epsilon: float) -> None:
+    clouds = random_clouds((1, 17, 40, 270), d=3)
+    clouds.append(clouds[2][:1].repeat(9, 1))
+    weights = random_weights(clouds)
+    weights[1][0], weights[2][3], weights[3][::2] = 1e-300, 0.0, 1e-20
+    for metric in METRICS:
+        out = wasserstein_matrix(clouds, weights, metric=metric, method=method, epsilon=epsilon, max_iterations=15)
+        for values in out:
+            assert values.isfinite().all()
+        assert (out.lower <= out.upper).all()
+
+
+@pytest.mark.parametrize("method", ["exact", *ENTROPIC])
+def test_identical_clouds_are_exactly_0_apart(method: str) -> None:
+    x, y = random_clouds((9, 9))
+    x[0, 0], z = 0.0, x.clone()
+    z[0, 0] = -0.0
+    with backend("native"):
+        out = wasserstein_matrix([x, z, y], method=method, pairs=[(0, 1), (1, 0), (2, 2), (0, 2)])
+    for values in out:
+        assert (values[:3] == 0).all()
+    assert out.distances[3] > 0
+
+
+def test_one_point_clouds() -> None:
+    points = random_clouds((1, 1, 1), dtype=torch.float64)
+    expected = torch.cdist(torch.cat(points), torch.cat(points))
+    for method in ("exact", "sinkhorn"):
+        with backend("native"):
+            out = wasserstein_matrix(points, metric="euclidean", method=method)
+        torch.testing.assert_close(out.lower, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(out.upper, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_duplicates_and_zero_weights_change_nothing() -> None:
+    x, y = random_clouds((12, 15), d=5)
+    options = {"metric": "euclidean", "method": "sinkhorn", "epsilon": 0.3, "tolerance": 1e-10, "pairs": [(0, 1)]}
+    plain = wasserstein_matrix([x, y], **options)
+    twice = wasserstein_matrix([torch.cat([x, x]), y], **options)
+    torch.testing.assert_close(twice.upper, plain.upper, rtol=1e-8, atol=0)
+    more = torch.cat([x, 100 * x])
+    weights = [torch.cat([torch.ones(12), torch.zeros(12)]), torch.ones(15)]
+    assert same_bits(wasserstein_matrix([more, y], weights, **options), plain)
+
+
+# --- order of the work ---
+
+
+@pytest.mark.parametrize("method", ["exact", *ENTROPIC])
+def test_the_same_bits_with_any_number_of_threads(simd: str, method: str, with_threads: Callable[[int], None]) -> None:
+    clouds = random_clouds((5, 200, 17, 90, 33), d=300)
+    results = []
+    for threads in (1, 2, 5):
+        with_threads(threads)
+        with backend("native"):
+            results.append(wasserstein_matrix(clouds, method=method, max_iterations=50))
+    assert same_bits(results[0], results[1])
+    assert same_bits(results[0], results[2])
+
+
+def test_the_same_bits_at_every_instruction_set() -> None:
+    clouds = random_clouds((5, 300, 17), d=6)
+    results = []
+    for level in _native.simd_levels():
+        _native.set_simd_level(level)
+        results.append(wasserstein_matrix(clouds, method="sinkhorn", tolerance=1e-9, max_iterations=50))
+    _native.set_simd_level("")
+    assert all(same_bits(results[0], other) for other in results[1:])
+
+
+def test_batches_do_not_change_a_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cit_fast.ops import _wasserstein_native
+
+    clouds = random_clouds((40, 3, 25, 31), d=70)
+    whole = [wasserstein_matrix(clouds, method=method) for method in ("exact", *ENTROPIC)]
+    monkeypatch.setattr(_wasserstein_native, "BATCH_ENTRIES", 100)
+    for method, expected in zip(("exact", *ENTROPIC), whole, strict=True):
+        assert same_bits(wasserstein_matrix(clouds, method=method), expected)
