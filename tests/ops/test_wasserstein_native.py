@@ -113,6 +113,21 @@ def test_the_cost_keeps_its_precision_far_from_the_origin(metric: str, dtype: to
     torch.testing.assert_close(native.distances, expected.distances, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("n", [2, 31, 64, 65])
+def test_exact_between_clouds_of_one_size(metric: str, n: int) -> None:
+    clouds = random_clouds((n, n, n))
+    clouds[2] = torch.cat([clouds[1][:1].repeat(n // 2, 1), clouds[0][n // 2 :]])  # duplicates, points in common
+    ones = torch.ones(n, dtype=torch.float64)
+    with backend("native"):
+        out = wasserstein_matrix(clouds, metric=metric)
+        weighted = wasserstein_matrix(clouds, random_weights(clouds), metric=metric)
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        expected = exact(clouds[i], clouds[j], ones, ones, metric)
+        assert out.distances[i, j].item() == pytest.approx(expected, abs=1e-9)
+        assert weighted.distances[i, j] != out.distances[i, j]
+
+
 # --- bounds ---
 
 
