@@ -11,6 +11,7 @@
 
 #include "cpu/balance_ema.h"
 #include "cpu/dispatch.h"
+#include "cpu/products.h"
 #include "cpu/wasserstein.h"
 
 namespace py = pybind11;
@@ -23,8 +24,13 @@ using Table = std::vector<std::int64_t>;
 constexpr std::size_t kEmaColumns = 10;
 // The same, then address and dtype of exp_avg, exp_avg_sq.
 constexpr std::size_t kAdamWColumns = 14;
-// One row per pair of clouds: address of the cost (float64), n, m, elements between its rows; addresses of a and b.
-constexpr std::size_t kTransportColumns = 6;
+// One row per pair of clouds: address of the cost (float64), n, m, elements between its rows; addresses of a and b; of
+// the plan and the potentials f and g to be written (address 0 = not wanted).
+constexpr std::size_t kTransportColumns = 9;
+// One row per cloud: address of the points (float64) and of the panels, n, d.
+constexpr std::size_t kCloudColumns = 4;
+// One row per pair of clouds: address of the panels of both and of the cost, n, m, d.
+constexpr std::size_t kCosineColumns = 6;
 
 template <class T>
 T* pointer(std::int64_t address) {
@@ -55,7 +61,15 @@ std::vector<Tensor> rows(const Table& table, std::size_t columns, Tensor (*make)
 
 cit::TransportPair transport_pair(const std::int64_t* row) {
   return {pointer<const double>(row[0]), row[1], row[2], row[3], pointer<const double>(row[4]),
-          pointer<const double>(row[5]), 0.0};
+          pointer<const double>(row[5]), 0.0, pointer<double>(row[6]), pointer<double>(row[7]), pointer<double>(row[8])};
+}
+
+cit::Cloud cloud(const std::int64_t* row) {
+  return {pointer<const double>(row[0]), pointer<double>(row[1]), row[2], row[3]};
+}
+
+cit::CosineCost cosine_cost(const std::int64_t* row) {
+  return {pointer<const double>(row[0]), pointer<const double>(row[1]), pointer<double>(row[2]), row[3], row[4], row[5]};
 }
 
 cit::RuleOptions rule_options(std::int64_t rule, double decay, double fallback) {
@@ -134,4 +148,33 @@ PYBIND11_MODULE(_native, m) {
       },
       py::arg("table"), py::arg("epsilons"), py::kw_only(), py::arg("tolerance"), py::arg("max_iterations"),
       py::arg("clamp_epsilon"), py::arg("threads"), py::arg("results"));
+
+  m.def(
+      "exact_transport",
+      [](const Table& table, int threads, std::int64_t results) {
+        const auto pairs = rows(table, kTransportColumns, transport_pair);
+        py::gil_scoped_release release;
+        cit::exact_transport(pairs, threads, pointer<cit::TransportResult>(results));
+      },
+      py::arg("table"), py::kw_only(), py::arg("threads"), py::arg("results"));
+
+  m.def("packed_size", &cit::packed_size, py::arg("n"), py::arg("d"));
+
+  m.def(
+      "pack_clouds",
+      [](const Table& table, int threads) {
+        const auto clouds = rows(table, kCloudColumns, cloud);
+        py::gil_scoped_release release;
+        cit::pack_clouds(clouds, threads);
+      },
+      py::arg("table"), py::kw_only(), py::arg("threads"));
+
+  m.def(
+      "cosine_costs",
+      [](const Table& table, double rounding, int threads) {
+        const auto pairs = rows(table, kCosineColumns, cosine_cost);
+        py::gil_scoped_release release;
+        cit::cosine_costs(pairs, rounding, threads);
+      },
+      py::arg("table"), py::kw_only(), py::arg("rounding"), py::arg("threads"));
 }

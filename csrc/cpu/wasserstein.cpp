@@ -24,6 +24,11 @@ constexpr double kEpsilonOfSpread = 0.05, kSmallestEpsilon = 1e-9, kLargestEpsil
 constexpr double kCoarseTolerance = 0.05;
 constexpr std::int64_t kCoarseIterations = 10;
 
+// What an exact solver starts from: first epsilon in standard deviations of the cost, and how it goes down.
+constexpr double kSpreadsOfStart = 0.2, kStartRatio = 0.1;
+constexpr int kStartLevels = 2;
+constexpr std::int64_t kStartIterations = 20;
+
 // Columns with less mass take no part in the iteration; the bounds are of all columns.
 constexpr double kLeastMass = 1e-25;
 
@@ -266,19 +271,26 @@ class Iteration {
   double epsilon_ = 0.0;
 };
 
+CostRange range_of(const Problem& problem) {
+  const CostSums sums = kernels().range(problem.cost, problem.a, problem.b.get());
+  return {sums.largest, sums.mean, sums.finite};
+}
+
+double standard_deviation(const Problem& problem, const CostRange& range) {
+  const double variance = kernels().variance(problem.cost, problem.a, problem.b.get(), range.mean, 1.0 / range.largest);
+  return range.largest * std::sqrt(variance);
+}
+
 double effective_epsilon(const TransportPair& pair, const Problem& problem, const CostRange& range, bool clamp) {
   double epsilon = pair.epsilon;
-  if (epsilon == 0.0) {
-    const double spread = kernels().variance(problem.cost, problem.a, problem.b.get(), range.mean, 1.0 / range.largest);
-    epsilon = kEpsilonOfSpread * range.largest * std::sqrt(spread);
-  }
+  if (epsilon == 0.0) epsilon = kEpsilonOfSpread * standard_deviation(problem, range);
   const double low = kSmallestEpsilon * range.largest, high = kLargestEpsilon * range.largest;
   return std::max(clamp ? std::min(epsilon, high) : epsilon, low);
 }
 
 TransportResult solve(const TransportPair& pair, const SinkhornOptions& options) {
   Problem problem(pair);
-  const CostRange range = kernels().range(problem.cost, problem.a, problem.b.get());
+  const CostRange range = range_of(problem);
   TransportResult out{};
   if (!range.finite) {
     out.epsilon = std::numeric_limits<double>::quiet_NaN();
@@ -312,21 +324,43 @@ TransportResult solve(const TransportPair& pair, const SinkhornOptions& options)
 
 }  // namespace
 
-void sinkhorn(const std::vector<TransportPair>& pairs, const SinkhornOptions& options, TransportResult* results) {
+CostRange cost_range(const TransportPair& pair) {
+  const Problem problem(pair);
+  return range_of(problem);
+}
+
+void coarse_potential(const TransportPair& pair, double* g) {
+  Problem problem(pair);
+  const CostRange range = range_of(problem);
+  if (range.largest >= kLeastCost) {
+    Iteration<float> single(problem);
+    double level = kSpreadsOfStart * standard_deviation(problem, range);
+    for (int k = 0; k < kStartLevels; ++k, level *= kStartRatio) {
+      single.alternate(std::max(level, kSmallestEpsilon * range.largest), 0.0, kStartIterations);
+      single.advance();
+    }
+  }
+  for (std::int64_t j = 0; j < pair.m; ++j) g[j] = problem.takes_part(j) ? problem.g[j] : 0.0;
+}
+
+void for_each_pair(const std::vector<TransportPair>& pairs, int threads, const std::function<void(std::size_t)>& body) {
   std::vector<std::size_t> order(pairs.size());
   std::iota(order.begin(), order.end(), std::size_t{0});
   std::stable_sort(order.begin(), order.end(),
                    [&](std::size_t i, std::size_t j) { return pairs[i].n * pairs[i].m > pairs[j].n * pairs[j].m; });
   std::atomic<bool> out_of_memory{false};
-  parallel_for(static_cast<std::int64_t>(order.size()), options.threads, [&](std::int64_t k) {
-    const std::size_t index = order[static_cast<std::size_t>(k)];
+  parallel_for(static_cast<std::int64_t>(order.size()), threads, [&](std::int64_t k) {
     try {
-      results[index] = solve(pairs[index], options);
+      body(order[static_cast<std::size_t>(k)]);
     } catch (const std::bad_alloc&) {
       out_of_memory = true;
     }
   });
   if (out_of_memory) throw std::bad_alloc();
+}
+
+void sinkhorn(const std::vector<TransportPair>& pairs, const SinkhornOptions& options, TransportResult* results) {
+  for_each_pair(pairs, options.threads, [&](std::size_t index) { results[index] = solve(pairs[index], options); });
 }
 
 }  // namespace cit

@@ -1,8 +1,10 @@
-// Entropic optimal transport of many pairs of weighted point clouds on the CPU, with bounds on the exact value. The
-// definition is cit_fast/reference/wasserstein.py.
+// Optimal transport of many pairs of weighted point clouds on the CPU: entropic, with bounds on the exact value, and
+// exact. The definition is cit_fast/reference/wasserstein.py.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 namespace cit {
@@ -13,6 +15,9 @@ struct TransportPair {
   const double* a;  // [n], positive, sum 1
   const double* b;  // [m], positive, sum 1
   double epsilon;   // 0: automatic
+  double* plan;     // [n, m], not strided; or nullptr: neither it nor the potentials are wanted
+  double* f;        // [n] potentials
+  double* g;        // [m]
 };
 
 struct SinkhornOptions {
@@ -32,7 +37,24 @@ struct TransportResult {
   double epsilon;  // as used; 0 where all costs are 0; NaN where a cost is not finite, and all else is 0
 };
 
+struct CostRange {
+  double largest, mean;
+  bool finite;
+};
+
+CostRange cost_range(const TransportPair& pair);
+
+// g [m]: the column potential after a few Sinkhorn iterations in float.
+void coarse_potential(const TransportPair& pair, double* g);
+
 // results: one per pair. The same bits with any number of threads.
 void sinkhorn(const std::vector<TransportPair>& pairs, const SinkhornOptions& options, TransportResult* results);
+
+// lower = upper = min <pi, C>; all else 0, but epsilon as above. iterations is -1, and all else 0, where the search took
+// too long: another solver should do it.
+void exact_transport(const std::vector<TransportPair>& pairs, int threads, TransportResult* results);
+
+// body(index) for all pairs, largest first.
+void for_each_pair(const std::vector<TransportPair>& pairs, int threads, const std::function<void(std::size_t)>& body);
 
 }  // namespace cit

@@ -174,7 +174,7 @@ ColumnUpdate update(const Scaling<Real>& x) {
 
 // --- before and after the iterations ---
 
-CostRange range(const CostMatrix& cost, const double* a, const double* b) {
+CostSums range(const CostMatrix& cost, const double* a, const double* b) {
   F64x8 most = splat(0.0), broken = splat(0.0);
   double mean = 0.0;
   for (int64_t i = 0; i < cost.n; ++i) {

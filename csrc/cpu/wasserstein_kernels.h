@@ -14,7 +14,7 @@ struct CostMatrix {
   int64_t n, m, stride;
 };
 
-struct CostRange {
+struct CostSums {
   double largest, mean;
   bool finite;
 };
@@ -74,7 +74,7 @@ struct ScalingKernels {
 };
 
 struct WassersteinKernels {
-  CostRange (*range)(const CostMatrix& cost, const double* a, const double* b);
+  CostSums (*range)(const CostMatrix& cost, const double* a, const double* b);
   // sum_ij a_i b_j ((C_ij - mean) scale)^2
   double (*variance)(const CostMatrix& cost, const double* a, const double* b, double mean, double scale);
   ScalingKernels<float> single;

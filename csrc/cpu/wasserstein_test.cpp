@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "cpu/products.h"
 
 namespace {
 
@@ -50,7 +51,9 @@ struct Line {
     return out;
   }
 
-  cit::TransportPair pair(double epsilon) const { return {cost.data(), n, m, stride, a.data(), b.data(), epsilon}; }
+  cit::TransportPair pair(double epsilon) const {
+    return {cost.data(), n, m, stride, a.data(), b.data(), epsilon, nullptr, nullptr, nullptr};
+  }
 
   double exact() const {
     std::vector<std::pair<double, double>> steps;
@@ -85,15 +88,57 @@ void test_line(const Line& line, double epsilon, double tolerance, std::int64_t 
   if (most >= 1000) check(one->marginal_error <= tolerance, name + ": marginals not as asked for");
 }
 
+void test_exact(const Line& line) {
+  std::vector<double> plan(static_cast<std::size_t>(line.n * line.m)), f(line.n), g(line.m);
+  std::vector<cit::TransportPair> pairs(3, line.pair(0.0));
+  cit::TransportResult one[3], three[3];
+  cit::exact_transport(pairs, 3, three);
+  pairs[0].plan = plan.data();
+  pairs[0].f = f.data();
+  pairs[0].g = g.data();
+  cit::exact_transport(pairs, 1, one);
+  check(std::memcmp(one, three, sizeof(one)) == 0, "exact: bits depend on the number of threads");
+  const double exact = line.exact();
+  const std::string name = "exact, " + std::to_string(line.n) + " x " + std::to_string(line.m);
+  check(std::fabs(one->upper - exact) < 1e-12 && one->lower == one->upper, name);
+  double cost = 0.0, dual = 0.0;
+  for (std::int64_t i = 0; i < line.n; ++i) {
+    double row = 0.0;
+    dual += line.a[i] * f[i];
+    for (std::int64_t j = 0; j < line.m; ++j) {
+      row += plan[i * line.m + j];
+      cost += plan[i * line.m + j] * line.cost[i * line.stride + j];
+      check(f[i] + g[j] <= line.cost[i * line.stride + j] + 1e-12, name + ": potentials are not feasible");
+    }
+    check(std::fabs(row - line.a[i]) < 1e-12, name + ": rows of the plan");
+  }
+  for (std::int64_t j = 0; j < line.m; ++j) dual += line.b[j] * g[j];
+  check(std::fabs(cost - exact) < 1e-12 && std::fabs(dual - exact) < 1e-12, name + ": plan and potentials");
+}
+
+void test_cosine_costs() {
+  constexpr std::int64_t n = 19, m = 37, d = 801;
+  std::vector<double> x(n * d, 0.5), y(m * d, 0.25), cost(n * m), other(n * m);
+  for (std::size_t k = 0; k < x.size(); k += 3) x[k] = -0.125;
+  std::vector<double> px(cit::packed_size(n, d)), py(cit::packed_size(m, d));
+  cit::pack_clouds({{x.data(), px.data(), n, d}, {y.data(), py.data(), m, d}}, 2);
+  cit::cosine_costs({{px.data(), py.data(), cost.data(), n, m, d}}, 1e-14, 1);
+  cit::cosine_costs({{px.data(), py.data(), other.data(), n, m, d}}, 1e-14, 3);
+  check(cost == other, "costs: bits depend on the number of threads");
+  double product = 0.0;
+  for (std::int64_t k = 0; k < d; ++k) product += x[3 * d + k] * y[36 * d + k];
+  check(std::fabs(cost[3 * m + 36] - std::max(0.0, 1.0 - product)) < 1e-12, "costs: a wrong product");
+}
+
 void test_special_costs() {
   const std::vector<double> weight(3, 1.0 / 3), zero(9, 0.0), huge(9, 1e-300);
   std::vector<double> broken(9, 1.0);
   broken[8] = std::numeric_limits<double>::infinity();
   const cit::SinkhornOptions options{1e-6, 100, true, 2};
   cit::TransportResult out[3];
-  cit::sinkhorn({{zero.data(), 3, 3, 3, weight.data(), weight.data(), 0.0},
-                 {huge.data(), 3, 3, 3, weight.data(), weight.data(), 0.0},
-                 {broken.data(), 3, 3, 3, weight.data(), weight.data(), 0.0}},
+  cit::sinkhorn({{zero.data(), 3, 3, 3, weight.data(), weight.data(), 0.0, nullptr, nullptr, nullptr},
+                 {huge.data(), 3, 3, 3, weight.data(), weight.data(), 0.0, nullptr, nullptr, nullptr},
+                 {broken.data(), 3, 3, 3, weight.data(), weight.data(), 0.0, nullptr, nullptr, nullptr}},
                 options, out);
   check(out[0].upper == 0.0 && out[0].epsilon == 0.0, "all costs 0");
   check(std::fabs(out[1].upper - 1e-300) < 1e-310 && out[1].lower == 0.0, "costs too small for epsilon");
@@ -125,10 +170,12 @@ int main(int argc, char** argv) {
       const Line line(n, m, n % 3, static_cast<unsigned>(31 * n + m));
       for (const double epsilon : {0.0, 1e-300, 1e-3, 1.0, 1e300}) test_line(line, epsilon, 1e-6, 20);
       test_line(line, 0.2, 1e-6, 2000);
+      test_exact(line);
       if (n * m < 1000) test_line(line, 0.2, 1e-12, 4000);
     }
   }
   test_special_costs();
+  test_cosine_costs();
   test_weights_of_almost_nothing();
   std::printf("%s: %d failures\n", cit::simd_name().c_str(), g_failures);
   return g_failures == 0 ? 0 : 1;

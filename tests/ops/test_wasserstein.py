@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cit_fast.errors import CitFastError, ConfigError, DataError
+from cit_fast.ops import _wasserstein_native
 from cit_fast.ops.wasserstein import METHODS, METRICS, Wasserstein, wasserstein_matrix
 from cit_fast.reference import wasserstein as reference
 
@@ -413,5 +414,6 @@ def test_bad_input_is_named(call: Callable[[], object], error: type[Exception], 
 
 def test_a_failed_simplex_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "SIMPLEX_ITERATIONS", 1)
+    monkeypatch.setattr(_wasserstein_native, "PATHS_ENTRIES", 0)
     with pytest.raises(CitFastError, match=r"exact transport between clouds 0 and 1 failed: .*use method='sinkhorn'"):
         wasserstein_matrix(random_clouds((20, 30)))

@@ -128,6 +128,48 @@ def test_exact_between_clouds_of_one_size(metric: str, n: int) -> None:
         assert weighted.distances[i, j] != out.distances[i, j]
 
 
+@pytest.mark.parametrize("weighted", [False, True], ids=["uniform", "weighted"])
+@pytest.mark.parametrize("metric", METRICS)
+def test_exact_of_many_shapes(simd: str, metric: str, weighted: bool) -> None:
+    clouds = random_clouds((1, 2, 7, 8, 9, 40, 40, 63), d=5)
+    clouds.append(torch.cat([clouds[5][:20], clouds[5][:20], clouds[3]]))  # duplicates, points in common
+    weights = random_weights(clouds) if weighted else [torch.ones(len(each), dtype=torch.float64) for each in clouds]
+    weights[3][2] *= 1e-13
+    out = wasserstein_matrix(clouds, weights, metric=metric)
+    for i in range(len(clouds)):
+        for j in range(i):
+            expected = exact(clouds[i], clouds[j], weights[i], weights[j], metric)
+            assert out.distances[i, j].item() == pytest.approx(expected, abs=1e-9)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    cost=st.integers(0, 2**32).map(lambda seed: np.random.default_rng(seed)),
+    n=st.integers(1, 30),
+    m=st.integers(1, 30),
+    values=st.sampled_from([1, 3, 1000]),
+)
+def test_exact_of_costs_with_many_ties(cost: np.random.Generator, n: int, m: int, values: int) -> None:
+    """Whole numbers on a grid, and weights that are multiples of one another: no plan is the only best one."""
+    x, y = (torch.from_numpy(cost.integers(0, values, (k, 2))).double() for k in (n, m))
+    a, b = (torch.from_numpy(cost.integers(1, 4, k)).double() for k in (n, m))
+    out = wasserstein_matrix([x, y], [a, b], metric="sqeuclidean", pairs=[(0, 1)])
+    assert out.distances.item() == pytest.approx(exact(x, y, a, b, "sqeuclidean"), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_the_paths_do_not_serve_goes_to_the_simplex(
+    monkeypatch: pytest.MonkeyPatch, threads: int, with_threads: Callable[[int], None]
+) -> None:
+    from cit_fast.ops import _wasserstein_native
+
+    clouds = random_clouds((9, 12, 7, 9))
+    expected = wasserstein_matrix(clouds)
+    monkeypatch.setattr(_wasserstein_native, "PATHS_ENTRIES", 0)
+    with_threads(threads)
+    torch.testing.assert_close(wasserstein_matrix(clouds), expected, rtol=1e-12, atol=1e-14)
+
+
 # --- bounds ---
 
 
