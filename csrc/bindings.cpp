@@ -60,8 +60,16 @@ std::vector<Tensor> rows(const Table& table, std::size_t columns, Tensor (*make)
 }
 
 cit::TransportPair transport_pair(const std::int64_t* row) {
-  return {pointer<const double>(row[0]), row[1], row[2], row[3], pointer<const double>(row[4]),
-          pointer<const double>(row[5]), 0.0, pointer<double>(row[6]), pointer<double>(row[7]), pointer<double>(row[8])};
+  return {pointer<const double>(row[0]),
+          row[1],
+          row[2],
+          row[3],
+          pointer<const double>(row[4]),
+          pointer<const double>(row[5]),
+          0.0,
+          pointer<double>(row[6]),
+          pointer<double>(row[7]),
+          pointer<double>(row[8])};
 }
 
 cit::Cloud cloud(const std::int64_t* row) {
@@ -69,7 +77,8 @@ cit::Cloud cloud(const std::int64_t* row) {
 }
 
 cit::CosineCost cosine_cost(const std::int64_t* row) {
-  return {pointer<const double>(row[0]), pointer<const double>(row[1]), pointer<double>(row[2]), row[3], row[4], row[5]};
+  return {
+      pointer<const double>(row[0]), pointer<const double>(row[1]), pointer<double>(row[2]), row[3], row[4], row[5]};
 }
 
 cit::RuleOptions rule_options(std::int64_t rule, double decay, double fallback) {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from cit_fast.backends import Backend, register
 from cit_fast.errors import DataError
 from cit_fast.reference.wasserstein import COSINE_ROUNDING, Cloud, make_cloud, simplex
+from cit_fast.reference.wasserstein_gradient import Term, Transport, accumulate, pair_terms, simplex_plan
 
 BATCH_ENTRIES = 1 << 22
 """Costs held at a time, 32 MiB: a part of a third-level cache; one pair may be larger."""
@@ -61,6 +62,33 @@ def wasserstein_matrix(
     return distance, lower, upper, iterations.long(), error
 
 
+@register("wasserstein_gradient", Backend.NATIVE)
+def wasserstein_gradient(
+    points: Tensor,
+    offsets: Tensor,
+    weights: Tensor,
+    pairs: Tensor,
+    distances: Tensor,
+    gradient: Tensor,
+    metric: str,
+    p: float,
+    method: str,
+    epsilon: float | None,
+    tolerance: float,
+    max_iterations: int,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`cit_fast.reference.wasserstein_gradient.wasserstein_gradient`."""
+    clouds = [make_cloud(points[i:j], weights[i:j], metric) for i, j in itertools.pairwise(offsets.tolist())]
+    solver = _Solver(clouds, metric, p, tolerance, max_iterations)
+    terms = pair_terms(pairs, distances, gradient, p)
+
+    def transports(some: Iterable[Term]) -> Iterator[Transport]:
+        return solver.transports(list(some), None if method == "exact" else epsilon or 0.0)
+
+    divergence = method == "sinkhorn-divergence"
+    return accumulate(points, offsets, weights, clouds, terms, transports, metric, p, divergence=divergence)
+
+
 def _differ(clouds: list[Cloud], pairs: Tensor) -> Tensor:
     """[M] bool: whether the two clouds of a pair are not the same points with the same weights in the same order."""
     kind: list[int] = []
@@ -98,7 +126,8 @@ class _Solver:
         values = torch.zeros(len(pairs), dtype=torch.float64)
         done = 0
         for batch, costs in self.batches(pairs):
-            here, there = [], []
+            here: list[int] = []
+            there: list[int] = []
             for k, (i, j) in enumerate(batch):
                 balanced = uniform[i] and uniform[j] and costs[k].shape[0] == costs[k].shape[1]
                 (here if balanced or costs[k].numel() <= PATHS_ENTRIES else there).append(k)
@@ -146,6 +175,36 @@ class _Solver:
             distance = value - torch.tensor(half, dtype=torch.float64)
         return torch.stack([distance, lower, upper, iterations, error], dim=1)
 
+    def transports(self, terms: list[Term], epsilon: float | None) -> Iterator[Transport]:
+        """Plans and potentials; exact ones where epsilon is None, else at a term's own epsilon if it has one."""
+        from cit_fast import _native
+
+        done = 0
+        for batch, costs in self.batches([(i, j) for i, j, _ in terms]):
+            own = [at_epsilon for _, _, at_epsilon in terms[done : done + len(batch)]]
+            done += len(batch)
+            wanted = [(torch.empty_like(c), c.new_empty(c.shape[0]), c.new_empty(c.shape[1])) for c in costs]
+            results = torch.empty(len(batch), 6, dtype=torch.float64)
+            table, threads = self.table(batch, costs, wanted), torch.get_num_threads()
+            if epsilon is None:
+                _native.exact_transport(table, threads=threads, results=results.data_ptr())
+            else:
+                _native.sinkhorn(
+                    table,
+                    [each or epsilon for each in own],
+                    tolerance=self.tolerance,
+                    max_iterations=self.max_iterations,
+                    clamp_epsilon=not own[0],
+                    threads=threads,
+                    results=results.data_ptr(),
+                )
+            for (i, j), cost, transport, result in zip(batch, costs, wanted, results.tolist(), strict=True):
+                base = cost ** (1 / self.p) if self.p != 1 else cost
+                if result[3] < 0:
+                    yield Transport(base, *simplex_plan(cost, self.clouds[i].weights, self.clouds[j].weights), 0.0)
+                else:
+                    yield Transport(base, *transport, result[5])
+
     def sinkhorn(self, pairs: list[Pair], epsilons: list[float], *, clamp: bool) -> Tensor:
         """[M, 6]: csrc/cpu/wasserstein.h, TransportResult. Epsilon 0: automatic."""
         from cit_fast import _native
@@ -168,12 +227,15 @@ class _Solver:
             done += len(batch)
         return results
 
-    def table(self, pairs: list[Pair], costs: list[Tensor]) -> list[int]:
+    def table(
+        self, pairs: list[Pair], costs: list[Tensor], wanted: Sequence[tuple[Tensor, Tensor, Tensor]] = ()
+    ) -> list[int]:
         """csrc/bindings.cpp, kTransportColumns."""
         table: list[int] = []
-        for (i, j), cost in zip(pairs, costs, strict=True):
+        for k, ((i, j), cost) in enumerate(zip(pairs, costs, strict=True)):
             a, b = self.clouds[i].weights, self.clouds[j].weights
-            table += [cost.data_ptr(), *cost.shape, cost.stride(0), a.data_ptr(), b.data_ptr(), 0, 0, 0]
+            table += [cost.data_ptr(), *cost.shape, cost.stride(0), a.data_ptr(), b.data_ptr()]
+            table += [each.data_ptr() for each in wanted[k]] if wanted else [0, 0, 0]
         return table
 
     def overflow(self, pair: Pair) -> DataError:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cit_fast.backends import resolve
-from cit_fast.errors import CitFastError, ConfigError, DataError
-from cit_fast.ops import _wasserstein_native  # noqa: F401  registers the native backend
+from cit_fast.backends import Backend, backend, forced_backend, resolve
+from cit_fast.errors import ConfigError, DataError
+from cit_fast.ops import _wasserstein_native  # noqa: F401  registers the native backend, and both gradients
 from cit_fast.reference.wasserstein import METHODS, METRICS
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -52,7 +52,9 @@ def wasserstein_matrix(
 ) -> Wasserstein:
     """W(a, b) = ( min_pi sum_mn pi_mn c(x_m, y_n)^p )^(1/p) between weighted point clouds.
 
-    Not differentiable: calling backward through the result raises.
+    Differentiable once, with respect to points and weights: the gradient of ``distances`` is that of the envelope
+    theorem, the plan held fixed (:mod:`cit_fast.reference.wasserstein_gradient`). For ``"sinkhorn"`` that is the
+    gradient of the entropic value. Backward solves the pairs again instead of keeping their plans.
 
     Args:
         clouds: N tensors [n_i, d], or all points packed as [P, d] with ``offsets``; float16, bfloat16,
@@ -165,11 +167,72 @@ def _(
     return tuple(points.new_empty((pairs.shape[0],), dtype=dtype) for dtype in dtypes)
 
 
-def _backward(ctx: Any, *gradients: Tensor) -> None:
-    raise CitFastError("wasserstein_matrix has no gradient; call it under torch.no_grad() or on detached points")
+@torch.library.custom_op(
+    "cit_fast::wasserstein_gradient",
+    mutates_args=(),
+    schema="(Tensor points, Tensor offsets, Tensor weights, Tensor pairs, Tensor distances, Tensor gradient, "
+    "str metric, float p, str method, float? epsilon, float tolerance, int max_iterations) -> (Tensor, Tensor)",
+)
+def _wasserstein_gradient(
+    points: Tensor,
+    offsets: Tensor,
+    weights: Tensor,
+    pairs: Tensor,
+    distances: Tensor,
+    gradient: Tensor,
+    metric: str,
+    p: float,
+    method: str,
+    epsilon: float | None,
+    tolerance: float,
+    max_iterations: int,
+) -> tuple[Tensor, ...]:
+    run = _resolve_gradient(points.device)
+    with torch.autocast(points.device.type, enabled=False):
+        out: tuple[Tensor, ...] = run(
+            points, offsets, weights, pairs, distances, gradient, metric, p, method, epsilon, tolerance, max_iterations
+        )
+    return out
 
 
-_wasserstein_matrix.register_autograd(_backward)
+@_wasserstein_gradient.register_fake
+def _(
+    points: Tensor,
+    offsets: Tensor,
+    weights: Tensor,
+    pairs: Tensor,
+    distances: Tensor,
+    gradient: Tensor,
+    metric: str,
+    p: float,
+    method: str,
+    epsilon: float | None,
+    tolerance: float,
+    max_iterations: int,
+) -> tuple[Tensor, ...]:
+    return torch.empty_like(points), torch.empty_like(weights)
+
+
+def _resolve_gradient(device: torch.device) -> Callable[..., Any]:
+    """GPU kernels have no gradient of their own; the reference runs on their device."""
+    if forced_backend() in (Backend.CUDA, Backend.TRITON):
+        with backend(Backend.REFERENCE):
+            return resolve("wasserstein_gradient", device)
+    return resolve("wasserstein_gradient", device)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    points, offsets, weights, pairs, *ctx.options = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(points, offsets, weights, pairs, output[0])
+
+
+def _backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    to_points, to_weights = torch.ops.cit_fast.wasserstein_gradient(*ctx.saved_tensors, gradient, *ctx.options)
+    return to_points, None, to_weights, None, None, None, None, None, None, None
+
+
+_wasserstein_matrix.register_autograd(_backward, setup_context=_setup_context)
 
 
 # --- checks and packing -------------------------------------------------------------------------------------

@@ -41,11 +41,11 @@ void run(const Task& task, double rounding) {
     for (std::int64_t j = task.column; j < task.column + task.columns; j += kPanelRows) {
       for (std::int64_t i = 0; i < pair.n; i += kTileRows) {
         const std::int64_t in_panel = i % kPanelRows;
-        kernel.cosine_tile({pair.x + (i - in_panel) * pair.d + k * kPanelRows + in_panel,
-                            pair.y + j * pair.d + k * kPanelRows, depth, pair.out + i * pair.m + j,
-                            std::min(kTileRows, pair.n - i), std::min(kPanelRows, pair.m - j), pair.m, k == 0,
-                            k + depth == pair.d},
-                           rounding);
+        kernel.cosine_tile(
+            {pair.x + (i - in_panel) * pair.d + k * kPanelRows + in_panel, pair.y + j * pair.d + k * kPanelRows, depth,
+             pair.out + i * pair.m + j, std::min(kTileRows, pair.n - i), std::min(kPanelRows, pair.m - j), pair.m,
+             k == 0, k + depth == pair.d},
+            rounding);
       }
     }
   }

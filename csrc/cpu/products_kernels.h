@@ -5,8 +5,8 @@
 
 namespace cit {
 
-// Rows of a matrix in one panel: coordinate after coordinate, each of all the rows. A tile of the result is half a panel
-// of X by a panel of Y.
+// Rows of a matrix in one panel: coordinate after coordinate, each of all the rows. A tile of the result is half a
+// panel of X by a panel of Y.
 constexpr int64_t kPanelRows = 16;
 constexpr int64_t kTileRows = 8;
 constexpr int64_t kProductDepth = 384;  // of d at a time: a panel of Y is 48 KiB, near the first-level cache

@@ -188,8 +188,8 @@ class Iteration {
     if (!unreached.empty()) solve_columns(unreached);
   }
 
-  // Value and bounds of the plan that K and v give once the rows are right.
-  TransportResult finish() {
+  // Value and bounds of the plan that K and v give once the rows are right; the plan and potentials where wanted.
+  TransportResult finish(const TransportPair& pair) {
     const std::int64_t columns = x_.columns, n = x_.n, m = x_.m;
     Array1<double> v(columns), au(n), sum(columns), clipped(columns), missing(columns), g(columns), feasible(columns);
     for (std::int64_t j = 0; j < columns; ++j) {
@@ -220,6 +220,15 @@ class Iteration {
     }
     out.lower = std::max(0.0, std::min(dual, out.upper));
     out.epsilon = epsilon_;
+    if (pair.plan != nullptr) {
+      for (std::int64_t j = 0; j < m; ++j) pair.g[j] = v[j] > 0.0 ? g[j] : feasible[j];
+      for (std::int64_t i = 0; i < n; ++i) {
+        pair.f[i] = epsilon_ * (std::log(au[i] / problem_.a[i]) - row_shift_[i]);
+        for (std::int64_t j = 0; j < m; ++j) {
+          pair.plan[i * m + j] = au[i] * static_cast<double>(x_.kernel[i * columns + j]) * v[j];
+        }
+      }
+    }
     return out;
   }
 
@@ -299,6 +308,11 @@ TransportResult solve(const TransportPair& pair, const SinkhornOptions& options)
   if (range.largest < kLeastCost) {
     out.upper = out.entropic_value = range.mean;
     out.epsilon = range.largest;
+    if (pair.plan != nullptr) {
+      for (std::int64_t k = 0; k < pair.n * pair.m; ++k) pair.plan[k] = pair.a[k / pair.m] * pair.b[k % pair.m];
+      std::fill_n(pair.f, pair.n, 0.0);
+      std::fill_n(pair.g, pair.m, 0.0);
+    }
     return out;
   }
   const double epsilon = effective_epsilon(pair, problem, range, options.clamp_epsilon);
@@ -311,12 +325,12 @@ TransportResult solve(const TransportPair& pair, const SinkhornOptions& options)
   }
   std::int64_t used =
       single.alternate(epsilon, std::max(kFloatShare * tolerance, kFloatTolerance), options.max_iterations);
-  out = single.finish();
+  out = single.finish(pair);
   if (out.marginal_error > tolerance && used < options.max_iterations) {
     single.hand_over();
     Iteration<double> twice(problem);
     used += twice.alternate(epsilon, tolerance, options.max_iterations - used);
-    out = twice.finish();
+    out = twice.finish(pair);
   }
   out.iterations = static_cast<double>(coarse + used);
   return out;

@@ -50,8 +50,8 @@ void coarse_potential(const TransportPair& pair, double* g);
 // results: one per pair. The same bits with any number of threads.
 void sinkhorn(const std::vector<TransportPair>& pairs, const SinkhornOptions& options, TransportResult* results);
 
-// lower = upper = min <pi, C>; all else 0, but epsilon as above. iterations is -1, and all else 0, where the search took
-// too long: another solver should do it.
+// lower = upper = min <pi, C>; all else 0, but epsilon as above. iterations is -1, and all else 0, where the search
+// took too long: another solver should do it.
 void exact_transport(const std::vector<TransportPair>& pairs, int threads, TransportResult* results);
 
 // body(index) for all pairs, largest first.

@@ -1,9 +1,9 @@
 // Exact transport by shortest augmenting paths, the Hungarian method for any weights.
 //
-// Potentials stay feasible, u_i + v_j <= C_ij, and mass lies only where that is an equation; so when all mass is placed,
-// the plan is optimal. A few Sinkhorn iterations in float give potentials near the best ones: most mass is placed at
-// once, and the searches for the rest are short. Each search is Dijkstra's over the columns, a row of the cost at a time
-// (8 m bytes, no queue).
+// Potentials stay feasible, u_i + v_j <= C_ij, and mass lies only where that is an equation; so when all mass is
+// placed, the plan is optimal. A few Sinkhorn iterations in float give potentials near the best ones: most mass is
+// placed at once, and the searches for the rest are short. Each search is Dijkstra's over the columns, a row of the
+// cost at a time (8 m bytes, no queue).
 
 #include <algorithm>
 #include <atomic>

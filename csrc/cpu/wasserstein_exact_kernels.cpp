@@ -72,9 +72,8 @@ Nearest nearest(const Search& search) {
 
 Nearest least_reduced(const double* cost, int64_t m, const double* v) {
   Least least;
-  for_each_cost(cost, m, [&](int64_t j, const F64x8& costs) __attribute__((always_inline)) {
-    least.take(costs - load(v + j));
-  });
+  for_each_cost(cost, m,
+                [&](int64_t j, const F64x8& costs) __attribute__((always_inline)) { least.take(costs - load(v + j)); });
   return least.fold();
 }
 

