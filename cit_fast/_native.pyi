@@ -43,6 +43,7 @@ def sinkhorn(
     *,
     tolerance: float,
     max_iterations: int,
+    gap: float,
     clamp_epsilon: bool,
     threads: int,
     results: int,

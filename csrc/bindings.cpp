@@ -25,8 +25,9 @@ constexpr std::size_t kEmaColumns = 10;
 // The same, then address and dtype of exp_avg, exp_avg_sq.
 constexpr std::size_t kAdamWColumns = 14;
 // One row per pair of clouds: address of the cost (float64), n, m, elements between its rows; addresses of a and b; of
-// the plan and the potentials f and g to be written (address 0 = not wanted).
-constexpr std::size_t kTransportColumns = 9;
+// the plan and the potentials f and g to be written, of the potential to start from, and of the last to be written
+// (address 0 = none).
+constexpr std::size_t kTransportColumns = 11;
 // One row per cloud: address of the points (float64) and of the panels, n, d.
 constexpr std::size_t kCloudColumns = 4;
 // One row per pair of clouds: address of the panels of both and of the cost, n, m, d.
@@ -69,7 +70,9 @@ cit::TransportPair transport_pair(const std::int64_t* row) {
           0.0,
           pointer<double>(row[6]),
           pointer<double>(row[7]),
-          pointer<double>(row[8])};
+          pointer<double>(row[8]),
+          pointer<const double>(row[9]),
+          pointer<double>(row[10])};
 }
 
 cit::Cloud cloud(const std::int64_t* row) {
@@ -147,16 +150,16 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "sinkhorn",
       [](const Table& table, const std::vector<double>& epsilons, double tolerance, std::int64_t max_iterations,
-         bool clamp_epsilon, int threads, std::int64_t results) {
+         double gap, bool clamp_epsilon, int threads, std::int64_t results) {
         auto pairs = rows(table, kTransportColumns, transport_pair);
         if (epsilons.size() != pairs.size()) throw std::invalid_argument("epsilons: expected one for each pair");
         for (std::size_t k = 0; k < pairs.size(); ++k) pairs[k].epsilon = epsilons[k];
         py::gil_scoped_release release;
-        cit::sinkhorn(pairs, {tolerance, max_iterations, clamp_epsilon, threads},
+        cit::sinkhorn(pairs, {tolerance, max_iterations, gap, clamp_epsilon, threads},
                       pointer<cit::TransportResult>(results));
       },
       py::arg("table"), py::arg("epsilons"), py::kw_only(), py::arg("tolerance"), py::arg("max_iterations"),
-      py::arg("clamp_epsilon"), py::arg("threads"), py::arg("results"));
+      py::arg("gap"), py::arg("clamp_epsilon"), py::arg("threads"), py::arg("results"));
 
   m.def(
       "exact_transport",

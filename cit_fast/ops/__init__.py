@@ -21,7 +21,7 @@ from cit_fast.ops.information_gain import (
     masked_jsd,
     token_gain,
 )
-from cit_fast.ops.wasserstein import Wasserstein, wasserstein_matrix
+from cit_fast.ops.wasserstein import WarmStart, Wasserstein, wasserstein_matrix
 
 __all__ = [
     "BALANCE_GRANULARITIES",
@@ -30,6 +30,7 @@ __all__ = [
     "BalanceRule",
     "BalanceWeights",
     "TokenGain",
+    "WarmStart",
     "Wasserstein",
     "adamw_balance_ema_",
     "adamw_balance_ema_capturable_",

@@ -43,11 +43,13 @@ def wasserstein_matrix(
     epsilon: float | None,
     tolerance: float,
     max_iterations: int,
+    gap: float = 0.0,
+    potentials: dict[Pair, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Distances of ``pairs`` of packed clouds; see :func:`cit_fast.reference.wasserstein.wasserstein_matrix`."""
     bounds = offsets.tolist()
     clouds = [make_cloud(points[i:j], weights[i:j], metric) for i, j in itertools.pairwise(bounds)]
-    solver = _Solver(clouds, metric, p, tolerance, max_iterations)
+    solver = _Solver(clouds, metric, p, tolerance, max_iterations, gap, potentials)
     differ = _differ(clouds, pairs)
     places: dict[Pair, int] = {}
     place = [places.setdefault((i, j), len(places)) for i, j in pairs[differ].tolist()]
@@ -76,10 +78,11 @@ def wasserstein_gradient(
     epsilon: float | None,
     tolerance: float,
     max_iterations: int,
+    gap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`cit_fast.reference.wasserstein_gradient.wasserstein_gradient`."""
     clouds = [make_cloud(points[i:j], weights[i:j], metric) for i, j in itertools.pairwise(offsets.tolist())]
-    solver = _Solver(clouds, metric, p, tolerance, max_iterations)
+    solver = _Solver(clouds, metric, p, tolerance, max_iterations, gap)
     terms = pair_terms(pairs, distances, gradient, p)
 
     def transports(some: Iterable[Term]) -> Iterator[Transport]:
@@ -113,9 +116,19 @@ def _differ(clouds: list[Cloud], pairs: Tensor) -> Tensor:
 class _Solver:
     """The clouds of one call and its options."""
 
-    def __init__(self, clouds: list[Cloud], metric: str, p: float, tolerance: float, max_iterations: int) -> None:
+    def __init__(
+        self,
+        clouds: list[Cloud],
+        metric: str,
+        p: float,
+        tolerance: float,
+        max_iterations: int,
+        gap: float = 0.0,
+        potentials: dict[Pair, Tensor] | None = None,
+    ) -> None:
         self.clouds, self.metric, self.p = clouds, metric, p
-        self.tolerance, self.max_iterations = tolerance, max_iterations
+        self.tolerance, self.max_iterations, self.gap = tolerance, max_iterations, gap
+        self.potentials = potentials
         self.panels = _packed(clouds) if metric == "cosine" else []
 
     def exact(self, pairs: list[Pair]) -> Tensor:
@@ -194,6 +207,7 @@ class _Solver:
                     [each or epsilon for each in own],
                     tolerance=self.tolerance,
                     max_iterations=self.max_iterations,
+                    gap=0.0 if own[0] else self.gap,
                     clamp_epsilon=not own[0],
                     threads=threads,
                     results=results.data_ptr(),
@@ -206,29 +220,48 @@ class _Solver:
                     yield Transport(base, *transport, result[5])
 
     def sinkhorn(self, pairs: list[Pair], epsilons: list[float], *, clamp: bool) -> Tensor:
-        """[M, 6]: csrc/cpu/wasserstein.h, TransportResult. Epsilon 0: automatic."""
+        """[M, 6]: csrc/cpu/wasserstein.h, TransportResult. Epsilon 0: automatic. Not clamped: of self terms."""
         from cit_fast import _native
 
         results = torch.empty(len(pairs), 6, dtype=torch.float64)
         done = 0
         for batch, costs in self.batches(pairs):
             out = results[done : done + len(batch)]
+            starts, ends = self.warm(batch) if clamp else ([], [])
             _native.sinkhorn(
-                self.table(batch, costs),
+                self.table(batch, costs, starts=starts, ends=ends),
                 epsilons[done : done + len(batch)],
                 tolerance=self.tolerance,
                 max_iterations=self.max_iterations,
+                gap=self.gap if clamp else 0.0,
                 clamp_epsilon=clamp,
                 threads=torch.get_num_threads(),
                 results=out.data_ptr(),
             )
+            if self.potentials is not None:
+                self.potentials.update(zip(batch, ends, strict=False))
             for k in out[:, 5].isnan().nonzero().flatten().tolist():
                 raise self.overflow(batch[k])
             done += len(batch)
         return results
 
+    def warm(self, batch: list[Pair]) -> tuple[list[Tensor | None], list[Tensor]]:
+        """Potentials to start from, and memory for those of this call."""
+        if self.potentials is None:
+            return [], []
+        starts: list[Tensor | None] = []
+        for pair in batch:
+            start, b = self.potentials.get(pair), self.clouds[pair[1]].weights
+            starts.append(start if start is not None and start.shape == b.shape else None)
+        return starts, [torch.empty_like(self.clouds[j].weights) for _, j in batch]
+
     def table(
-        self, pairs: list[Pair], costs: list[Tensor], wanted: Sequence[tuple[Tensor, Tensor, Tensor]] = ()
+        self,
+        pairs: list[Pair],
+        costs: list[Tensor],
+        wanted: Sequence[tuple[Tensor, Tensor, Tensor]] = (),
+        starts: Sequence[Tensor | None] = (),
+        ends: Sequence[Tensor] = (),
     ) -> list[int]:
         """csrc/bindings.cpp, kTransportColumns."""
         table: list[int] = []
@@ -236,6 +269,8 @@ class _Solver:
             a, b = self.clouds[i].weights, self.clouds[j].weights
             table += [cost.data_ptr(), *cost.shape, cost.stride(0), a.data_ptr(), b.data_ptr()]
             table += [each.data_ptr() for each in wanted[k]] if wanted else [0, 0, 0]
+            start = starts[k] if starts else None
+            table += [0 if start is None else start.data_ptr(), ends[k].data_ptr() if ends else 0]
         return table
 
     def overflow(self, pair: Pair) -> DataError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,15 @@ class Wasserstein(NamedTuple):
     """float64, L1 distance of the entropic plan's marginals from the weights; 0 where the distance is exact."""
 
 
+@dataclass(frozen=True)
+class WarmStart:
+    """Column potentials of Sinkhorn by pair of cloud indices: pass one object to several calls, and each starts from
+    where the last ended. For clouds that keep their places and sizes while points, weights or epsilon move a little;
+    a pair that is new, or of another size, starts cold. Results are as good, but not the same bits."""
+
+    potentials: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+
 def wasserstein_matrix(
     clouds: Sequence[Tensor] | Tensor,
     weights: Sequence[Tensor] | Tensor | None = None,
@@ -49,6 +59,8 @@ def wasserstein_matrix(
     epsilon: float | None = None,
     tolerance: float = 1e-6,
     max_iterations: int = 1000,
+    gap: float | None = None,
+    warm_start: WarmStart | None = None,
 ) -> Wasserstein:
     """W(a, b) = ( min_pi sum_mn pi_mn c(x_m, y_n)^p )^(1/p) between weighted point clouds.
 
@@ -74,6 +86,9 @@ def wasserstein_matrix(
             Positive.
         max_iterations: Sinkhorn stops here otherwise, which ``marginal_error`` shows; iterations of the
             epsilon scaling, at most 10 for each halving, come on top. The bounds hold in any case.
+        gap: Sinkhorn halves epsilon until upper - lower is at most this share of upper, for each pair by itself and
+            within ``max_iterations``: 1e-3 certifies the distance to a thousandth. None: epsilon stays.
+        warm_start: Where Sinkhorn starts from, and what it leaves for the next call; the result has no gradient then.
 
     Returns:
         :class:`Wasserstein`. For the exact method lower = distance = upper.
@@ -91,23 +106,28 @@ def wasserstein_matrix(
     [[0.0, 2.0], [2.0, 0.0]]
     """
     _check_options(metric, p, method, epsilon, tolerance, max_iterations)
+    if gap is not None and not 0 < gap < 1:
+        raise ConfigError(f"wasserstein_matrix: gap is {gap}; expected a number between 0 and 1, or None")
     points, offsets = _packed_points(clouds, offsets)
     weight = _packed_weights(weights, points, offsets, clouds)
     count = offsets.shape[0] - 1
     index = _pair_index(pairs, count)
-    values = torch.ops.cit_fast.wasserstein_matrix(
-        points,
-        offsets,
-        weight,
-        # W is symmetric; with each pair in one order, so is its rounding.
-        index.sort(dim=1).values,
+    # W is symmetric; with each pair in one order, so is its rounding.
+    inputs = points, offsets, weight, index.sort(dim=1).values
+    options: tuple[Any, ...] = (
         metric,
         float(p),
         method,
         None if epsilon is None else float(epsilon),
         float(tolerance),
         max_iterations,
+        gap or 0.0,
     )
+    if warm_start is None:
+        values = torch.ops.cit_fast.wasserstein_matrix(*inputs, *options)
+    else:
+        with torch.no_grad():
+            values = _run(*inputs, *options, potentials=warm_start.potentials)
     if pairs is not None:
         return Wasserstein(*values)
     i, j = index.to(points.device).unbind(dim=1)
@@ -126,7 +146,8 @@ def _symmetric(values: Tensor, i: Tensor, j: Tensor, count: int) -> Tensor:
     "cit_fast::wasserstein_matrix",
     mutates_args=(),
     schema="(Tensor points, Tensor offsets, Tensor weights, Tensor pairs, str metric, float p, str method, "
-    "float? epsilon, float tolerance, int max_iterations) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "float? epsilon, float tolerance, int max_iterations, float gap=0.0) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _wasserstein_matrix(
     points: Tensor,
@@ -139,13 +160,38 @@ def _wasserstein_matrix(
     epsilon: float | None,
     tolerance: float,
     max_iterations: int,
+    gap: float = 0.0,
+) -> tuple[Tensor, ...]:
+    return _run(points, offsets, weights, pairs, metric, p, method, epsilon, tolerance, max_iterations, gap)
+
+
+def _run(
+    points: Tensor,
+    offsets: Tensor,
+    weights: Tensor,
+    pairs: Tensor,
+    metric: str,
+    p: float,
+    method: str,
+    epsilon: float | None,
+    tolerance: float,
+    max_iterations: int,
+    gap: float,
+    potentials: dict[tuple[int, int], Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
     _check_values(points, offsets, weights, pairs, metric)
-    run = resolve("wasserstein_matrix", points.device)
+    more: dict[str, Any] = {}
+    if method != "exact" and gap > 0:
+        more["gap"] = gap
+    if method != "exact" and potentials is not None:
+        more["potentials"] = potentials
+    reason = f"its kernels take no {' or '.join(more)}"
+    cannot = dict.fromkeys((Backend.CUDA, Backend.TRITON), reason) if more else None
+    run = resolve("wasserstein_matrix", points.device, cannot=cannot)
     # Autocast reaches into a custom op's body; costs in half precision would make the bounds wrong.
     with torch.autocast(points.device.type, enabled=False):
         out: tuple[Tensor, ...] = run(
-            points, offsets, weights, pairs, metric, p, method, epsilon, tolerance, max_iterations
+            points, offsets, weights, pairs, metric, p, method, epsilon, tolerance, max_iterations, **more
         )
     return out
 
@@ -162,6 +208,7 @@ def _(
     epsilon: float | None,
     tolerance: float,
     max_iterations: int,
+    gap: float = 0.0,
 ) -> tuple[Tensor, ...]:
     dtypes = (torch.float64, torch.float64, torch.float64, torch.int64, torch.float64)
     return tuple(points.new_empty((pairs.shape[0],), dtype=dtype) for dtype in dtypes)
@@ -171,7 +218,8 @@ def _(
     "cit_fast::wasserstein_gradient",
     mutates_args=(),
     schema="(Tensor points, Tensor offsets, Tensor weights, Tensor pairs, Tensor distances, Tensor gradient, "
-    "str metric, float p, str method, float? epsilon, float tolerance, int max_iterations) -> (Tensor, Tensor)",
+    "str metric, float p, str method, float? epsilon, float tolerance, "
+    "int max_iterations, float gap=0.0) -> (Tensor, Tensor)",
 )
 def _wasserstein_gradient(
     points: Tensor,
@@ -186,12 +234,14 @@ def _wasserstein_gradient(
     epsilon: float | None,
     tolerance: float,
     max_iterations: int,
+    gap: float = 0.0,
 ) -> tuple[Tensor, ...]:
     run = _resolve_gradient(points.device)
     with torch.autocast(points.device.type, enabled=False):
         out: tuple[Tensor, ...] = run(
-            points, offsets, weights, pairs, distances, gradient, metric, p, method, epsilon, tolerance, max_iterations
-        )
+            points, offsets, weights, pairs, distances, gradient, metric, p, method, epsilon, tolerance,
+            max_iterations, gap,
+        )  # fmt: skip
     return out
 
 
@@ -209,6 +259,7 @@ def _(
     epsilon: float | None,
     tolerance: float,
     max_iterations: int,
+    gap: float = 0.0,
 ) -> tuple[Tensor, ...]:
     return torch.empty_like(points), torch.empty_like(weights)
 
@@ -229,7 +280,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     to_points, to_weights = torch.ops.cit_fast.wasserstein_gradient(*ctx.saved_tensors, gradient, *ctx.options)
-    return to_points, None, to_weights, None, None, None, None, None, None, None
+    return to_points, None, to_weights, None, *(None for _ in ctx.options)
 
 
 _wasserstein_matrix.register_autograd(_backward, setup_context=_setup_context)

@@ -65,6 +65,17 @@ class Potentials(NamedTuple):
         return a @ self.f + b @ self.g
 
 
+class Entropic(NamedTuple):
+    """One pair at the epsilon it ended at: bounds on <pi, C>, the plan and the L1 error of its marginals."""
+
+    potentials: Potentials
+    plan: Tensor
+    lower: float
+    upper: float
+    marginal_error: float
+    epsilon: float
+
+
 class Result(NamedTuple):
     """One pair: its distance, bounds on the exact one, iterations, L1 error of the plan's marginals."""
 
@@ -87,6 +98,8 @@ def wasserstein_matrix(
     epsilon: float | None,
     tolerance: float,
     max_iterations: int,
+    gap: float = 0.0,
+    potentials: dict[tuple[int, int], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Distances of ``pairs`` of packed clouds; see :func:`cit_fast.ops.wasserstein_matrix`.
 
@@ -95,7 +108,8 @@ def wasserstein_matrix(
         offsets: [N+1] integer.
         weights: [P], not negative, positive sum in every cloud.
         pairs: [M, 2] integer.
-        metric, p, method, epsilon, tolerance, max_iterations: as in the public op.
+        metric, p, method, epsilon, tolerance, max_iterations, gap (0: none): as in the public op.
+        potentials: Column potentials by pair, to start from; those of this call are put there.
 
     Returns:
         distances, lower, upper, iterations (int64), marginal error, each [M], float64.
@@ -122,15 +136,17 @@ def wasserstein_matrix(
         if method == "exact":
             exact = simplex(cost, a, b, f"between clouds {i} and {j}")
             return Result(exact, exact, exact, 0, 0.0)
+        start = None if potentials is None else potentials.get((i, j))
         eps = effective_epsilon(cost, a, b, epsilon)
-        potentials = sinkhorn(cost, a, b, eps, tolerance, max_iterations)
-        plan, marginal_error = transport_plan(cost, a, b, potentials, eps)
-        upper = float((round_to_marginals(plan, a, b) * cost).sum())
-        lower = min(dual_bound(cost, a, b, potentials.g), upper)
-        distance = upper
+        found = entropic(cost, a, b, eps, tolerance, max_iterations, gap, start)
+        if potentials is not None:
+            potentials[i, j] = found.potentials.g
+        distance = found.upper
         if method == "sinkhorn-divergence":
-            distance = float(potentials.value(a, b)) - (self_term(i, eps) + self_term(j, eps)) / 2
-        return Result(max(distance, 0.0), max(lower, 0.0), upper, potentials.iterations, marginal_error)
+            own = (self_term(i, found.epsilon) + self_term(j, found.epsilon)) / 2
+            distance = float(found.potentials.value(a, b)) - own
+        iterations = found.potentials.iterations
+        return Result(max(distance, 0.0), max(found.lower, 0.0), found.upper, iterations, found.marginal_error)
 
     results = [solve(i, j) for i, j in pairs.tolist()]
     values = torch.tensor(results, dtype=torch.float64, device=points.device).reshape(-1, 5)
@@ -189,6 +205,34 @@ def effective_epsilon(cost: Tensor, a: Tensor, b: Tensor, epsilon: float | None)
         epsilon = EPSILON_OF_SPREAD * largest * float(a @ centred.square() @ b) ** 0.5
     low, high = EPSILON_RANGE
     return min(max(epsilon, low * largest), high * largest)
+
+
+def entropic(
+    cost: Tensor,
+    a: Tensor,
+    b: Tensor,
+    epsilon: float,
+    tolerance: float,
+    max_iterations: int,
+    gap: float = 0.0,
+    start: Tensor | None = None,
+) -> Entropic:
+    """The entropic plan and its bounds; epsilon is halved until they are within ``gap``, if that is not 0."""
+    smallest = EPSILON_RANGE[0] * float(cost.max())
+    if start is not None and start.shape == b.shape:
+        potentials = Potentials(*_alternate(cost, a, b, start, epsilon, tolerance, max_iterations))
+    else:
+        potentials = sinkhorn(cost, a, b, epsilon, tolerance, max_iterations)
+    while True:
+        plan, error = transport_plan(cost, a, b, potentials, epsilon)
+        upper = float((round_to_marginals(plan, a, b) * cost).sum())
+        lower = min(dual_bound(cost, a, b, potentials.g), upper)
+        left = max_iterations - potentials.iterations
+        if gap == 0 or upper - lower <= gap * upper or left <= 0 or epsilon <= smallest:
+            return Entropic(potentials, plan, lower, upper, error, epsilon)
+        epsilon = max(epsilon / 2, smallest)
+        f, g, used = _alternate(cost, a, b, potentials.g, epsilon, tolerance, left)
+        potentials = Potentials(f, g, potentials.iterations + used)
 
 
 def sinkhorn(cost: Tensor, a: Tensor, b: Tensor, epsilon: float, tolerance: float, max_iterations: int) -> Potentials:

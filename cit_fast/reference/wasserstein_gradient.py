@@ -24,10 +24,9 @@ from cit_fast.reference.wasserstein import (
     SIMPLEX_ITERATIONS,
     Cloud,
     effective_epsilon,
+    entropic,
     ground_cost,
     make_cloud,
-    sinkhorn,
-    transport_plan,
 )
 
 Term = tuple[int, int, float]
@@ -58,6 +57,7 @@ def wasserstein_gradient(
     epsilon: float | None,
     tolerance: float,
     max_iterations: int,
+    gap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``sum(gradient * distances)`` with respect to points [P, d] and weights [P].
 
@@ -74,10 +74,10 @@ def wasserstein_gradient(
             if method == "exact":
                 yield Transport(cost, *simplex_plan(power, a, b), 0.0)
                 continue
+            # A self term is at the epsilon where its pair ended.
             eps = at_epsilon or effective_epsilon(power, a, b, epsilon)
-            potentials = sinkhorn(power, a, b, eps, tolerance, max_iterations)
-            plan, _ = transport_plan(power, a, b, potentials, eps)
-            yield Transport(cost, plan, potentials.f, potentials.g, eps)
+            found = entropic(power, a, b, eps, tolerance, max_iterations, 0.0 if at_epsilon else gap)
+            yield Transport(cost, found.plan, found.potentials.f, found.potentials.g, found.epsilon)
 
     terms = pair_terms(pairs, distances, gradient, p)
     divergence = method == "sinkhorn-divergence"

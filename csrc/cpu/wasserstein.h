@@ -12,17 +12,20 @@ namespace cit {
 struct TransportPair {
   const double* cost;  // [n, m], rows `stride` apart, not negative
   std::int64_t n, m, stride;
-  const double* a;  // [n], positive, sum 1
-  const double* b;  // [m], positive, sum 1
-  double epsilon;   // 0: automatic
-  double* plan;     // [n, m], not strided; or nullptr: neither it nor the potentials are wanted
-  double* f;        // [n] potentials
-  double* g;        // [m]
+  const double* a;      // [n], positive, sum 1
+  const double* b;      // [m], positive, sum 1
+  double epsilon;       // 0: automatic
+  double* plan;         // [n, m], not strided; or nullptr: neither it nor f and g are wanted
+  double* f;            // [n] potentials
+  double* g;            // [m]
+  const double* start;  // [m] column potential to start from, at once at the last epsilon; or nullptr
+  double* potential;    // [m] column potential after the last iteration; or nullptr
 };
 
 struct SinkhornOptions {
   double tolerance;  // L1 error of the marginals
   std::int64_t max_iterations;
+  double gap;          // epsilon goes down until upper - lower is at most this share of upper; 0: it stays
   bool clamp_epsilon;  // into the range relative to the largest cost where float64 can tell the plan from its limit
   int threads;
 };

@@ -77,9 +77,16 @@ CIT_INLINE void sum_rows(const Real* k, int64_t columns, const Real* v, Real* ro
   row_sum[3] = fold(s3);
 }
 
+// (1 + change)^relaxation to second order, the change not beyond a half: enough near the solution, and far from it a
+// step that is only a little shorter.
+CIT_INLINE double further(double change, double relaxation) {
+  change = change < -0.5 ? -0.5 : change > 0.5 ? 0.5 : change;
+  return 1.0 + relaxation * change * (1.0 + (relaxation - 1.0) * 0.5 * change);
+}
+
 // Calls fill(i, k) to bring row_sum of rows [i, i + 4) up to date, and adds their columns.
 template <class Real, class Fill>
-CIT_INLINE void iterate(const Scaling<Real>& x, const Fill& fill) {
+CIT_INLINE void iterate(const Scaling<Real>& x, double relaxation, const Fill& fill) {
   const bool in_blocks = sizeof(Real) < sizeof(double) && x.rows > kFloatRows;
   const int64_t together = in_blocks ? kFloatRows : x.rows;
   Real* const c = in_blocks ? x.block_sum : x.column_sum;
@@ -90,7 +97,11 @@ CIT_INLINE void iterate(const Scaling<Real>& x, const Fill& fill) {
     for (int64_t i = first; i < last; i += kRowBlock) {
       Real* const k = x.kernel + i * x.columns;
       fill(i, k);
-      for (int64_t r = i; r < i + kRowBlock; ++r) x.au[r] = x.a[r] > Real(0) ? x.a[r] / x.row_sum[r] : Real(0);
+      for (int64_t r = i; r < i + kRowBlock; ++r) {
+        const Real before = x.au[r], now = x.a[r] > Real(0) ? x.a[r] / x.row_sum[r] : Real(0);
+        const double change = relaxation > 0.0 && before > Real(0) ? static_cast<double>(now / before) - 1.0 : 0.0;
+        x.au[r] = now * static_cast<Real>(further(change, relaxation));
+      }
       add_rows(k, x.columns, x.au + i, c);
     }
     if (!in_blocks) continue;
@@ -104,7 +115,9 @@ CIT_INLINE void iterate(const Scaling<Real>& x, const Fill& fill) {
 
 template <class Real>
 void scale(const Scaling<Real>& x) {
-  iterate(x, [&](int64_t i, Real* k) __attribute__((always_inline)) { sum_rows(k, x.columns, x.v, x.row_sum + i); });
+  const double relaxation = x.relaxation;
+  iterate(x, relaxation,
+          [&](int64_t i, Real* k) __attribute__((always_inline)) { sum_rows(k, x.columns, x.v, x.row_sum + i); });
 }
 
 // K of one row; the columns beyond m stay as they are, 0.
@@ -134,7 +147,7 @@ CIT_INLINE void form_row(const CostMatrix& cost, int64_t i, const double* h, dou
 
 template <class Real>
 void absorb(const CostMatrix& cost, const double* h, double inverse_epsilon, const Scaling<Real>& x) {
-  iterate(x, [&](int64_t i, Real* k) __attribute__((always_inline)) {
+  iterate(x, 0.0, [&](int64_t i, Real* k) __attribute__((always_inline)) {
     for (int r = 0; r < kRowBlock; ++r) {
       if (i + r < x.n) {
         // Between m and a whole vector the exponent must be very small; the rest of the row is made so here.
@@ -151,6 +164,8 @@ template <class Real>
 ColumnUpdate update(const Scaling<Real>& x) {
   using Lanes = typename Of<Real>::Lanes;
   const Lanes zero = splat(Real(0)), one = splat(Real(1));
+  const Lanes half_more = splat(Real(0.5)), half_less = splat(Real(-0.5)), relaxation = splat(x.relaxation),
+              curvature = splat((x.relaxation - Real(1)) * Real(0.5));
   Lanes error = zero, least = one, most = one;
   for (int64_t j = 0; j < x.columns; j += Of<Real>::kCount) {
     const Lanes b = load(x.b + j), c = load(x.column_sum + j);
@@ -159,7 +174,9 @@ ColumnUpdate update(const Scaling<Real>& x) {
     error = error + where_above(b, zero, absolute(difference), zero);
     least = smaller(least, where_above(b, zero, next, one));
     most = larger(most, where_above(b, zero, next, one));
-    store(x.next_v + j, where_above(b, zero, next, zero));
+    const Lanes change = smaller(larger(next / load(x.v + j) - one, half_less), half_more);
+    const Lanes relaxed = next * (one + relaxation * change * (one + curvature * change));
+    store(x.next_v + j, where_above(b, zero, relaxed, zero));
   }
   ColumnUpdate out{fold(error), 1.0, 1.0};
   Real low[Of<Real>::kCount], high[Of<Real>::kCount];

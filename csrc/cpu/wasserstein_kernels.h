@@ -35,6 +35,7 @@ struct Scaling {
   Real* block_sum;        // [columns] scratch
   double* long_sum;       // [columns] scratch
   double* row_shift;      // [rows] max_j of the exponent before K was formed
+  Real relaxation;        // omega - 1, at least 0 and below 1
 };
 
 struct ColumnUpdate {
@@ -63,7 +64,8 @@ template <class Real>
 struct ScalingKernels {
   // K_ij = exp(h_j - C_ij / epsilon - max_j) and then as `scale`. h is padded with -infinity.
   void (*absorb)(const CostMatrix& cost, const double* h, double inverse_epsilon, const Scaling<Real>& x);
-  // One iteration with v: row sums K v, au = a / (K v), column sums of au K.
+  // One iteration with v: row sums K v, au = a / (K v), column sums of au K. au goes omega times as far, if not relaxed
+  // by more than half of itself; the same for next_v.
   void (*scale)(const Scaling<Real>& x);
   // next_v = b / column_sum.
   ColumnUpdate (*update)(const Scaling<Real>& x);

@@ -52,7 +52,7 @@ struct Line {
   }
 
   cit::TransportPair pair(double epsilon) const {
-    return {cost.data(), n, m, stride, a.data(), b.data(), epsilon, nullptr, nullptr, nullptr};
+    return {cost.data(), n, m, stride, a.data(), b.data(), epsilon, nullptr, nullptr, nullptr, nullptr, nullptr};
   }
 
   double exact() const {
@@ -77,8 +77,8 @@ void test_line(const Line& line, double epsilon, double tolerance, std::int64_t 
                            std::to_string(epsilon) + ", tolerance " + std::to_string(tolerance);
   const std::vector<cit::TransportPair> pairs(3, line.pair(epsilon));
   cit::TransportResult one[3], three[3];
-  cit::sinkhorn(pairs, {tolerance, most, true, 1}, one);
-  cit::sinkhorn(pairs, {tolerance, most, true, 3}, three);
+  cit::sinkhorn(pairs, {tolerance, most, 0.0, true, 1}, one);
+  cit::sinkhorn(pairs, {tolerance, most, 0.0, true, 3}, three);
   check(std::memcmp(one, three, sizeof(one)) == 0, name + ": bits depend on the number of threads");
   const double exact = line.exact();
   for (const double value : {one->lower, one->upper, one->entropic_value, one->marginal_error, one->epsilon}) {
@@ -137,12 +137,13 @@ void test_special_costs() {
   const std::vector<double> weight(3, 1.0 / 3), zero(9, 0.0), huge(9, 1e-300);
   std::vector<double> broken(9, 1.0);
   broken[8] = std::numeric_limits<double>::infinity();
-  const cit::SinkhornOptions options{1e-6, 100, true, 2};
+  const cit::SinkhornOptions options{1e-6, 100, 0.0, true, 2};
   cit::TransportResult out[3];
-  cit::sinkhorn({{zero.data(), 3, 3, 3, weight.data(), weight.data(), 0.0, nullptr, nullptr, nullptr},
-                 {huge.data(), 3, 3, 3, weight.data(), weight.data(), 0.0, nullptr, nullptr, nullptr},
-                 {broken.data(), 3, 3, 3, weight.data(), weight.data(), 0.0, nullptr, nullptr, nullptr}},
-                options, out);
+  cit::sinkhorn(
+      {{zero.data(), 3, 3, 3, weight.data(), weight.data(), 0.0, nullptr, nullptr, nullptr, nullptr, nullptr},
+       {huge.data(), 3, 3, 3, weight.data(), weight.data(), 0.0, nullptr, nullptr, nullptr, nullptr, nullptr},
+       {broken.data(), 3, 3, 3, weight.data(), weight.data(), 0.0, nullptr, nullptr, nullptr, nullptr, nullptr}},
+      options, out);
   check(out[0].upper == 0.0 && out[0].epsilon == 0.0, "all costs 0");
   check(std::fabs(out[1].upper - 1e-300) < 1e-310 && out[1].lower == 0.0, "costs too small for epsilon");
   check(std::isnan(out[2].epsilon), "a cost that is not finite");

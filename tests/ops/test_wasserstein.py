@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cit_fast import backend
 from cit_fast.errors import CitFastError, ConfigError, DataError
 from cit_fast.ops import _wasserstein_native
-from cit_fast.ops.wasserstein import METHODS, METRICS, Wasserstein, wasserstein_matrix
+from cit_fast.ops.wasserstein import METHODS, METRICS, WarmStart, Wasserstein, wasserstein_matrix
 from cit_fast.reference import wasserstein as reference
 
 ENTROPIC = ("sinkhorn", "sinkhorn-divergence")
@@ -230,6 +231,46 @@ def test_each_pair_stops_by_itself() -> None:
     assert out.marginal_error.max() <= 1e-6 + ROUNDING
 
 
+@pytest.mark.parametrize("name", ["native", "reference"])
+@pytest.mark.parametrize("metric", METRICS)
+def test_bounds_as_near_as_asked_for(metric: str, name: str) -> None:
+    clouds = random_clouds((12, 17, 9), seed=10)
+    exact = wasserstein_matrix(clouds, metric=metric).distances
+    options = {"metric": metric, "method": "sinkhorn", "tolerance": 1e-4, "max_iterations": 20_000}
+    with backend(name):
+        loose = wasserstein_matrix(clouds, **options)
+        near = wasserstein_matrix(clouds, gap=1e-3, **options)
+        cut = wasserstein_matrix(clouds, gap=1e-9, **{**options, "max_iterations": 30})
+    pairs = ~torch.eye(3, dtype=torch.bool)
+    assert ((near.upper - near.lower) <= 1e-3 * near.upper).all()
+    assert ((loose.upper - loose.lower) > 1e-3 * loose.upper)[pairs].any()
+    for out in (near, cut):
+        assert (out.lower <= exact * (1 + ROUNDING)).all()
+        assert (out.upper >= exact * (1 - ROUNDING)).all()
+    assert (near.iterations >= loose.iterations).all()
+
+
+@pytest.mark.parametrize("name", ["native", "reference"])
+@pytest.mark.parametrize("method", ENTROPIC)
+def test_warm_start_takes_fewer_iterations_to_the_same_place(method: str, name: str) -> None:
+    clouds = random_clouds((12, 17, 9), seed=11)
+    options = {"metric": "euclidean", "method": method, "epsilon": 0.1, "tolerance": 1e-7}
+    warm = WarmStart()
+    with backend(name):
+        cold = wasserstein_matrix(clouds, **options)
+        first = wasserstein_matrix(clouds, warm_start=warm, **options)
+        again = wasserstein_matrix(clouds, warm_start=warm, **options)
+        moved = [clouds[0] + 1e-3, *clouds[1:]]
+        near = wasserstein_matrix(moved, warm_start=warm, **options)
+        other_sizes = wasserstein_matrix(clouds[::-1], warm_start=warm, **options)
+    assert all(torch.equal(one, other) for one, other in zip(cold, first, strict=True))
+    assert again.iterations.max() <= 8
+    assert (near.iterations < cold.iterations)[0, 1:].all()
+    torch.testing.assert_close(again.distances, cold.distances, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(other_sizes.distances, cold.distances.flip(0, 1), rtol=1e-5, atol=1e-7)
+    assert not near.distances.requires_grad
+
+
 # --- a metric (Hypothesis) ---
 
 clouds_strategy = st.lists(
@@ -397,6 +438,7 @@ NAN, ZERO, HUGE = (
         (lambda: wasserstein_matrix([X, Y], p=0.5), ConfigError, "p is 0.5"),
         (lambda: wasserstein_matrix([X, Y], epsilon=0.0), ConfigError, "epsilon is 0.0; expected a positive number"),
         (lambda: wasserstein_matrix([X, Y], tolerance=-1.0), ConfigError, "tolerance is -1.0"),
+        (lambda: wasserstein_matrix([X, Y], gap=0.0), ConfigError, "gap is 0.0; expected a number between 0 and 1"),
         (lambda: wasserstein_matrix([X, Y], max_iterations=0), ConfigError, "max_iterations is 0"),
     ],
 )  # fmt: skip

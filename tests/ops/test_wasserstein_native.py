@@ -104,6 +104,14 @@ def test_stops_at_the_tolerance(simd: str, tolerance: float) -> None:
         assert looser.iterations[0, 1] < out.iterations[0, 1]
 
 
+def test_over_relaxation_takes_a_fraction_of_the_iterations() -> None:
+    clouds = random_clouds((60, 70), d=2)
+    options = {"method": "sinkhorn", "metric": "euclidean", "epsilon": 0.02, "max_iterations": 20_000}
+    native, plain = both(clouds, tolerance=1e-6, **options)  # the reference is not over-relaxed
+    assert native.marginal_error.max() <= 1e-6
+    assert native.iterations[0, 1] < 0.5 * plain.iterations[0, 1]
+
+
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_the_cost_keeps_its_precision_far_from_the_origin(metric: str, dtype: torch.dtype) -> None:
