@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -126,8 +127,9 @@ def wasserstein_matrix(
     if warm_start is None:
         values = torch.ops.cit_fast.wasserstein_matrix(*inputs, *options)
     else:
+        run: Callable[..., tuple[Tensor, ...]] = functools.partial(_run, potentials=warm_start.potentials)
         with torch.no_grad():
-            values = _run(*inputs, *options, potentials=warm_start.potentials)
+            values = run(*inputs, *options)
     if pairs is not None:
         return Wasserstein(*values)
     i, j = index.to(points.device).unbind(dim=1)
