@@ -392,19 +392,21 @@ def _combine(memory, pair, CHUNK: tl.constexpr):
     numbers = scalars + 8 * tl.load(row + FIRST_STRIP)
     state = states + 16 * pair
     mode = tl.load(state + MODE).to(tl.int32)
+    now = (tl.load(state + EPSILON), tl.load(state + TARGET), tl.load(state + USED), tl.load(state + NEXT_EPSILON))
+    tl.debug_barrier()  # all threads have the state before one changes it
     if (mode == FORM) | (mode == ITERATE):
-        _after_iteration(state, by_column, b_ptr, sums, strips, m, CHUNK)
+        _after_iteration(state, now, by_column, b_ptr, sums, strips, m, CHUNK)
     elif mode == MASSES:
-        _after_masses(state, by_column, b_ptr, sums, strips, m, CHUNK)
+        _after_masses(state, now, by_column, b_ptr, sums, strips, m, CHUNK)
     elif mode == REACH:
-        _after_reach(state, by_column, b_ptr, sums, strips, m, CHUNK)
+        _after_reach(state, now, by_column, b_ptr, sums, strips, m, CHUNK)
     elif mode == BOUNDS:
-        _after_bounds(state, by_column, b_ptr, sums, numbers, strips, m, results + 6 * pair, CHUNK)
+        _after_bounds(state, now, by_column, b_ptr, sums, numbers, strips, m, results + 6 * pair, CHUNK)
     elif mode == MEAN:
         tl.store(state + MEAN_COST, _sum_numbers(numbers, strips))
         tl.store(state + MODE, VARIANCE + 0.0)
     else:
-        target = tl.load(state + TARGET)
+        target = now[1]
         automatic = tl.maximum(tl.sqrt(_sum_numbers(numbers, strips)) * EPSILON_OF_SPREAD, LEAST_EPSILON)
         target = tl.where(target > 0.0, target, automatic)
         epsilon = tl.maximum(target, 1.0)
@@ -426,11 +428,10 @@ def _set_potential(by_column, m, cols, b, g, epsilon):
 
 
 @triton.jit
-def _after_iteration(state, by_column, b_ptr, sums, strips, m, CHUNK: tl.constexpr):
-    epsilon = tl.load(state + EPSILON)
-    target = tl.load(state + TARGET)
+def _after_iteration(state, now, by_column, b_ptr, sums, strips, m, CHUNK: tl.constexpr):
+    epsilon, target, used, _ = now
+    used += 1.0
     tolerance = tl.load(state + TOLERANCE)
-    used = tl.load(state + USED) + 1.0
     error = tl.zeros((CHUNK,), tl.float64)
     smallest = tl.full((CHUNK,), 1.0, tl.float64)
     largest = tl.full((CHUNK,), 1.0, tl.float64)
@@ -485,9 +486,8 @@ def _after_iteration(state, by_column, b_ptr, sums, strips, m, CHUNK: tl.constex
 
 
 @triton.jit
-def _after_masses(state, by_column, b_ptr, sums, strips, m, CHUNK: tl.constexpr):
-    epsilon = tl.load(state + EPSILON)
-    used = tl.load(state + USED)
+def _after_masses(state, now, by_column, b_ptr, sums, strips, m, CHUNK: tl.constexpr):
+    epsilon, _, used, _ = now
     error = tl.zeros((CHUNK,), tl.float64)
     least_sum = tl.full((CHUNK,), 1.0, tl.float64)
     for left in range(0, m, CHUNK):
@@ -526,9 +526,8 @@ def _after_masses(state, by_column, b_ptr, sums, strips, m, CHUNK: tl.constexpr)
 
 
 @triton.jit
-def _after_reach(state, by_column, b_ptr, sums, strips, m, CHUNK: tl.constexpr):
-    epsilon = tl.load(state + EPSILON)
-    next_epsilon = tl.load(state + NEXT_EPSILON)
+def _after_reach(state, now, by_column, b_ptr, sums, strips, m, CHUNK: tl.constexpr):
+    epsilon, _, _, next_epsilon = now
     for left in range(0, m, CHUNK):
         cols = left + tl.arange(0, CHUNK)
         b = tl.load(b_ptr + cols, cols < m, other=0.0)
@@ -547,7 +546,7 @@ def _after_reach(state, by_column, b_ptr, sums, strips, m, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _after_bounds(state, by_column, b_ptr, sums, numbers, strips, m, out, CHUNK: tl.constexpr):
+def _after_bounds(state, now, by_column, b_ptr, sums, numbers, strips, m, out, CHUNK: tl.constexpr):
     lower = tl.zeros((CHUNK,), tl.float64)
     value = tl.zeros((CHUNK,), tl.float64)
     for left in range(0, m, CHUNK):
@@ -559,7 +558,7 @@ def _after_bounds(state, by_column, b_ptr, sums, numbers, strips, m, out, CHUNK:
         g = tl.load(by_column + G * m + cols, cols < m, other=0.0)
         lower += b * least
         value += tl.where(b >= LEAST_MASS, b * g, 0.0)
-    epsilon = tl.load(state + EPSILON)
+    epsilon = now[0]
     missing_mass = _sum_numbers(numbers + 2, strips)
     missing_cost = _sum_numbers(numbers + 1, strips) / tl.where(missing_mass > 0.0, missing_mass, 1.0)
     upper = _sum_numbers(numbers, strips) + missing_cost
