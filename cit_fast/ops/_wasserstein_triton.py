@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cit_fast.backends import Backend, register
-from cit_fast.errors import BackendError
+from cit_fast.errors import BackendError, CitFastError
 from cit_fast.ops import _wasserstein_device as device
 from cit_fast.ops._wasserstein_device import Batch
 
@@ -21,12 +21,13 @@ from cit_fast.ops._wasserstein_device import Batch
 _DONE = 7
 _TARGET, _TOLERANCE, _MOST = 2, 3, 4
 
-# Columns at most, and the warps that take them. A tile of K is whole rows, a tile of float64 parts of rows: 16 and 4
-# elements for each thread, which is what fits the registers.
-_WARPS = {64: 4, 256: 4, 1024: 8, 4096: 8, 8192: 16}
-_TILE, _FINE_TILE = 16 * 32, 4 * 32
+# Columns at most, the warps that take them and the registers of a thread, set so that the compiler does not spill and
+# at least 256 threads fit a processor. A tile of K is whole rows, a tile of float64 parts of rows: 16 and 2 elements
+# for each thread.
+_WIDTHS = {64: (4, 168), 256: (4, 128), 1024: (8, 168), 4096: (8, 168), 8192: (16, 128)}
+_TILE, _FINE_TILE = 16 * 32, 2 * 32
 _CHUNK = 256
-_COMBINE_WARPS = 4
+_COMBINE = {"num_warps": 4, "maxnreg": 128}
 
 # Pairs of this many costs or columns are shared among programs, so many rows each.
 _LARGE, _WIDE = 1 << 18, 4096
@@ -34,7 +35,7 @@ _STRIP = 64
 
 # Passes over large pairs between two looks of the host whether they are done.
 _PASSES = 32
-_COARSE_PASSES = 32 * 14  # halvings of epsilon, 10 iterations each and what comes between; MEAN to BOUNDS
+_COARSE_PASSES = 32 * 24  # at most: halvings of epsilon, two for each of 10 iterations, and a few before and after
 
 
 @register("wasserstein_matrix", Backend.TRITON, only_when_forced=True)
@@ -68,10 +69,10 @@ class _Layout(NamedTuple):
 
 def _layout(table: Tensor) -> _Layout:
     n, m = table[:, 2], table[:, 3]
-    if int(m.max()) > max(_WARPS):
+    if int(m.max()) > max(_WIDTHS):
         raise BackendError(
-            f"wasserstein_matrix: the triton backend takes at most {max(_WARPS)} points in the second cloud of a pair, "
-            f"not {int(m.max())}; use backend 'reference'"
+            f"wasserstein_matrix: the triton backend takes at most {max(_WIDTHS)} points in the second cloud of a "
+            f"pair, not {int(m.max())}; use backend 'reference'"
         )
     strips = torch.where(_is_large(table), (n + _STRIP - 1) // _STRIP, 1)
     lengths = torch.stack([4 * m + 3 * n, strips, 2 * strips * m])
@@ -109,22 +110,25 @@ def _solve(batch: Batch) -> Tensor:
             most = int(layout.table[large_order.long(), 7].max())
             large.append((large_order.to(where), most, options))
     for order, strips, options in large:
+        combine = {"CHUNK": options["CHUNK"], **_COMBINE}
         for _ in range(0, _COARSE_PASSES + 2 * batch.max_iterations, _PASSES):
             for _ in range(_PASSES):
                 pass_kernel[(strips, len(order))](order, *matrix, **options)
-                combine_kernel[(len(order),)](order, *between, CHUNK=options["CHUNK"], num_warps=_COMBINE_WARPS)
+                combine_kernel[(len(order),)](order, *between, **combine)
             if bool((state[order.long(), 0] == _DONE).all()):
                 break
+        else:
+            raise CitFastError("wasserstein_matrix: the triton backend did not come to an end; use backend 'reference'")
     return results
 
 
 def _orders(table: Tensor) -> list[tuple[int, Tensor, Tensor]]:
     """For each width of a tile, the pairs that one program solves and those that many share, largest first."""
     size = table[:, 2] * table[:, 3]
-    blocks = torch.tensor(sorted(_WARPS))
+    blocks = torch.tensor(sorted(_WIDTHS))
     block = blocks[torch.searchsorted(blocks, table[:, 3].contiguous())]
     orders = []
-    for width in block.unique().tolist():
+    for width in sorted(set(block.tolist())):
         pairs = (block == width).nonzero()[:, 0]
         pairs = pairs[size[pairs].argsort(descending=True, stable=True)]
         is_large = _is_large(table[pairs])
@@ -139,11 +143,12 @@ def _is_large(table: Tensor) -> Tensor:
 
 
 def _options(block: int) -> dict[str, Any]:
-    warps, chunk = _WARPS[block], min(block, _CHUNK)
+    (warps, registers), chunk = _WIDTHS[block], min(block, _CHUNK)
     return {
         "TILE_ROWS": max(1, _TILE * warps // block),
         "BLOCK": block,
-        "FINE_ROWS": _FINE_TILE * min(warps, 8) // chunk,
+        "FINE_ROWS": _FINE_TILE * warps // chunk,
         "CHUNK": chunk,
         "num_warps": warps,
+        "maxnreg": registers,
     }

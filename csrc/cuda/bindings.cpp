@@ -148,12 +148,12 @@ PYBIND11_MODULE(_native_cuda, m) {
          std::uintptr_t kernels, std::uintptr_t weights, std::uintptr_t epsilons, std::uintptr_t results,
          std::uintptr_t scratch, std::int64_t rows, std::int64_t columns, std::size_t shared_bytes, double tolerance,
          std::int64_t max_iterations, int blocks, int teams, int device, std::uintptr_t stream) {
-        cit::gpu::transport({pointer<const cit::gpu::TransportRow>(table), pointer<const std::int32_t>(order), count,
-                             pointer<std::uint32_t>(next), pointer<const float>(costs), pointer<float>(kernels),
-                             pointer<const double>(weights), pointer<const double>(epsilons), pointer<double>(results),
-                             pointer<double>(scratch), rows, columns, shared_bytes, tolerance,
-                             static_cast<double>(max_iterations)},
-                            blocks, teams, device, pointer<CUstream_st>(stream));
+        cit::gpu::transport(
+            {pointer<const cit::gpu::TransportRow>(table), pointer<const std::int32_t>(order), count,
+             pointer<std::uint32_t>(next), pointer<const float>(costs), pointer<float>(kernels),
+             pointer<const double>(weights), pointer<const double>(epsilons), pointer<double>(results),
+             pointer<double>(scratch), rows, columns, shared_bytes, tolerance, static_cast<double>(max_iterations)},
+            blocks, teams, device, pointer<CUstream_st>(stream));
       },
       py::kw_only(), py::arg("table"), py::arg("order"), py::arg("count"), py::arg("next"), py::arg("costs"),
       py::arg("kernels"), py::arg("weights"), py::arg("epsilons"), py::arg("results"), py::arg("scratch"),

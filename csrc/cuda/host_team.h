@@ -1,6 +1,6 @@
 // Teams of blocks of GPU threads on the host, for the tests: each thread is a coroutine that runs until it comes to an
-// exchange with its warp, its block or its team. Warps run one after the other as far as they can, first to last and then
-// last to first, so that a missing sync() shows; shared memory starts undefined.
+// exchange with its warp, its block or its team. Warps run one after the other as far as they can, first to last and
+// then last to first, so that a missing sync() shows; shared memory starts undefined.
 #pragma once
 
 #include <ucontext.h>
@@ -122,8 +122,7 @@ class HostTeams {
   }
 
   static void start(unsigned low, unsigned high, int index) {
-    auto* all =
-        reinterpret_cast<HostTeams*>(static_cast<std::uintptr_t>(low | static_cast<std::uint64_t>(high) << 32));
+    auto* all = reinterpret_cast<HostTeams*>(static_cast<std::uintptr_t>(low | static_cast<std::uint64_t>(high) << 32));
     Team team(all, index / kBlockThreads, index % kBlockThreads);
     (*all->body_)(team);
     all->waits_[index] = kEnd;

@@ -1,12 +1,12 @@
-// Entropic transport of pairs of any sizes (wasserstein_team.cuh has the equations): one launch for all iterations of all
-// pairs that ask for the same shared memory.
+// Entropic transport of pairs of any sizes (wasserstein_team.cuh has the equations): one launch for all iterations of
+// all pairs that ask for the same shared memory.
 //
-// An iteration reads K twice from shared memory, 8 bytes and two multiply-adds an entry, where memory would give 4 bytes
-// of it at a fiftieth of the rate of all processors' shared memories together. One block keeps a pair of up to 227 KB
-// (sm_90; 163 KB on sm_80), which is some 230 x 230; small ones share a processor. On sm_90 the eight blocks of a cluster
-// keep up to some 650 x 650 and exchange sums of columns through distributed shared memory; beyond that they read K from
-// memory, as one block does on GPUs without clusters. As many teams as run at a time take pairs from a queue, the longest
-// work first, and stop with each pair by itself. The only atomic operation takes from that queue.
+// An iteration reads K twice from shared memory, 8 bytes and two multiply-adds an entry, where memory would give 4
+// bytes of it at a fiftieth of the rate of all processors' shared memories together. One block keeps a pair of up to
+// 227 KB (sm_90; 163 KB on sm_80), which is some 230 x 230; small ones share a processor. On sm_90 the eight blocks of
+// a cluster keep up to some 650 x 650 and exchange sums of columns through distributed shared memory; beyond that they
+// read K from memory, as one block does on GPUs without clusters. As many teams as run at a time take pairs from a
+// queue, the longest work first, and stop with each pair by itself. The only atomic operation takes from that queue.
 #include <cooperative_groups.h>
 
 #include <mutex>

@@ -1,6 +1,6 @@
 // Entropic transport of many pairs of point clouds on a GPU: the launches of wasserstein.cu. The definition is
-// cit_fast/reference/wasserstein.py, the same steps on the CPU are csrc/cpu/wasserstein.cpp. Everything is enqueued on the
-// stream; nothing is allocated, copied or waited for. Errors of the CUDA runtime are std::runtime_error.
+// cit_fast/reference/wasserstein.py, the same steps on the CPU are csrc/cpu/wasserstein.cpp. Everything is enqueued on
+// the stream; nothing is allocated, copied or waited for. Errors of the CUDA runtime are std::runtime_error.
 #pragma once
 
 #include <cstddef>
@@ -31,11 +31,11 @@ struct TransportWork {
   std::uint32_t count;
   std::uint32_t* next;  // [1] 0 before the launch: where in `order` the next free team goes on
   const float* costs;
-  float* kernels;         // as large as costs; used by pairs that do not fit the shared memory
-  const double* weights;  // positive, sum 1 in each cloud
-  const double* epsilons;  // [rows of the table]; 0: automatic
-  double* results;         // [rows of the table, 6], see cpu/wasserstein.h: lower .. epsilon
-  double* scratch;         // transport_scratch(rows, columns) for each block
+  float* kernels;              // as large as costs; used by pairs that do not fit the shared memory
+  const double* weights;       // positive, sum 1 in each cloud
+  const double* epsilons;      // [rows of the table]; 0: automatic
+  double* results;             // [rows of the table, 6], see cpu/wasserstein.h: lower .. epsilon
+  double* scratch;             // transport_scratch(rows, columns) for each block
   std::int64_t rows, columns;  // most rows that a block has of a pair, most columns
   std::size_t shared_bytes;    // of a block
   double tolerance, max_iterations;
@@ -53,7 +53,9 @@ CIT_HOST_DEVICE inline std::size_t transport_row_bytes(std::int64_t m) {
   return sizeof(float) * static_cast<std::size_t>(m + 1);
 }
 
-CIT_HOST_DEVICE inline std::int64_t transport_rows(std::int64_t n, int blocks) { return (n + blocks - 1) / blocks; }
+CIT_HOST_DEVICE inline std::int64_t transport_rows(std::int64_t n, int blocks) {
+  return (n + blocks - 1) / blocks;
+}
 
 // Doubles: four vectors of columns, three of rows.
 CIT_HOST_DEVICE inline std::int64_t transport_scratch(std::int64_t rows, std::int64_t columns) {
@@ -69,8 +71,7 @@ struct TransportTeam {
 // The team for a pair. K stays in shared memory for
 // all iterations if one block takes it with half of what a processor has, so that two run at a time, or with all of it
 // (`capacity`), or two, four or eight blocks do; else it is read from memory once an iteration.
-inline TransportTeam transport_team(std::int64_t n, std::int64_t m, std::size_t capacity, bool clusters,
-                                                  int threads) {
+inline TransportTeam transport_team(std::int64_t n, std::int64_t m, std::size_t capacity, bool clusters, int threads) {
   constexpr std::size_t kReserved = 1024;  // of a processor's shared memory, for each block
   const std::size_t fixed = transport_fixed_bytes(m, threads), row = transport_row_bytes(m);
   const auto bytes = [&](int blocks) { return fixed + row * static_cast<std::size_t>(transport_rows(n, blocks)); };

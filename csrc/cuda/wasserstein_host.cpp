@@ -1,5 +1,5 @@
-// The GPU code of wasserstein_team.cuh on the host, as a library for tests/ops/test_wasserstein_cuda.py: two warps a block, to
-// be quick.
+// The GPU code of wasserstein_team.cuh on the host, as a library for tests/ops/test_wasserstein_cuda.py: two warps a
+// block, to be quick.
 #include "cuda/host_team.h"
 #include "cuda/wasserstein_team.cuh"
 

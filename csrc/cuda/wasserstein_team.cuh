@@ -1,14 +1,14 @@
-// What a team of blocks does with one pair; the tests run it on the host (host_team.h). Team: one block, or the blocks of a
-// cluster, which read each other's shared memory.
+// What a team of blocks does with one pair; the tests run it on the host (host_team.h). Team: one block, or the blocks
+// of a cluster, which read each other's shared memory.
 //
 //   K_ij = exp((g_j - C_ij) / eps + log b_j - max_j)     formed again when v leaves 1e-6 .. 1e6
 //   u_i  = a_i / sum_j K_ij v_j,  v_j = b_j / sum_i u_i K_ij
 //
-// Each block has a part of the rows. A warp sums a row of K, then a thread sums a column of what the block holds: the second
-// reading is of shared memory, so K comes from memory once an iteration, or never. Blocks exchange sums of columns and each
-// forms all of v from them, in the same order, so all take the same decisions without being told. Exponents, sums of
-// columns and all that the bounds are made of are float64; the plan of the bounds is formed with the same operations
-// everywhere, so that its masses are right whatever the size of the exponents.
+// Each block has a part of the rows. A warp sums a row of K, then a thread sums a column of what the block holds: the
+// second reading is of shared memory, so K comes from memory once an iteration, or never. Blocks exchange sums of
+// columns and each forms all of v from them, in the same order, so all take the same decisions without being told.
+// Exponents, sums of columns and all that the bounds are made of are float64; the plan of the bounds is formed with the
+// same operations everywhere, so that its masses are right whatever the size of the exponents.
 #pragma once
 
 #include <cmath>
@@ -75,7 +75,9 @@ class Transport {
   CIT_TEAM bool takes_part(int j) const { return b()[j] >= kLeastMass; }
   CIT_TEAM int warp() const { return team_.thread() / 32; }
   CIT_TEAM int lane() const { return team_.thread() % 32; }
-  CIT_TEAM double cost(int row, int j) const { return static_cast<double>(work_.costs[at_.cost + (first_ + row) * at_.stride + j]); }
+  CIT_TEAM double cost(int row, int j) const {
+    return static_cast<double>(work_.costs[at_.cost + (first_ + row) * at_.stride + j]);
+  }
   // Where everything is. Formed anew at each use: as members these would be most of the registers of a thread.
   CIT_TEAM double* columns() const { return reinterpret_cast<double*>(team_.shared()); }
   CIT_TEAM double* more_columns() const { return columns() + width_; }
@@ -370,8 +372,8 @@ class Transport {
     }
   }
 
-  // Goes on until the columns are right to the tolerance of the call. Returns their error; what of each column is kept and
-  // what it lacks is left in kept() and missing().
+  // Goes on until the columns are right to the tolerance of the call. Returns their error; what of each column is kept
+  // and what it lacks is left in kept() and missing().
   CIT_TEAM_LONG double settle(double epsilon, double& used) {
     const double inverse = 1.0 / epsilon;
     double* const masses = more_columns();
