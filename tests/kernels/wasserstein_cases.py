@@ -112,7 +112,7 @@ def run(clouds: list[Tensor], weights: list[Tensor] | None = None, **options: An
         with backend(WHICH):
             return wasserstein_matrix(clouds, weights, **options)
     with pytest.MonkeyPatch.context() as patch:  # nothing else would give CPU tensors to this backend
-        patch.setattr("cit_fast.ops.wasserstein.resolve", lambda *_: _wasserstein_cuda._wasserstein_matrix)
+        patch.setattr("cit_fast.ops.wasserstein.resolve", lambda *_, **__: _wasserstein_cuda._wasserstein_matrix)
         return wasserstein_matrix(clouds, weights, **options)
 
 
