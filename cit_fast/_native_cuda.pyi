@@ -87,3 +87,28 @@ def flush_balance_ema(
     alphas: int,
     seed: int,
 ) -> None: ...
+def transport_team(n: int, m: int, device: int) -> tuple[int, int, bool]: ...
+def transport_teams_at_once(blocks: int, shared_bytes: int, device: int) -> int: ...
+def transport_scratch(rows: int, columns: int) -> int: ...
+def transport(
+    *,
+    table: int,
+    order: int,
+    count: int,
+    next: int,  # noqa: A002
+    costs: int,
+    kernels: int,
+    weights: int,
+    epsilons: int,
+    results: int,
+    scratch: int,
+    rows: int,
+    columns: int,
+    shared_bytes: int,
+    tolerance: float,
+    max_iterations: int,
+    blocks: int,
+    teams: int,
+    device: int,
+    stream: int,
+) -> None: ...

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cit_fast.backends import Backend, register
 from cit_fast.errors import DataError
-from cit_fast.reference.wasserstein import COSINE_ROUNDING, Cloud, make_cloud, simplex
+from cit_fast.reference.wasserstein import COSINE_ROUNDING, Cloud, make_cloud, pivot
 from cit_fast.reference.wasserstein_gradient import Term, Transport, accumulate, pair_terms, simplex_plan
 
 BATCH_ENTRIES = 1 << 22
@@ -130,6 +132,10 @@ class _Solver:
         self.tolerance, self.max_iterations, self.gap = tolerance, max_iterations, gap
         self.potentials = potentials
         self.panels = _packed(clouds) if metric == "cosine" else []
+        # Numbers, because a tensor takes microseconds to tell its size and address, and pairs are many.
+        self.sizes = [cloud.weights.shape[0] for cloud in clouds]
+        self.weights_at = [cloud.weights.data_ptr() for cloud in clouds]
+        self.panels_at = [panel.data_ptr() for panel in self.panels]
 
     def exact(self, pairs: list[Pair]) -> Tensor:
         """[M, 5]: distance to the power p three times, then 0 and 0."""
@@ -142,10 +148,10 @@ class _Solver:
             here: list[int] = []
             there: list[int] = []
             for k, (i, j) in enumerate(batch):
-                balanced = uniform[i] and uniform[j] and costs[k].shape[0] == costs[k].shape[1]
-                (here if balanced or costs[k].numel() <= PATHS_ENTRIES else there).append(k)
+                balanced = uniform[i] and uniform[j] and self.sizes[i] == self.sizes[j]
+                (here if balanced or self.entries((i, j)) <= PATHS_ENTRIES else there).append(k)
             results = torch.zeros(len(here), 6, dtype=torch.float64)
-            table = self.table([batch[k] for k in here], [costs[k] for k in here])
+            table = self.table([batch[k] for k in here], [costs.at[k] for k in here])
             _native.exact_transport(table, threads=torch.get_num_threads(), results=results.data_ptr())
             for k, broken in zip(here, results[:, 5].isnan().tolist(), strict=True):
                 if broken:
@@ -165,11 +171,13 @@ class _Solver:
             if not math.isfinite(largest):
                 raise self.overflow(pair)
             a, b = (self.clouds[index].weights for index in pair)
-            return simplex(cost, a, b, f"between clouds {pair[0]} and {pair[1]}") if largest > 0 else 0.0
+            return pivot(cost, a, b, f"between clouds {pair[0]} and {pair[1]}") if largest > 0 else 0.0
 
-        if len(pairs) < 2 or torch.get_num_threads() < 2:
-            return [solve(*each) for each in zip(pairs, costs, strict=True)]
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        if not pairs:
+            return []
+        # The filters of warnings are common to all threads.
+        with warnings.catch_warnings(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            warnings.simplefilter("ignore")
             return list(pool.map(solve, pairs, costs))
 
     def entropic(self, pairs: list[Pair], epsilon: float | None, *, divergence: bool) -> Tensor:
@@ -198,7 +206,7 @@ class _Solver:
             done += len(batch)
             wanted = [(torch.empty_like(c), c.new_empty(c.shape[0]), c.new_empty(c.shape[1])) for c in costs]
             results = torch.empty(len(batch), 6, dtype=torch.float64)
-            table, threads = self.table(batch, costs, wanted), torch.get_num_threads()
+            table, threads = self.table(batch, costs.at, wanted), torch.get_num_threads()
             if epsilon is None:
                 _native.exact_transport(table, threads=threads, results=results.data_ptr())
             else:
@@ -229,7 +237,7 @@ class _Solver:
             out = results[done : done + len(batch)]
             starts, ends = self.warm(batch) if clamp else ([], [])
             _native.sinkhorn(
-                self.table(batch, costs, starts=starts, ends=ends),
+                self.table(batch, costs.at, starts=starts, ends=ends),
                 epsilons[done : done + len(batch)],
                 tolerance=self.tolerance,
                 max_iterations=self.max_iterations,
@@ -258,16 +266,16 @@ class _Solver:
     def table(
         self,
         pairs: list[Pair],
-        costs: list[Tensor],
+        costs_at: list[int],
         wanted: Sequence[tuple[Tensor, Tensor, Tensor]] = (),
         starts: Sequence[Tensor | None] = (),
         ends: Sequence[Tensor] = (),
     ) -> list[int]:
         """csrc/bindings.cpp, kTransportColumns."""
         table: list[int] = []
-        for k, ((i, j), cost) in enumerate(zip(pairs, costs, strict=True)):
-            a, b = self.clouds[i].weights, self.clouds[j].weights
-            table += [cost.data_ptr(), *cost.shape, cost.stride(0), a.data_ptr(), b.data_ptr()]
+        for k, ((i, j), cost_at) in enumerate(zip(pairs, costs_at, strict=True)):
+            n, m = self.sizes[i], self.sizes[j]
+            table += [cost_at, n, m, m, self.weights_at[i], self.weights_at[j]]
             table += [each.data_ptr() for each in wanted[k]] if wanted else [0, 0, 0]
             start = starts[k] if starts else None
             table += [0 if start is None else start.data_ptr(), ends[k].data_ptr() if ends else 0]
@@ -279,8 +287,8 @@ class _Solver:
             f"scale the points down"
         )
 
-    def batches(self, pairs: Iterable[Pair]) -> Iterator[tuple[list[Pair], list[Tensor]]]:
-        """Pairs with their costs c(x_m, y_n)^p, [n, m] float64 each. The memory is used again for the next batch."""
+    def batches(self, pairs: Iterable[Pair]) -> Iterator[tuple[list[Pair], _Costs]]:
+        """Pairs with their costs c(x_m, y_n)^p. The memory is used again for the next batch."""
         batch: list[Pair] = []
         entries = 0
         memory = torch.empty(0, dtype=torch.float64)
@@ -297,16 +305,12 @@ class _Solver:
             yield batch, self.costs(batch, memory[:entries])
 
     def entries(self, pair: Pair) -> int:
-        return len(self.clouds[pair[0]].weights) * len(self.clouds[pair[1]].weights)
+        return self.sizes[pair[0]] * self.sizes[pair[1]]
 
-    def costs(self, batch: list[Pair], memory: Tensor) -> list[Tensor]:
-        costs, start = [], 0
-        for i, j in batch:
-            shape = len(self.clouds[i].weights), len(self.clouds[j].weights)
-            costs.append(memory[start : start + math.prod(shape)].view(shape))
-            start += costs[-1].numel()
+    def costs(self, batch: list[Pair], memory: Tensor) -> _Costs:
+        costs = _Costs(memory, [(self.sizes[i], self.sizes[j]) for i, j in batch])
         if self.metric == "cosine":
-            self.cosine_costs(batch, costs)
+            self.cosine_costs(batch, costs.at)
         else:
             for (i, j), cost in zip(batch, costs, strict=True):
                 _squared_distances(self.clouds[i].points, self.clouds[j].points, cost)
@@ -316,14 +320,29 @@ class _Solver:
             memory.pow_(self.p)
         return costs
 
-    def cosine_costs(self, batch: list[Pair], costs: list[Tensor]) -> None:
+    def cosine_costs(self, batch: list[Pair], costs_at: list[int]) -> None:
         from cit_fast import _native
 
         d = self.clouds[0].points.shape[1]
         table: list[int] = []
-        for (i, j), cost in zip(batch, costs, strict=True):
-            table += [self.panels[i].data_ptr(), self.panels[j].data_ptr(), cost.data_ptr(), *cost.shape, d]
+        for (i, j), cost_at in zip(batch, costs_at, strict=True):
+            table += [self.panels_at[i], self.panels_at[j], cost_at, self.sizes[i], self.sizes[j], d]
         _native.cosine_costs(table, rounding=COSINE_ROUNDING, threads=torch.get_num_threads())
+
+
+class _Costs(Sequence[Tensor]):
+    """Costs [n, m], float64, one after another in one memory; and their addresses, ``at``."""
+
+    def __init__(self, memory: Tensor, shapes: list[tuple[int, int]]) -> None:
+        self.memory, self.shapes = memory, shapes
+        self.starts = list(itertools.accumulate((n * m for n, m in shapes), initial=0))
+        self.at = [memory.data_ptr() + 8 * start for start in self.starts[:-1]]
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __getitem__(self, k: Any) -> Any:
+        return self.memory[self.starts[k] : self.starts[k + 1]].view(self.shapes[k])
 
 
 def _packed(clouds: list[Cloud]) -> list[Tensor]:

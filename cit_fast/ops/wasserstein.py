@@ -14,7 +14,11 @@ from torch import Tensor
 
 from cit_fast.backends import Backend, backend, forced_backend, resolve
 from cit_fast.errors import ConfigError, DataError
-from cit_fast.ops import _wasserstein_native  # noqa: F401  registers the native backend, and both gradients
+from cit_fast.ops import (  # noqa: F401  they register their backends, and the native one its gradient
+    _wasserstein_cuda,
+    _wasserstein_native,
+    _wasserstein_triton,
+)
 from cit_fast.reference.wasserstein import METHODS, METRICS
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

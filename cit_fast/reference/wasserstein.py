@@ -185,13 +185,16 @@ def ground_cost(x: Tensor, y: Tensor, metric: str) -> Tensor:
 
 def simplex(cost: Tensor, a: Tensor, b: Tensor, where: str) -> float:
     """min <pi, C> by POT's network simplex."""
-    import ot  # here, because it takes a second and half of the users never need it
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what it has to say is in the log
-        value, log = ot.emd2(
-            a.cpu().numpy(), b.cpu().numpy(), cost.cpu().numpy(), numItermax=SIMPLEX_ITERATIONS, log=True
-        )
+        return pivot(cost, a, b, where)
+
+
+def pivot(cost: Tensor, a: Tensor, b: Tensor, where: str) -> float:
+    """:func:`simplex`, warnings and all."""
+    import ot  # here, because it takes a second and half of the users never need it
+
+    value, log = ot.emd2(a.cpu().numpy(), b.cpu().numpy(), cost.cpu().numpy(), numItermax=SIMPLEX_ITERATIONS, log=True)
     if log["warning"] is not None:
         raise CitFastError(f"exact transport {where} failed: {log['warning']}; use method='sinkhorn'")
     return max(float(value), 0.0)

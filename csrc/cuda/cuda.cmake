@@ -72,7 +72,7 @@ endforeach()
 list(JOIN architectures ", " architectures)
 message(STATUS "cit-fast: CUDA kernels for ${architectures}")
 
-add_library(cit_fast_cuda STATIC csrc/cuda/balance_ema.cu)
+add_library(cit_fast_cuda STATIC csrc/cuda/balance_ema.cu csrc/cuda/wasserstein.cu)
 target_include_directories(cit_fast_cuda PUBLIC csrc)
 # As on the CPU: without contraction into fused multiply-add the average has the same bits for the same weight.
 target_compile_options(cit_fast_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--fmad=false -Xcompiler=-fvisibility=hidden>)

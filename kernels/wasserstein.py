@@ -1,0 +1,348 @@
+"""Entropic transport of many pairs of point clouds with bounds on the exact value: Triton kernels.
+
+    K_ij = exp((g_j - C_ij) / eps + log b_j - max_j)         formed again when v leaves 1e-6 .. 1e6
+    u_i  = a_i / sum_j K_ij v_j                              the rows of the plan u_i K_ij v_j are right
+    v_j  = b_j / sum_i u_i K_ij                              then its columns
+
+``reference/wasserstein.py`` has the definition, ``csrc/cpu/wasserstein.cpp`` the same steps on the CPU. An iteration
+reads K once, in tiles of whole rows: the sum of a row gives its u, with which the row adds to the sums of the columns.
+That is 4 bytes and two multiply-adds an entry, no exponential, so what counts is where K is read from: of a pair up to
+some 200 x 200 it stays in the first-level cache of the one processor that solves it, and up to some 3000 x 3000 in the
+second-level cache of the GPU.
+
+* A pair is a small machine whose state is in memory. ``pass_over`` goes once over the matrix and leaves sums of columns
+  (wasserstein_passes.py); ``_combine`` makes the next potentials of them and chooses the next pass. ``solve_kernel``
+  runs it to the end in one launch, one program a pair, stopping by itself. For large pairs many programs make a pass,
+  in strips of rows, and one combines (``pass_kernel``, ``combine_kernel``); the host looks now and then whether all are
+  done.
+* Exponents are float64 wherever they are formed: (g - C) / eps goes to 1e9 and its last places are the plan. So are the
+  sums of columns and all that the bounds are made of. The plan of the bounds is formed with the same operations in
+  MASSES and in BOUNDS, so that its masses are right to the last places whatever the size of the exponents.
+* All sums are in a fixed order; there are no atomic operations.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from cit_fast.kernels.wasserstein_passes import (
+    BOUNDS,
+    COLUMN_WEIGHT,
+    COLUMNS,
+    COUNT,
+    DONE,
+    EPSILON,
+    ERROR,
+    FIRST_STRIP,
+    FORM,
+    ITERATE,
+    MASSES,
+    MEAN,
+    MEAN_COST,
+    MODE,
+    MOST,
+    NEXT,
+    NEXT_EPSILON,
+    NEXT_MODE,
+    PARTIALS,
+    REACH,
+    STRIPS,
+    TARGET,
+    TOLERANCE,
+    USED,
+    VARIANCE,
+    VECTORS,
+    G,
+    H,
+    V,
+    pass_over,
+    read_mode,
+)
+
+# As in the reference and in csrc/cpu/wasserstein.cpp.
+EPSILON_OF_SPREAD = tl.constexpr(0.05)
+LEAST_EPSILON = tl.constexpr(1e-9)
+COARSE_TOLERANCE = tl.constexpr(0.05)
+COARSE_ITERATIONS = tl.constexpr(10)
+LEAST_MASS = tl.constexpr(1e-25)  # columns with less take no part in the iteration
+FLOAT_SHARE = tl.constexpr(0.75)  # where iterations with K in float32 stop, of the tolerance
+FLOAT_TOLERANCE = tl.constexpr(5e-7)  # the error that they can reach
+LEAST_V = tl.constexpr(1e-6)
+MOST_V = tl.constexpr(1e6)
+LEAST_SUM = tl.constexpr(1e-30)
+LEAST_DOUBLE_SUM = tl.constexpr(1e-290)
+
+
+@triton.jit
+def solve_kernel(
+    order,  # [programs] int32: pairs
+    table,
+    state,
+    costs,  # float32
+    kernels,  # float32, of the same layout
+    weights,  # float64
+    vectors,  # float64
+    partials,  # float64
+    scalars,  # [strips, 8] float64
+    results,  # [pairs, 6] float64, written
+    TILE_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,  # at least the columns of each pair
+    FINE_ROWS: tl.constexpr,  # a tile of float64
+    CHUNK: tl.constexpr,
+):
+    """All of a pair, which is one strip, by one program."""
+    pair = tl.load(order + tl.program_id(0))
+    mode = read_mode(state, pair)
+    while mode < DONE:
+        matrix = (table, state, costs, kernels, weights, vectors, partials, scalars)
+        pass_over(matrix, pair, 0, TILE_ROWS, BLOCK, FINE_ROWS, CHUNK)
+        tl.debug_barrier()  # other threads read what these wrote to memory
+        _combine((table, state, weights, vectors, partials, scalars, results), pair, CHUNK)
+        tl.debug_barrier()
+        mode = read_mode(state, pair)
+
+
+@triton.jit
+def pass_kernel(
+    order,
+    table,
+    state,
+    costs,
+    kernels,
+    weights,
+    vectors,
+    partials,
+    scalars,
+    TILE_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FINE_ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """The next pass over one strip of a pair."""
+    pair = tl.load(order + tl.program_id(1))
+    strip = tl.program_id(0)
+    if (strip < tl.load(table + 10 * pair + STRIPS)) & (read_mode(state, pair) < DONE):
+        matrix = (table, state, costs, kernels, weights, vectors, partials, scalars)
+        pass_over(matrix, pair, strip, TILE_ROWS, BLOCK, FINE_ROWS, CHUNK)
+
+
+@triton.jit
+def combine_kernel(order, table, state, weights, vectors, partials, scalars, results, CHUNK: tl.constexpr):
+    """What follows a pass over all strips of a pair."""
+    pair = tl.load(order + tl.program_id(0))
+    if read_mode(state, pair) < DONE:
+        _combine((table, state, weights, vectors, partials, scalars, results), pair, CHUNK)
+
+
+# Between the passes
+
+
+@triton.jit
+def _combine(memory, pair, CHUNK: tl.constexpr):
+    """The next potentials and the next pass."""
+    table, states, weights, vectors, partials, scalars, results = memory
+    row = table + 10 * pair
+    m = tl.load(row + COLUMNS).to(tl.int32)
+    strips = tl.load(row + STRIPS).to(tl.int32)
+    by_column = vectors + tl.load(row + VECTORS)
+    b_ptr = weights + tl.load(row + COLUMN_WEIGHT)
+    sums = partials + tl.load(row + PARTIALS)
+    numbers = scalars + 8 * tl.load(row + FIRST_STRIP)
+    state = states + 16 * pair
+    mode = tl.load(state + MODE).to(tl.int32)
+    now = (tl.load(state + EPSILON), tl.load(state + TARGET), tl.load(state + USED), tl.load(state + NEXT_EPSILON))
+    tl.debug_barrier()  # all threads have the state before one changes it
+    if (mode == FORM) | (mode == ITERATE):
+        _after_iteration(state, now, by_column, b_ptr, sums, strips, m, CHUNK)
+    elif mode == MASSES:
+        _after_masses(state, now, by_column, b_ptr, sums, strips, m, CHUNK)
+    elif mode == REACH:
+        _after_reach(state, now, by_column, b_ptr, sums, strips, m, CHUNK)
+    elif mode == BOUNDS:
+        _after_bounds(state, now, by_column, b_ptr, sums, numbers, strips, m, results + 6 * pair, CHUNK)
+    elif mode == MEAN:
+        tl.store(state + MEAN_COST, _sum_numbers(numbers, strips))
+        tl.store(state + MODE, VARIANCE + 0.0)
+    else:
+        target = now[1]
+        automatic = tl.maximum(tl.sqrt(_sum_numbers(numbers, strips)) * EPSILON_OF_SPREAD, LEAST_EPSILON)
+        target = tl.where(target > 0.0, target, automatic)
+        epsilon = tl.maximum(target, 1.0)
+        tl.store(state + TARGET, target)
+        tl.store(state + EPSILON, epsilon)
+        tl.store(state + MODE, FORM + 0.0)
+        for left in range(0, m, CHUNK):
+            cols = left + tl.arange(0, CHUNK)
+            b = tl.load(b_ptr + cols, cols < m, other=0.0)
+            _set_potential(by_column, m, cols, b, tl.where(b >= LEAST_MASS, 0.0, float("-inf")).to(tl.float64), epsilon)
+
+
+@triton.jit
+def _set_potential(by_column, m, cols, b, g, epsilon):
+    """G, H, and V = 1."""
+    tl.store(by_column + G * m + cols, g, cols < m)
+    tl.store(by_column + H * m + cols, g / epsilon + tl.log(tl.where(cols < m, b, 1.0)), cols < m)
+    tl.store(by_column + V * m + cols, tl.where(b >= LEAST_MASS, 1.0, 0.0).to(tl.float64), cols < m)
+
+
+@triton.jit
+def _after_iteration(state, now, by_column, b_ptr, sums, strips, m, CHUNK: tl.constexpr):
+    epsilon, target, used, _ = now
+    used += 1.0
+    tolerance = tl.load(state + TOLERANCE)
+    error = tl.zeros((CHUNK,), tl.float64)
+    smallest = tl.full((CHUNK,), 1.0, tl.float64)
+    largest = tl.full((CHUNK,), 1.0, tl.float64)
+    least_sum = tl.full((CHUNK,), 1.0, tl.float64)
+    for left in range(0, m, CHUNK):
+        cols = left + tl.arange(0, CHUNK)
+        b = tl.load(b_ptr + cols, cols < m, other=0.0)
+        takes_part = b >= LEAST_MASS
+        total = _sum_strips(sums, cols, strips, m)
+        v = tl.load(by_column + V * m + cols, cols < m, other=0.0)
+        error += tl.where(takes_part, tl.abs(v * total - b), 0.0)
+        least_sum = tl.minimum(least_sum, tl.where(takes_part, total, 1.0))
+        next_v = b / tl.where(total > 1e-300, total, 1e-300)
+        next_v = tl.where(takes_part, next_v.to(tl.float32).to(tl.float64), 0.0)
+        smallest = tl.minimum(smallest, tl.where(takes_part, next_v, 1.0))
+        largest = tl.maximum(largest, next_v)
+        tl.store(by_column + NEXT * m + cols, next_v, cols < m)
+
+    coarse = epsilon > target
+    enough = tl.where(
+        coarse, tl.maximum(tolerance, COARSE_TOLERANCE), tl.maximum(tolerance * FLOAT_SHARE, FLOAT_TOLERANCE)
+    )
+    most = tl.where(coarse, COARSE_ITERATIONS + 0.0, tl.load(state + MOST))
+    stop = (tl.sum(error, axis=0) <= enough) | (used >= most)
+    in_range = (tl.min(smallest, axis=0) >= LEAST_V) & (tl.max(largest, axis=0) <= MOST_V)
+    reached = tl.min(least_sum, axis=0) >= LEAST_SUM
+    finished = stop & (epsilon <= target)
+    next_epsilon = tl.where(stop & coarse, tl.maximum(epsilon / 2.0, target), epsilon)
+    tl.store(state + COUNT, tl.load(state + COUNT) + 1.0)
+    tl.store(state + USED, tl.where(stop & coarse, 0.0, used))
+    tl.debug_barrier()
+    if in_range & (stop == 0):
+        for left in range(0, m, CHUNK):
+            cols = left + tl.arange(0, CHUNK)
+            tl.store(by_column + V * m + cols, tl.load(by_column + NEXT * m + cols, cols < m), cols < m)
+        tl.store(state + MODE, ITERATE + 0.0)
+    else:
+        # The plan at the end is that of this K and v, and so is the one that columns are reached from.
+        moved = reached & (finished == 0)
+        at_epsilon = tl.where(moved, next_epsilon, epsilon)
+        for left in range(0, m, CHUNK):
+            cols = left + tl.arange(0, CHUNK)
+            b = tl.load(b_ptr + cols, cols < m, other=0.0)
+            takes_part = b >= LEAST_MASS
+            v = tl.load(by_column + V * m + cols, cols < m, other=1.0)
+            v = tl.where(moved, tl.load(by_column + NEXT * m + cols, cols < m, other=1.0), v)
+            g = tl.load(by_column + G * m + cols, cols < m, other=0.0)
+            g += tl.where(takes_part, epsilon * tl.log(tl.where(takes_part, v, 1.0)), 0.0)
+            _set_potential(by_column, m, cols, b, g, at_epsilon)
+        tl.store(state + EPSILON, at_epsilon)
+        tl.store(state + NEXT_MODE, FORM + 0.0)
+        tl.store(state + NEXT_EPSILON, next_epsilon)
+        tl.store(state + MODE, tl.where(finished, MASSES + 0.0, tl.where(reached, FORM + 0.0, REACH + 0.0)))
+
+
+@triton.jit
+def _after_masses(state, now, by_column, b_ptr, sums, strips, m, CHUNK: tl.constexpr):
+    epsilon, _, used, _ = now
+    error = tl.zeros((CHUNK,), tl.float64)
+    least_sum = tl.full((CHUNK,), 1.0, tl.float64)
+    for left in range(0, m, CHUNK):
+        cols = left + tl.arange(0, CHUNK)
+        b = tl.load(b_ptr + cols, cols < m, other=0.0)
+        total = _sum_strips(sums, cols, strips, m)
+        error += tl.abs(total - b)
+        least_sum = tl.minimum(least_sum, tl.where(b >= LEAST_MASS, total, 1.0))
+    marginal_error = tl.sum(error, axis=0)
+    reached = tl.min(least_sum, axis=0) >= LEAST_DOUBLE_SUM
+    if (marginal_error <= tl.load(state + TOLERANCE)) | (used >= tl.load(state + MOST)):
+        for left in range(0, m, CHUNK):
+            cols = left + tl.arange(0, CHUNK)
+            b = tl.load(b_ptr + cols, cols < m, other=0.0)
+            total = _sum_strips(sums, cols, strips, m)
+            kept = tl.where(total > b, b / tl.where(total > b, total, 1.0), 1.0)
+            tl.store(by_column + V * m + cols, kept, cols < m)
+            tl.store(by_column + NEXT * m + cols, tl.maximum(b - total, 0.0), cols < m)
+        tl.store(state + ERROR, marginal_error)
+        tl.store(state + MODE, BOUNDS + 0.0)
+    else:
+        tl.store(state + COUNT, tl.load(state + COUNT) + 1.0)
+        tl.store(state + USED, used + 1.0)
+        if reached:
+            for left in range(0, m, CHUNK):
+                cols = left + tl.arange(0, CHUNK)
+                b = tl.load(b_ptr + cols, cols < m, other=0.0)
+                takes_part = b >= LEAST_MASS
+                ratio = tl.where(takes_part, b, 1.0) / tl.where(takes_part, _sum_strips(sums, cols, strips, m), 1.0)
+                g = tl.load(by_column + G * m + cols, cols < m, other=0.0)
+                _set_potential(by_column, m, cols, b, g + epsilon * tl.log(ratio), epsilon)
+        else:
+            tl.store(state + NEXT_MODE, MASSES + 0.0)
+            tl.store(state + NEXT_EPSILON, epsilon)
+            tl.store(state + MODE, REACH + 0.0)
+
+
+@triton.jit
+def _after_reach(state, now, by_column, b_ptr, sums, strips, m, CHUNK: tl.constexpr):
+    epsilon, _, _, next_epsilon = now
+    for left in range(0, m, CHUNK):
+        cols = left + tl.arange(0, CHUNK)
+        b = tl.load(b_ptr + cols, cols < m, other=0.0)
+        top = tl.full((CHUNK,), float("-inf"), tl.float64)
+        total = tl.zeros((CHUNK,), tl.float64)
+        for strip in range(strips):
+            its_top = tl.load(sums + 2 * strip * m + cols, cols < m, other=0.0)
+            its_total = tl.load(sums + (2 * strip + 1) * m + cols, cols < m, other=1.0)
+            new = tl.maximum(top, its_top)
+            total = total * tl.exp(top - new) + its_total * tl.exp(its_top - new)
+            top = new
+        g = tl.where(b >= LEAST_MASS, -epsilon * (top + tl.log(total)), float("-inf"))
+        _set_potential(by_column, m, cols, b, g, next_epsilon)
+    tl.store(state + EPSILON, next_epsilon)
+    tl.store(state + MODE, tl.load(state + NEXT_MODE))
+
+
+@triton.jit
+def _after_bounds(state, now, by_column, b_ptr, sums, numbers, strips, m, out, CHUNK: tl.constexpr):
+    lower = tl.zeros((CHUNK,), tl.float64)
+    value = tl.zeros((CHUNK,), tl.float64)
+    for left in range(0, m, CHUNK):
+        cols = left + tl.arange(0, CHUNK)
+        b = tl.load(b_ptr + cols, cols < m, other=0.0)
+        least = tl.full((CHUNK,), float("inf"), tl.float64)
+        for strip in range(strips):
+            least = tl.minimum(least, tl.load(sums + 2 * strip * m + cols, cols < m, other=0.0))
+        g = tl.load(by_column + G * m + cols, cols < m, other=0.0)
+        lower += b * least
+        value += tl.where(b >= LEAST_MASS, b * g, 0.0)
+    epsilon = now[0]
+    missing_mass = _sum_numbers(numbers + 2, strips)
+    missing_cost = _sum_numbers(numbers + 1, strips) / tl.where(missing_mass > 0.0, missing_mass, 1.0)
+    upper = _sum_numbers(numbers, strips) + missing_cost
+    dual = _sum_numbers(numbers + 3, strips) + tl.sum(lower, axis=0)
+    tl.store(out, tl.maximum(tl.minimum(dual, upper), 0.0))
+    tl.store(out + 1, upper)
+    tl.store(out + 2, epsilon * _sum_numbers(numbers + 4, strips) + tl.sum(value, axis=0))
+    tl.store(out + 3, tl.load(state + COUNT))
+    tl.store(out + 4, tl.load(state + ERROR))
+    tl.store(out + 5, epsilon)
+    tl.store(state + MODE, DONE + 0.0)
+
+
+@triton.jit
+def _sum_strips(sums, cols, strips, m):
+    total = tl.zeros_like(cols).to(tl.float64)
+    for strip in range(strips):
+        total += tl.load(sums + 2 * strip * m + cols, cols < m, other=0.0)
+    return total
+
+
+@triton.jit
+def _sum_numbers(numbers, strips):
+    total = tl.load(numbers)
+    for strip in range(1, strips):
+        total += tl.load(numbers + 8 * strip)
+    return total
