@@ -90,7 +90,7 @@ def wasserstein_matrix(
         tolerance: Sinkhorn stops for each pair by itself at this L1 error of the marginals (mass is 1).
             Positive.
         max_iterations: Sinkhorn stops here otherwise, which ``marginal_error`` shows; iterations of the
-            epsilon scaling, at most 10 for each halving, come on top. The bounds hold in any case.
+            epsilon scaling, at most 10 a level, come on top. The bounds hold in any case.
         gap: Sinkhorn halves epsilon until upper - lower is at most this share of upper, for each pair by itself and
             within ``max_iterations``: 1e-3 certifies the distance to a thousandth. None: epsilon stays.
         warm_start: Where Sinkhorn starts from, and what it leaves for the next call; the result has no gradient then.
