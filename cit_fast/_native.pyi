@@ -37,3 +37,48 @@ def adamw_balance_ema(
     norms: int,
 ) -> None: ...
 def flush_balance_ema(table: list[int], *, seed: int, threads: int, alphas: int) -> None: ...
+def has_bfloat16_products() -> bool: ...
+
+# Address, dtype, rows, columns and elements from row to row.
+_Matrix = tuple[int, int, int, int, int]
+
+def token_gain_statistics(
+    full: _Matrix,
+    masked: _Matrix,
+    weight: _Matrix,
+    *,
+    bias: int,
+    targets: int,
+    first_entry: int,
+    scale: float,
+    softcap: float,
+    threads: int,
+    statistics: int,
+) -> None: ...
+def masked_jsd(
+    live: _Matrix,
+    frozen: _Matrix,
+    weight_live: _Matrix,
+    weight_frozen: _Matrix,
+    *,
+    bias_live: int,
+    bias_frozen: int,
+    temperature: int,
+    row_weight: int,
+    scale: float,
+    softcap: float,
+    threads: int,
+    gradients: tuple[int, int, int],
+) -> float: ...
+def linear_cross_entropy(
+    hidden: _Matrix,
+    weight: _Matrix,
+    *,
+    bias: int,
+    targets: int,
+    row_weight: int,
+    scale: float,
+    softcap: float,
+    threads: int,
+    gradients: tuple[int, int, int],
+) -> float: ...
