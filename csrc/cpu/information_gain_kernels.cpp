@@ -42,8 +42,7 @@ struct Engine {
 
 void product(const Product& p) {
 #if defined(__AVX512F__)
-  if (p.a[1] != nullptr) return product_rows<Engine, 2, 12>(p);
-  product_rows<Engine, 1, 24>(p);
+  p.a[1] != nullptr ? product_rows<Engine, 2, kTileRows>(p) : product_rows<Engine, 1, kTileRows>(p);
 #else
   // Sixteen registers hold no more than one group.
   constexpr int kRows = kParts == 2 ? 6 : 3;
@@ -67,14 +66,6 @@ CIT_INLINE F32x16 pairs_of(const Halves& low, const Halves& high) {
   F32x16 pairs;
   for (int k = 0; k < kParts; ++k) pairs.part[k] = (Vector)(widen(low.part[k]) | (widen(high.part[k]) << 16));
   return pairs;
-}
-
-void interleave(const void* first, const void* second, int64_t count, float* target) {
-  const auto* const low = static_cast<const uint16_t*>(first);
-  const auto* const high = static_cast<const uint16_t*>(second);
-  for_each_vector(0, count, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-    store(target + i, pairs_of(load(low + i, lanes), load(high + i, lanes)), lanes);
-  });
 }
 
 void to_pairs(float* values, int64_t rows) {
@@ -158,11 +149,11 @@ void add_gain(float* full, float* masked, int64_t rows, const LogitMap& map, Gai
       d[side] = below(logits[side], row, max[side]);
       e[side] = exponential(d[side]);
       sum[side] = sum[side] + e[side];
-      moment[side] = moment[side] + d[side] * e[side];
+      moment[side] = multiply_add(d[side], e[side], moment[side]);
     }
     const F32x16 difference = d[0] - d[1];
-    cross[0] = cross[0] + difference * e[0];
-    cross[1] = cross[1] - difference * e[1];
+    cross[0] = multiply_add(difference, e[0], cross[0]);
+    cross[1] = multiply_add(d[1] - d[0], e[1], cross[1]);
   }
   // What was summed before, moved to the new maxima.
   for (int side = 0; side < 2; ++side) {
@@ -202,9 +193,14 @@ struct JsdLoop {
     const F32x16 r = log_q - log_p;
     // log(larger / m) = -log(1 + (e^-|r| - 1) / 2), and the other one is |r| less.
     const F32x16 distance = absolute(r);
-    const F32x16 high = splat(0.0f) - logarithm_1_plus(exponential_minus_1(splat(0.0f) - distance) * splat(0.5f));
+    const Exponential ratio = split_exponential(at_least(splat(0.0f) - distance, kLowestExponent));
+    const F32x16 rest = multiply_add(ratio.power, ratio.rest, ratio.power - splat(1.0f));
+    const F32x16 high = splat(0.0f) - logarithm_1_plus(rest * splat(0.5f));
     const F32x16 low = high - distance;
-    return {exponential(log_p), exponential(log_q), where_negative(r, high, low), where_negative(r, low, high)};
+    const F32x16 larger_one = exponential(where_negative(r, log_p, log_q));
+    const F32x16 smaller_one = larger_one * multiply_add(ratio.power, ratio.rest, ratio.power);
+    return {where_negative(r, larger_one, smaller_one), where_negative(r, smaller_one, larger_one),
+            where_negative(r, high, low), where_negative(r, low, high)};
   }
 
   F32x16 max_p, max_q, log_sum_p, log_sum_q;
@@ -216,8 +212,8 @@ void add_jsd(const float* live, const float* frozen, int64_t rows, const JsdLane
   F32x16 p_sum = splat(0.0f), q_sum = splat(0.0f);
   for (int64_t row = 0; row < rows; ++row) {
     const Ratio x = ratio_at(live, frozen, row);
-    p_sum = p_sum + x.p * x.log_p;
-    q_sum = q_sum + x.q * x.log_q;
+    p_sum = multiply_add(x.p, x.log_p, p_sum);
+    q_sum = multiply_add(x.q, x.log_q, q_sum);
   }
   store(divergences[0], load(divergences[0]) + p_sum);
   store(divergences[1], load(divergences[1]) + q_sum);
@@ -253,8 +249,8 @@ void cross_entropy_gradient(float* logits, int64_t rows, const JsdLanes& lanes) 
 }  // namespace
 
 extern const InformationGainKernels kInformationGain;
-const InformationGainKernels kInformationGain = {
-    product, widen_elements, interleave, to_pairs, add_gain, add_softmax, add_jsd, jsd_gradient, cross_entropy_gradient};
+const InformationGainKernels kInformationGain = {product,     widen_elements, to_pairs,     add_gain,
+                                                 add_softmax, add_jsd,        jsd_gradient, cross_entropy_gradient};
 
 }  // namespace CIT_SIMD_NAMESPACE
 }  // namespace cit

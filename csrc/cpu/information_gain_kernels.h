@@ -15,6 +15,7 @@ constexpr int64_t kGroup = 16;
 // Vocabulary entries at a time: the logits of two groups fit the first-level cache, a block of the head the second. A
 // multiple of every tile height.
 constexpr int64_t kChunkRows = 96;
+constexpr int kTileRows = 8;  // with AVX-512
 // Stands for -infinity, whose difference to itself is no number.
 constexpr float kNowhere = -1e30f;
 
@@ -67,8 +68,6 @@ struct JsdLanes {
 struct InformationGainKernels {
   void (*product)(const Product& product);
   void (*widen)(const Array& source, int64_t begin, int64_t count, float* target);
-  // target[k] = the 16 bits first[k] and, above them, second[k].
-  void (*interleave)(const void* first, const void* second, int64_t count, float* target);
   // [rows][16] float32 to [rows / 2][16] pairs of bfloat16, in place; a last odd row is paired with 0.
   void (*to_pairs)(float* values, int64_t rows);
   // Turns the products of both contexts into logits, in place, and adds them to the statistics.
@@ -95,7 +94,10 @@ extern const InformationGainKernels kInformationGain;
 }
 namespace simd_avx512_bf16 {
 void pair_product(const PairProduct& product);
-}
+// Pairs (first[column], second[column]), 32 columns together and then `stride` words on; the last 32 are filled up with
+// 0. second may be null: 0.
+void pack_pairs(const uint16_t* first, const uint16_t* second, int64_t columns, uint32_t* target, int64_t stride);
+}  // namespace simd_avx512_bf16
 #endif
 
 }  // namespace cit

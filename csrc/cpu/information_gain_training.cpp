@@ -20,7 +20,7 @@ namespace {
 constexpr std::int64_t kPieceRows = 10 * kChunkRows;
 constexpr std::int64_t kChunkTokens = 64;
 constexpr std::int64_t kShareOfLogits = 20;
-constexpr std::int64_t kColumns = 96;  // least columns of the head per task
+constexpr std::int64_t kColumns = 64;  // of the head per task: a multiple of this, cache lines of any dtype
 
 struct Side {
   const Matrix& hidden;
@@ -57,7 +57,7 @@ std::int64_t chunk_tokens(const Problem& problem) {
 
 class Chunk {
  public:
-  Chunk(const Problem& problem, std::int64_t begin, std::int64_t count, std::vector<float>& store)
+  Chunk(const Problem& problem, std::int64_t begin, std::int64_t count, const AlignedFloats& store)
       : run_(information_gain_kernels()),
         problem_(problem),
         begin_(begin),
@@ -219,10 +219,9 @@ class Chunk {
 
   void logit_gradients() {
     const std::int64_t width = problem_.sides[0].hidden.width, stride = divide_up(width, kGroup) * kGroup;
-    std::vector<float> hidden;
+    AlignedFloats hidden;
     if (problem_.gradients.weight != nullptr) {
       hidden = widened_rows(problem_.sides[0].hidden, begin_, count_, problem_.row_weight, stride);
-      hidden.resize(static_cast<std::size_t>(groups_ * kGroup * stride));
     }
     parallel_for(pieces_, problem_.options.threads, [&](std::int64_t piece) {
       const std::int64_t first = piece * kPieceRows, rows = end_of(piece) - first;
@@ -300,37 +299,31 @@ class Chunk {
     const Matrix& weight = problem_.sides[0].head.weight;
     const std::int64_t width = weight.width, threads = std::max(problem_.options.threads, 1);
     // How the columns are shared out changes no bits: every column is a sum of its own.
-    const std::int64_t columns = std::max(kColumns, divide_up(divide_up(width, threads), 24) * 24);
-    std::vector<float> transposed(static_cast<std::size_t>(groups_ * width * kGroup));
+    const std::int64_t columns = std::max(kColumns, divide_up(divide_up(width, threads), kColumns) * kColumns);
+    // All lanes of the last group, though there may be fewer tokens.
+    const AlignedFloats sums(groups_ * kGroup * width);
     parallel_for(divide_up(width, columns), problem_.options.threads, [&](std::int64_t task) {
       const std::int64_t column = task * columns, some = std::min(columns, width - column);
-      HeadColumns block(weight, pairs_[0], column, some);
-      const auto out = [&](std::int64_t group) {
-        return group < groups_ ? transposed.data() + (group * width + column) * kGroup : nullptr;
-      };
+      HeadColumns head(weight, pairs_[0], column, some);
       for (std::int64_t piece = 0; piece < pieces_; ++piece) {
-        for (std::int64_t first = piece * kPieceRows; first < end_of(piece); first += HeadColumns::kRows) {
-          block.move_to(first, std::min(HeadColumns::kRows, end_of(piece) - first));
+        const std::int64_t start = piece * kPieceRows;
+        for (std::int64_t first = start; first < end_of(piece); first += HeadColumns::kRows) {
+          head.move_to(first, std::min(HeadColumns::kRows, end_of(piece) - first));
           // Pairs lie at the beginning of their piece, in half of its space.
-          const std::int64_t at = pairs_[0] ? piece * kPieceRows + (first - piece * kPieceRows) / 2 : first;
-          const auto gradient = [&](std::int64_t group) { return group < groups_ ? stored(0, group, at) : nullptr; };
-          for (std::int64_t group = 0; group < groups_; group += 2) {
-            block.add_product(gradient(group), gradient(group + 1), out(group), out(group + 1));
+          const std::int64_t at = pairs_[0] ? start + (first - start) / 2 : first;
+          for (std::int64_t group = 0; group < groups_; ++group) {
+            head.add_product(stored(0, group, at), sums.data() + group * kGroup * width + column, width);
           }
         }
       }
-      for (std::int64_t token = 0; token < count_; ++token) {
-        const float* const from = transposed.data() + (token / kGroup * width + column) * kGroup + token % kGroup;
-        float* const to = problem_.gradients.hidden + (begin_ + token) * width + column;
-        for (std::int64_t k = 0; k < some; ++k) to[k] = from[k * kGroup];
-      }
     });
+    std::copy_n(sums.data(), count_ * width, problem_.gradients.hidden + begin_ * width);
   }
 
   const InformationGainKernels& run_;
   const Problem& problem_;
   const std::int64_t begin_, count_, groups_, pieces_;
-  std::vector<float>& store_;
+  const AlignedFloats& store_;
   std::vector<bool> pairs_;
   std::vector<Panels> panels_;
   std::vector<JsdLanes> lanes_;
@@ -340,7 +333,7 @@ class Chunk {
 double run(const Problem& problem) {
   const std::int64_t step = chunk_tokens(problem);
   const std::int64_t groups = divide_up(std::min(step, problem.tokens()), kGroup);
-  std::vector<float> store(problem.sides.size() * static_cast<std::size_t>(groups * problem.vocabulary() * kGroup));
+  const AlignedFloats store(static_cast<std::int64_t>(problem.sides.size()) * groups * problem.vocabulary() * kGroup);
   double total = 0.0;
   for (std::int64_t begin = 0; begin < problem.tokens(); begin += step) {
     total += Chunk(problem, begin, std::min(step, problem.tokens() - begin), store).loss();

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "dispatch.h"
 #include "parallel.h"
@@ -52,7 +53,7 @@ Panels::Panels(const Matrix& hidden, std::int64_t begin, std::int64_t count, con
                int threads)
     : groups_(divide_up(count, kGroup)),
       words_per_group_(kGroup * hidden.width / (pairs ? 2 : 1)),
-      words_(static_cast<std::size_t>(groups_ * words_per_group_)) {
+      words_(groups_ * words_per_group_) {
   parallel_for(groups_, threads, [&](std::int64_t g) {
     float* const group = words_.data() + g * words_per_group_;
     std::vector<float> widened(static_cast<std::size_t>(pairs ? 0 : hidden.width));
@@ -71,9 +72,9 @@ Panels::Panels(const Matrix& hidden, std::int64_t begin, std::int64_t count, con
   });
 }
 
-std::vector<float> widened_rows(const Matrix& matrix, std::int64_t begin, std::int64_t count, const float* row_weight,
-                                std::int64_t stride) {
-  std::vector<float> out(static_cast<std::size_t>(count * stride));
+AlignedFloats widened_rows(const Matrix& matrix, std::int64_t begin, std::int64_t count, const float* row_weight,
+                           std::int64_t stride) {
+  AlignedFloats out(divide_up(count, kGroup) * kGroup * stride);
   for (std::int64_t row = 0; row < count; ++row) {
     if (row_weight != nullptr && row_weight[begin + row] == 0.0f) continue;
     widen_row(matrix, begin + row, 0, matrix.width, out.data() + row * stride);
@@ -84,7 +85,7 @@ std::vector<float> widened_rows(const Matrix& matrix, std::int64_t begin, std::i
 HeadBlock::HeadBlock(const Matrix& weight, bool pairs) : weight_(weight), pairs_(pairs) {
   const bool direct = pairs || weight.data.dtype == DType::kFloat32;
   row_stride_ = direct ? weight.row_stride : weight.width;
-  if (!direct) widened_.resize(static_cast<std::size_t>(kChunkRows * weight.width));
+  if (!direct) widened_ = AlignedFloats(kChunkRows * weight.width);
 }
 
 void HeadBlock::move_to(std::int64_t begin, std::int64_t rows) {
@@ -119,53 +120,87 @@ void HeadBlock::multiply(const float* group0, const float* group1, float* c0, fl
 }
 
 HeadColumns::HeadColumns(const Matrix& weight, bool pairs, std::int64_t first, std::int64_t columns)
-    : weight_(weight), pairs_(pairs), first_(first), columns_(columns) {
-  const bool direct = !pairs && weight.data.dtype == DType::kFloat32;
-  k_stride_ = direct ? weight.row_stride : columns;
-  if (!direct) block_.resize(static_cast<std::size_t>(kRows / (pairs ? 2 : 1) * columns));
-}
+    : weight_(weight),
+      pairs_(pairs),
+      first_(first),
+      columns_(columns),
+      tiles_(divide_up(columns, kTile) * kStride),
+      row_(divide_up(columns, kTile) * kTile) {}
 
 void HeadColumns::move_to(std::int64_t begin, std::int64_t rows) {
   rows_ = rows;
-  at_ = reinterpret_cast<const float*>(row_of(weight_, begin, first_));
-  if (block_.empty()) return;
-  at_ = block_.data();
-  if (pairs_) return interleave(begin);
-  for (std::int64_t row = 0; row < rows; ++row) {
-    widen_row(weight_, begin + row, first_, columns_, block_.data() + row * columns_);
-  }
-}
-
-// Two neighbouring rows become pairs; a last odd row is paired with 0.
-void HeadColumns::interleave(std::int64_t begin) {
-  const std::vector<char> nothing(rows_ % 2 == 0 ? 0 : static_cast<std::size_t>(2 * columns_));
-  for (std::int64_t row = 0; row < rows_; row += 2) {
-    const bool both = row + 1 < rows_;
-    information_gain_kernels().interleave(row_of(weight_, begin + row, first_),
-                                          both ? row_of(weight_, begin + row + 1, first_) : nothing.data(), columns_,
-                                          block_.data() + row / 2 * columns_);
-  }
-}
-
-void HeadColumns::add_product(const float* gradient0, const float* gradient1, float* c0, float* c1) const {
+  next_ = begin + rows;
+  last_ = std::min(next_ + kRows, weight_.count);
 #ifdef CIT_FAST_X86
   if (pairs_) {
-    const std::uint32_t* const second = gradient1 == nullptr ? nullptr : words(gradient1);
-    simd_avx512_bf16::pair_product({{words(gradient0), second},
-                                    kGroup,
-                                    words(at_),
+    const auto bits = [&](std::int64_t row) {
+      return row < rows ? reinterpret_cast<const std::uint16_t*>(row_of(weight_, begin + row, first_)) : nullptr;
+    };
+    for (std::int64_t row = 0; row < rows; row += 2) {
+      auto* const target = reinterpret_cast<std::uint32_t*>(tiles_.data() + row / 2 * kTile);
+      simd_avx512_bf16::pack_pairs(bits(row), bits(row + 1), columns_, target, kStride);
+    }
+    return;
+  }
+#endif
+  for (std::int64_t row = 0; row < rows; ++row) {
+    widen_row(weight_, begin + row, first_, columns_, row_.data());
+    for (std::int64_t column = 0; column < columns_; column += kTile) {
+      std::memcpy(tiles_.data() + column / kTile * kStride + row * kTile, row_.data() + column, sizeof(float) * kTile);
+    }
+  }
+}
+
+// The next rows come from memory while these are multiplied.
+void HeadColumns::prefetch_rows(std::int64_t count) {
+  const std::int64_t bytes = columns_ * size_of(weight_.data.dtype);
+  for (const std::int64_t end = std::min(next_ + count, last_); next_ < end; ++next_) {
+    const char* const row = row_of(weight_, next_, first_);
+    for (std::int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte, 0, 2);
+  }
+}
+
+void HeadColumns::add_product(const float* gradient, float* c, std::int64_t ldc) {
+  const std::int64_t rows_per_tile = divide_up(kRows, divide_up(columns_, kTile));
+  for (std::int64_t column = 0; column < columns_; column += kTile) {
+    const float* const tile = tiles_.data() + column / kTile * kStride;
+    const std::int64_t some = std::min(kTile, columns_ - column);
+    prefetch_rows(rows_per_tile);
+    if (some == kTile) {
+      multiply(tile, gradient, c + column, ldc);
+      continue;
+    }
+    alignas(64) float sums[kGroup * kTile] = {};
+    for (std::int64_t token = 0; token < kGroup; ++token) {
+      std::copy_n(c + token * ldc + column, some, sums + token * kTile);
+    }
+    multiply(tile, gradient, sums, kTile);
+    for (std::int64_t token = 0; token < kGroup; ++token) {
+      std::copy_n(sums + token * kTile, some, c + token * ldc + column);
+    }
+  }
+}
+
+// Lanes of the product are columns here, its rows are tokens.
+void HeadColumns::multiply(const float* tile, const float* gradient, float* c, std::int64_t ldc) const {
+#ifdef CIT_FAST_X86
+  if (pairs_) {
+    const std::uint32_t* const pairs = words(tile);
+    simd_avx512_bf16::pair_product({{pairs, pairs + kGroup},
+                                    kTile,
+                                    words(gradient),
                                     1,
-                                    k_stride_,
-                                    divide_up(rows_, 2),
-                                    columns_,
-                                    {c0, c1},
                                     kGroup,
+                                    divide_up(rows_, 2),
+                                    kGroup,
+                                    {c, c + kGroup},
+                                    ldc,
                                     true});
     return;
   }
 #endif
   information_gain_kernels().product(
-      {{gradient0, gradient1}, kGroup, at_, 1, k_stride_, rows_, columns_, {c0, c1}, kGroup, true});
+      {{tile, tile + kGroup}, kTile, gradient, 1, kGroup, rows_, kGroup, {c, c + kGroup}, ldc, true});
 }
 
 }  // namespace cit

@@ -2,8 +2,8 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
+#include "aligned.h"
 #include "information_gain.h"
 #include "information_gain_kernels.h"
 
@@ -32,13 +32,12 @@ class Panels {
 
  private:
   std::int64_t groups_, words_per_group_;
-  std::vector<float> words_;  // pairs are copied in and out as bits
+  AlignedFloats words_;  // pairs are copied in and out as bits
 };
 
-// Rows of `matrix` as float32 [count][stride], stride a multiple of 16 and the rest of each row 0; rows whose weight is
-// 0 are 0.
-std::vector<float> widened_rows(const Matrix& matrix, std::int64_t begin, std::int64_t count, const float* row_weight,
-                                std::int64_t stride);
+// Rows of `matrix` as float32 [count rounded up to a group][stride], the rest 0; rows whose weight is 0 are 0.
+AlignedFloats widened_rows(const Matrix& matrix, std::int64_t begin, std::int64_t count, const float* row_weight,
+                           std::int64_t stride);
 
 // One block of rows of the head; each thread has its own.
 class HeadBlock {
@@ -54,29 +53,34 @@ class HeadBlock {
   bool pairs_;
   std::int64_t rows_ = 0, row_stride_;
   const float* at_ = nullptr;
-  std::vector<float> widened_;
+  AlignedFloats widened_;
 };
 
-// c_i[column][lane] += sum over the pairs, or single rows, of gradient_i with the columns [first, first + columns) of
-// the head's rows from `begin` on. gradient_i: [rows][16] float32, or [rows / 2][16] pairs.
+// Some columns of the head, a few rows at a time, for products with the gradient of the logits; each thread has its
+// own. Rows are read along their length, as memory likes it, and laid out in tiles of 32 columns.
 class HeadColumns {
  public:
-  static constexpr std::int64_t kRows = 2 * kChunkRows;
+  static constexpr std::int64_t kRows = 64;  // the sums are read and written once for so many
 
   HeadColumns(const Matrix& weight, bool pairs, std::int64_t first, std::int64_t columns);
 
   void move_to(std::int64_t begin, std::int64_t rows);
-  void add_product(const float* gradient0, const float* gradient1, float* c0, float* c1) const;
+  // c[token][column] += sum over rows of gradient[row][token] head[row][column] for the 16 tokens of a group. gradient:
+  // [rows][16] float32, or [rows / 2][16] pairs of bfloat16; c: at the first column, ldc elements from token to token.
+  void add_product(const float* gradient, float* c, std::int64_t ldc);
 
  private:
-  void interleave(std::int64_t begin);
+  static constexpr std::int64_t kTile = 2 * kGroup;
+  // Words from tile to tile: one line more than a tile has, or all would begin in the same set of the cache.
+  static constexpr std::int64_t kStride = kRows * kTile + kGroup;
+
+  void prefetch_rows(std::int64_t count);
+  void multiply(const float* tile, const float* gradient, float* c, std::int64_t ldc) const;
 
   const Matrix& weight_;
   bool pairs_;
-  std::int64_t first_, columns_, rows_ = 0;
-  const float* at_ = nullptr;
-  std::int64_t k_stride_ = 0;
-  std::vector<float> block_;
+  std::int64_t first_, columns_, rows_ = 0, next_ = 0, last_ = 0;
+  AlignedFloats tiles_, row_;
 };
 
 }  // namespace cit

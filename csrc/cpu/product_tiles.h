@@ -11,6 +11,8 @@
 namespace cit {
 namespace CIT_SIMD_NAMESPACE {
 
+constexpr int64_t kLine = 16;  // elements of a cache line
+
 // Engine: type Lanes (16 of them) and, for one element, broadcast; see information_gain_kernels.cpp.
 template <class Engine, int kGroups, int kRows, class Element>
 __attribute__((always_inline)) static inline void product_tile(const ProductOf<Element>& p, int64_t row) {
@@ -25,13 +27,22 @@ __attribute__((always_inline)) static inline void product_tile(const ProductOf<E
   }
   const Element* const w = p.w + row * p.row_stride;
   const int64_t row_stride = p.row_stride, k_stride = p.k_stride, depth = p.depth, lda = p.lda;
-  for (int64_t k = 0; k < depth; ++k) {
-    Lanes lanes[kGroups];
-    for (int g = 0; g < kGroups; ++g) lanes[g] = Engine::load(p.a[g] + k * lda);
+  for (int64_t begin = 0; begin < depth; begin += kLine) {
+    if (k_stride == 1) {
+      // The rows of the next tile, which come from memory and are too many streams for the hardware to follow.
+      for (int j = 0; j < kRows; ++j) __builtin_prefetch(w + (j + kRows) * row_stride + begin, 0, 2);
+    }
+    const int64_t end = begin + kLine < depth ? begin + kLine : depth;
+    for (int64_t k = begin; k < end; ++k) {
+      Lanes lanes[kGroups];
+      for (int g = 0; g < kGroups; ++g) {
+        lanes[g] = Engine::load(p.a[g] + k * lda);
+      }
 #pragma GCC unroll 24
-    for (int j = 0; j < kRows; ++j) {
-      const auto factor = Engine::broadcast(w + j * row_stride + k * k_stride);
-      for (int g = 0; g < kGroups; ++g) sums[j][g] = Engine::multiply_add(lanes[g], factor, sums[j][g]);
+      for (int j = 0; j < kRows; ++j) {
+        const auto factor = Engine::broadcast(w + j * row_stride + k * k_stride);
+        for (int g = 0; g < kGroups; ++g) sums[j][g] = Engine::multiply_add(lanes[g], factor, sums[j][g]);
+      }
     }
   }
 #pragma GCC unroll 24
@@ -40,7 +51,7 @@ __attribute__((always_inline)) static inline void product_tile(const ProductOf<E
   }
 }
 
-// kRows: height of the tile for two groups; twice as many for one.
+// kRows: height of the tile. Eight rows a power of two apart still fit the ways of a first-level cache.
 template <class Engine, int kGroups, int kRows, class Element>
 static void product_rows(const ProductOf<Element>& p) {
   int64_t row = 0;
