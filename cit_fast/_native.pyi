@@ -52,3 +52,48 @@ def exact_transport(table: list[int], *, threads: int, results: int) -> None: ..
 def packed_size(n: int, d: int) -> int: ...
 def pack_clouds(table: list[int], *, threads: int) -> None: ...
 def cosine_costs(table: list[int], *, rounding: float, threads: int) -> None: ...
+def has_bfloat16_products() -> bool: ...
+
+# Address, dtype, rows, columns and elements from row to row.
+_Matrix = tuple[int, int, int, int, int]
+
+def token_gain_statistics(
+    full: _Matrix,
+    masked: _Matrix,
+    weight: _Matrix,
+    *,
+    bias: int,
+    targets: int,
+    first_entry: int,
+    scale: float,
+    softcap: float,
+    threads: int,
+    statistics: int,
+) -> None: ...
+def masked_jsd(
+    live: _Matrix,
+    frozen: _Matrix,
+    weight_live: _Matrix,
+    weight_frozen: _Matrix,
+    *,
+    bias_live: int,
+    bias_frozen: int,
+    temperature: int,
+    row_weight: int,
+    scale: float,
+    softcap: float,
+    threads: int,
+    gradients: tuple[int, int, int],
+) -> float: ...
+def linear_cross_entropy(
+    hidden: _Matrix,
+    weight: _Matrix,
+    *,
+    bias: int,
+    targets: int,
+    row_weight: int,
+    scale: float,
+    softcap: float,
+    threads: int,
+    gradients: tuple[int, int, int],
+) -> float: ...

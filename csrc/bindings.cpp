@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -11,6 +12,7 @@
 
 #include "cpu/balance_ema.h"
 #include "cpu/dispatch.h"
+#include "cpu/information_gain.h"
 #include "cpu/products.h"
 #include "cpu/wasserstein.h"
 
@@ -90,6 +92,22 @@ cit::RuleOptions rule_options(std::int64_t rule, double decay, double fallback) 
 
 cit::Results results(std::int64_t alphas, std::int64_t fallbacks, std::int64_t norms) {
   return {pointer<float>(alphas), pointer<bool>(fallbacks), pointer<double>(norms)};
+}
+
+// Address, dtype, rows, columns and elements from row to row.
+using MatrixRow = std::array<std::int64_t, 5>;
+
+cit::Matrix matrix(const MatrixRow& row) {
+  return {array(row.data()), row[2], row[3], row[4]};
+}
+
+cit::Head head(const MatrixRow& weight, std::int64_t bias) {
+  return {matrix(weight), pointer<const float>(bias)};
+}
+
+// Addresses of the gradients of hidden states, weight and bias; 0 = not needed.
+cit::Gradients gradients(const std::array<std::int64_t, 3>& addresses) {
+  return {pointer<float>(addresses[0]), pointer<float>(addresses[1]), pointer<float>(addresses[2])};
 }
 
 }  // namespace
@@ -189,4 +207,46 @@ PYBIND11_MODULE(_native, m) {
         cit::cosine_costs(pairs, rounding, threads);
       },
       py::arg("table"), py::kw_only(), py::arg("rounding"), py::arg("threads"));
+
+  m.def("has_bfloat16_products", &cit::has_bfloat16_products);
+
+  m.def(
+      "token_gain_statistics",
+      [](const MatrixRow& full, const MatrixRow& masked, const MatrixRow& weight, std::int64_t bias,
+         std::int64_t targets, std::int64_t first_entry, float scale, float softcap, int threads,
+         std::int64_t statistics) {
+        py::gil_scoped_release release;
+        cit::token_gain_statistics(matrix(full), matrix(masked), head(weight, bias),
+                                   pointer<const std::int64_t>(targets), first_entry, {scale, softcap, threads},
+                                   pointer<double>(statistics));
+      },
+      py::arg("full"), py::arg("masked"), py::arg("weight"), py::kw_only(), py::arg("bias"), py::arg("targets"),
+      py::arg("first_entry"), py::arg("scale"), py::arg("softcap"), py::arg("threads"), py::arg("statistics"));
+
+  m.def(
+      "masked_jsd",
+      [](const MatrixRow& live, const MatrixRow& frozen, const MatrixRow& weight_live, const MatrixRow& weight_frozen,
+         std::int64_t bias_live, std::int64_t bias_frozen, std::int64_t temperature, std::int64_t row_weight,
+         float scale, float softcap, int threads, const std::array<std::int64_t, 3>& addresses) {
+        py::gil_scoped_release release;
+        return cit::masked_jsd(matrix(live), matrix(frozen), head(weight_live, bias_live),
+                               head(weight_frozen, bias_frozen), pointer<const float>(temperature),
+                               pointer<const float>(row_weight), {scale, softcap, threads}, gradients(addresses));
+      },
+      py::arg("live"), py::arg("frozen"), py::arg("weight_live"), py::arg("weight_frozen"), py::kw_only(),
+      py::arg("bias_live"), py::arg("bias_frozen"), py::arg("temperature"), py::arg("row_weight"), py::arg("scale"),
+      py::arg("softcap"), py::arg("threads"), py::arg("gradients"));
+
+  m.def(
+      "linear_cross_entropy",
+      [](const MatrixRow& hidden, const MatrixRow& weight, std::int64_t bias, std::int64_t targets,
+         std::int64_t row_weight, float scale, float softcap, int threads,
+         const std::array<std::int64_t, 3>& addresses) {
+        py::gil_scoped_release release;
+        return cit::linear_cross_entropy(matrix(hidden), head(weight, bias), pointer<const std::int64_t>(targets),
+                                         pointer<const float>(row_weight), {scale, softcap, threads},
+                                         gradients(addresses));
+      },
+      py::arg("hidden"), py::arg("weight"), py::kw_only(), py::arg("bias"), py::arg("targets"), py::arg("row_weight"),
+      py::arg("scale"), py::arg("softcap"), py::arg("threads"), py::arg("gradients"));
 }

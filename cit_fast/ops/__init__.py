@@ -18,8 +18,11 @@ from cit_fast.ops.balance_ema import (
 from cit_fast.ops.information_gain import (
     TokenGain,
     key_part_information_gain,
+    linear_cross_entropy,
     masked_jsd,
     token_gain,
+    token_gain_from_statistics,
+    token_gain_statistics,
 )
 from cit_fast.ops.wasserstein import WarmStart, Wasserstein, wasserstein_matrix
 
@@ -39,7 +42,10 @@ __all__ = [
     "balance_weights",
     "flush_balance_ema_",
     "key_part_information_gain",
+    "linear_cross_entropy",
     "masked_jsd",
     "token_gain",
+    "token_gain_from_statistics",
+    "token_gain_statistics",
     "wasserstein_matrix",
 ]

@@ -2,9 +2,12 @@
 
 ``token_gain`` compares two contexts of the same answer token by token, ``key_part_information_gain`` sums the
 result over each example, ``masked_jsd`` is the loss that keeps the masked predictions near those of an
-earlier model. None of them returns logits. They see the head as
-``logits = cap(scale * (hidden @ weight.T + bias))`` with ``cap(z) = softcap * tanh(z / softcap)``, or z itself
-where ``softcap`` is None.
+earlier model and ``linear_cross_entropy`` the one of the full instruction. None of them returns logits. They
+see the head as ``logits = cap(scale * (hidden @ weight.T + bias))`` with
+``cap(z) = softcap * tanh(z / softcap)``, or z itself where ``softcap`` is None.
+
+A head whose vocabulary is split over devices gives ``token_gain_statistics`` on each, which
+``token_gain_from_statistics`` merges.
 
 Values (targets, offsets, temperatures) are checked on CPU tensors only; on another device a check would have
 to wait for it, and right values are the caller's promise.
@@ -13,17 +16,23 @@ to wait for it, and right values are the caller's promise.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from cit_fast.backends import resolve
-from cit_fast.errors import CitFastError, ConfigError, DataError
+import cit_fast.ops._information_gain_registered  # noqa: F401  (the ops under torch.ops.cit_fast)
+from cit_fast.errors import ConfigError, DataError
+from cit_fast.ops._information_gain_checks import (
+    INDEX_DTYPES,
+    check_device,
+    check_float,
+    check_head,
+    check_index,
+    check_row_vector,
+    shape,
+)
 from cit_fast.reference import information_gain as reference
-
-FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-INDEX_DTYPES = (torch.int32, torch.int64)
 
 
 class TokenGain(NamedTuple):
@@ -82,25 +91,72 @@ def token_gain(
 
     Source: KPIG (arXiv 2403.10056); ``probability_gain`` is the summand p(t_k) - p_masked(t_k) of its G.
     """
-    _check_head("token_gain", hidden_full, lm_head_weight, bias, softcap, scale)
-    if hidden_masked.shape != hidden_full.shape:
-        raise DataError(
-            f"token_gain: hidden_masked is {_shape(hidden_masked)} and hidden_full {_shape(hidden_full)}; "
-            f"they hold the same tokens, so their shapes must be equal"
-        )
-    _check_float("token_gain", hidden_masked=hidden_masked)
-    _check_index("token_gain", "targets", targets, hidden_full.shape[0], "one per row of hidden_full")
-    _check_device(
-        "token_gain",
-        hidden_full,
-        hidden_masked=hidden_masked,
-        lm_head_weight=lm_head_weight,
-        targets=targets,
-        bias=bias,
-    )
+    _check_contexts("token_gain", hidden_full, hidden_masked, lm_head_weight, targets, bias, softcap, scale)
     return TokenGain(
         *torch.ops.cit_fast.token_gain(hidden_full, hidden_masked, lm_head_weight, targets, bias, softcap, float(scale))
     )
+
+
+def token_gain_statistics(
+    hidden_full: Tensor,
+    hidden_masked: Tensor,
+    lm_head_weight: Tensor,
+    targets: Tensor,
+    first_entry: int = 0,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """What :func:`token_gain` needs to know of one piece of the vocabulary: sums that can be merged.
+
+    For a head whose rows are split over devices: each takes its rows, the statistics are gathered and
+    :func:`token_gain_from_statistics` gives the same result as :func:`token_gain` with the whole head, but for
+    rounding. Ten numbers per token travel.
+
+    Args:
+        hidden_full, hidden_masked: [T, d], as in :func:`token_gain`.
+        lm_head_weight: [v, d]. Rows ``first_entry`` to ``first_entry + v`` of the output embedding.
+        targets: [T] int32 or int64, positions in the whole vocabulary.
+        first_entry: Position in the vocabulary of this piece's first row.
+        bias: [v] or None, of the same rows.
+        softcap, scale: As in :func:`token_gain`.
+
+    Returns:
+        [10, T] float64, rows as in ``cit_fast.reference.information_gain.GAIN_STATISTICS``; a target outside the
+        piece has the logit -inf. No gradient.
+
+    Raises:
+        DataError: Shapes, dtypes or devices do not fit.
+        ConfigError: ``softcap`` or ``scale`` is out of range.
+    """
+    op = "token_gain_statistics"
+    _check_contexts(op, hidden_full, hidden_masked, lm_head_weight, targets, bias, softcap, scale)
+    result: Tensor = torch.ops.cit_fast.token_gain_statistics(
+        hidden_full, hidden_masked, lm_head_weight, targets, first_entry, bias, softcap, float(scale)
+    )
+    return result
+
+
+def token_gain_from_statistics(statistics: Tensor) -> TokenGain:
+    """Merge the statistics of all pieces of a vocabulary.
+
+    Args:
+        statistics: [P, 10, T] float64, what :func:`token_gain_statistics` gave for each of P pieces, in any
+            order; every token's target is in one of them.
+
+    Returns:
+        :class:`TokenGain`, seven tensors [T], float64.
+
+    Raises:
+        DataError: The shape or dtype is another.
+    """
+    rows = len(reference.GAIN_STATISTICS)
+    if statistics.dim() != 3 or statistics.shape[:2] != (max(1, len(statistics)), rows):
+        raise DataError(f"token_gain_from_statistics: statistics is {shape(statistics)}; expected [pieces, {rows}, T]")
+    if statistics.dtype != torch.float64:
+        raise DataError(f"token_gain_from_statistics: statistics is {statistics.dtype}; expected float64")
+    return TokenGain(*reference.gains_from_statistics(reference.merge_statistics(statistics)))
 
 
 def key_part_information_gain(token_gain: TokenGain | Tensor, offsets: Tensor, alpha: float = 0.3) -> Tensor:
@@ -124,17 +180,17 @@ def key_part_information_gain(token_gain: TokenGain | Tensor, offsets: Tensor, a
     Source: KPIG (arXiv 2403.10056), Info(y|x) - Info(y|mask(x)).
     """
     gain = token_gain.probability_gain if isinstance(token_gain, TokenGain) else token_gain
-    _check_float("key_part_information_gain", probability_gain=gain)
+    check_float("key_part_information_gain", probability_gain=gain)
     if gain.dim() != 1:
-        raise DataError(f"key_part_information_gain: the probability gains are {_shape(gain)}; expected [T]")
+        raise DataError(f"key_part_information_gain: the probability gains are {shape(gain)}; expected [T]")
     if offsets.dtype not in INDEX_DTYPES or offsets.dim() != 1 or offsets.shape[0] == 0:
         raise DataError(
-            f"key_part_information_gain: offsets is {_shape(offsets)} {offsets.dtype}; "
+            f"key_part_information_gain: offsets is {shape(offsets)} {offsets.dtype}; "
             f"expected [examples + 1] int32 or int64"
         )
     if not 0 < alpha <= 1:
         raise ConfigError(f"key_part_information_gain: alpha is {alpha}; expected 0 < alpha <= 1")
-    _check_device("key_part_information_gain", gain, offsets=offsets)
+    check_device("key_part_information_gain", gain, offsets=offsets)
     gain = gain.to(reference.accumulation_dtype(gain))
     result: Tensor = torch.ops.cit_fast.key_part_information_gain(gain, offsets, float(alpha))
     return result
@@ -183,8 +239,8 @@ def masked_jsd(
     Source: L_JSD of KPIG (arXiv 2403.10056), whose temperature for each example is 2 - min(G, 1). The paper divides
     probabilities; here the logits are divided, with base-2 logarithms.
     """
-    _check_head("masked_jsd", hidden_live, weight_live, bias_live, softcap, scale, "_live")
-    _check_head("masked_jsd", hidden_frozen, weight_frozen, bias_frozen, softcap, scale, "_frozen")
+    check_head("masked_jsd", hidden_live, weight_live, bias_live, softcap, scale, "_live")
+    check_head("masked_jsd", hidden_frozen, weight_frozen, bias_frozen, softcap, scale, "_frozen")
     if hidden_frozen.shape[0] != hidden_live.shape[0] or weight_frozen.shape[0] != weight_live.shape[0]:
         raise DataError(
             f"masked_jsd: {hidden_live.shape[0]} live and {hidden_frozen.shape[0]} frozen tokens, "
@@ -194,20 +250,20 @@ def masked_jsd(
     rows = hidden_live.shape[0]
     dtype = reference.accumulation_dtype(hidden_live, hidden_frozen, weight_live, weight_frozen, bias_live, bias_frozen)
     if isinstance(temperature, Tensor):
-        _check_row_vector("temperature", temperature, rows, or_scalar=True)
+        check_row_vector("masked_jsd", "temperature", temperature, rows, or_scalar=True)
         temperature = temperature.detach().to(dtype).expand(rows)
     elif temperature > 0 and math.isfinite(temperature):
         temperature = hidden_live.new_full((rows,), temperature, dtype=dtype)
     else:
         raise DataError(f"masked_jsd: temperature is {temperature}; expected a positive number")
     if row_weight is not None:
-        _check_row_vector("row_weight", row_weight, rows)
+        check_row_vector("masked_jsd", "row_weight", row_weight, rows)
         row_weight = row_weight.detach().to(dtype)
     elif rows == 0:
         raise DataError("masked_jsd: no tokens, so there is no mean; pass at least one row, or a row_weight")
     else:
         row_weight = hidden_live.new_full((rows,), 1 / rows, dtype=dtype)
-    _check_device(
+    check_device(
         "masked_jsd",
         hidden_live,
         hidden_frozen=hidden_frozen,
@@ -237,257 +293,83 @@ def masked_jsd(
     return loss
 
 
-# --- registration: token_gain -------------------------------------------------------------------------------
-
-
-@torch.library.custom_op(
-    "cit_fast::token_gain",
-    mutates_args=(),
-    schema="(Tensor hidden_full, Tensor hidden_masked, Tensor lm_head_weight, Tensor targets, Tensor? bias, "
-    "float? softcap, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _token_gain(
-    hidden_full: Tensor,
-    hidden_masked: Tensor,
-    lm_head_weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    scale: float,
-) -> tuple[Tensor, ...]:
-    vocabulary = lm_head_weight.shape[0]
-    if targets.device.type == "cpu":
-        outside = ((targets < 0) | (targets >= vocabulary)).nonzero()
-        if len(outside):
-            row = int(outside[0])
-            raise DataError(f"token_gain: targets[{row}] is {int(targets[row])}; expected a token in [0, {vocabulary})")
-    run = resolve("token_gain", hidden_full.device)
-    with _full_precision(hidden_full):
-        out: tuple[Tensor, ...] = run(hidden_full, hidden_masked, lm_head_weight, targets, bias, softcap, scale)
-    return out
-
-
-@_token_gain.register_fake
-def _(
-    hidden_full: Tensor,
-    hidden_masked: Tensor,
-    lm_head_weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    scale: float,
-) -> tuple[Tensor, ...]:
-    dtype = reference.accumulation_dtype(hidden_full, hidden_masked, lm_head_weight, bias)
-    return tuple(hidden_full.new_empty((targets.shape[0],), dtype=dtype) for _ in TokenGain._fields)
-
-
-def _token_gain_backward(ctx: Any, *gradients: Tensor) -> None:
-    raise CitFastError(
-        "token_gain is for scoring and has no gradient; call it under torch.no_grad(), train with masked_jsd"
-    )
-
-
-_token_gain.register_autograd(_token_gain_backward)
-
-
-# --- registration: key_part_information_gain ----------------------------------------------------------------
-
-
-@torch.library.custom_op(
-    "cit_fast::key_part_information_gain",
-    mutates_args=(),
-    schema="(Tensor probability_gain, Tensor offsets, float alpha) -> Tensor",
-)
-def _key_part_information_gain(probability_gain: Tensor, offsets: Tensor, alpha: float) -> Tensor:
-    if offsets.device.type == "cpu":
-        _check_offsets(offsets, probability_gain.shape[0])
-    run = resolve("key_part_information_gain", probability_gain.device)
-    gain: Tensor = run(probability_gain, offsets, alpha)
-    return gain
-
-
-@_key_part_information_gain.register_fake
-def _(probability_gain: Tensor, offsets: Tensor, alpha: float) -> Tensor:
-    return probability_gain.new_empty((offsets.shape[0] - 1,))
-
-
-def _gain_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    probability_gain, offsets, ctx.alpha = inputs
-    ctx.save_for_backward(probability_gain, offsets)
-
-
-def _gain_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-    probability_gain, offsets = ctx.saved_tensors
-    share = reference.position_weights(offsets, probability_gain, ctx.alpha)
-    return share * gradient[reference.example_of_token(offsets, probability_gain)], None, None
-
-
-_key_part_information_gain.register_autograd(_gain_backward, setup_context=_gain_setup)
-
-
-# --- registration: masked_jsd -------------------------------------------------------------------------------
-
-
-@torch.library.custom_op(
-    "cit_fast::masked_jsd",
-    mutates_args=(),
-    schema="(Tensor hidden_live, Tensor hidden_frozen, Tensor weight_live, Tensor weight_frozen, "
-    "Tensor temperature, Tensor row_weight, Tensor? bias_live, Tensor? bias_frozen, float? softcap, "
-    "float scale, bool needs_hidden, bool needs_weight, bool needs_bias) "
-    "-> (Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
-)
-def _masked_jsd(
-    hidden_live: Tensor,
-    hidden_frozen: Tensor,
-    weight_live: Tensor,
-    weight_frozen: Tensor,
-    temperature: Tensor,
-    row_weight: Tensor,
-    bias_live: Tensor | None,
-    bias_frozen: Tensor | None,
-    softcap: float | None,
-    scale: float,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[Tensor, ...]:
-    if temperature.device.type == "cpu":
-        wrong = (~((temperature > 0) & temperature.isfinite()) & (row_weight != 0)).nonzero()
-        if len(wrong):
-            row = int(wrong[0])
-            raise DataError(f"masked_jsd: temperature[{row}] is {float(temperature[row])}; expected a positive number")
-    run = resolve("masked_jsd", hidden_live.device)
-    with _full_precision(hidden_live):
-        out: tuple[Tensor, ...] = run(
-            hidden_live,
-            hidden_frozen,
-            weight_live,
-            weight_frozen,
-            temperature,
-            row_weight,
-            bias_live,
-            bias_frozen,
-            softcap,
-            scale,
-            (needs_hidden, needs_weight, needs_bias),
-        )
-    return out
-
-
-@_masked_jsd.register_fake
-def _(
-    hidden_live: Tensor,
-    hidden_frozen: Tensor,
-    weight_live: Tensor,
-    weight_frozen: Tensor,
-    temperature: Tensor,
-    row_weight: Tensor,
-    bias_live: Tensor | None,
-    bias_frozen: Tensor | None,
-    softcap: float | None,
-    scale: float,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[Tensor, ...]:
-    dtype = reference.accumulation_dtype(hidden_live, hidden_frozen, weight_live, weight_frozen, bias_live, bias_frozen)
-    bias_dtype = weight_live.dtype if bias_live is None else bias_live.dtype
-    return (
-        hidden_live.new_empty((), dtype=dtype),
-        torch.empty_like(hidden_live) if needs_hidden else hidden_live.new_empty(0),
-        torch.empty_like(weight_live) if needs_weight else weight_live.new_empty(0),
-        weight_live.new_empty(weight_live.shape[0] if needs_bias else 0, dtype=bias_dtype),
-    )
-
-
-def _jsd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.needs = inputs[-3:]
-    ctx.save_for_backward(*output[1:])
-
-
-def _jsd_backward(ctx: Any, gradient: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-    hidden, weight, bias = (
-        saved * gradient.to(saved.dtype) if needed else None
-        for saved, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
-    )
-    return (hidden, None, weight, None, None, None, bias, *([None] * 6))
-
-
-_masked_jsd.register_autograd(_jsd_backward, setup_context=_jsd_setup)
-
-
-# --- checks -------------------------------------------------------------------------------------------------
-
-
-def _full_precision(tensor: Tensor) -> torch.autocast:
-    """Autocast reaches into a custom op's body and would turn the accumulation in float32 back into half
-    precision.
-    """
-    return torch.autocast(tensor.device.type, enabled=False)
-
-
-def _shape(tensor: Tensor) -> str:
-    return str(list(tensor.shape))
-
-
-def _check_float(op: str, **tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype not in FLOAT_DTYPES:
-            raise DataError(f"{op}: {name} is {tensor.dtype}; expected float16, bfloat16, float32 or float64")
-
-
-def _check_index(op: str, name: str, tensor: Tensor, length: int, meaning: str) -> None:
-    if tensor.dtype not in INDEX_DTYPES or tensor.shape != (length,):
-        raise DataError(
-            f"{op}: {name} is {_shape(tensor)} {tensor.dtype}; expected [{length}] int32 or int64, {meaning}"
-        )
-
-
-def _check_device(op: str, first: Tensor, **others: Tensor | None) -> None:
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != first.device:
-            raise DataError(
-                f"{op}: {name} is on {tensor.device} and the first argument on {first.device}; expected one"
-            )
-
-
-def _check_head(
-    op: str,
+def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
+    targets: Tensor,
+    row_weight: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """Cross-entropy, in nats, of a head's predictions: the loss of the full instruction beside :func:`masked_jsd`.
+
+    The gradient (hidden states, head and bias, each where it requires one) is computed in the forward pass, so
+    backward costs a multiplication and cannot itself be differentiated.
+
+    Args:
+        hidden: [T, d] float16, bfloat16, float32 or float64. Final hidden states that predict ``targets``.
+        weight: [V, d]. The output embedding.
+        targets: [T] int32 or int64, in [0, V).
+        row_weight: [T] floating point or None. None: the mean over the rows. Given: the sum of row_weight_r
+            (-log p_r(target_r)), not divided by anything; rows of weight 0 are padding and may hold any value,
+            NaN, and any target, -100 too.
+        bias: [V] or None.
+        softcap: Positive cap of the logits (Gemma), or None.
+        scale: Finite factor of the logits (Cohere, Granite).
+
+    Returns:
+        0-dim, float32 (float64 where an input is), at least 0 for weights that are.
+
+    Raises:
+        DataError: Shapes, dtypes or devices do not fit, there is no row to take the mean of, or a target is
+            outside the vocabulary.
+        ConfigError: ``softcap`` or ``scale`` is out of range.
+
+    Source: L_CE of KPIG (arXiv 2403.10056).
+    """
+    op = "linear_cross_entropy"
+    check_head(op, hidden, weight, bias, softcap, scale)
+    rows = hidden.shape[0]
+    check_index(op, "targets", targets, rows, "one per row of hidden")
+    dtype = reference.accumulation_dtype(hidden, weight, bias)
+    if row_weight is not None:
+        check_row_vector(op, "row_weight", row_weight, rows)
+        row_weight = row_weight.detach().to(dtype)
+    elif rows == 0:
+        raise DataError(f"{op}: no tokens, so there is no mean; pass at least one row, or a row_weight")
+    else:
+        row_weight = hidden.new_full((rows,), 1 / rows, dtype=dtype)
+    check_device(op, hidden, weight=weight, targets=targets, row_weight=row_weight, bias=bias)
+    recording = torch.is_grad_enabled()
+    loss: Tensor = torch.ops.cit_fast.linear_cross_entropy(
+        *(hidden, weight, targets, row_weight, bias, softcap, float(scale)),
+        recording and hidden.requires_grad,
+        recording and weight.requires_grad,
+        recording and bias is not None and bias.requires_grad,
+    )[0]
+    return loss
+
+
+def _check_contexts(
+    op: str,
+    hidden_full: Tensor,
+    hidden_masked: Tensor,
+    lm_head_weight: Tensor,
+    targets: Tensor,
     bias: Tensor | None,
     softcap: float | None,
     scale: float,
-    side: str = "",
 ) -> None:
-    _check_float(op, **{f"hidden{side}": hidden, f"weight{side}": weight, f"bias{side}": bias})
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or 0 in weight.shape:
+    check_head(op, hidden_full, lm_head_weight, bias, softcap, scale)
+    if hidden_masked.shape != hidden_full.shape:
         raise DataError(
-            f"{op}: hidden{side} is {_shape(hidden)} and the head's weight{side} {_shape(weight)}; "
-            f"expected [T, d] and [V, d]"
+            f"{op}: hidden_masked is {shape(hidden_masked)} and hidden_full {shape(hidden_full)}; "
+            f"they hold the same tokens, so their shapes must be equal"
         )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise DataError(f"{op}: bias{side} is {_shape(bias)}; expected [{weight.shape[0]}]")
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
-        raise ConfigError(f"{op}: softcap is {softcap}; expected a positive number or None")
-    if not math.isfinite(scale):
-        raise ConfigError(f"{op}: scale is {scale}; expected a finite number")
-
-
-def _check_row_vector(name: str, tensor: Tensor, rows: int, *, or_scalar: bool = False) -> None:
-    _check_float("masked_jsd", **{name: tensor})
-    if tensor.shape != (rows,) and not (or_scalar and tensor.dim() == 0):
-        expected = f"[{rows}] or a scalar" if or_scalar else f"[{rows}]"
-        raise DataError(f"masked_jsd: {name} is {_shape(tensor)}; expected {expected}, one per row of hidden_live")
-
-
-def _check_offsets(offsets: Tensor, tokens: int) -> None:
-    lengths = offsets.diff()
-    if int(offsets[0]) != 0 or int(offsets[-1]) != tokens or bool((lengths < 0).any()):
-        raise DataError(
-            f"key_part_information_gain: offsets runs from {int(offsets[0])} to {int(offsets[-1])}; "
-            f"expected ascending numbers from 0 to {tokens}, the number of tokens"
-        )
-    empty = (lengths == 0).nonzero()
-    if len(empty):
-        raise DataError(f"key_part_information_gain: example {int(empty[0])} has no response tokens")
+    check_float(op, hidden_masked=hidden_masked)
+    check_index(op, "targets", targets, hidden_full.shape[0], "one per row of hidden_full")
+    check_device(
+        op, hidden_full, hidden_masked=hidden_masked, lm_head_weight=lm_head_weight, targets=targets, bias=bias
+    )

@@ -4,11 +4,15 @@ against.
 With z, w the logits of one token under the full and the masked instruction, p = softmax(z), q = softmax(w), t
 its target:
 
-    token_gain:                 p_t - q_t, log p_t, log q_t,  H(p) = -sum p log p,  KL(p||q) = sum p log(p /
-    q) key_part_information_gain:  G = sum_{k=1..K} alpha^k (p(t_k) - q(t_k)) over one example's response
-    masked_jsd:                 m = (p + q) / 2,  JSD = (KL(p||m) + KL(q||m)) / (2 ln 2), p and q at
-    temperature beta
+    token_gain:                 p_t - q_t, log p_t, log q_t,  H(p) = -sum p log p,  KL(p||q) = sum p log(p / q)
+    token_gain_statistics:      M = max z,  s = sum e^(z-M),  a = sum (z-M) e^(z-M),
+                                c = sum (z-M - (w-N)) e^(z-M), N = max w;  z_t;  the same for w
+                                => log p_t = z_t - M - log s,  H(p) = log s - a / s,
+                                   KL(p||q) = c / s - log s + log s_w
+    key_part_information_gain:  G = sum_{k=1..K} alpha^k (p(t_k) - q(t_k)) over one example's response
+    masked_jsd:                 m = (p + q) / 2,  JSD = (KL(p||m) + KL(q||m)) / (2 ln 2), p and q at temperature beta
                                 d JSD / dz = p (log(p / m) - KL(p||m)) / (2 beta ln 2)
+    linear_cross_entropy:       -log p_t,  d/dz = p - onehot(t)
 
 Logits exist for a chunk of tokens at a time. Sums run in float32, in float64 where any input is float64.
 """
@@ -62,6 +66,89 @@ def token_gain(
         out[5, rows], out[6, rows] = _expectation(p, log_p - log_q), _expectation(q, log_q - log_p)
     log_p_all, log_q_all, gain, entropy_p, entropy_q, kl_pq, kl_qp = (row.clone() for row in out)
     return log_p_all, log_q_all, gain, entropy_p, entropy_q, kl_pq, kl_qp
+
+
+GAIN_STATISTICS = (
+    "max_full",
+    "max_masked",
+    "sum_full",
+    "sum_masked",
+    "moment_full",
+    "moment_masked",
+    "cross_full",
+    "cross_masked",
+    "target_full",
+    "target_masked",
+)
+"""Rows of the statistics of :func:`token_gain_statistics`: M, s, a, c, z_t under each context."""
+
+NOWHERE = -1e30
+"""The maximum of logits that are all -inf, so that differences of maxima stay numbers."""
+
+
+@register("token_gain_statistics", Backend.REFERENCE)
+def token_gain_statistics(
+    hidden_full: Tensor,
+    hidden_masked: Tensor,
+    lm_head_weight: Tensor,
+    targets: Tensor,
+    first_entry: int = 0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """:data:`GAIN_STATISTICS` of one piece of the vocabulary, [10, T] float64; see
+    :func:`cit_fast.ops.token_gain_statistics`.
+    """
+    dtype = accumulation_dtype(hidden_full, hidden_masked, lm_head_weight, bias)
+    out = hidden_full.new_empty((len(GAIN_STATISTICS), targets.shape[0]), dtype=torch.float64)
+    entries = lm_head_weight.shape[0]
+    for rows in _chunks(targets.shape[0], entries, chunk_size):
+        logits = [
+            _logits(hidden[rows].to(dtype), lm_head_weight, bias, softcap, scale)
+            for hidden in (hidden_full, hidden_masked)
+        ]
+        maxima = [each.max(dim=1, keepdim=True).values.clamp(min=NOWHERE) for each in logits]
+        below = [(each - top).clamp(min=NOWHERE) for each, top in zip(logits, maxima, strict=True)]
+        target = targets[rows, None].long() - first_entry
+        inside = ((target >= 0) & (target < entries))[:, 0]
+        for side in (0, 1):
+            weights = below[side].exp()
+            picked = logits[side].gather(1, target.clamp(0, entries - 1))[:, 0]
+            out[0 + side, rows] = maxima[side][:, 0].double()
+            out[2 + side, rows] = weights.sum(dim=1).double()
+            out[4 + side, rows] = (weights * below[side]).sum(dim=1).double()
+            out[6 + side, rows] = (weights * (below[side] - below[1 - side])).sum(dim=1).double()
+            out[8 + side, rows] = picked.double().masked_fill(~inside, -math.inf)
+    return out
+
+
+def merge_statistics(pieces: Tensor) -> Tensor:
+    """The statistics of a vocabulary, [10, T], from those of its pieces, [P, 10, T]: sums move to the common maxima."""
+    maxima, sums, moments, crosses, targets = pieces.reshape(len(pieces), 5, 2, -1).unbind(1)  # each [P, 2, T]
+    top = maxima.amax(dim=0)
+    moved = maxima - top
+    shrink = moved.exp()
+    merged = (
+        top,
+        (shrink * sums).sum(dim=0),
+        (shrink * (moments + moved * sums)).sum(dim=0),
+        (shrink * (crosses + (moved - moved.flip(1)) * sums)).sum(dim=0),
+        targets.amax(dim=0),
+    )
+    return torch.cat(merged)
+
+
+def gains_from_statistics(statistics: Tensor) -> tuple[Tensor, ...]:
+    """log p_t, log q_t, p_t - q_t, H(p), H(q), KL(p||q), KL(q||p), each [T], from the statistics [10, T]."""
+    maxima, sums, moments, crosses, targets = statistics.reshape(5, 2, -1).unbind(0)  # each [2, T]
+    log_sums = sums.log()
+    log_probs = (targets - maxima) - log_sums
+    probabilities = log_probs.exp()
+    entropies = (log_sums - moments / sums).clamp(min=0)
+    divergences = (crosses / sums - (log_sums - log_sums.flip(0))).clamp(min=0)
+    return (*log_probs, probabilities[0] - probabilities[1], *entropies, *divergences)
 
 
 @register("key_part_information_gain", Backend.REFERENCE)
@@ -151,6 +238,56 @@ def masked_jsd(
 
     bias_dtype = weight_live.dtype if bias_live is None else bias_live.dtype
     return total, grad_hidden, grad_weight.to(weight_live.dtype), grad_bias.to(bias_dtype)
+
+
+@register("linear_cross_entropy", Backend.REFERENCE)
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    row_weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    needs_grad: tuple[bool, bool, bool],
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """sum_r row_weight_r (-log p_r(target_r)) and its gradients from one pass over the logits; see
+    :func:`cit_fast.ops.linear_cross_entropy`.
+
+    Arguments and results as in :func:`masked_jsd`; ``targets`` [T], any value in rows of weight 0.
+    """
+    dtype = accumulation_dtype(hidden, weight, bias)
+    needs_hidden, needs_weight, needs_bias = needs_grad
+    total = hidden.new_zeros((), dtype=dtype)
+    grad_hidden = torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0)
+    grad_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else weight.new_empty(0, dtype=dtype)
+    grad_bias = weight.new_zeros(weight.shape[0] if needs_bias else 0, dtype=dtype)
+
+    for rows in _chunks(hidden.shape[0], weight.shape[0], chunk_size):
+        share = row_weight[rows, None].to(dtype)
+        live = hidden[rows].to(dtype).masked_fill(share == 0, 0)
+        target = targets[rows, None].long().masked_fill(share == 0, 0)
+        logits = _logits(live, weight, bias, softcap, scale)
+        log_p = logits.log_softmax(dim=1)
+        # A sum without the padding's terms: 0 times infinity is no number.
+        total -= (share * log_p.gather(1, target)).masked_fill(share == 0, 0).sum()
+
+        if any(needs_grad):
+            gradient = log_p.exp()
+            gradient.scatter_add_(1, target, torch.full_like(share, -1))
+            gradient *= share * scale
+            if softcap is not None:
+                gradient *= 1 - (logits / softcap).square()
+            if needs_hidden:
+                grad_hidden[rows] = _times_weight(gradient, weight).to(grad_hidden.dtype)
+            if needs_weight:
+                grad_weight += gradient.T @ live
+            if needs_bias:
+                grad_bias += gradient.sum(dim=0)
+
+    bias_dtype = weight.dtype if bias is None else bias.dtype
+    return total, grad_hidden, grad_weight.to(weight.dtype), grad_bias.to(bias_dtype)
 
 
 def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:

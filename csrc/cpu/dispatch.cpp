@@ -58,6 +58,15 @@ SimdLevel simd_level() {
   return static_cast<SimdLevel>(level);
 }
 
+bool has_bfloat16_products() {
+#ifdef CIT_FAST_X86
+  __builtin_cpu_init();
+  return simd_level() == SimdLevel::kAvx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 void set_simd_level(const std::string& name) {
   g_level.store(name.empty() ? kUnset : parse(name, "simd level"));
 }

@@ -12,6 +12,9 @@ enum class SimdLevel { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
 // Throws std::invalid_argument when the variable names an unknown level or one that this processor or build lacks.
 SimdLevel simd_level();
 
+// Whether kernels may use AVX512-BF16: the level is AVX-512 and the processor has it.
+bool has_bfloat16_products();
+
 // name: "baseline", "avx2" or "avx512"; "" goes back to the default. Throws like simd_level. For tests.
 void set_simd_level(const std::string& name);
 
