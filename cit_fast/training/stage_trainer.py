@@ -50,6 +50,13 @@ class StageTrainer(Trainer):  # type: ignore[misc]
             self.optimizer = self.update.wrap(made)
         return self.optimizer
 
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """Not one step more where the checkpoint is of the last: the Trainer looks at ``max_steps`` after a step only."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**kwargs)
+        else:
+            self.control.should_training_stop = True
+
     def compute_loss(
         self,
         model: nn.Module,
