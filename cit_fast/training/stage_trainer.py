@@ -51,7 +51,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         return self.optimizer
 
     def _run_epoch(self, **kwargs: Any) -> None:
-        """Not one step more where the checkpoint is of the last: the Trainer looks at ``max_steps`` after a step only."""
+        """No step after the last one of a checkpoint: the Trainer looks at ``max_steps`` after a step only."""
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(**kwargs)
         else:
