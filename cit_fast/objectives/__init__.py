@@ -1,6 +1,25 @@
 """Objectives: how the loss of a batch is computed from the model."""
 
 from cit_fast.objectives.cross_entropy import CrossEntropy
+from cit_fast.objectives.head import Head, head_of
 from cit_fast.objectives.objective import Objective
+from cit_fast.objectives.pair_hidden import PairHidden, pair_collator, pair_hidden
+from cit_fast.objectives.pairs import EncodedPair, EncodedPairs, PairCollator, encode_pair, encode_pairs
+from cit_fast.objectives.scoring import ExampleGain, information_gain
 
-__all__ = ["CrossEntropy", "Objective"]
+__all__ = [
+    "CrossEntropy",
+    "EncodedPair",
+    "EncodedPairs",
+    "ExampleGain",
+    "Head",
+    "Objective",
+    "PairCollator",
+    "PairHidden",
+    "encode_pair",
+    "encode_pairs",
+    "head_of",
+    "information_gain",
+    "pair_collator",
+    "pair_hidden",
+]
