@@ -132,7 +132,7 @@ def pair_collator(
             f"share_prefix: {type(unwrap(model)).__name__} does not honour an attention mask of four dimensions; "
             "set it to 'auto' or false"
         )
-    return PairCollator(pad_token_id, share, packed and not share, shortest_window(model), tuple(lengths))
+    return PairCollator(pad_token_id, share, packed and not share, shortest_window(model), lengths=tuple(lengths))
 
 
 @torch.no_grad()

@@ -104,8 +104,7 @@ def encode_pair(encoder: PromptEncoder, example: Example, index: int = 0) -> Enc
     else:
         full = encoder.example(example)
     start, end = full.prompt_length, len(full.labels)
-    ends = [k for k in range(start, end) if full.input_ids[k] in encoder.stop_token_ids]
-    end = ends[-1] if ends else end
+    end = next((k for k in range(start, end) if full.input_ids[k] in encoder.stop_token_ids), end)
     if start == end:
         raise DataError(f"{_where(example)}: the answer {_cut(example.references[0])} has no tokens of its own")
     return EncodedPair(full, masked, index, (start, end))
@@ -119,7 +118,7 @@ class PairCollator:
     """Makes a batch of E pairs.
 
     Consecutive pairs with the same ``full`` object share its tokens: several maskings of one example cost the full
-    context once.
+    context once, or as often as ``row`` demands.
 
     Args:
         pad_token_id: token that fills ``input_ids``; nothing sees it.
@@ -128,6 +127,8 @@ class PairCollator:
         packed: put all sequences end to end into one row, for flash attention; without ``share_prefix``.
         window: the shortest sliding window of the model's attention layers. A batch with a longer sequence is not
             shared, because its mask would have to differ from layer to layer.
+        row: places a shared row of several maskings should not exceed: attention over a longer row costs more than is
+            saved. Another row takes those that are too many.
         lengths: padded lengths in tokens, ascending.
 
     Raises:
@@ -138,6 +139,7 @@ class PairCollator:
     share_prefix: bool = False
     packed: bool = False
     window: int | None = None
+    row: int = 1024
     lengths: tuple[int, ...] = LENGTHS
 
     def __post_init__(self) -> None:
@@ -165,10 +167,11 @@ class PairCollator:
         groups = _by_full(features)
         longest = max(len(one.input_ids) for pair in features for one in (pair.full, pair.masked) if one is not None)
         if self.share_prefix and (self.window is None or longest <= self.window):
-            layout = _shared(groups, self.pad_token_id, self.lengths)
+            layout = _shared(_short_rows(groups, self.row), self.pad_token_id, self.lengths)
+        elif self.packed:
+            layout = _pack(_separate(groups))
         else:
-            layout = _separate(groups)
-            layout = _pack(layout) if self.packed else _pad(layout, self.pad_token_id, self.lengths)
+            layout = _pad(_separate(groups), self.pad_token_id, self.lengths)
         full_at: list[int] = []
         masked_at: list[int] = []
         scored: list[bool] = []
@@ -201,6 +204,22 @@ _Groups = list[tuple[Encoded, list[EncodedPair]]]
 def _by_full(features: Sequence[EncodedPair]) -> _Groups:
     runs = [list(run) for _, run in itertools.groupby(features, key=lambda pair: id(pair.full))]
     return [(run[0].full, run) for run in runs]
+
+
+def _short_rows(groups: _Groups, limit: int) -> _Groups:
+    """The groups, those cut up whose shared row would be longer than ``limit``; every piece has a pair."""
+    short: _Groups = []
+    for full, pairs in groups:
+        room = 0
+        for pair in pairs:
+            masked = full if pair.masked is None else pair.masked
+            rest = len(masked.input_ids) - shared_prefix(full.input_ids, masked.input_ids)
+            if room < rest or not short or short[-1][0] is not full:
+                short.append((full, []))
+                room = limit - len(full.input_ids)
+            short[-1][1].append(pair)
+            room -= rest
+    return short
 
 
 def _labelled(one: Encoded) -> list[int]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,8 @@ Progress = Callable[[int, int], object]
 """Called with how many pairs are done and how many there are."""
 
 
-class ExampleGain(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class ExampleGain:
     """What the key parts of one instruction tell a model about the answer."""
 
     index: int
