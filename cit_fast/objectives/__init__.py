@@ -2,7 +2,6 @@
 
 from cit_fast.objectives.cross_entropy import CrossEntropy
 from cit_fast.objectives.head import Head, head_of
-from cit_fast.objectives.key_part_source import KeyPartSource
 from cit_fast.objectives.kpig import KPIG
 from cit_fast.objectives.objective import Objective, StageContext, StageInputs
 from cit_fast.objectives.pair_hidden import PairHidden, pair_collator, pair_hidden
@@ -16,7 +15,6 @@ __all__ = [
     "EncodedPairs",
     "ExampleGain",
     "Head",
-    "KeyPartSource",
     "Objective",
     "PairCollator",
     "PairHidden",

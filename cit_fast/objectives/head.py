@@ -15,7 +15,7 @@ from cit_fast.objectives.objective import unwrap
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma; RecurrentGemma; xLSTM
 _FACTORS = ("logit_scale", "lm_head_multiplier")  # Cohere; Falcon-H1
 _DIVISORS = ("logits_scaling",)  # Granite
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
 class Head(NamedTuple):
@@ -94,14 +94,16 @@ def _check(base: nn.Module, projection: nn.Module, head: Head) -> None:
     handle = projection.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     tokens = torch.arange(min(4, head.vocabulary), device=head.weight.device)[None]
     try:
-        logits = base(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits.float()
+        logits = base(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
     finally:
         handle.remove()
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    logits = logits.to(wide)
     expected = logits.new_tensor(float("nan"))
     if len(seen) == 1 and seen[0].shape[-1] == head.weight.shape[1]:
         # Quantised weights and other products that are no matrix of the hidden size fail here, too.
-        z = seen[0].float() @ head.weight.float().T
-        z = head.scale * (z if head.bias is None else z + head.bias.float())
+        z = seen[0].to(wide) @ head.weight.to(wide).T
+        z = head.scale * (z if head.bias is None else z + head.bias.to(wide))
         expected = z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
     size = logits.abs().amax().clamp(min=1e-6)
     if expected.shape != logits.shape or not (

@@ -27,10 +27,10 @@ from cit_fast.errors import ConfigError, DataError
 from cit_fast.objectives.cross_entropy import CrossEntropy
 from cit_fast.objectives.frozen import FrozenStates, freeze
 from cit_fast.objectives.head import Head, head_of
-from cit_fast.objectives.key_part_source import KeyPartSource, chat_of
 from cit_fast.objectives.objective import StageContext, StageInputs
 from cit_fast.objectives.pair_hidden import evaluating, pair_collator, pair_hidden
 from cit_fast.objectives.pairs import EncodedPair, PairCollator, encode_pairs
+from cit_fast.objectives.run_key_parts import chat_of, check_key_parts, key_parts_for_run
 from cit_fast.ops import linear_cross_entropy, masked_jsd
 
 
@@ -46,7 +46,8 @@ class KPIG:
         masked: compare the models on the masked instruction; without it on the full one, G being what it was (the
             paper's ablation without mask).
         jsd: with the divergence; without it the loss is plain cross-entropy (the paper's ablation without JSD).
-        key_parts: where key parts come from, see :func:`cit_fast.data.key_parts.find_key_parts`.
+        key_parts: where key parts come from: ``"auto"`` (the data, else discovery), or a source of
+            :func:`cit_fast.objectives.key_parts.find_key_parts`.
         instructions: which wording an example is trained with: ``"own"``, the one it has; ``"data"``, one drawn from
             those that its task has in the data; or a chat model's options, to draw from a pool that it makes. See
             :func:`cit_fast.data.diversity.with_other_wordings`.
@@ -79,6 +80,7 @@ class KPIG:
             raise ConfigError(f"temperature: {temperature!r} is neither 'gain' nor a positive number")
         if batch_size < 1:
             raise ConfigError(f"batch_size: {batch_size} is below 1")
+        check_key_parts(key_parts)
         if isinstance(instructions, Mapping):
             if "local" not in instructions:
                 chat_of(instructions, None)  # what is wrong with its options should not wait until a stage begins
@@ -90,7 +92,6 @@ class KPIG:
         self.lambda_, self.alpha, self.temperature, self.masked, self.jsd = lambda_, alpha, temperature, masked, jsd
         self.key_parts, self.instructions = key_parts, instructions
         self.share_prefix, self.batch_size = share_prefix, batch_size
-        self._source = KeyPartSource(key_parts)
         self._frozen_head: Head | None = None
 
     def begin_stage(self, model: nn.Module) -> None:
@@ -106,7 +107,15 @@ class KPIG:
         examples = self._reworded(context)
         if not (self.jsd and self.lambda_):
             return _plain_inputs(model, context, examples)
-        examples = self._source.fill(examples, model, context.encoder, folder=context.run, cache=context.cache)
+        examples = key_parts_for_run(
+            examples,
+            self.key_parts,
+            model,
+            context.encoder,
+            alpha=self.alpha,
+            run=context.run,
+            cache=context.cache,
+        )
         encoded = encode_pairs(context.encoder, examples)
         masked = [pair for pair in encoded.pairs if pair.masked is not None]
         collate = pair_collator(model, context.encoder.pad_token_id, self.share_prefix)

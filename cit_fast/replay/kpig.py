@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from cit_fast.data.example import Example
 from cit_fast.errors import ConfigError, DataError
-from cit_fast.objectives.key_part_source import KeyPartSource
+from cit_fast.objectives.run_key_parts import check_key_parts, key_parts_for_run
 from cit_fast.objectives.scoring import information_gain
 from cit_fast.processes import shared_out
 from cit_fast.replay.allocation import Budget, allocate
@@ -37,7 +37,7 @@ class KPIGReplay:
         instances: N, examples of each replayed task, instead of a budget.
         scored: random instances of each task that are scored, >= 1; they are the first to be replayed.
         alpha: decay of the information gain per answer token, in (0, 1].
-        key_parts: where key parts come from, see :class:`~cit_fast.objectives.KeyPartSource`.
+        key_parts: where key parts come from, as in :class:`cit_fast.objectives.KPIG`.
         share_prefix: see :func:`cit_fast.objectives.pair_collator`.
         batch_size: instances scored at a time.
 
@@ -63,10 +63,10 @@ class KPIGReplay:
                 raise ConfigError(f"{name}: {value} is below 1")
         if not 0 < alpha <= 1:
             raise ConfigError(f"alpha: {alpha} is outside (0, 1]")
+        check_key_parts(key_parts)
         self.fraction, self.per_task, self.tasks, self.instances = fraction, per_task, tasks, instances
         self.scored, self.alpha, self.key_parts = scored, alpha, key_parts
         self.share_prefix, self.batch_size = share_prefix, batch_size
-        self._source = KeyPartSource(key_parts)
 
     def select(self, context: ReplayContext) -> list[Example]:
         """Examples of the tasks with the lowest gain, task by task in order; gains go into ``context.decided``.
@@ -94,11 +94,13 @@ class KPIGReplay:
 
     def _mean_gains(self, context: ReplayContext, drawn: Sequence[Sequence[Example]]) -> list[float]:
         """Mean G of each task's drawn instances under the model as it is."""
-        flat = self._source.fill(
+        flat = key_parts_for_run(
             [example for own in drawn for example in own],
+            self.key_parts,
             context.model,
             context.encoder,
-            folder=context.folder,
+            alpha=self.alpha,
+            run=context.folder,
             cache=context.cache,
         )
         numbered = [(k, example) for k, example in enumerate(flat) if example.key_parts]

@@ -128,7 +128,7 @@ def test_the_divergence_is_part_of_the_loss_and_starts_at_zero(previous, live, e
     plain, heavy = KPIG(key_parts="data"), KPIG(key_parts="data", lambda_=50.0)
     inputs = heavy.stage_inputs(previous, context(encoder))
     batch = inputs.collator(inputs.features)
-    assert heavy(live, batch, None) - plain(live, batch, None) > 0.1
+    assert heavy(live, batch, None) - plain(live, batch, None) > 0.05
     torch.testing.assert_close(heavy(previous, batch, None), plain(previous, batch, None))  # p_t is p_{t-1}
 
 
@@ -225,7 +225,7 @@ def test_nothing_to_compare_is_cross_entropy(previous, live, encoder):
     plain = KPIG(key_parts="data", jsd=False)
     inputs = plain.stage_inputs(previous, context(encoder, chosen))
     theirs = CrossEntropy()(live, inputs.collator(inputs.features), None)
-    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(ours.float(), theirs)
     torch.testing.assert_close(plain(live, inputs.collator(inputs.features), None), theirs)
     assert stage.decided["notes"] == ["1 of 1 examples have no key parts: cross-entropy alone trains them."]
 
@@ -291,7 +291,7 @@ def test_the_model_keeps_training_mode_and_random_state(previous, encoder):
         ({"temperature": 0.0}, "temperature: 0.0 is neither 'gain' nor a positive number"),
         ({"temperature": "loss"}, "temperature: 'loss'"),
         ({"batch_size": 0}, "batch_size: 0 is below 1"),
-        ({"key_parts": "guess"}, "key_parts: 'guess' is unknown; expected 'auto', 'data', 'discover'"),
+        ({"key_parts": "guess"}, "key_parts: 'guess' is none of data, discover, llm; or auto"),
         ({"instructions": "all"}, "instructions: 'all' is unknown; expected 'own', 'data'"),
         ({"instructions": {"base_url": "nowhere", "model": "m"}}, "base_url"),
     ],
