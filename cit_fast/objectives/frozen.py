@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from cit_fast.data.prompts import IGNORED
 from cit_fast.errors import RunError
 from cit_fast.files import replacing
+from cit_fast.objectives.grouping import GroupingCollator
 from cit_fast.objectives.head import Head, head_of
 from cit_fast.objectives.pair_hidden import evaluating, pair_hidden
 from cit_fast.objectives.pairs import EncodedPair, PairCollator
@@ -84,7 +85,7 @@ def freeze(
     Raises:
         RunError: the states cannot be written, or those of another process cannot be read.
     """
-    batches = _batches(pairs, batch_size)
+    batches = _batches(pairs, batch_size, collate.share_prefix)
     if folder is None:
         return _joined([_pass(model, pairs, batches, collate, alpha, context)])
     rank, world = rank_and_count()
@@ -123,12 +124,13 @@ def _pass(
     counts = [_labelled(pairs[number]) for number in order]
     gains: list[float] = []
     done = 0
+    group = GroupingCollator(collate)
     with evaluating(model):
         head = head_of(model)
         device = head.weight.device
         states = torch.empty(sum(counts), head.weight.shape[1], dtype=head.weight.dtype)
         for batch in tqdm(batches, desc="the model before this stage", unit="batch", leave=False, disable=None):
-            tensors = collate([pairs[number] for number in batch])
+            tensors = group([pairs[number] for number in batch])
             hidden = pair_hidden(model, {k: v.to(device) if isinstance(v, Tensor) else v for k, v in tensors.items()})
             kept = hidden.masked if context == "masked" else hidden.full
             states = states.to(kept.dtype) if done == 0 else states
@@ -150,14 +152,13 @@ def _gains(head: Head, hidden: Any, alpha: float) -> list[float]:
     return gains
 
 
-def _batches(pairs: Sequence[EncodedPair], size: int) -> list[list[int]]:
-    """Numbers of the pairs, the longest first: like lengths together need the least padding."""
+def _batches(pairs: Sequence[EncodedPair], size: int, share_prefix: bool) -> list[list[int]]:
+    """Numbers of the pairs: those that begin alike together where beginnings are shared, else those of like length."""
 
-    def length(number: int) -> int:
-        pair = pairs[number]
-        return len(pair.full.input_ids) + (0 if pair.masked is None else len(pair.masked.input_ids))
+    def alike(number: int) -> Any:
+        return pairs[number].full.input_ids if share_prefix else -len(pairs[number].full.input_ids)
 
-    order = sorted(range(len(pairs)), key=lambda number: -length(number))
+    order = sorted(range(len(pairs)), key=alike)
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from cit_fast.data.collation import choose_collator
 from cit_fast.data.diversity import chat_pools, data_pools, draw_wordings
@@ -26,6 +27,7 @@ from cit_fast.data.example import Example
 from cit_fast.errors import ConfigError, DataError
 from cit_fast.objectives.cross_entropy import CrossEntropy
 from cit_fast.objectives.frozen import FrozenStates, freeze
+from cit_fast.objectives.grouping import GroupingCollator
 from cit_fast.objectives.head import Head, head_of
 from cit_fast.objectives.objective import StageContext, StageInputs
 from cit_fast.objectives.pair_hidden import evaluating, pair_collator, pair_hidden
@@ -134,8 +136,8 @@ class KPIG:
         _report(context, examples, frozen, len(encoded.pairs) - len(masked))
         features = encoded.pairs if self.masked else [replace(pair, masked=None) for pair in encoded.pairs]
         temperature = None if self.temperature == "gain" else float(self.temperature)
-        collator = FrozenPairCollator(collate, frozen, temperature, head.weight.shape[1])
-        return StageInputs(features, collator, encoded.truncated, encoded.skipped)
+        collator = FrozenPairCollator(GroupingCollator(collate), frozen, temperature, head.weight.shape[1])
+        return StageInputs(features, collator, encoded.truncated, encoded.skipped, frozen.seconds)
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any], num_items: Tensor | int | None) -> Tensor:
         """See :class:`cit_fast.objectives.Objective`; both terms are sums over response tokens."""
@@ -144,7 +146,7 @@ class KPIG:
         tensors = dict(batch)
         frozen, temperature, compared = (tensors.pop(name) for name in FrozenPairCollator.ADDED)
         hidden = pair_hidden(model, tensors)
-        head = head_of(model)
+        head = _whole(head_of(model), hidden.full.shape[1])
         before = self._frozen_head or head
         every = torch.ones(len(hidden.targets), device=hidden.full.device)
         loss = linear_cross_entropy(hidden.full, head.weight, hidden.targets, every, bias=head.bias, **head.options)
@@ -192,7 +194,7 @@ class FrozenPairCollator:
 
     ADDED = ("frozen", "temperature", "compared")
 
-    pairs: PairCollator
+    pairs: PairCollator | GroupingCollator
     frozen: FrozenStates
     temperature: float | None
     width: int
@@ -236,6 +238,19 @@ def _plain_inputs(model: Any, context: StageContext, examples: Sequence[Example]
 
 def _trains(head: Head) -> bool:
     return head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
+
+
+def _whole(head: Head, width: int) -> Head:
+    """The head, gathered where FSDP has its rows on several devices."""
+    if isinstance(head.weight, DTensor):
+        bias = head.bias.full_tensor() if isinstance(head.bias, DTensor) else head.bias
+        return head._replace(weight=head.weight.full_tensor(), bias=bias)
+    if head.weight.dim() != 2 or head.weight.shape[1] != width:
+        raise ConfigError(
+            "objective kpig: the output projection is split over the processes (ZeRO-3), and its loss needs all of it; "
+            "use ZeRO-2, FSDP or DDP"
+        )
+    return head
 
 
 def _copied(head: Head) -> Head:

@@ -52,12 +52,14 @@ class StageInputs:
         features: one per example that fits.
         collator: makes batches of them; ``labels`` of a batch are -100 outside the tokens that the loss is divided by.
         truncated: how many of them had their input shortened; ``skipped``: sources of the examples left out.
+        seconds: of the preparation, what counts as training time.
     """
 
     features: Sequence[Any]
     collator: Collator
     truncated: int = 0
     skipped: tuple[str, ...] = ()
+    seconds: float = 0.0
 
 
 class Objective(Protocol):

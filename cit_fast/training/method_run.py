@@ -224,7 +224,7 @@ class MethodRun:
         trainer, checkpoint = self._trainer(model, index, title, inputs)
         self.parts["objective"].begin_stage(model)
         trainer.train(resume_from_checkpoint=checkpoint)
-        train_seconds = trainer.record.seconds
+        train_seconds = trainer.record.seconds + inputs.seconds
         self.parts["update"].finish(trainer.optimizer)
         model = self._unwrapped(trainer, index, adapter)
         for name, parameter in model.named_parameters():

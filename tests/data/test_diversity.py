@@ -33,7 +33,7 @@ def test_key_parts_are_taken_from_where_they_are_given():
     [
         pytest.param([ONE, replace(TWO, input=" ")], id="instruction-with-its-input"),
         pytest.param([replace(ONE, messages=(("user", "a"), ("assistant", "b")))], id="conversation"),
-        pytest.param([replace(ONE, instruction=f"Write {k} words.") for k in range(32)], id="too-many"),
+        pytest.param([replace(ONE, instruction=f"Write the number {k} as words.") for k in range(32)], id="too-many"),
     ],
 )
 def test_instructions_that_cannot_stand_for_one_another_get_no_pool(examples):

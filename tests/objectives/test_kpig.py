@@ -169,7 +169,7 @@ def test_padding_and_packing_change_nothing(previous, live, encoder):
     objective = KPIG(key_parts="data", lambda_=2.0, share_prefix=False)
     inputs = objective.stage_inputs(previous, context(encoder))
     expected = objective(live, inputs.collator(inputs.features), None)
-    pairs = inputs.collator.pairs
+    pairs = inputs.collator.pairs.pairs
     for other in (
         type(pairs)(pairs.pad_token_id, False, lengths=(256,)),
         type(pairs)(pairs.pad_token_id, True, lengths=(200,)),
