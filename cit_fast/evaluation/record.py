@@ -36,7 +36,9 @@ class StageRecord:
         replay: what the replay policy says about its choice; any plain values. The report shows ``distances`` and
             ``budgets`` (earlier task -> its distance to the new task, examples it was given), ``instructions`` (a list
             of ``{task, instruction, insinfo, tags, drawn, available}``, highest InsInfo first; of
-            ``instruction_count`` in all) and ``notes`` (a list of sentences).
+            ``instruction_count`` in all), ``gains`` (earlier task -> mean information gain of its key parts) and
+            ``notes`` (a list of sentences).
+        objective: what the objective says about the stage; any plain values, ``notes`` as in ``replay``.
         steps: optimizer steps; ``train_seconds`` and ``evaluate_seconds``: wall time (summed over resumed parts).
         losses: ``(step, training loss)`` as logged.
         balance_weights: per optimizer step ``(step, mean, minimum, maximum, fallback fraction)`` of the balance
@@ -53,6 +55,7 @@ class StageRecord:
     train_examples: int = 0
     replayed: dict[str, int] = field(default_factory=dict)
     replay: dict[str, Any] = field(default_factory=dict)
+    objective: dict[str, Any] = field(default_factory=dict)
     steps: int = 0
     train_seconds: float = 0.0
     evaluate_seconds: float = 0.0
@@ -112,7 +115,7 @@ def _read(path: Path, kind: type[_Record]) -> _Record:
     if unknown:
         raise RunError(f"{path}: unknown key {unknown[0]!r}")
     lists, objects = {"tasks", "trained"}, {"metrics", "method", "config", "environment", "experts", "scores"}
-    for key in sorted(lists | objects | {"replayed", "replay"}):
+    for key in sorted(lists | objects | {"replayed", "replay", "objective"}):
         wanted = list if key in lists else dict
         if key in raw and not isinstance(raw[key], wanted):
             raise RunError(f"{path}: damaged ({key} is no {'list' if wanted is list else 'object'})")

@@ -2,6 +2,7 @@
 
 from cit_fast.replay.baselines import DiverseInstructionReplay, PrototypeDataReplay, PrototypeInstructionReplay
 from cit_fast.replay.inscl import InsCLReplay
+from cit_fast.replay.kpig import KPIGReplay
 from cit_fast.replay.llm import Chat, ChatEndpoint, LocalChat
 from cit_fast.replay.policy import NoReplay, RandomReplay, ReplayContext, ReplayPolicy
 from cit_fast.replay.tags import LLMTagger, OfflineTagger, Tagger
@@ -11,6 +12,7 @@ __all__ = [
     "ChatEndpoint",
     "DiverseInstructionReplay",
     "InsCLReplay",
+    "KPIGReplay",
     "LLMTagger",
     "LocalChat",
     "NoReplay",

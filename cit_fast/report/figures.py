@@ -94,18 +94,36 @@ def replay_figure(view: RunView, theme: Theme) -> Figure:
 
 def distance_figure(view: RunView, theme: Theme) -> Figure:
     """How far each earlier task was from the new one, as the replay policy of each stage measured it."""
-    distances = np.full((len(view.trained), len(view.record.tasks)), np.nan)
+    return _measured_figure(view, theme, "distances", "to", "distance")
+
+
+def gain_figure(view: RunView, theme: Theme) -> Figure:
+    """What the key parts of each earlier task told the model when a new one arrived; framed are the replayed tasks."""
+    return _measured_figure(view, theme, "gains", "before", "information gain")
+
+
+def _measured_figure(view: RunView, theme: Theme, key: str, before_name: str, meaning: str) -> Figure:
+    """A number per earlier task (columns) and stage (rows), from what the replay policy says of its choice."""
+    values = np.full((len(view.trained), len(view.record.tasks)), np.nan)
     for i, stage in enumerate(view.trained):
         for j, task in enumerate(view.record.tasks):
-            distances[i, j] = stage.replay.get("distances", {}).get(task, math.nan)
-    measured = [i for i, row in enumerate(distances) if not np.isnan(row).all()]
-    rows = distances[measured]
+            values[i, j] = stage.replay.get(key, {}).get(task, math.nan)
+    measured = [i for i, row in enumerate(values) if not np.isnan(row).all()]
+    rows = values[measured]
     top = float(np.nanmax(rows))
     # Three digits of the largest: a cosine distance may be far below one.
     digits = min(max(2, 2 - math.floor(math.log10(top))), 6) if top > 0 else 2
     texts = [["" if math.isnan(value) else f"{value:.{digits}f}" for value in row] for row in rows]
-    names = [f"to {view.stage_names[i]}" for i in measured]
-    return _heat_map(rows, texts, names, view.record.tasks, theme, top, "distance", [])
+    names = [f"{before_name} {view.stage_names[i]}" for i in measured]
+    framed = []
+    if key == "gains":
+        framed = [
+            (row, j)
+            for row, i in enumerate(measured)
+            for j, task in enumerate(view.record.tasks)
+            if view.trained[i].replayed.get(task)
+        ]
+    return _heat_map(rows, texts, names, view.record.tasks, theme, top, meaning, framed)
 
 
 def task_curves_figure(views: Sequence[RunView], theme: Theme) -> Figure:
@@ -277,7 +295,7 @@ def _heat_map(
     for i in range(rows):
         for j in range(columns):
             empty = math.isnan(values[i, j])
-            ink = theme.text if empty else _ink(colours(values[i, j] / max(top, 1e-9)))
+            ink = theme.text if empty else _ink(colours(max(values[i, j], 0.0) / max(top, 1e-9)))
             ax.text(j, i, texts[i][j], ha="center", va="center", fontsize=9.5, color=ink)
     for i, j in framed:
         # Two outlines, one of which shows on any colour.

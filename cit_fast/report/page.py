@@ -195,6 +195,17 @@ def _section(view: RunView, runs: Runs, album: _Album) -> dict[str, Any]:
                 "The farther a task, the more of it was replayed.",
             )
         )
+    if any(stage.replay.get("gains") for stage in view.trained):
+        pictures.append(
+            album.picture(
+                f"{view.label}-gains",
+                lambda theme: figures.gain_figure(view, theme),
+                f"Heat map: information gain of the key parts of each task, as {view.label} measured it",
+                "Mean information gain of the key parts of each earlier task (columns) when a new task arrived (rows): "
+                "near 0 the model answers as if the words that define the task were not there. A frame marks the tasks "
+                "that were replayed.",
+            )
+        )
     if any(stage.balance_weights for stage in view.trained):
         pictures.append(
             album.picture(
@@ -225,6 +236,11 @@ def _section(view: RunView, runs: Runs, album: _Album) -> dict[str, Any]:
             (name, note)
             for name, stage in zip(view.stage_names, view.trained, strict=True)
             for note in stage.replay.get("notes", [])
+        ],
+        "objective_notes": [
+            (name, note)
+            for name, stage in zip(view.stage_names, view.trained, strict=True)
+            for note in stage.objective.get("notes", [])
         ],
         "ranking": _ranking(view),
         "examples": examples,

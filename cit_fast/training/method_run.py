@@ -29,6 +29,7 @@ from cit_fast.data.example import Example, Task
 from cit_fast.errors import ConfigError, DataError, RunError
 from cit_fast.evaluation.predictions import Prediction, write_predictions
 from cit_fast.evaluation.record import RunRecord, StageRecord, read_run, read_stages
+from cit_fast.objectives import StageContext, StageInputs
 from cit_fast.replay import ReplayContext
 from cit_fast.training.config import MethodConfig, RunConfig
 from cit_fast.training.environment import describe_environment
@@ -212,23 +213,18 @@ class MethodRun:
             folder = self.folder.path / "replay"
             context = ReplayContext(group[0], seen, model, self.encoder, rng, folder, cache_folder(), decided)
             replayed = self.parts["replay"].select(context)
-            try:
-                decided = json.loads(json.dumps(decided, allow_nan=False))
-            except (TypeError, ValueError) as error:  # better now than when the stage is trained
-                raise ConfigError(f"replay: context.decided must hold plain JSON values: {error}") from None
-            for note in decided.get("notes", []):
-                self._say(f"  {escape(note)}")
+            decided = self._decided("replay", decided)
         new = [example for task in group for example in task.train]
         title = f"{self.method.name} [{index}/{count}] {'all tasks' if joint else group[0].name}"
-        encoded = self.encoder.encode_all([*new, *replayed])
-        if not encoded.encoded:
+        inputs, said = self._inputs(model, index, [*new, *replayed], [*group, *seen])
+        if not inputs.features:
             raise DataError(f"task {group[0].name!r}: no training example fits data.max_length; every one was skipped")
         # TensorBoard's default is inside the checkpoints, which go when the stage is committed.
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.folder.path / "logs" / f"{index:02d}")
-        trainer, checkpoint = self._trainer(model, index, title, encoded.encoded)
+        trainer, checkpoint = self._trainer(model, index, title, inputs)
         self.parts["objective"].begin_stage(model)
         trainer.train(resume_from_checkpoint=checkpoint)
-        train_seconds = trainer.record.seconds
+        train_seconds = trainer.record.seconds + inputs.seconds
         self.parts["update"].finish(trainer.optimizer)
         model = self._unwrapped(trainer, index, adapter)
         for name, parameter in model.named_parameters():
@@ -248,13 +244,14 @@ class MethodRun:
             train_examples=len(new),
             replayed={task.name: sum(e.task == task.name for e in replayed) for task in seen},
             replay=decided,
+            objective=said,
             steps=trainer.state.global_step,
             train_seconds=train_seconds,
             evaluate_seconds=time.perf_counter() - started,
             losses=[(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
             balance_weights=trainer.record.balance_weights,
-            truncated=encoded.truncated,
-            skipped=len(encoded.skipped),
+            truncated=inputs.truncated,
+            skipped=len(inputs.skipped),
             test_truncated=found.truncated,
             test_skipped=found.skipped,
         )
@@ -263,6 +260,37 @@ class MethodRun:
         if stage.skipped or stage.test_skipped:
             self._say(f"  left out for their length: {stage.skipped} training and {stage.test_skipped} test examples")
         return model
+
+    def _inputs(
+        self, model: Any, index: int, examples: list[Example], tasks: list[Task]
+    ) -> tuple[StageInputs, dict[str, Any]]:
+        """What the stage trains on, in the objective's own form where it has one, and what it says about it."""
+        said: dict[str, Any] = {}
+        prepare = getattr(self.parts["objective"], "stage_inputs", None)
+        if prepare is None:
+            encoded = self.encoder.encode_all(examples)
+            collator = choose_collator(
+                model.config._attn_implementation,
+                model.device,
+                pad_token_id=self.encoder.pad_token_id,
+                max_length=self.config.data.max_length,
+            )
+            return StageInputs(encoded.encoded, collator, encoded.truncated, encoded.skipped), said
+        rng = random.Random(f"{self.config.seed}/{index}/objective")  # noqa: S311  # a seed, not a secret
+        folder, run = self.folder.checkpoints(index), self.folder.path / "replay"
+        context = StageContext(examples, tasks, self.encoder, rng, folder, run, cache_folder(), said)
+        inputs = prepare(model, context)
+        return inputs, self._decided("objective", said)
+
+    def _decided(self, kind: str, decided: dict[str, Any]) -> dict[str, Any]:
+        """What a part decided, as it goes into the stage's record; its notes are said at once."""
+        try:
+            plain: dict[str, Any] = json.loads(json.dumps(decided, allow_nan=False))
+        except (TypeError, ValueError) as error:  # better now than when the stage is trained
+            raise ConfigError(f"{kind}: context.decided must hold plain JSON values: {error}") from None
+        for note in plain.get("notes", []):
+            self._say(f"  {escape(note)}")
+        return plain
 
     def _commit(self, stage: StageRecord, model: Any, predictions: dict[str, list[Prediction]]) -> None:
         def fill(path: Path) -> None:
@@ -289,7 +317,7 @@ class MethodRun:
         except (ValueError, TypeError, ImportError) as error:
             raise ConfigError(f"training: {str(error).splitlines()[0]}") from None
 
-    def _trainer(self, model: Any, index: int, title: str, examples: Sequence[Any]) -> tuple[StageTrainer, str | None]:
+    def _trainer(self, model: Any, index: int, title: str, inputs: StageInputs) -> tuple[StageTrainer, str | None]:
         checkpoint = self.folder.last_checkpoint(index)
         trainer = StageTrainer(
             objective=self.parts["objective"],
@@ -298,13 +326,8 @@ class MethodRun:
             progress={} if checkpoint is None else checkpoint[1],
             model=model,
             args=self._arguments(index),
-            train_dataset=examples,
-            data_collator=choose_collator(
-                model.config._attn_implementation,
-                model.device,
-                pad_token_id=self.encoder.pad_token_id,
-                max_length=self.config.data.max_length,
-            ),
+            train_dataset=inputs.features,
+            data_collator=inputs.collator,
         )
         if trainer.is_deepspeed_enabled:
             gather = "zero_optimization.stage3_gather_16bit_weights_on_model_save"

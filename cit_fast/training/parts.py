@@ -19,8 +19,9 @@ PARTS: dict[str, dict[str, str]] = {
         "prototype-data": "cit_fast.replay.PrototypeDataReplay",
         "prototype-instruction": "cit_fast.replay.PrototypeInstructionReplay",
         "diverse-instruction": "cit_fast.replay.DiverseInstructionReplay",
+        "kpig": "cit_fast.replay.KPIGReplay",
     },
-    "objective": {"cross-entropy": "cit_fast.objectives.CrossEntropy"},
+    "objective": {"cross-entropy": "cit_fast.objectives.CrossEntropy", "kpig": "cit_fast.objectives.KPIG"},
     "update": {
         "plain": "cit_fast.training.update.PlainUpdate",
         "balance-ema": "cit_fast.training.update.BalanceEMAUpdate",

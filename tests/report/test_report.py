@@ -470,3 +470,25 @@ def test_what_another_policy_says_does_no_harm(tmp_path):
     zero = with_replay(write_run(tmp_path / "b", REPLAY, replay=1), {}, {"distances": {"dates": 0.0}})
     ax = pictures.distance_figure(collect([zero]).views[0], pictures.LIGHT).axes[0]
     assert ax.texts[0].get_text() == "0.00"
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_information_gains_are_shown_with_the_replayed_tasks_framed(tmp_path):
+    run = with_replay(
+        write_run(tmp_path / "a", REPLAY, method="kpig", replay=10),
+        {},
+        {"gains": {"dates": 0.021}},
+        {"gains": {"dates": -0.001, "words": 0.2}},
+    )
+    path = run / "stages" / "01" / "stage.json"
+    notes = {"objective": {"notes": ["3 of 9 examples have no <key> parts."]}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **notes}))
+    page = Page(write_report([run]))
+    assert "Loss during dates: 3 of 9 examples have no <key> parts." in page.text
+    view = collect([run]).views[0]
+    view.trained[2].replayed = {"dates": 4, "words": 0}
+    ax = pictures.gain_figure(view, pictures.DARK).axes[0]
+    assert [text.get_text() for text in ax.texts] == ["0.021", "", "", "-0.001", "0.200", ""]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["before words", "before labels"]
+    assert {patch.get_xy() for patch in ax.patches if patch.get_xy()[1] > 0.5} == {(-0.46, 0.57)}
+    assert (tmp_path / "a" / "report-figures" / "kpig-gains.png").exists()

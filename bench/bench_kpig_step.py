@@ -1,0 +1,102 @@
+"""What KPIG costs: training steps of the quickstart's model and tasks with its loss and with cross-entropy, in turns.
+
+    python -m bench.bench_kpig_step          prints, and records in bench/results
+
+Two copies of the model take the same examples with the same optimizer. A step is forward, backward and AdamW. The pass
+of the frozen model over a task's examples, which happens once a stage, is timed apart and shared out over the steps of
+one epoch. Batches take turns between the tasks, as their lengths differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from bench.ceilings import record
+from cit_fast.data import choose_collator, load_stream
+from cit_fast.objectives import KPIG, CrossEntropy, StageContext
+from cit_fast.training.config import load_config
+from cit_fast.training.model import prompt_encoder, train_adapter
+from cit_fast.training.pretrained import load_model, load_tokenizer, resolve_model
+
+QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart.yaml"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=16, help="batches that are timed")
+    parser.add_argument("--separate", action="store_true", help="without shared prefixes")
+    parser.add_argument("--profile", action="store_true", help="print where the time of KPIG's steps goes")
+    options = parser.parse_args()
+    config = load_config(QUICKSTART)
+    folder = resolve_model(config.model)
+    encoder = prompt_encoder(load_tokenizer(folder, False), config)
+    stream = load_stream(config.data.tasks, seed=config.seed, train=config.data.train, dev=0, test=config.data.test)
+    size = config.training["per_device_train_batch_size"]
+    each = -(-(options.rounds + 2) // len(stream)) * size
+    examples = [example for task in stream for example in task.train[:each]]
+
+    sides = {}
+    for name in ("cross-entropy", "KPIG"):
+        model = train_adapter(load_model(folder, config.model), config, "shared", config.seed).train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+        sides[name] = model, optimizer, []
+    model = sides["KPIG"][0]
+    objective = KPIG(key_parts="data", share_prefix=False if options.separate else "auto")
+    context = StageContext(examples, list(stream), encoder, random.Random(0))  # noqa: S311
+    inputs = objective.stage_inputs(model, context)
+    frozen_seconds = context.decided["seconds"] / len(examples) * size  # of the examples of one step
+    collate = choose_collator(
+        model.config._attn_implementation, model.device, pad_token_id=encoder.pad_token_id,
+        max_length=config.data.max_length,
+    )  # fmt: skip
+    plain, encoded = CrossEntropy(), encoder.encode_all(examples).encoded
+    places: dict[str, list[int]] = {name: [] for name in sides}
+    profiler = torch.profiler.profile() if options.profile else None
+    for turn in range(options.rounds + 2):
+        start = each * (turn % len(stream)) + turn // len(stream) * size
+        batches = {
+            "cross-entropy": (plain, collate(encoded[start : start + size])),
+            "KPIG": (objective, inputs.collator(inputs.features[start : start + size])),
+        }
+        for name, (loss, batch) in batches.items():
+            model, optimizer, seconds = sides[name]
+            if profiler is not None and name == "KPIG" and turn == 2:
+                profiler.start()
+            began = time.perf_counter()
+            loss(model, batch, None).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if turn >= 2:
+                seconds.append(time.perf_counter() - began)
+                places[name].append(batch["input_ids"].numel())
+            if profiler is not None and name == "KPIG" and turn == 2:
+                profiler.stop()
+    if profiler is not None:
+        print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=40))
+    # Each batch against itself: tasks differ in length, and the machine in speed from minute to minute.
+    ours, theirs = sides["KPIG"][2], sides["cross-entropy"][2]
+    step = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+    frozen = frozen_seconds / statistics.median(theirs)
+    result = {
+        "model": config.model.name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "share_prefix": inputs.collator.pairs.pairs.share_prefix,
+        "median ms": {name: round(statistics.median(seconds) * 1e3, 1) for name, (_, _, seconds) in sides.items()},
+        "places a batch": {name: round(statistics.mean(counts)) for name, counts in places.items()},
+        "frozen pass, ms a batch": round(frozen_seconds * 1e3, 1),
+        "step ratio": round(step, 3),
+        "step ratio with the frozen pass, one epoch": round(step + frozen, 3),
+    }
+    print(result)
+    if not options.separate:
+        print(f"recorded in {record('kpig_step', result)}")
+
+
+if __name__ == "__main__":
+    main()
