@@ -110,7 +110,6 @@ class TaskSource:
         return ReadOptions(task=task, **given)
 
 
-_CONSTRAINTS = ("answer_pattern", "answer_format", "extractive", "wordy_above")
 _READING = ("splits", *(f.name for f in dataclasses.fields(ReadOptions) if f.name != "task"))
 
 
@@ -308,7 +307,8 @@ def _described(task: Task, source: TaskSource, labels: tuple[str, ...]) -> Task:
     """The task with the name, metric, labels and pattern that the source asks for."""
     name = source.name or task.name
     changes: dict[str, Any] = {"metric": source.metric or task.metric, "labels": source.labels or labels}
-    changes |= {key: value for key in _CONSTRAINTS if (value := getattr(source, key))}
+    constraints = ("answer_pattern", "answer_format", "extractive", "wordy_above")
+    changes |= {key: value for key in constraints if (value := getattr(source, key))}
     if name != task.name:
         changes["name"] = name
         for split in SPLITS:
@@ -345,7 +345,10 @@ def _read(source: TaskSource, seed: int, limits: Limits) -> Task:
         name=name,
         metric=source.metric or (CLOSED_SET_METRIC if labels else DEFAULT_METRIC),
         labels=labels,
-        **{key: getattr(source, key) for key in _CONSTRAINTS},
+        answer_pattern=source.answer_pattern,
+        answer_format=source.answer_format,
+        extractive=source.extractive,
+        wordy_above=source.wordy_above,
         **splits,
     )
 

@@ -1,12 +1,11 @@
 """Do the answers keep to what the task asks of them? P-score and V-score of KPIG (He et al. 2025, arXiv 2403.10056).
 
-=======  ==========================  =====================================================================================
-``WFR``  wrong format                the answer as a whole does not match the task's ``answer_pattern``, or is no
-                                     ``answer_format``
-``OOS``  out of scope                the answer is not in the closed set ``labels`` (compared as ``accuracy`` does), or, of
-                                     an ``extractive`` task, is neither a span of the example's input nor a reference
-``WR``   wordy                       the answer has more words than ``wordy_above`` times the longest reference
-=======  ==========================  =====================================================================================
+=======  ============  ===============================================================================================
+``WFR``  wrong format  the answer as a whole does not match the task's ``answer_pattern``, or is no ``answer_format``
+``OOS``  out of scope  the answer is not in the closed set ``labels`` (compared as ``accuracy`` does), or, of an
+                       ``extractive`` task, is neither a span of the example's input nor a reference
+``WR``   wordy         the answer has more words than ``wordy_above`` times the longest reference
+=======  ============  ===============================================================================================
 
 Each applies only to the tasks that declare it. The **V-score** is the mean over the tasks of the mean of a task's
 rates, in points from 0 to 100, lower is better; the paper leaves open how rates are averaged, so the mean over the
@@ -208,8 +207,8 @@ FORMATS: dict[str, Callable[[str], bool]] = {
     "number": lambda text: bool(_NUMBER.fullmatch(text)) and any(map(str.isdigit, text)),
     "list": lambda text: all(map(_LIST_ITEM.fullmatch, filter(str.strip, text.split("\n")))) and bool(text.strip()),
 }
-"""``json``: any JSON value; ``json_object``, ``json_list``: one of that kind; ``number``: digits with sign, decimals and
-commas between thousands, nothing else; ``list``: every line starts with ``-``, ``*``, ``•``, ``1.`` or ``1)``."""
+"""``json``: any JSON value; ``json_object``, ``json_list``: one of that kind; ``number``: digits with sign, decimals
+and commas between thousands, nothing else; ``list``: every line starts with ``-``, ``*``, ``•``, ``1.`` or ``1)``."""
 
 
 # ------------------------------------------------------------------------------------------------ P and V

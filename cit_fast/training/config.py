@@ -153,8 +153,8 @@ class DataConfig(_Section):
 
 
 class EvaluationConfig(_Section):
-    """What is measured after every stage; ``held_out``: tasks that are answered but never trained, by the untrained model
-    and after the last stage (``held_out_after: all``: after every stage).
+    """What is measured after every stage. Tasks of ``held_out`` are answered but never trained: by the untrained model
+    and after the last stage, or after every one (``held_out_after: all``).
     """
 
     split: Literal["test", "dev"] = "test"
