@@ -133,8 +133,12 @@ def _render(runs: Runs, title: str, album: _Album) -> str:
         title=title,
         headline=headline(runs),
         notes=runs.notes,
-        columns=COLUMNS,
-        rows=comparison_rows(runs),
+        # What says how answers keep to their instructions stands in a table of its own, below.
+        columns=[column for column in COLUMNS if not column.answers],
+        rows=[
+            (view, [cell for column, cell in zip(COLUMNS, cells, strict=True) if not column.answers])
+            for view, cells in comparison_rows(runs)
+        ],
         violations=_violations(runs),
         coverage=coverage(runs),
         kinds=KINDS,
@@ -143,10 +147,16 @@ def _render(runs: Runs, title: str, album: _Album) -> str:
     )
 
 
-def _violations(runs: Runs) -> list[tuple[str, str, TaskSetScores]]:
-    """A row per compared run and set of tasks that has a V-score: label, which set, its scores."""
-    sets = [(view.label, [("seen", view.seen), ("held out", view.held_out)]) for view in runs.compared]
-    return [(label, which, scores) for label, both in sets for which, scores in both if scores.v is not None]
+def _violations(runs: Runs) -> list[tuple[str, str, TaskSetScores, list[tuple[str, bool]]]]:
+    """A row per compared run and set of tasks: label, which set, its scores, P and V as text, each with whether it is
+    the best. Left out are seen tasks without a V-score: the comparison has their P-score, AP.
+    """
+    rows = []
+    for view, cells in comparison_rows(runs):
+        cell = dict(zip([column.title for column in COLUMNS], cells, strict=True))
+        seen, held_out = [cell["AP"], cell["V"]], [cell["Held-out P"], cell["Held-out V"]]
+        rows += [(view.label, "seen", view.seen, seen), (view.label, "held out", view.held_out, held_out)]
+    return [row for row in rows if row[2].v is not None or (row[1] == "held out" and row[2].p is not None)]
 
 
 def _answers_by_task(view: RunView) -> list[tuple[str, str, float, dict[str, float]]]:
