@@ -1,9 +1,11 @@
-"""Methods compared on a benchmark of Super-NI task folders: who forgets how much, at what cost.
+"""Methods compared on a benchmark of Super-NI task folders: who forgets how much, who heeds instructions, at what cost.
 
     python bench/methods.py path/to/superni15 --tasks 5 --train 100 --methods sequential random-replay lcia
 
     python bench/methods.py path/to/superni15 --by-category --train 100 --fraction 0.1 \\
         --methods sequential random-replay inscl inscl-uniform inscl-no-insinfo
+
+    python bench/methods.py path/to/superni15 --held-out 3 --train 100 --methods sequential random-replay
 
 The folder holds one sub-folder per task with train.json, dev.json and test.json. Every method trains the same tasks in
 the same order from the same seeds; ``joint`` (all tasks at once) is added as the upper bound, and experts (one model
@@ -13,6 +15,10 @@ The table goes to the terminal and, with hardware and versions, to ``--results``
 Every Super-NI task has one instruction. With ``--by-category`` the tasks of a category are trained as one, as in the
 InsCL paper, so that there are several to choose from. ``--fraction`` or ``--per-task`` gives every method that replays
 the same budget; without them each has its preset's, which is the same for all presets that are shipped.
+
+The last ``--held-out`` tasks of the order (or, by category, the last categories) are never trained, only answered at
+the end. V says how often answers break what a task's definition asks for (``ASKS``, and the closed sets that its
+answers show); the P-score of the trained tasks is AP.
 """
 
 from __future__ import annotations
@@ -34,7 +40,8 @@ from cit_fast import ContinualTrainer
 from cit_fast.data import Task, TaskStream, load_stream
 from cit_fast.data.sources import TaskSource
 from cit_fast.errors import CitFastError, DataError
-from cit_fast.evaluation import continual_metrics, read_run, read_stages
+from cit_fast.evaluation import continual_metrics, read_run, read_stages, task_set_scores
+from cit_fast.evaluation.metrics import normalise_label
 from cit_fast.training.config import presets
 
 # The two orders that continual-learning papers use on these fifteen tasks, by the number in the folder's name.
@@ -42,7 +49,18 @@ ORDERS = {
     1: (1572, 363, 1290, 181, 2, 1510, 639, 1729, 73, 1590, 748, 511, 591, 1687, 875),
     2: (748, 73, 1590, 639, 1572, 1687, 591, 363, 1510, 1729, 181, 511, 2, 1290, 875),
 }
-COLUMNS = ("AP", "forgetting", "BWT", "relative gain", "replayed", "train minutes", "total minutes")
+COLUMNS = (
+    "AP", "forgetting", "BWT", "relative gain", "V", "held-out P", "held-out V",
+    "replayed", "train minutes", "total minutes",
+)  # fmt: skip
+# What definitions ask of an answer, by the number of the task: a form, a phrase of the text, or a summary and no more.
+ASKS: dict[int, dict[str, Any]] = {
+    2: {"extractive": True},
+    511: {"wordy_above": 2.0},  # "a short summary ... one or two sentences long"
+    748: {"answer_pattern": r"(?s).+>\s*(?i:causes/enables|causes|enables)\s*>.+"},
+    1290: {"wordy_above": 2.0},  # "summarize the article in a sentence"
+    1510: {"answer_pattern": r".+ (MemberOf|MadeOf|Synonym|Entails|HasA|HasProperty|PartOf|Antonym|IsA) .+"},
+}
 
 
 def task_folders(data: Path, order: int, count: int | None) -> list[Path]:
@@ -55,12 +73,20 @@ def task_folders(data: Path, order: int, count: int | None) -> list[Path]:
     return [by_number[number] for number in wanted]
 
 
-def sources(options: argparse.Namespace) -> list[dict]:
-    """The tasks as a configuration names them."""
-    return [
-        {"path": str(path), "format": "super_ni", "metric": "rouge_l", "skip_unanswered": True}
-        for path in task_folders(options.data, options.order, options.tasks)
-    ]
+def source(path: Path) -> dict:
+    """A task as a configuration names it, with what its definition asks of an answer."""
+    number = int(path.name[4:].partition("_")[0])
+    plain = {"path": str(path), "format": "super_ni", "metric": "rouge_l", "skip_unanswered": True}
+    return {**plain, "infer_labels": True, **ASKS.get(number, {})}
+
+
+def divided(options: argparse.Namespace) -> tuple[list[dict], list[dict]]:
+    """The tasks to train, the first ``--tasks`` of the order, and the held-out ones, its last ``--held-out``."""
+    every = task_folders(options.data, options.order, None if options.held_out else options.tasks)
+    trained = every[: len(every) - options.held_out][: options.tasks]
+    if not trained or len(trained) < (options.tasks or 0):
+        raise DataError(f"--held-out {options.held_out} leaves {len(every) - options.held_out} tasks to train")
+    return [source(path) for path in trained], [source(path) for path in every[len(every) - options.held_out :]]
 
 
 def category(folder: Path) -> str:
@@ -69,15 +95,19 @@ def category(folder: Path) -> str:
     return str(named if isinstance(named, str) else named[0]).lower().replace(" ", "-")
 
 
-def categories(options: argparse.Namespace, seed: int) -> TaskStream:
-    """One task per category, in the order in which the categories appear; ``--train`` and ``--test`` hold for each of
-    the tasks in it.
+def categories(options: argparse.Namespace, seed: int) -> tuple[TaskStream, list[Task]]:
+    """One task per category, in the order in which the categories appear, and the held-out ones, the last of them;
+    ``--train`` and ``--test`` hold for each of the tasks in it.
     """
     members: dict[str, list[Task]] = {}
-    for source in sources(options):
-        (task,) = load_stream([TaskSource(**source)], seed=seed, train=options.train, test=options.test)
-        members.setdefault(category(Path(source["path"])), []).append(task)
-    return TaskStream(tuple(_merged(name, tasks) for name, tasks in members.items()))
+    for path in task_folders(options.data, options.order, options.tasks):
+        (task,) = load_stream([TaskSource(**source(path))], seed=seed, train=options.train, test=options.test)
+        members.setdefault(category(path), []).append(task)
+    merged = [_merged(name, tasks) for name, tasks in members.items()]
+    count = len(merged) - options.held_out
+    if count < 1:
+        raise DataError(f"--held-out {options.held_out} leaves none of {len(merged)} categories to train")
+    return TaskStream(tuple(merged[:count])), merged[count:]
 
 
 def _merged(name: str, tasks: list[Task]) -> Task:
@@ -85,7 +115,10 @@ def _merged(name: str, tasks: list[Task]) -> Task:
         split: tuple(dataclasses.replace(each, task=name) for task in tasks for each in getattr(task, split))
         for split in ("train", "dev", "test")
     }
-    return Task(name, **splits, metric="rouge_l")
+    # The tasks of a category ask for different forms; only where each has a closed set is there one for all of them.
+    closed = all(task.labels for task in tasks)
+    labels = {normalise_label(label): label for task in tasks for label in task.labels} if closed else {}
+    return Task(name, **splits, metric="rouge_l", labels=tuple(labels.values()))
 
 
 def method(name: str, options: argparse.Namespace) -> dict:
@@ -97,6 +130,10 @@ def method(name: str, options: argparse.Namespace) -> dict:
 
 def settings(options: argparse.Namespace, seed: int) -> dict:
     """The configuration of one seed."""
+    if options.by_category:  # the trainer is given the categories made of these
+        trained, held_out = [source(path) for path in task_folders(options.data, options.order, options.tasks)], []
+    else:
+        trained, held_out = divided(options)
     return {
         "name": f"superni-order{options.order}",
         "output": str(options.output / f"seed{seed}"),
@@ -104,7 +141,7 @@ def settings(options: argparse.Namespace, seed: int) -> dict:
         "methods": [method(name, options) for name in dict.fromkeys([*options.methods, "joint"])],
         "model": {"name": options.model, "attn_implementation": options.attention},
         "data": {
-            "tasks": sources(options),
+            "tasks": trained,
             "train": options.train,
             "test": options.test,
             "max_length": options.max_length,
@@ -121,6 +158,7 @@ def settings(options: argparse.Namespace, seed: int) -> dict:
             "experts": options.experts,
             "tasks": "seen",
             "untrained": False,
+            "held_out": held_out,
             "max_new_tokens": options.max_new_tokens,
             "batch_size": 32,
         },
@@ -131,16 +169,26 @@ def figures(folder: Path) -> dict[str, Any]:
     """One run's row of the table, and what was replayed of each task in each stage."""
     run, stages = read_run(folder), read_stages(folder)
     metrics = continual_metrics(run, stages)
+    last = stages[-1]
+    seen = task_set_scores(run.tasks, last.scores, last.violations)
+    held_out = task_set_scores(run.held_out_tasks, last.held_out, last.violations)
     train = sum(stage.train_seconds for stage in stages) / 60
     return {
         "AP": metrics.average_performance,
         "forgetting": metrics.forgetting,
         "BWT": metrics.backward_transfer,
         "relative gain": metrics.relative_gain,
+        "V": seen.v,
+        "held-out P": held_out.p,
+        "held-out V": held_out.v,
         "replayed": float(sum(sum(stage.replayed.values()) for stage in stages)),
         "train minutes": train,
         "total minutes": train + sum(stage.evaluate_seconds for stage in stages) / 60,
         "replayed by stage": [stage.replayed for stage in stages if stage.replayed],
+        "seen": dataclasses.asdict(seen),
+        "held-out": dataclasses.asdict(held_out) if run.held_out_tasks else None,
+        "held-out scores": last.held_out,
+        "violations": last.violations,
     }
 
 
@@ -160,6 +208,7 @@ def main() -> None:
     parser.add_argument("--order", type=int, choices=ORDERS, default=1)
     parser.add_argument("--tasks", type=int, help="only the first so many tasks of the order")
     parser.add_argument("--by-category", action="store_true", help="train the tasks of a category as one")
+    parser.add_argument("--held-out", type=int, default=0, help="so many tasks at the end of the order are not trained")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--fraction", type=float, help="share of every earlier task that is replayed, for all methods")
     budget.add_argument("--per-task", type=int, help="examples per earlier task that are replayed, for all methods")
@@ -181,29 +230,30 @@ def main() -> None:
 
     console = Console()
     rows: dict[str, list[dict[str, Any]]] = {}
-    environment: dict = {}
     for seed in options.seeds:
-        stream = categories(options, seed) if options.by_category else None
-        for folder in ContinualTrainer(settings(options, seed), stream=stream).run():
+        stream, held_out = categories(options, seed) if options.by_category else (None, None)
+        for folder in ContinualTrainer(settings(options, seed), stream=stream, held_out=held_out).run():
             rows.setdefault(folder.name, []).append(figures(folder))
-            environment = read_run(folder).environment
+            run = read_run(folder)
     table = Table(
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
-        title=f"Super-NI, order {options.order}, {options.tasks or 15} tasks"
+        title=f"Super-NI, order {options.order}, {len(run.tasks)} tasks"
         f"{' in categories' if options.by_category else ''}, {len(options.seeds)} seed(s)",
     )
     table.add_column("method", no_wrap=True)
-    for column in COLUMNS:
+    known = [row for seeds in rows.values() for row in seeds]
+    columns = [column for column in COLUMNS if any(row[column] is not None for row in known)]
+    for column in columns:
         table.add_column(column, justify="right")
     for method, seeds in rows.items():
-        table.add_row(method, *[cell([row[column] for row in seeds]) for column in COLUMNS])
+        table.add_row(method, *[cell([row[column] for row in seeds]) for column in columns])
     console.print(table)
     if options.results:
         asked = {key: str(v) if isinstance(v, Path) else v for key, v in vars(options).items() if key != "results"}
         asked["data"] = options.data.name
         asked.pop("output")
-        result = {"date": date.today().isoformat(), "options": asked, "environment": environment, "methods": rows}
+        result = {"date": date.today().isoformat(), "options": asked, "environment": run.environment, "methods": rows}
         options.results.parent.mkdir(parents=True, exist_ok=True)
         options.results.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -21,6 +21,8 @@ from cit_fast.errors import CitFastError, DataError, RunError
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
+    from cit_fast.evaluation import Rescored
+
 app = typer.Typer(
     name="cit-fast",
     help="Continual instruction tuning that forgets less and costs almost nothing extra.",
@@ -77,26 +79,39 @@ def evaluate(
         bool, typer.Option("--allow-custom-metrics", help="Call metrics that a run names by dotted path.")
     ] = False,
 ) -> None:
-    """Recompute every score of RUN from its stored predictions, without the model; exit code 1 if any differs."""
+    """Recompute every score and violation of RUN from its stored predictions, without the model; exit code 1 if any
+    differs.
+    """
     from cit_fast.evaluation import rescore
 
     console = Console()
     disagree = 0
     for folder in _run_folders(runs):
         table = Table(title=str(folder))
-        for column in ("stage", "task", "metric", "recorded", "recomputed", "examples"):
+        for column in ("stage", "task", "metric", "recorded", "recomputed", "V", "examples"):
             table.add_column(column, justify="left" if column in {"task", "metric"} else "right")
         for entry in rescore(folder, write=write, allow_custom_metrics=allow_custom_metrics):
             disagree += not entry.agrees
             shown = ["-" if value is None else f"{value:.1f}" for value in (entry.recorded, entry.recomputed)]
             table.add_row(
-                f"{entry.stage}", entry.task, entry.metric, *shown, f"{entry.examples}",
+                f"{entry.stage}", entry.task, entry.metric, *shown, _v_of(entry), f"{entry.examples}",
                 style=None if entry.agrees else "bold red",
             )  # fmt: skip
         console.print(table)
     console.print("All recorded scores agree." if disagree == 0 else f"{disagree} scores differ from the record.")
     if disagree:
         raise typer.Exit(1)
+
+
+def _v_of(entry: Rescored) -> str:
+    """The V-score of one task; as recorded and as recomputed where they differ."""
+    if entry.violations_agree:
+        return _points(entry.violations)
+    return f"{_points(entry.violations)} ≠ {_points(entry.violations_again)}"
+
+
+def _points(rates: dict[str, float] | None) -> str:
+    return f"{100 * sum(rates.values()) / len(rates):.1f}" if rates else "-"
 
 
 @app.command()

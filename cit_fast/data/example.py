@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from cit_fast.errors import DataError
 
 MASK = "[MASK]"
+ANSWER_FORMATS = ("json", "json_object", "json_list", "number", "list")
+"""What ``answer_format`` may name; :mod:`cit_fast.evaluation.violations` says what each asks of an answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,12 @@ class Task:
         metric: a name in :data:`cit_fast.evaluation.metrics.METRICS`.
         labels: the closed set of answers, if there is one.
         answer_pattern: regular expression that a well-formed answer matches as a whole, if there is one.
+        answer_format: one of :data:`ANSWER_FORMATS`, if a well-formed answer is that.
+        extractive: whether an answer is a span of the example's input, which is then never empty.
+        wordy_above: an answer of more words than this multiple (>= 1) of the longest reference's is too long.
+
+    Labels, pattern, format, extractive and wordy_above are what the V-score judges answers by; what a task does not
+    declare is not held against its answers.
     """
 
     name: str
@@ -93,6 +102,9 @@ class Task:
     metric: str = "rouge_l"
     labels: tuple[str, ...] = ()
     answer_pattern: str | None = None
+    answer_format: str | None = None
+    extractive: bool = False
+    wordy_above: float | None = None
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w][\w.+-]*", self.name):
@@ -109,6 +121,26 @@ class Task:
                 re.compile(self.answer_pattern)
             except re.error as error:
                 raise DataError(f"task {self.name!r}: answer_pattern is no regular expression: {error}") from None
+        self._check_constraints()
+
+    def _check_constraints(self) -> None:
+        if self.answer_format is not None and self.answer_format not in ANSWER_FORMATS:
+            raise DataError(
+                f"task {self.name!r}: answer_format {self.answer_format!r} is unknown; known: "
+                + ", ".join(ANSWER_FORMATS)
+            )
+        if self.wordy_above is not None and not 1.0 <= self.wordy_above < math.inf:
+            raise DataError(
+                f"task {self.name!r}: wordy_above is {self.wordy_above}; it is a multiple of the longest reference's "
+                "words and at least 1"
+            )
+        if self.extractive:
+            for example in (*self.train, *self.dev, *self.test):
+                if not example.input.strip():
+                    raise DataError(
+                        f"{example.source or f'task {self.name!r}'}: no input, but the task is extractive: its answers "
+                        "are spans of the input"
+                    )
 
     @property
     def instructions(self) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from cit_fast.data.example import Example, Task, TaskStream
+from cit_fast.data.labels import inferred_labels
 from cit_fast.data.readers import class_names, read_dataset, read_file
 from cit_fast.data.records import ReadOptions
 from cit_fast.errors import ConfigError, DataError
@@ -47,7 +48,10 @@ class TaskSource:
             ``rouge_l``.
         labels: the closed set of answers. Otherwise taken from the folder's ``labels.json`` or from the
             answer column of a dataset where that is a class label.
-        answer_pattern: regular expression that a well-formed answer matches as a whole.
+        infer_labels: where none of those says, take the distinct answers of the whole source for the closed set if
+            they are few and come again and again (see :func:`cit_fast.data.labels.inferred_labels`).
+        answer_pattern, answer_format, extractive, wordy_above: what a good answer keeps to, for the V-score; see
+            :class:`~cit_fast.data.example.Task`.
         splits: ``train``, ``dev``, ``test`` -> the source's own split name or file stem, e.g.
             ``{"train": "train", "test": "validation"}``; otherwise found by their usual names.
         subset: configuration name of the dataset; ``revision``: its branch, tag or commit.
@@ -67,7 +71,11 @@ class TaskSource:
     name: str | None = None
     metric: str | None = None
     labels: tuple[str, ...] = ()
+    infer_labels: bool = False
     answer_pattern: str | None = None
+    answer_format: str | None = None
+    extractive: bool = False
+    wordy_above: float | None = None
     splits: dict[str, str] = field(default_factory=dict)
     subset: str | None = None
     revision: str | None = None
@@ -91,7 +99,7 @@ class TaskSource:
         if self.dataset is None and (self.subset or self.revision):
             raise ConfigError("subset and revision belong to a dataset source")
         if self.builtin is not None:
-            for option in _READING:
+            for option in (*_READING, "infer_labels"):
                 if getattr(self, option):
                     raise ConfigError(f"{option} does not apply to the built-in task {self.builtin!r}")
         self.read_options("")
@@ -155,6 +163,15 @@ def load_stream(
         DataError: no sources, or two tasks of one name.
     """
     return TaskStream(tuple(load_task(source, seed=seed, train=train, dev=dev, test=test) for source in sources))
+
+
+def origin(source: TaskSource | str) -> tuple[str, ...]:
+    """What tells the place a source reads from apart from other places, whatever name and options it gives them."""
+    if isinstance(source, str):
+        source = _source_of_text(source)
+    if source.path is not None:
+        return "path", str(Path(source.path).resolve())
+    return ("builtin", source.builtin) if source.builtin else ("dataset", f"{source.dataset}", f"{source.subset}")
 
 
 def find_tasks(places: Sequence[str]) -> list[TaskSource]:
@@ -290,8 +307,8 @@ def _described(task: Task, source: TaskSource, labels: tuple[str, ...]) -> Task:
     """The task with the name, metric, labels and pattern that the source asks for."""
     name = source.name or task.name
     changes: dict[str, Any] = {"metric": source.metric or task.metric, "labels": source.labels or labels}
-    if source.answer_pattern is not None:
-        changes["answer_pattern"] = source.answer_pattern
+    constraints = ("answer_pattern", "answer_format", "extractive", "wordy_above")
+    changes |= {key: value for key in constraints if (value := getattr(source, key))}
     if name != task.name:
         changes["name"] = name
         for split in SPLITS:
@@ -321,11 +338,17 @@ def _read(source: TaskSource, seed: int, limits: Limits) -> Task:
     }
     labels = source.labels or opened.labels
     _check_labels(splits, labels)
+    if source.infer_labels and not labels:
+        every = (opened.read(split, list(range(count))) for split, count in opened.counts.items())
+        labels = inferred_labels([example.references for examples in every for example in examples])
     return Task(
         name=name,
         metric=source.metric or (CLOSED_SET_METRIC if labels else DEFAULT_METRIC),
         labels=labels,
         answer_pattern=source.answer_pattern,
+        answer_format=source.answer_format,
+        extractive=source.extractive,
+        wordy_above=source.wordy_above,
         **splits,
     )
 

@@ -13,15 +13,18 @@ from cit_fast.evaluation.predictions import (
     write_predictions,
 )
 from cit_fast.evaluation.record import RunRecord, StageRecord, read_run, read_stages
+from cit_fast.evaluation.violations import Constraints, TaskSetScores, task_set_scores, violation_rates
 
 __all__ = [
     "METRICS",
+    "Constraints",
     "ContinualMetrics",
     "Prediction",
     "Rescored",
     "RunRecord",
     "Score",
     "StageRecord",
+    "TaskSetScores",
     "continual_metrics",
     "predictions_path",
     "read_predictions",
@@ -31,5 +34,7 @@ __all__ = [
     "resolve_metric",
     "score",
     "score_matrix",
+    "task_set_scores",
+    "violation_rates",
     "write_predictions",
 ]

@@ -200,6 +200,19 @@ _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3"
 _WORD = re.compile(f"[{_CJK}]|[^\\W_{_CJK}]+")
 
 
+def words(text: str) -> list[str]:
+    """The words of a text, case-folded and without punctuation; each CJK character is one."""
+    return _WORD.findall(text.casefold())
+
+
+_CJK_CHARACTER = re.compile(f"[{_CJK}]")
+
+
+def word_count(text: str) -> int:
+    """How many words a text has, as white space parts them; each CJK character is one."""
+    return len(_CJK_CHARACTER.sub(" x ", text).split())
+
+
 class _Tokenizer:
     """rouge-score's own tokenisation, extended from ``[a-z0-9]`` to letters and digits of any script."""
 

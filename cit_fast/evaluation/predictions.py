@@ -8,20 +8,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cit_fast.errors import RunError
+from cit_fast.errors import DataError, RunError
 from cit_fast.evaluation.metrics import METRICS, score
-from cit_fast.evaluation.record import StageRecord, read_run, read_stages
+from cit_fast.evaluation.record import RunRecord, StageRecord, read_run, read_stages
+from cit_fast.evaluation.violations import Constraints, violation_rates
 from cit_fast.files import write_file, write_json
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One test example as it was answered; ``score`` in [0, 100]."""
+    """One test example as it was answered; ``score`` in [0, 100].
+
+    ``input`` is the example's, kept where its answer has to be a span of it; elsewhere ``None``.
+    """
 
     prompt: str
     prediction: str
     references: tuple[str, ...]
     score: float
+    input: str | None = None
 
 
 def predictions_path(run_folder: Path, stage: int, task: str) -> Path:
@@ -35,8 +40,8 @@ def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
     Raises:
         RunError: the file cannot be written.
     """
-    lines = "".join(json.dumps(dataclasses.asdict(each), ensure_ascii=False) + "\n" for each in predictions)
-    write_file(Path(path), lines)
+    plain = [{key: value for key, value in vars(each).items() if value is not None} for each in predictions]
+    write_file(Path(path), "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in plain))
 
 
 def read_predictions(path: Path) -> list[Prediction]:
@@ -64,12 +69,14 @@ def _prediction(line: str, where: str) -> Prediction:
     except json.JSONDecodeError as error:
         raise RunError(f"{where}: broken JSON ({error.msg})") from None
     kinds = {"prompt": str, "prediction": str, "references": list, "score": (int, float)}
-    if not isinstance(raw, dict) or set(raw) != set(kinds):
+    if not isinstance(raw, dict) or set(raw) - {"input"} != set(kinds):
         raise RunError(f"{where}: an object with the keys {', '.join(kinds)} was expected")
-    for key, kind in kinds.items():
+    for key, kind in {**kinds, **({"input": str} if "input" in raw else {})}.items():
         if not isinstance(raw[key], kind):  # type: ignore[arg-type]
             raise RunError(f"{where}: {key} has the wrong type ({type(raw[key]).__name__})")
-    return Prediction(raw["prompt"], raw["prediction"], tuple(map(str, raw["references"])), float(raw["score"]))
+    return Prediction(
+        raw["prompt"], raw["prediction"], tuple(map(str, raw["references"])), float(raw["score"]), raw.get("input")
+    )
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,8 @@ class Rescored:
     predictions.
 
     Either is ``None`` where it is missing: nothing recorded, or no predictions stored (``examples`` is 0).
+    ``violations`` and ``violations_again`` are the task's rates, as recorded and as recomputed; ``None`` where missing,
+    or where the run is older than they are.
     """
 
     stage: int
@@ -86,21 +95,29 @@ class Rescored:
     recorded: float | None
     recomputed: float | None
     examples: int
+    violations: dict[str, float] | None = None
+    violations_again: dict[str, float] | None = None
 
     @property
     def agrees(self) -> bool:
-        """Whether the stored predictions give the recorded score, up to rounding in the last digits."""
+        """Whether the stored predictions give what is recorded, up to rounding in the last digits."""
         if self.recorded is None or self.recomputed is None:
             return False
-        return abs(self.recorded - self.recomputed) < 1e-6
+        return abs(self.recorded - self.recomputed) < 1e-6 and self.violations_agree
+
+    @property
+    def violations_agree(self) -> bool:
+        """Whether they give the recorded violations."""
+        was, now = self.violations or {}, self.violations_again or {}
+        return set(was) == set(now) and all(abs(was[kind] - now[kind]) < 1e-6 for kind in was)
 
 
 def rescore(run_folder: Path, *, write: bool = False, allow_custom_metrics: bool = False) -> list[Rescored]:
-    """Compute every score of a run again from its stored predictions, without the model.
+    """Compute every score of a run again from its stored predictions, and what they violate, without the model.
 
     Args:
         run_folder: a run's folder; a run under way is taken as far as it is.
-        write: put the recomputed scores into ``stage.json`` and the prediction files, each file atomically;
+        write: put the recomputed values into ``stage.json`` and the prediction files, each file atomically;
             otherwise nothing is changed.
         allow_custom_metrics: import and call a metric that the run names by dotted path. Only for a run you trust:
             the path is read from the run's own record.
@@ -117,11 +134,12 @@ def rescore(run_folder: Path, *, write: bool = False, allow_custom_metrics: bool
     run = read_run(run_folder)
     results = []
     for stage in read_stages(run_folder):
-        rescored: dict[str, tuple[float, list[Prediction]]] = {}
-        for task in run.tasks:
+        again: dict[str, _Again] = {}
+        recorded_scores = stage.scores | stage.held_out
+        for task in run.every_task:
             path = predictions_path(run_folder, stage.index, task)
             stored = read_predictions(path) if path.exists() else []
-            recorded = stage.scores.get(task)
+            recorded = recorded_scores.get(task)
             if task not in run.metrics:
                 raise RunError(f"{run_folder / 'run.json'}: metrics names none for task {task!r}")
             metric = run.metrics[task]
@@ -131,29 +149,68 @@ def rescore(run_folder: Path, *, write: bool = False, allow_custom_metrics: bool
                     "allow custom metrics if you trust the run"
                 )
             if stored:
-                # No labels needed: with a closed set, equality with a reference is all that accuracy asks.
-                value = score(metric, [each.prediction for each in stored], [each.references for each in stored])
-                rescored[task] = (
-                    value.value,
-                    [
-                        dataclasses.replace(each, score=points)
-                        for each, points in zip(stored, value.per_example, strict=True)
-                    ],
-                )
+                again[task] = _score_again(metric, stored, _constraints(run_folder, run, task))
             if stored or recorded is not None:
-                recomputed = rescored[task][0] if stored else None
-                results.append(Rescored(stage.index, task, metric, recorded, recomputed, len(stored)))
-        if write and rescored:
-            _update(run_folder, stage, rescored)
+                found = again.get(task, _Again(None, None, []))
+                was = stage.violations.get(task)
+                results.append(
+                    Rescored(stage.index, task, metric, recorded, found.score, len(stored), was, found.violations)
+                )
+        if write and again:
+            _update(run_folder, stage, again, set(run.held_out_tasks))
     return results
 
 
-def _update(run_folder: Path, stage: StageRecord, rescored: dict[str, tuple[float, list[Prediction]]]) -> None:
+@dataclass(frozen=True)
+class _Again:
+    """What the stored predictions of a task give."""
+
+    score: float | None
+    violations: dict[str, float] | None
+    predictions: list[Prediction]
+
+
+def _constraints(run_folder: Path, run: RunRecord, task: str) -> Constraints | None:
+    """What the task declares; ``None`` in a run older than that."""
+    if task not in run.constraints:
+        return None
+    try:
+        return Constraints.from_record(run.constraints[task])
+    except DataError as error:
+        raise RunError(f"{run_folder / 'run.json'}: constraints of task {task!r}: {error}") from None
+
+
+def _score_again(metric: str, stored: list[Prediction], constraints: Constraints | None) -> _Again:
+    # No labels needed: with a closed set, equality with a reference is all that accuracy asks.
+    value = score(metric, [each.prediction for each in stored], [each.references for each in stored])
+    return _Again(
+        value.value,
+        None if constraints is None else judged(constraints, stored),
+        [dataclasses.replace(each, score=points) for each, points in zip(stored, value.per_example, strict=True)],
+    )
+
+
+def judged(constraints: Constraints, predictions: Sequence[Prediction]) -> dict[str, float]:
+    """The rates of violations among stored predictions; see :func:`.violations.violation_rates`."""
+    return violation_rates(
+        constraints,
+        [each.prediction for each in predictions],
+        [each.references for each in predictions],
+        [each.input for each in predictions],
+    )
+
+
+def _update(run_folder: Path, stage: StageRecord, again: dict[str, _Again], held_out: set[str]) -> None:
     # Predictions first: were the process killed in between, the next call would find the difference and go
     # on.
-    for task, (_, predictions) in rescored.items():
-        write_predictions(predictions_path(run_folder, stage.index, task), predictions)
-    scores = stage.scores | {task: value for task, (value, _) in rescored.items()}
-    record = dataclasses.asdict(dataclasses.replace(stage, scores=scores))
-    path = run_folder / "stages" / f"{stage.index:02d}" / "stage.json"
-    write_json(path, record)
+    for task, found in again.items():
+        write_predictions(predictions_path(run_folder, stage.index, task), found.predictions)
+    scores = {task: found.score for task, found in again.items() if found.score is not None}
+    violations = {task: found.violations for task, found in again.items() if found.violations is not None}
+    changed = dataclasses.replace(
+        stage,
+        scores=stage.scores | {task: value for task, value in scores.items() if task not in held_out},
+        held_out=stage.held_out | {task: value for task, value in scores.items() if task in held_out},
+        violations=stage.violations | violations,
+    )
+    write_json(run_folder / "stages" / f"{stage.index:02d}" / "stage.json", dataclasses.asdict(changed))

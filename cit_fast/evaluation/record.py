@@ -46,6 +46,10 @@ class StageRecord:
         truncated: examples whose input was shortened to fit the length limit.
         skipped: examples left out because the user asked to skip what cannot fit.
         test_truncated, test_skipped: the same of the test examples that were answered.
+        held_out: held-out task -> score in [0, 100] after this stage; empty where none was evaluated.
+        violations: task, held-out or not -> kind of violation that applies to it -> share of its answers, in [0, 1]
+            (:mod:`cit_fast.evaluation.violations`); of every task that was evaluated, empty for one that declares no
+            constraint.
     """
 
     index: int
@@ -65,6 +69,8 @@ class StageRecord:
     skipped: int = 0
     test_truncated: int = 0
     test_skipped: int = 0
+    held_out: dict[str, float] = field(default_factory=dict)
+    violations: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass
@@ -73,7 +79,10 @@ class RunRecord:
 
     Args:
         name: name of the run; ``method``: resolved method (its preset's name under ``name``, and its four parts).
-        tasks: task names in order of arrival; ``metrics``: task name -> metric name.
+        tasks: task names in order of arrival; ``metrics``: task name -> metric name, of the held-out tasks too.
+        held_out_tasks: names of the tasks that are evaluated but never trained.
+        constraints: task name, held-out or not -> what it declares of its answers (see
+            :meth:`cit_fast.evaluation.violations.Constraints.to_record`).
         model: model name or path; ``seed``; ``status``: "running" or "finished".
         config: the whole resolved configuration.
         environment: versions, hardware, thread count, effective batch size.
@@ -91,6 +100,13 @@ class RunRecord:
     environment: dict[str, Any] = field(default_factory=dict)
     experts: dict[str, float] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+    held_out_tasks: list[str] = field(default_factory=list)
+    constraints: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def every_task(self) -> list[str]:
+        """The tasks of the stream, then the held-out ones."""
+        return [*self.tasks, *self.held_out_tasks]
 
     @property
     def method_name(self) -> str:
@@ -114,7 +130,10 @@ def _read(path: Path, kind: type[_Record]) -> _Record:
     unknown = sorted(set(raw) - known)
     if unknown:
         raise RunError(f"{path}: unknown key {unknown[0]!r}")
-    lists, objects = {"tasks", "trained"}, {"metrics", "method", "config", "environment", "experts", "scores"}
+    lists, objects = (
+        {"tasks", "trained", "held_out_tasks"},
+        {"metrics", "method", "config", "environment", "experts", "scores", "held_out", "violations", "constraints"},
+    )
     for key in sorted(lists | objects | {"replayed", "replay", "objective"}):
         wanted = list if key in lists else dict
         if key in raw and not isinstance(raw[key], wanted):

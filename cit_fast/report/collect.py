@@ -18,6 +18,7 @@ from cit_fast.evaluation.continual import (
     score_matrix,
 )
 from cit_fast.evaluation.record import RunRecord, StageRecord, read_run, read_stages
+from cit_fast.evaluation.violations import TaskSetScores, task_set_scores
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,21 @@ class RunView:
     def minutes(self) -> float:
         """Wall time of training and evaluation."""
         return sum(stage.train_seconds + stage.evaluate_seconds for stage in self.stages) / 60
+
+    @property
+    def seen(self) -> TaskSetScores:
+        """P- and V-score after the last stage, of the tasks trained so far."""
+        tasks = [task for task, row in zip(self.record.tasks, self.trained_at, strict=True) if row < len(self.trained)]
+        return self._scores_of(tasks)
+
+    @property
+    def held_out(self) -> TaskSetScores:
+        """The same of the held-out tasks."""
+        return self._scores_of(self.record.held_out_tasks)
+
+    def _scores_of(self, tasks: Sequence[str]) -> TaskSetScores:
+        last = self.stages[-1] if self.trained else StageRecord(0, [], {})
+        return task_set_scores(tasks, last.scores | last.held_out, last.violations)
 
     @property
     def is_joint(self) -> bool:
@@ -87,6 +103,11 @@ class Runs:
     views: list[RunView]
     compared: list[RunView]
     notes: list[str]
+
+    @property
+    def same_held_out(self) -> bool:
+        """Whether the compared runs that hold tasks out hold out the same ones."""
+        return len({frozenset(view.record.held_out_tasks) for view in self.compared} - {frozenset()}) < 2
 
     def best(self, value: Callable[[RunView], float | None], *, highest: bool) -> float | None:
         """The best shown value (one decimal) among comparable runs, unless all are equal.
@@ -150,7 +171,21 @@ def collect(folders: Sequence[Path]) -> Runs:
         if view not in compared
     ]
     notes += [f"{view.label}: {view.incomplete}." for view in views if view.incomplete]
-    return Runs(views, compared, notes)
+    runs = Runs(views, compared, notes)
+    if not runs.same_held_out:
+        held_out = (f"{view.label} {_first(view.record.held_out_tasks)}" for view in compared)
+        notes.append(f"Held-out values do not compare; the runs hold out different tasks: {'; '.join(held_out)}.")
+    return runs
+
+
+def coverage(runs: Runs) -> str:
+    """Of how many tasks the V-scores speak, in a sentence; empty where it is all of them, or there is no V-score."""
+    parts = []
+    for which, pick in (("seen", lambda view: view.seen), ("held-out", lambda view: view.held_out)):
+        found = next((pick(view) for view in runs.compared if pick(view).v is not None), None)
+        if found is not None and found.constrained < found.tasks:
+            parts.append(f"{found.constrained} of {found.tasks} {which} tasks")
+    return f"V is over {' and '.join(parts)}; the others declare nothing an answer could break." if parts else ""
 
 
 def _first(names: Sequence[str], most: int = 3) -> str:
@@ -189,7 +224,8 @@ def number(value: float | None, *, sign: bool = False) -> str:
 @dataclass(frozen=True)
 class Column:
     """A column of the comparison: its ``title`` and how to get it; ``highest``: whether more is better, if
-    judged.
+    judged; ``answers``: whether it says how well answers keep to their instructions; ``held_out``: whether it speaks of
+    the held-out tasks.
     """
 
     title: str
@@ -198,6 +234,8 @@ class Column:
     highest: bool | None = None
     sign: bool = False
     whole: bool = False
+    answers: bool = False
+    held_out: bool = False
 
     @property
     def arrow(self) -> str:
@@ -211,7 +249,7 @@ class Column:
 
 
 COLUMNS = (
-    Column("AP", "average performance: mean score over all tasks after the last stage",
+    Column("AP", "average performance: mean score over all tasks after the last stage (the P-score of the seen tasks)",
            lambda view: view.metrics.average_performance, highest=True),
     Column("Forgetting", "mean drop of earlier tasks from their best score to their last",
            lambda view: view.metrics.forgetting, highest=False),
@@ -221,6 +259,12 @@ COLUMNS = (
            lambda view: view.metrics.forward_transfer, highest=True, sign=True),
     Column("Rel. gain %", "relative gain: mean share of a single-task expert's score kept on earlier tasks",
            lambda view: view.metrics.relative_gain, highest=True),
+    Column("V", "V-score: how often answers break the format, scope or length their task declares, all tasks together",
+           lambda view: view.seen.v, highest=False, answers=True),
+    Column("Held-out P", "P-score of tasks that were never trained: their mean score after the last stage",
+           lambda view: view.held_out.p, highest=True, answers=True, held_out=True),
+    Column("Held-out V", "V-score of tasks that were never trained",
+           lambda view: view.held_out.v, highest=False, answers=True, held_out=True),
     Column("Replayed", "examples of earlier tasks trained on again, all stages together",
            lambda view: view.replayed, whole=True),
     Column("Minutes", "wall time of training and evaluation", lambda view: view.minutes),

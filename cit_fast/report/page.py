@@ -16,11 +16,13 @@ from matplotlib.figure import Figure
 
 from cit_fast.errors import RunError
 from cit_fast.evaluation.predictions import Prediction, predictions_path, read_predictions
-from cit_fast.files import write_file
+from cit_fast.evaluation.violations import KINDS, TaskSetScores
+from cit_fast.files import write_file, write_json
 from cit_fast.report import figures
-from cit_fast.report.collect import COLUMNS, Runs, RunView, collect, number
+from cit_fast.report.collect import COLUMNS, Runs, RunView, collect, coverage, number
 from cit_fast.report.headline import headline
 from cit_fast.report.table import comparison_rows
+from cit_fast.report.values import report_values
 
 _TEMPLATE = Path(__file__).with_name("page.html.j2")
 _RIGHT = 99.95
@@ -48,7 +50,8 @@ def write_report(run_folders: Sequence[Path], output: Path | None = None, *, tit
     """Write the report of these runs.
 
     The page needs no network and no other file; the same pictures lie beside it in ``<name>-figures/`` (and,
-    drawn for dark pages, in ``<name>-figures/dark/``). Runs under way are shown as far as they are.
+    drawn for dark pages, in ``<name>-figures/dark/``), and its values in ``<name>-values.json``. Runs under way are
+    shown as far as they are.
 
     Args:
         run_folders: folders of one run or more; those on the same tasks are compared.
@@ -68,6 +71,7 @@ def write_report(run_folders: Sequence[Path], output: Path | None = None, *, tit
     try:
         html = _render(runs, title or _title(runs), _Album(folder))
         write_file(output, html.encode("utf-8", "xmlcharrefreplace"))
+        write_json(output.with_name(f"{output.stem}-values.json"), report_values(runs))
     except OSError as error:
         raise RunError(f"{error.filename or output}: cannot be written ({error.strerror or error})") from None
     return output
@@ -129,11 +133,42 @@ def _render(runs: Runs, title: str, album: _Album) -> str:
         title=title,
         headline=headline(runs),
         notes=runs.notes,
-        columns=COLUMNS,
-        rows=comparison_rows(runs),
+        # What says how answers keep to their instructions stands in a table of its own, below.
+        columns=[column for column in COLUMNS if not column.answers],
+        rows=[
+            (view, [cell for column, cell in zip(COLUMNS, cells, strict=True) if not column.answers])
+            for view, cells in comparison_rows(runs)
+        ],
+        violations=_violations(runs),
+        coverage=coverage(runs),
+        kinds=KINDS,
         comparison=_comparison(runs, album),
         sections=[_section(view, runs, album) for view in runs.views],
     )
+
+
+def _violations(runs: Runs) -> list[tuple[str, str, TaskSetScores, list[tuple[str, bool]]]]:
+    """A row per compared run and set of tasks: label, which set, its scores, P and V as text, each with whether it is
+    the best. Left out are seen tasks without a V-score: the comparison has their P-score, AP.
+    """
+    rows = []
+    for view, cells in comparison_rows(runs):
+        cell = dict(zip([column.title for column in COLUMNS], cells, strict=True))
+        seen, held_out = [cell["AP"], cell["V"]], [cell["Held-out P"], cell["Held-out V"]]
+        rows += [(view.label, "seen", view.seen, seen), (view.label, "held out", view.held_out, held_out)]
+    return [row for row in rows if row[2].v is not None or (row[1] == "held out" and row[2].p is not None)]
+
+
+def _answers_by_task(view: RunView) -> list[tuple[str, str, float, dict[str, float]]]:
+    """For every task judged after the last stage: its name, ``seen`` or ``held out``, its score, its rates."""
+    last = view.stages[-1] if view.trained else None
+    if last is None or not any(last.violations.values()):
+        return []
+    return [
+        (task, "held out" if task in last.held_out else "seen", points, last.violations[task])
+        for task, points in (last.scores | last.held_out).items()
+        if task in last.violations
+    ]
 
 
 def _comparison(runs: Runs, album: _Album) -> list[Picture]:
@@ -243,6 +278,7 @@ def _section(view: RunView, runs: Runs, album: _Album) -> dict[str, Any]:
             for note in stage.objective.get("notes", [])
         ],
         "ranking": _ranking(view),
+        "answers_by_task": _answers_by_task(view),
         "examples": examples,
         "problem": problem,
         "truncated": sum(stage.truncated for stage in view.trained),
@@ -276,7 +312,7 @@ def _examples(view: RunView) -> tuple[list[tuple[str, list[dict[str, Any]]]], st
     others.
     """
     found, problem = [], ""
-    for task in view.record.tasks if view.stages else []:
+    for task in view.record.every_task if view.stages else []:
         path = predictions_path(view.folder, view.stages[-1].index, task)
         if not path.exists():
             continue

@@ -7,17 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from cit_fast.report.collect import COLUMNS, Runs, RunView, collect, number
+from cit_fast.report.collect import COLUMNS, Runs, RunView, collect, coverage, number
 
 _MOST_NAMED_COLUMNS = 6
 
 
-def comparison_table(runs: Sequence[Path]) -> Table:
-    """One row per run on the same tasks: AP, forgetting, BWT, FWT, relative gain, replayed examples, minutes; a column
-    that no run has a value for is left out.
+def comparison_table(runs: Sequence[Path]) -> RenderableType:
+    """One row per run on the same tasks: AP, forgetting, BWT, FWT, relative gain, V-score, P- and V-score of held-out
+    tasks, replayed examples, minutes; a column that no run has a value for is left out. In a narrow terminal the
+    V-score and what is held out stand in a table of their own below.
 
     The best value of a column is bold with a star, if two complete continual runs or more compete; joint runs
     are the upper bound and do not compete. The caption says what was left out and what is still running.
@@ -28,32 +31,57 @@ def comparison_table(runs: Sequence[Path]) -> Table:
     Raises:
         RunError: no run there, or damaged records.
     """
-    found = collect(runs)
-    caption = Text("\n".join(found.notes)) if found.notes else None
-    table = _table(None, caption)
-    table.add_column("Method", overflow="fold", min_width=13)
-    # A column that no run has a value for would only push the others off a narrow terminal.
-    shown = [any(column.value(view) is not None for view in found.compared) for column in COLUMNS]
-    for column in itertools.compress(COLUMNS, shown):
-        table.add_column(column.title + column.arrow, justify="right")
-    for view, cells in comparison_rows(found):
-        label = Text(view.label + (" (joint)" if view.is_joint and view.record.method_name != "joint" else ""))
-        if not view.is_complete:
-            label.append(" …")
-        table.add_row(
-            label,
-            *(
-                Text(text + ("*" if best else ""), "bold green" if best else "")
-                for text, best in itertools.compress(cells, shown)
-            ),
-        )
-    return table
+    return _Comparison(collect(runs))
+
+
+class _Comparison:
+    """The comparison, as one table where that fits and as two, one below the other, where it does not."""
+
+    def __init__(self, runs: Runs) -> None:
+        self._runs = runs
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        notes = [*self._runs.notes, *filter(None, [coverage(self._runs)])]
+        caption = Text("\n".join(notes)) if notes else None
+        # A column that no run has a value for would only push the others off a narrow terminal.
+        shown = [any(column.value(view) is not None for view in self._runs.compared) for column in COLUMNS]
+        answers = [here and column.answers for here, column in zip(shown, COLUMNS, strict=True)]
+        whole = self._table(shown, caption)
+        if not any(answers) or Measurement.get(console, options.update_width(1000), whole).maximum <= options.max_width:
+            yield whole
+            return
+        yield self._table([here and not second for here, second in zip(shown, answers, strict=True)], None)
+        yield Text()
+        yield self._table(answers, None)
+        if caption is not None:
+            yield caption  # as wide as the terminal, not as the table
+
+    def _table(self, shown: Sequence[bool], caption: Text | None) -> Table:
+        table = _table(None, caption)
+        table.add_column("Method", overflow="fold", min_width=13)
+        for column in itertools.compress(COLUMNS, shown):
+            table.add_column(column.title + column.arrow, justify="right")
+        for view, cells in comparison_rows(self._runs):
+            label = Text(view.label + (" (joint)" if view.is_joint and view.record.method_name != "joint" else ""))
+            if not view.is_complete:
+                label.append(" …")
+            table.add_row(
+                label,
+                *(
+                    Text(text + ("*" if best else ""), "bold green" if best else "")
+                    for text, best in itertools.compress(cells, shown)
+                ),
+            )
+        return table
 
 
 def comparison_rows(runs: Runs) -> list[tuple[RunView, list[tuple[str, bool]]]]:
     """For every compared run its values as text, each with whether it is the best of its column."""
     best = [
-        runs.best(column.value, highest=column.highest) if column.highest is not None else None for column in COLUMNS
+        None
+        if column.highest is None or (column.held_out and not runs.same_held_out)
+        else runs.best(column.value, highest=column.highest)
+        for column in COLUMNS
     ]
     rows = []
     for view in runs.compared:

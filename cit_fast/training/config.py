@@ -153,12 +153,16 @@ class DataConfig(_Section):
 
 
 class EvaluationConfig(_Section):
-    """What is measured after every stage."""
+    """What is measured after every stage. Tasks of ``held_out`` are answered but never trained: by the untrained model
+    and after the last stage, or after every one (``held_out_after: all``).
+    """
 
     split: Literal["test", "dev"] = "test"
     tasks: Literal["all", "seen"] = "all"
     untrained: bool = True
     experts: bool = False
+    held_out: tuple[str | TaskSource, ...] = ()
+    held_out_after: Literal["last", "all"] = "last"
     max_new_tokens: PositiveInt = 64
     batch_size: PositiveInt = 16
 

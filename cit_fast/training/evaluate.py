@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from accelerate import PartialState
@@ -16,7 +16,8 @@ from cit_fast.data.prompts import PromptEncoder
 from cit_fast.errors import ConfigError, DataError
 from cit_fast.evaluation.generation import generate
 from cit_fast.evaluation.metrics import score
-from cit_fast.evaluation.predictions import Prediction
+from cit_fast.evaluation.predictions import Prediction, judged
+from cit_fast.evaluation.violations import Constraints
 from cit_fast.routing import Router
 from cit_fast.training.config import EvaluationConfig
 
@@ -26,7 +27,7 @@ class Evaluated:
     """What :func:`evaluate` found.
 
     Args:
-        scores: task name -> score in [0, 100].
+        scores: task name -> score in [0, 100]; ``violations``: task name -> rates, as a StageRecord has them.
         predictions: task name -> its predictions, in the order of its examples.
         truncated: prompts whose input was shortened to fit; ``skipped``: examples left out because they cannot fit.
     """
@@ -35,6 +36,7 @@ class Evaluated:
     predictions: dict[str, list[Prediction]]
     truncated: int
     skipped: int
+    violations: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def evaluate(
@@ -69,11 +71,13 @@ def evaluate(
         references = [asked[index][1].references for index in own]
         result = score(task.metric, [answers[index] for index in own], references, labels=task.labels)
         scores[task.name] = result.value
+        inputs = [asked[index][1].input if task.extractive else None for index in own]
         predictions[task.name] = [
-            Prediction(encoder.tokenizer.decode(prompts[index]), answers[index], right, points)
-            for index, right, points in zip(own, references, result.per_example, strict=True)
+            Prediction(encoder.tokenizer.decode(prompts[index]), answers[index], right, points, text)
+            for index, right, points, text in zip(own, references, result.per_example, inputs, strict=True)
         ]
-    return Evaluated(scores, predictions, truncated, skipped)
+    violations = {task.name: judged(Constraints.of(task), predictions[task.name]) for task in tasks}
+    return Evaluated(scores, predictions, truncated, skipped, violations)
 
 
 def _answers(

@@ -6,7 +6,7 @@ TaskStream --task t--> Router.assign -> ReplayPolicy.select -> Trainer(Objective
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,15 @@ from accelerate import PartialState
 from pydantic import ValidationError
 from rich.console import Console
 
-from cit_fast.data import TaskStream, load_stream
+from cit_fast.data import Task, TaskStream, load_stream
 from cit_fast.data.builtin import builtin_task_names
-from cit_fast.errors import CitFastError, ConfigError, DataError, RunError
-from cit_fast.evaluation.metrics import score
+from cit_fast.errors import ConfigError, DataError, RunError
 from cit_fast.files import is_disk_full
 from cit_fast.training.config import RunConfig, describe, load_config
 from cit_fast.training.method_run import MethodRun
 from cit_fast.training.parts import PARTS, build_part
 from cit_fast.training.run_folder import RunFolder
+from cit_fast.training.tasks import check_held_out, check_task, load_held_out
 
 
 class ContinualTrainer:
@@ -32,6 +32,7 @@ class ContinualTrainer:
     Args:
         config: a :class:`RunConfig`, the path of a YAML file, or a mapping of its keys.
         stream: tasks to use instead of ``config.data.tasks``.
+        held_out: tasks to use instead of ``config.evaluation.held_out``.
         router, replay, objective, update: objects to use instead of every method's own part.
         console: where progress is printed; by default standard output, of the main process alone.
 
@@ -46,6 +47,7 @@ class ContinualTrainer:
         config: RunConfig | str | Path | Mapping[str, Any],
         *,
         stream: TaskStream | None = None,
+        held_out: Sequence[Task] | None = None,
         router: Any = None,
         replay: Any = None,
         objective: Any = None,
@@ -76,19 +78,11 @@ class ContinualTrainer:
             test=config.data.test,
         )
         for task in self.stream:
-            split = getattr(task, config.evaluation.split)
-            if not split:
-                raise ConfigError(
-                    f"evaluation.split: task {task.name!r} has no {config.evaluation.split} examples to evaluate on"
-                )
-            # A metric that is unknown, or answers it cannot score, should not wait until a stage is trained.
-            answers = [example.references for example in split]
-            try:
-                score(task.metric, [right[0] for right in answers], answers, labels=task.labels)
-            except CitFastError as error:
-                raise type(error)(f"data.tasks: task {task.name!r}: metric: {error}") from None
+            check_task(task, config.evaluation.split, "data.tasks")
             if not task.train:
                 raise DataError(f"data.tasks: task {task.name!r} has no training examples")
+        self.held_out = load_held_out(config, from_config=stream is None) if held_out is None else tuple(held_out)
+        check_held_out(self.held_out, self.stream, config.evaluation.split)
 
     def run(self) -> list[Path]:
         """Run, or go on with, every method; returns their folders, in order.
@@ -100,7 +94,9 @@ class ContinualTrainer:
         for method in self.config.methods:
             folder = self.config.folder / method.name
             with _disk_full_as_run_error(folder), _only_our_progress_bars():
-                MethodRun(self.config, method, self._parts, self.stream, RunFolder(folder), self.console).run()
+                MethodRun(
+                    self.config, method, self._parts, self.stream, RunFolder(folder), self.console, self.held_out
+                ).run()
             folders.append(folder)
         return folders
 

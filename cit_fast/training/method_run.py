@@ -29,6 +29,7 @@ from cit_fast.data.example import Example, Task
 from cit_fast.errors import ConfigError, DataError, RunError
 from cit_fast.evaluation.predictions import Prediction, write_predictions
 from cit_fast.evaluation.record import RunRecord, StageRecord, read_run, read_stages
+from cit_fast.evaluation.violations import Constraints
 from cit_fast.objectives import StageContext, StageInputs
 from cit_fast.replay import ReplayContext
 from cit_fast.training.config import MethodConfig, RunConfig
@@ -72,7 +73,9 @@ class MethodRun:
         stream: TaskStream,
         folder: RunFolder,
         console: Console,
+        held_out: Sequence[Task] = (),
     ) -> None:
+        self.held_out = list(held_out)
         self.config, self.method, self.stream, self.folder = config, method, stream, folder
         self.console = console
         self.state = PartialState()
@@ -140,12 +143,13 @@ class MethodRun:
             name=self.config.name,
             method=resolved["method"],
             tasks=list(self.stream.names),
-            metrics={task.name: task.metric for task in self.stream},
+            metrics={task.name: task.metric for task in [*self.stream, *self.held_out]},
             model=self.config.model.name,
             seed=self.config.seed,
             config={
                 **resolved,
                 "stream": _digest([_task_digest(task) for task in self.stream]),
+                **({"held_out": _digest([_task_digest(task) for task in self.held_out])} if self.held_out else {}),
                 "weights": self.identity,
                 "processes": self.state.num_processes,
             },
@@ -155,6 +159,8 @@ class MethodRun:
                 * arguments.gradient_accumulation_steps
                 * self.state.num_processes,
             },
+            held_out_tasks=[task.name for task in self.held_out],
+            constraints={task.name: Constraints.of(task).to_record() for task in [*self.stream, *self.held_out]},
         )
         if self.state.is_main_process:
             self.folder.begin(record)
@@ -169,19 +175,38 @@ class MethodRun:
         return configured if built_in.rpartition(".")[2] == part.__qualname__ else dotted
 
     def _untrained_stage(self, model: Any) -> None:
-        """Row zero of the score matrix. The same for every method, so it is computed once and kept in the cache."""
+        """Row zero of the score matrix, and the held-out tasks beside it."""
         if not self.config.evaluation.untrained:
             self._commit(StageRecord(index=0, trained=[], scores={}), None, {})
             return
-        cached = RunFolder(
-            cache_folder() / "untrained" / _digest(["untrained", *self._evaluation_key(list(self.stream))])
-        )
+        stage, folder = self._untrained(model, list(self.stream))
+        folders = [folder]
+        if self.held_out:
+            held_out, folder = self._untrained(model, self.held_out)
+            folders.append(folder)
+            stage.held_out, stage.violations = held_out.scores, stage.violations | held_out.violations
+            for name in ("evaluate_seconds", "test_truncated", "test_skipped"):
+                setattr(stage, name, getattr(stage, name) + getattr(held_out, name))
+
+        def fill(path: Path) -> None:
+            for folder in folders:
+                shutil.copytree(folder / "predictions", path / "predictions", dirs_exist_ok=True)
+
+        if self.state.is_main_process:
+            self.folder.commit(stage, fill)
+        self.state.wait_for_everyone()
+        self._say_scores("untrained", stage)
+
+    def _untrained(self, model: Any, tasks: list[Task]) -> tuple[StageRecord, Path]:
+        """The untrained model on some tasks: the same for every method, so computed once and kept in the cache."""
+        key = ["untrained, with violations", *self._evaluation_key(tasks)]
+        cached = RunFolder(cache_folder() / "untrained" / _digest(key))
         with cached.locked(wait=True) if self.state.is_main_process else contextlib.nullcontext():
             there = [bool(read_stages(cached.path))]
             broadcast_object_list(there)  # the main process decides: others may look later
             if not there[0]:
                 started = time.perf_counter()
-                found = evaluate(model, self.encoder, list(self.stream), self.config.evaluation, title="untrained")
+                found = evaluate(model, self.encoder, tasks, self.config.evaluation, title="untrained")
                 stage = StageRecord(
                     index=0,
                     trained=[],
@@ -189,19 +214,12 @@ class MethodRun:
                     evaluate_seconds=time.perf_counter() - started,
                     test_truncated=found.truncated,
                     test_skipped=found.skipped,
+                    violations=found.violations,
                 )
                 if self.state.is_main_process:
                     cached.commit(stage, lambda path: _write_all(path, found.predictions))
             self.state.wait_for_everyone()
-
-        def fill(path: Path) -> None:
-            shutil.copytree(cached.stage_path(0) / "predictions", path / "predictions")
-
-        stage = read_stages(cached.path)[0]
-        if self.state.is_main_process:
-            self.folder.commit(stage, fill)
-        self.state.wait_for_everyone()
-        self._say_scores("untrained", stage.scores)
+        return read_stages(cached.path)[0], cached.stage_path(0)
 
     def _stage(self, model: Any, index: int, count: int, group: list[Task], adapter: str) -> Any:
         joint = self.method.schedule == "joint"
@@ -235,11 +253,15 @@ class MethodRun:
                 )
         started = time.perf_counter()
         known = list(self.stream)[:index] if self.config.evaluation.tasks == "seen" and not joint else list(self.stream)
-        found = evaluate(model, self.encoder, known, self.config.evaluation, self.parts["router"], title)
+        held_out = self.held_out if index == count or self.config.evaluation.held_out_after == "all" else []
+        asked = [*known, *held_out]
+        found = evaluate(model, self.encoder, asked, self.config.evaluation, self.parts["router"], title)
         stage = StageRecord(
             index=index,
             trained=[task.name for task in group],
-            scores=found.scores,
+            scores={task.name: found.scores[task.name] for task in known},
+            held_out={task.name: found.scores[task.name] for task in held_out},
+            violations=found.violations,
             adapter=adapter,
             train_examples=len(new),
             replayed={task.name: sum(e.task == task.name for e in replayed) for task in seen},
@@ -256,7 +278,7 @@ class MethodRun:
             test_skipped=found.skipped,
         )
         self._commit(stage, model, found.predictions)
-        self._say_scores(title, found.scores)
+        self._say_scores(title, stage)
         if stage.skipped or stage.test_skipped:
             self._say(f"  left out for their length: {stage.skipped} training and {stage.test_skipped} test examples")
         return model
@@ -372,7 +394,9 @@ class MethodRun:
         plain = self.config.resolved(self.method)
         data = {k: v for k, v in plain["data"].items() if k not in {"tasks", "train", "dev", "test"}}
         evaluation = {
-            key: value for key, value in plain["evaluation"].items() if key not in {"experts", "untrained", "tasks"}
+            key: value
+            for key, value in plain["evaluation"].items()
+            if key not in {"experts", "untrained", "tasks", "held_out", "held_out_after"}
         }
         return [
             self.identity,
@@ -389,7 +413,9 @@ class MethodRun:
         scores: dict[str, float] = {}
         sequential = MethodConfig.model_validate("sequential")
         # What an expert does not depend on (which other tasks there are, which are evaluated) must not tell them apart.
-        evaluation = self.config.evaluation.model_copy(update={"experts": False, "untrained": False, "tasks": "all"})
+        evaluation = self.config.evaluation.model_copy(
+            update={"experts": False, "untrained": False, "tasks": "all", "held_out": (), "held_out_after": "last"}
+        )
         data = self.config.data.model_copy(update={"tasks": None, "train": None, "dev": None, "test": None})
         config = self.config.model_copy(update={"name": "expert", "evaluation": evaluation, "data": data})
         for task in self.stream:
@@ -415,9 +441,12 @@ class MethodRun:
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False)
 
-    def _say_scores(self, title: str, scores: Mapping[str, float]) -> None:
-        listed = "  ".join(f"{name} [bold]{score:.1f}[/bold]" for name, score in scores.items())
-        self._say(f"  {title.rsplit('] ', maxsplit=1)[-1]}: {listed}")
+    def _say_scores(self, title: str, stage: StageRecord) -> None:
+        lines = {title.rsplit("] ", maxsplit=1)[-1]: stage.scores, "  held out": stage.held_out}
+        for name, scores in lines.items():
+            if scores or not name.startswith(" "):
+                listed = "  ".join(f"{task} [bold]{score:.1f}[/bold]" for task, score in scores.items())
+                self._say(f"  {name}: {listed}")
 
 
 @contextlib.contextmanager
@@ -452,6 +481,9 @@ def _digest(value: Any) -> str:
 
 def _task_digest(task: Task) -> str:
     plain = dataclasses.asdict(task)
+    for name in ("answer_format", "extractive", "wordy_above"):
+        if not plain[name]:  # experts that were cached before there were such fields stay what they are
+            del plain[name]
     for split in ("train", "dev", "test"):
         for example in plain[split]:
             example.pop("source")  # where an example was read from does not change what it is

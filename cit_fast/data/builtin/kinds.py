@@ -62,7 +62,7 @@ class Kind:
     """A generated task before anything is drawn.
 
     Args:
-        name, metric, labels, answer_pattern: as in :class:`cit_fast.data.example.Task`.
+        name, metric, labels, answer_pattern, wordy_above: as in :class:`cit_fast.data.example.Task`.
         wordings: instructions, each with its key parts in braces: ``"Give the date {as YYYY-MM-DD}."``
         generate: draws one ``(input, answer)``.
     """
@@ -73,6 +73,7 @@ class Kind:
     wordings: tuple[str, ...]
     generate: Callable[[Draw], tuple[str, str]]
     labels: tuple[str, ...] = ()
+    wordy_above: float = 2.0  # every wording asks for the short answer alone
 
 
 def parse_wording(marked: str) -> tuple[str, tuple[tuple[int, int], ...]]:

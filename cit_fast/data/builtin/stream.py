@@ -66,6 +66,7 @@ def builtin_task(name: str, *, seed: int = 0, train: int = 320, dev: int = 32, t
         metric=kind.metric,
         labels=kind.labels,
         answer_pattern=kind.answer_pattern,
+        wordy_above=kind.wordy_above,
     )
 
 
