@@ -37,6 +37,12 @@ class StageRecord:
             ``budgets`` (earlier task -> its distance to the new task, examples it was given), ``instructions`` (a list
             of ``{task, instruction, insinfo, tags, drawn, available}``, highest InsInfo first; of
             ``instruction_count`` in all) and ``notes`` (a list of sentences).
+        routing: what the router decided and how it did; empty where there is one set for all. ``assigned`` (name of
+            the set), ``new`` (made for this stage, not reused), ``scores`` (earlier set -> its score for the new task),
+            ``threshold`` (from which a set is reused), ``reject_below`` (scores that go to the base model),
+            ``trained_by`` (task -> its set, so far), ``answers`` (task -> set -> prompts answered by it, ``__base__``
+            for the base model), ``accuracy`` (share of the trained tasks' prompts that their own set answered),
+            ``to_base`` (share of the other tasks' prompts that the base model answered), ``seconds``, ``notes``.
         steps: optimizer steps; ``train_seconds`` and ``evaluate_seconds``: wall time (summed over resumed parts).
         losses: ``(step, training loss)`` as logged.
         balance_weights: per optimizer step ``(step, mean, minimum, maximum, fallback fraction)`` of the balance
@@ -53,6 +59,7 @@ class StageRecord:
     train_examples: int = 0
     replayed: dict[str, int] = field(default_factory=dict)
     replay: dict[str, Any] = field(default_factory=dict)
+    routing: dict[str, Any] = field(default_factory=dict)
     steps: int = 0
     train_seconds: float = 0.0
     evaluate_seconds: float = 0.0
@@ -112,7 +119,7 @@ def _read(path: Path, kind: type[_Record]) -> _Record:
     if unknown:
         raise RunError(f"{path}: unknown key {unknown[0]!r}")
     lists, objects = {"tasks", "trained"}, {"metrics", "method", "config", "environment", "experts", "scores"}
-    for key in sorted(lists | objects | {"replayed", "replay"}):
+    for key in sorted(lists | objects | {"replayed", "replay", "routing"}):
         wanted = list if key in lists else dict
         if key in raw and not isinstance(raw[key], wanted):
             raise RunError(f"{path}: damaged ({key} is no {'list' if wanted is list else 'object'})")

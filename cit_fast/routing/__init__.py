@@ -1,5 +1,23 @@
-"""Routing: which adapter set a task trains."""
+"""Routing: which adapter set a task trains, and which one answers a prompt."""
 
-from cit_fast.routing.router import Router, SharedRouter
+from cit_fast.routing.confusion import routing_record
+from cit_fast.routing.router import (
+    BASE,
+    OracleRouter,
+    Router,
+    RouterContext,
+    SharedRouter,
+    load_router,
+    routing_text,
+)
 
-__all__ = ["Router", "SharedRouter"]
+__all__ = [
+    "BASE",
+    "OracleRouter",
+    "Router",
+    "RouterContext",
+    "SharedRouter",
+    "load_router",
+    "routing_record",
+    "routing_text",
+]

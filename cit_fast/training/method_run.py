@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import time
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,10 @@ from cit_fast.errors import ConfigError, DataError, RunError
 from cit_fast.evaluation.predictions import Prediction, write_predictions
 from cit_fast.evaluation.record import RunRecord, StageRecord, read_run, read_stages
 from cit_fast.replay import ReplayContext
+from cit_fast.routing import RouterContext, SharedRouter, routing_record
 from cit_fast.training.config import MethodConfig, RunConfig
 from cit_fast.training.environment import describe_environment
-from cit_fast.training.evaluate import evaluate
+from cit_fast.training.evaluate import Evaluated, evaluate
 from cit_fast.training.model import load_weights, prompt_encoder, save_weights, train_adapter
 from cit_fast.training.parts import PARTS, build_part
 from cit_fast.training.pretrained import cache_folder, load_model, load_tokenizer, model_identity, resolve_model
@@ -115,13 +117,15 @@ class MethodRun:
             model = self._load(None)
             self._untrained_stage(model)
         for index, group in enumerate(groups, start=1):
-            adapter = self.parts["router"].assign(group[0])
             if index < len(stages):
                 continue
             if model is None:
                 model = self._load(self.folder.stage_path(index - 1) if index > 1 else None)
+                self._take_up_router(index - 1, model)
+            routing = self._router_context(model, index)
+            adapter = self._assigned(group[0], routing)
             model = train_adapter(model, self.config, adapter, self.config.seed)
-            model = self._stage(model, index, len(groups), group, adapter)
+            model = self._stage(model, index, len(groups), group, adapter, routing)
         if self.config.evaluation.experts and not record.experts:
             record.experts = self._experts()
         record.status = "finished"
@@ -202,7 +206,9 @@ class MethodRun:
         self.state.wait_for_everyone()
         self._say_scores("untrained", stage.scores)
 
-    def _stage(self, model: Any, index: int, count: int, group: list[Task], adapter: str) -> Any:
+    def _stage(
+        self, model: Any, index: int, count: int, group: list[Task], adapter: str, routing: RouterContext
+    ) -> Any:
         joint = self.method.schedule == "joint"
         seen = [] if joint else list(self.stream)[: index - 1]
         rng = random.Random(f"{self.config.seed}/{index}")  # noqa: S311  # a seed, not a secret
@@ -212,10 +218,7 @@ class MethodRun:
             folder = self.folder.path / "replay"
             context = ReplayContext(group[0], seen, model, self.encoder, rng, folder, cache_folder(), decided)
             replayed = self.parts["replay"].select(context)
-            try:
-                decided = json.loads(json.dumps(decided, allow_nan=False))
-            except (TypeError, ValueError) as error:  # better now than when the stage is trained
-                raise ConfigError(f"replay: context.decided must hold plain JSON values: {error}") from None
+            decided = _as_json(decided, "replay")
             for note in decided.get("notes", []):
                 self._say(f"  {escape(note)}")
         new = [example for task in group for example in task.train]
@@ -237,6 +240,7 @@ class MethodRun:
                     f"{self.folder.path}: stage {index} ({group[0].name}): {name} is not finite after training; "
                     "start again in another output with a smaller training.learning_rate"
                 )
+        self.parts["router"].learn(group[0], dataclasses.replace(routing, model=model))
         started = time.perf_counter()
         known = list(self.stream)[:index] if self.config.evaluation.tasks == "seen" and not joint else list(self.stream)
         found = evaluate(model, self.encoder, known, self.config.evaluation, self.parts["router"], title)
@@ -248,6 +252,7 @@ class MethodRun:
             train_examples=len(new),
             replayed={task.name: sum(e.task == task.name for e in replayed) for task in seen},
             replay=decided,
+            routing=self._routed(index, group, adapter, routing, found),
             steps=trainer.state.global_step,
             train_seconds=train_seconds,
             evaluate_seconds=time.perf_counter() - started,
@@ -268,11 +273,53 @@ class MethodRun:
         def fill(path: Path) -> None:
             if model is not None:
                 save_weights(model, path, self.config.model.name)
+                self.parts["router"].save(path / "router")
             _write_all(path, predictions)
 
         if self.state.is_main_process:
             self.folder.commit(stage, fill)
         self.state.wait_for_everyone()
+
+    # -- routing -------------------------------------------------------------------------------------------------
+
+    def _router_context(self, model: Any, index: int) -> RouterContext:
+        rng = random.Random(f"{self.config.seed}/{index}/router")  # noqa: S311  # a seed, not a secret
+        return RouterContext(model, self.encoder, rng, cache_folder())
+
+    def _take_up_router(self, index: int, model: Any) -> None:
+        """What the router knew when stage ``index`` was committed."""
+        if index == 0:
+            return
+        folder = self.folder.stage_path(index) / "router"
+        if isinstance(self.parts["router"], SharedRouter):  # remembers nothing, and older runs have no such folder
+            return
+        self.parts["router"] = type(self.parts["router"]).load(folder)
+        gone = sorted(set(self.parts["router"].sets) - set(model.peft_config))
+        if gone:
+            raise RunError(f"{folder}: knows the adapter set {gone[0]!r}, and {folder.parent / 'adapters'} has none")
+
+    def _assigned(self, task: Task, routing: RouterContext) -> str:
+        """The set that ``task`` trains, the same on every process."""
+        before = set(self.parts["router"].sets)
+        chosen = [self.parts["router"].assign(task, routing)]
+        broadcast_object_list(chosen)
+        routing.decided.update(assigned=chosen[0], new=chosen[0] not in before)
+        _as_json(routing.decided, "router")
+        if not isinstance(self.parts["router"], SharedRouter):
+            what = "a new adapter set" if routing.decided["new"] else "reuses the adapter set"
+            self._say(f"  {task.name}: {what} {chosen[0]}")
+        return chosen[0]
+
+    def _routed(
+        self, index: int, group: Sequence[Task], adapter: str, routing: RouterContext, found: Evaluated
+    ) -> dict[str, Any]:
+        """What the stage's record says about routing."""
+        if isinstance(self.parts["router"], SharedRouter):
+            return {}
+        trained_by = {task: stage.adapter for stage in self.folder.stages()[:index] for task in stage.trained}
+        trained_by.update((task.name, adapter) for task in group)
+        record = routing_record(trained_by, found.answered_by)
+        return {**_as_json(routing.decided, "router"), **record, "seconds": found.routing_seconds}
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -420,6 +467,14 @@ def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that JSON can hold, others by their type."""
     kinds = (str, int, float, bool, type(None))
     return {k: v if isinstance(v, kinds) else type(v).__name__ for k, v in options.items() if not k.startswith("_")}
+
+
+def _as_json(decided: dict[str, Any], part: str) -> dict[str, Any]:
+    """``decided`` as it will be read back; better refused now than when the stage is trained."""
+    try:
+        return typing.cast("dict[str, Any]", json.loads(json.dumps(decided, allow_nan=False)))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{part}: context.decided must hold plain JSON values: {error}") from None
 
 
 def _digest(value: Any) -> str:
