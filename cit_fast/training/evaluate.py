@@ -90,9 +90,7 @@ def evaluate(
     return Evaluated(scores, predictions, truncated, skipped, answered_by, routing_seconds)
 
 
-def _routed(
-    model: Any, encoder: PromptEncoder, examples: Sequence[Example], router: Router | None
-) -> list[str] | None:
+def _routed(model: Any, encoder: PromptEncoder, examples: Sequence[Example], router: Router | None) -> list[str] | None:
     """For each example the adapter set that answers it; ``None`` where there is nothing to choose from."""
     if router is None or not isinstance(model, PeftModel):
         return None

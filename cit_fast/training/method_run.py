@@ -301,7 +301,7 @@ class MethodRun:
     def _assigned(self, task: Task, routing: RouterContext) -> str:
         """The set that ``task`` trains, the same on every process."""
         before = set(self.parts["router"].sets)
-        chosen = [self.parts["router"].assign(task, routing)]
+        chosen: list[str] = [self.parts["router"].assign(task, routing)]
         broadcast_object_list(chosen)
         routing.decided.update(assigned=chosen[0], new=chosen[0] not in before)
         _as_json(routing.decided, "router")
