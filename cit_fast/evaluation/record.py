@@ -39,6 +39,12 @@ class StageRecord:
             ``instruction_count`` in all), ``gains`` (earlier task -> mean information gain of its key parts) and
             ``notes`` (a list of sentences).
         objective: what the objective says about the stage; any plain values, ``notes`` as in ``replay``.
+        routing: what the router decided and how it did; empty where there is one set for all. ``assigned`` (name of
+            the set), ``new`` (made for this stage, not reused), ``scores`` (earlier set -> its score for the new task),
+            ``threshold`` (from which a set is reused), ``reject_below`` (scores that go to the base model),
+            ``trained_by`` (task -> its set, so far), ``answers`` (task -> set -> prompts answered by it, ``__base__``
+            for the base model), ``accuracy`` (share of the trained tasks' prompts that their own set answered),
+            ``to_base`` (share of the other tasks' prompts that the base model answered), ``seconds``, ``notes``.
         steps: optimizer steps; ``train_seconds`` and ``evaluate_seconds``: wall time (summed over resumed parts).
         losses: ``(step, training loss)`` as logged.
         balance_weights: per optimizer step ``(step, mean, minimum, maximum, fallback fraction)`` of the balance
@@ -60,6 +66,7 @@ class StageRecord:
     replayed: dict[str, int] = field(default_factory=dict)
     replay: dict[str, Any] = field(default_factory=dict)
     objective: dict[str, Any] = field(default_factory=dict)
+    routing: dict[str, Any] = field(default_factory=dict)
     steps: int = 0
     train_seconds: float = 0.0
     evaluate_seconds: float = 0.0
@@ -134,7 +141,7 @@ def _read(path: Path, kind: type[_Record]) -> _Record:
         {"tasks", "trained", "held_out_tasks"},
         {"metrics", "method", "config", "environment", "experts", "scores", "held_out", "violations", "constraints"},
     )
-    for key in sorted(lists | objects | {"replayed", "replay", "objective"}):
+    for key in sorted(lists | objects | {"replayed", "replay", "objective", "routing"}):
         wanted = list if key in lists else dict
         if key in raw and not isinstance(raw[key], wanted):
             raise RunError(f"{path}: damaged ({key} is no {'list' if wanted is list else 'object'})")

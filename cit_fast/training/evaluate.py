@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModel
 from tqdm.auto import tqdm
 
@@ -18,8 +21,9 @@ from cit_fast.evaluation.generation import generate
 from cit_fast.evaluation.metrics import score
 from cit_fast.evaluation.predictions import Prediction, judged
 from cit_fast.evaluation.violations import Constraints
-from cit_fast.routing import Router
+from cit_fast.routing import BASE, Router, RouterContext
 from cit_fast.training.config import EvaluationConfig
+from cit_fast.training.pretrained import cache_folder
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class Evaluated:
         scores: task name -> score in [0, 100]; ``violations``: task name -> rates, as a StageRecord has them.
         predictions: task name -> its predictions, in the order of its examples.
         truncated: prompts whose input was shortened to fit; ``skipped``: examples left out because they cannot fit.
+        answered_by: task name -> adapter set -> how many of its prompts the router sent there, :data:`BASE` for none
+            of the sets; empty without a router. ``routing_seconds``: wall time the router took.
     """
 
     scores: dict[str, float]
@@ -37,6 +43,8 @@ class Evaluated:
     truncated: int
     skipped: int
     violations: dict[str, dict[str, float]] = field(default_factory=dict)
+    answered_by: dict[str, dict[str, int]] = field(default_factory=dict)
+    routing_seconds: float = 0.0
 
 
 def evaluate(
@@ -63,39 +71,51 @@ def evaluate(
         asked += [(task, split[index]) for index in encoded.indices]
         prompts += encoded.prompts
         truncated, skipped = truncated + encoded.truncated, skipped + len(encoded.skipped)
-    answers = _answers(model, encoder, [example for _, example in asked], prompts, config, router, title)
+    started = time.perf_counter()
+    sets = _routed(model, encoder, [example for _, example in asked], router)
+    routing_seconds = time.perf_counter() - started
+    answers = _answers(model, encoder, sets, prompts, config, title)
     scores: dict[str, float] = {}
     predictions: dict[str, list[Prediction]] = {}
+    answered_by: dict[str, dict[str, int]] = {}
     for task in tasks:
         own = [index for index, (of, _) in enumerate(asked) if of is task]
         references = [asked[index][1].references for index in own]
         result = score(task.metric, [answers[index] for index in own], references, labels=task.labels)
         scores[task.name] = result.value
         inputs = [asked[index][1].input if task.extractive else None for index in own]
+        if sets is not None:
+            answered_by[task.name] = dict(Counter(sets[index] for index in own))
         predictions[task.name] = [
             Prediction(encoder.tokenizer.decode(prompts[index]), answers[index], right, points, text)
             for index, right, points, text in zip(own, references, result.per_example, inputs, strict=True)
         ]
     violations = {task.name: judged(Constraints.of(task), predictions[task.name]) for task in tasks}
-    return Evaluated(scores, predictions, truncated, skipped, violations)
+    return Evaluated(scores, predictions, truncated, skipped, violations, answered_by, routing_seconds)
+
+
+def _routed(model: Any, encoder: PromptEncoder, examples: Sequence[Example], router: Router | None) -> list[str] | None:
+    """For each example the adapter set that answers it; ``None`` where there is nothing to choose from."""
+    if router is None or not isinstance(model, PeftModel):
+        return None
+    sets = [router.answer(examples, RouterContext(model, encoder, cache=cache_folder()))]
+    broadcast_object_list(sets)  # one process decides: others may differ in a last bit, and wait for another's prompts
+    unknown = set(sets[0]) - {*model.peft_config, BASE}
+    if unknown:
+        raise ConfigError(f"router: answers with the adapter set {min(unknown)!r}, which no task has trained yet")
+    return sets[0]
 
 
 def _answers(
     model: Any,
     encoder: PromptEncoder,
-    examples: Sequence[Example],
+    sets: Sequence[str] | None,
     prompts: Sequence[list[int]],
     config: EvaluationConfig,
-    router: Router | None,
     title: str,
 ) -> list[str]:
     """The answers in the order of the prompts, which are shared out over the processes."""
     state = PartialState()
-    switches = router is not None and isinstance(model, PeftModel)
-    sets = router.answer(examples) if router is not None and switches else [""] * len(prompts)
-    unknown = set(sets) - set(model.peft_config) if switches else set()
-    if unknown:
-        raise ConfigError(f"router: answers with the adapter set {min(unknown)!r}, which no task has trained yet")
     answers = [""] * len(prompts)
     bar = tqdm(
         total=len(prompts), desc=f"{title}: answering", unit="prompt", leave=False, disable=not state.is_main_process
@@ -105,11 +125,12 @@ def _answers(
         bar.update(count * state.num_processes)
 
     with bar:
-        for name in dict.fromkeys(sets):
-            if switches:
+        for name in dict.fromkeys(sets or [""]):
+            if sets is not None and name != BASE:
                 model.set_adapter(name)
-            indices = [index for index, chosen in enumerate(sets) if chosen == name]
-            with state.split_between_processes(indices) as mine:
+            indices = [index for index in range(len(prompts)) if sets is None or sets[index] == name]
+            bare = model.disable_adapter() if name == BASE else contextlib.nullcontext()
+            with bare, state.split_between_processes(indices) as mine:
                 found = generate(
                     model,
                     [prompts[index] for index in mine],

@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import time
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,10 @@ from cit_fast.evaluation.record import RunRecord, StageRecord, read_run, read_st
 from cit_fast.evaluation.violations import Constraints
 from cit_fast.objectives import StageContext, StageInputs
 from cit_fast.replay import ReplayContext
+from cit_fast.routing import RouterContext, SharedRouter, routing_record
 from cit_fast.training.config import MethodConfig, RunConfig
 from cit_fast.training.environment import describe_environment
-from cit_fast.training.evaluate import evaluate
+from cit_fast.training.evaluate import Evaluated, evaluate
 from cit_fast.training.model import load_weights, prompt_encoder, save_weights, train_adapter
 from cit_fast.training.parts import PARTS, build_part
 from cit_fast.training.pretrained import cache_folder, load_model, load_tokenizer, model_identity, resolve_model
@@ -119,13 +121,15 @@ class MethodRun:
             model = self._load(None)
             self._untrained_stage(model)
         for index, group in enumerate(groups, start=1):
-            adapter = self.parts["router"].assign(group[0])
             if index < len(stages):
                 continue
             if model is None:
                 model = self._load(self.folder.stage_path(index - 1) if index > 1 else None)
+                self._take_up_router(index - 1, model)
+            routing = self._router_context(model, index)
+            adapter = self._assigned(group[0], routing)
             model = train_adapter(model, self.config, adapter, self.config.seed)
-            model = self._stage(model, index, len(groups), group, adapter)
+            model = self._stage(model, index, len(groups), group, adapter, routing)
         if self.config.evaluation.experts and not record.experts:
             record.experts = self._experts()
         record.status = "finished"
@@ -221,7 +225,9 @@ class MethodRun:
             self.state.wait_for_everyone()
         return read_stages(cached.path)[0], cached.stage_path(0)
 
-    def _stage(self, model: Any, index: int, count: int, group: list[Task], adapter: str) -> Any:
+    def _stage(
+        self, model: Any, index: int, count: int, group: list[Task], adapter: str, routing: RouterContext
+    ) -> Any:
         joint = self.method.schedule == "joint"
         seen = [] if joint else list(self.stream)[: index - 1]
         rng = random.Random(f"{self.config.seed}/{index}")  # noqa: S311  # a seed, not a secret
@@ -251,6 +257,7 @@ class MethodRun:
                     f"{self.folder.path}: stage {index} ({group[0].name}): {name} is not finite after training; "
                     "start again in another output with a smaller training.learning_rate"
                 )
+        self.parts["router"].learn(group[0], dataclasses.replace(routing, model=model))
         started = time.perf_counter()
         known = list(self.stream)[:index] if self.config.evaluation.tasks == "seen" and not joint else list(self.stream)
         held_out = self.held_out if index == count or self.config.evaluation.held_out_after == "all" else []
@@ -267,6 +274,7 @@ class MethodRun:
             replayed={task.name: sum(e.task == task.name for e in replayed) for task in seen},
             replay=decided,
             objective=said,
+            routing=self._routed(index, group, adapter, routing, found),
             steps=trainer.state.global_step,
             train_seconds=train_seconds,
             evaluate_seconds=time.perf_counter() - started,
@@ -306,10 +314,7 @@ class MethodRun:
 
     def _decided(self, kind: str, decided: dict[str, Any]) -> dict[str, Any]:
         """What a part decided, as it goes into the stage's record; its notes are said at once."""
-        try:
-            plain: dict[str, Any] = json.loads(json.dumps(decided, allow_nan=False))
-        except (TypeError, ValueError) as error:  # better now than when the stage is trained
-            raise ConfigError(f"{kind}: context.decided must hold plain JSON values: {error}") from None
+        plain = _as_json(decided, kind)
         for note in plain.get("notes", []):
             self._say(f"  {escape(note)}")
         return plain
@@ -318,11 +323,53 @@ class MethodRun:
         def fill(path: Path) -> None:
             if model is not None:
                 save_weights(model, path, self.config.model.name)
+                self.parts["router"].save(path / "router")
             _write_all(path, predictions)
 
         if self.state.is_main_process:
             self.folder.commit(stage, fill)
         self.state.wait_for_everyone()
+
+    # -- routing -------------------------------------------------------------------------------------------------
+
+    def _router_context(self, model: Any, index: int) -> RouterContext:
+        rng = random.Random(f"{self.config.seed}/{index}/router")  # noqa: S311  # a seed, not a secret
+        return RouterContext(model, self.encoder, rng, cache_folder())
+
+    def _take_up_router(self, index: int, model: Any) -> None:
+        """What the router knew when stage ``index`` was committed."""
+        if index == 0:
+            return
+        folder = self.folder.stage_path(index) / "router"
+        if isinstance(self.parts["router"], SharedRouter):  # remembers nothing, and older runs have no such folder
+            return
+        self.parts["router"] = type(self.parts["router"]).load(folder)
+        gone = sorted(set(self.parts["router"].sets) - set(model.peft_config))
+        if gone:
+            raise RunError(f"{folder}: knows the adapter set {gone[0]!r}, and {folder.parent / 'adapters'} has none")
+
+    def _assigned(self, task: Task, routing: RouterContext) -> str:
+        """The set that ``task`` trains, the same on every process."""
+        before = set(self.parts["router"].sets)
+        chosen: list[str] = [self.parts["router"].assign(task, routing)]
+        broadcast_object_list(chosen)
+        routing.decided.update(assigned=chosen[0], new=chosen[0] not in before)
+        _as_json(routing.decided, "router")
+        if not isinstance(self.parts["router"], SharedRouter):
+            what = "a new adapter set" if routing.decided["new"] else "reuses the adapter set"
+            self._say(f"  {task.name}: {what} {chosen[0]}")
+        return chosen[0]
+
+    def _routed(
+        self, index: int, group: Sequence[Task], adapter: str, routing: RouterContext, found: Evaluated
+    ) -> dict[str, Any]:
+        """What the stage's record says about routing."""
+        if isinstance(self.parts["router"], SharedRouter):
+            return {}
+        trained_by = {task: stage.adapter for stage in self.folder.stages()[:index] for task in stage.trained}
+        trained_by.update((task.name, adapter) for task in group)
+        record = routing_record(trained_by, found.answered_by)
+        return {**_as_json(routing.decided, "router"), **record, "seconds": found.routing_seconds}
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -472,6 +519,14 @@ def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that JSON can hold, others by their type."""
     kinds = (str, int, float, bool, type(None))
     return {k: v if isinstance(v, kinds) else type(v).__name__ for k, v in options.items() if not k.startswith("_")}
+
+
+def _as_json(decided: dict[str, Any], part: str) -> dict[str, Any]:
+    """``decided`` as it will be read back; better refused now than when the stage is trained."""
+    try:
+        return typing.cast("dict[str, Any]", json.loads(json.dumps(decided, allow_nan=False)))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{part}: context.decided must hold plain JSON values: {error}") from None
 
 
 def _digest(value: Any) -> str:

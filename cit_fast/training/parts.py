@@ -11,7 +11,13 @@ from cit_fast.errors import CitFastError, ConfigError
 from cit_fast.training.config import Part, _choices, checked_value
 
 PARTS: dict[str, dict[str, str]] = {
-    "router": {"shared": "cit_fast.routing.SharedRouter"},
+    "router": {
+        "shared": "cit_fast.routing.SharedRouter",
+        "oracle": "cit_fast.routing.OracleRouter",
+        "per-task": "cit_fast.routing.PerTaskRouter",
+        "lcia": "cit_fast.routing.LCIARouter",
+        "switch": "cit_fast.routing.SwitchRouter",
+    },
     "replay": {
         "none": "cit_fast.replay.NoReplay",
         "random": "cit_fast.replay.RandomReplay",

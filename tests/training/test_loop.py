@@ -17,6 +17,7 @@ from cit_fast.evaluation import read_predictions, read_run, read_stages
 from cit_fast.objectives import CrossEntropy
 from cit_fast.optim import BalanceEMA
 from cit_fast.replay import RandomReplay
+from cit_fast.routing.router import SavedRouter
 from cit_fast.training import model as model_module
 from cit_fast.training.run_folder import RunFolder
 
@@ -91,7 +92,7 @@ def test_the_average_is_what_is_kept(settings, stream):
 
 
 def test_balance_weights_are_recorded_per_step(settings, stream):
-    folder = run(settings, stream, methods=["lcia"])["lcia"]
+    folder = run(settings, stream, methods=["lcia-ema"])["lcia-ema"]
     for stage in read_stages(folder)[1:]:
         assert [entry[0] for entry in stage.balance_weights] == [1, 2, 3, 4]
         assert stage.balance_weights[0][1:] == pytest.approx([0.01, 0.01, 0.01, 1.0])  # no gradient before the first
@@ -110,7 +111,7 @@ def test_accumulated_steps_equal_whole_ones(settings, stream):
 
 def test_training_arguments_pass_through(settings, stream):
     training = {"bf16": True, "max_steps": 3, "lr_scheduler_type": "linear", "gradient_checkpointing": True}
-    folder = run(settings, stream, methods=["lcia"], training=training)["lcia"]
+    folder = run(settings, stream, methods=["lcia-ema"], training=training)["lcia-ema"]
     assert [stage.steps for stage in read_stages(folder)] == [0, 3, 3, 3]
 
 
@@ -140,13 +141,15 @@ def test_an_expert_is_shared_by_streams_that_differ_elsewhere(settings, stream):
     assert len(list((Path(settings["output"]).parent / "cache" / "experts").glob("*/run.json"))) == 3
 
 
-class OneSetPerTask:
+class OneSetPerTask(SavedRouter):
     """Every task trains a set of its own, and answers with it."""
 
-    def assign(self, task):
+    sets = ()
+
+    def assign(self, task, context):
         return f"set-{task.name}"
 
-    def answer(self, examples):
+    def answer(self, examples, context):
         return [f"set-{example.task}" for example in examples]
 
 
@@ -170,7 +173,7 @@ def test_a_router_with_several_sets_trains_and_answers_with_each(settings, strea
 @pytest.mark.parametrize("name", ["default", "a.b", ""])
 def test_a_name_that_peft_cannot_keep(settings, stream, name):
     class Named(OneSetPerTask):
-        def assign(self, task):
+        def assign(self, task, context):
             return name
 
     with pytest.raises(ConfigError, match="cannot name an adapter set"):
