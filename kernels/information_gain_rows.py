@@ -24,7 +24,7 @@ from cit_fast.kernels.information_gain import LN2, LOG2E, NOWHERE
 MOST_LOG_RATIO = tl.constexpr(1e4)  # beyond it p or q is 0 and the value no longer matters
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["entries"])
 def cross_entropy_kernel(
     logits,  # [rows, entries] float32, each row `stride` from the last; what lies between them is read and written, too
     gradient,  # the same memory, or nothing: `lift` times the gradient
@@ -61,8 +61,8 @@ def cross_entropy_kernel(
             z = _logits(logits, bias, offs, entries, stride, scale, softcap, BIAS, CAP)[0]
             top, total = _take(top, total, z)
         log_sum = _log_sum(top, total)
-        z = _logits(logits, bias, target, entries, stride, scale, softcap, BIAS, CAP)[0]
-        tl.store(losses + row, share * LN2 * (log_sum - z))
+        of_target = _logits(logits, bias, target, entries, stride, scale, softcap, BIAS, CAP)[0]
+        tl.store(losses + row, share * LN2 * (log_sum - of_target))
         if GRADIENT:
             for i in range(tl.cdiv(entries, BLOCK)):
                 offs = i * BLOCK + tl.arange(0, BLOCK)
@@ -72,7 +72,7 @@ def cross_entropy_kernel(
                 _replace(gradient, lift * dz, offs, stride)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["entries"])
 def jsd_kernel(
     live,  # [rows, entries] float32, each row `stride` from the last; what lies between them is read and written, too
     frozen,
@@ -123,7 +123,10 @@ def jsd_kernel(
         for i in range(tl.cdiv(entries, BLOCK)):
             offs = _backwards(i, entries, BLOCK)
             z = cooled * _logits(live, bias_live, offs, entries, stride, scale, softcap, BIAS_LIVE, CAP)[0] - log_sum_p
-            w = cooled * _logits(frozen, bias_frozen, offs, entries, stride, scale, softcap, BIAS_FROZEN, CAP)[0] - log_sum_q
+            w = (
+                cooled * _logits(frozen, bias_frozen, offs, entries, stride, scale, softcap, BIAS_FROZEN, CAP)[0]
+                - log_sum_q
+            )
             p_over_m, q_over_m = _log_over_mean(z, w)
             sum_p += _times(tl.exp2(z), p_over_m)
             sum_q += _times(tl.exp2(w), q_over_m)
@@ -141,7 +144,7 @@ def jsd_kernel(
                 _replace(gradient, lift * slope * _times(tl.exp2(z), p_over_m - kl_p), offs, stride)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "entries"])
 def bias_kernel(
     gradient,  # [rows, entries]
     factors,  # [rows] float32

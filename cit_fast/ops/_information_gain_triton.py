@@ -34,14 +34,17 @@ class _Tiling(NamedTuple):
     num_stages: int
 
 
-# By capability and by the width of the operands. The first is of all GPUs not named: 99 KB of shared memory.
+# By GPU and by the width of the operands, such that nothing spills. "any" fits 99 KB of shared memory; "unaligned" is for
+# rows that do not start at multiples of 16 bytes, which no asynchronous copy can take.
 _TILINGS = {
-    ("any", 16): _Tiling(64, 128, 32, 4, 3),
+    ("any", 16): _Tiling(64, 128, 32, 8, 3),
     ("any", 32): _Tiling(32, 64, 32, 4, 3),
     ("sm_80", 16): _Tiling(128, 128, 32, 8, 4),
-    ("sm_80", 32): _Tiling(64, 64, 32, 4, 3),
+    ("sm_80", 32): _Tiling(64, 64, 16, 4, 4),
     ("sm_90", 16): _Tiling(128, 128, 64, 8, 4),
-    ("sm_90", 32): _Tiling(64, 64, 32, 4, 3),
+    ("sm_90", 32): _Tiling(128, 64, 32, 8, 3),
+    ("unaligned", 16): _Tiling(32, 64, 32, 4, 2),
+    ("unaligned", 32): _Tiling(32, 32, 32, 4, 2),
 }
 _ARCHITECTURES = {(8, 0): "sm_80", (9, 0): "sm_90"}
 _GROUP_BYTES = 24 << 20  # hidden states of a group of programs, about half of the second-level cache
@@ -49,11 +52,13 @@ _MOST_ROWS = 1 << 14  # of one launch, which bounds the partial results
 _LEAST_TILES, _MOST_TILES = 4, 64
 _MERGE = {"BLOCK": 128, "num_warps": 4}
 
-_ROWS = {"BLOCK": 4096, "num_warps": 8}  # of the kernels that sweep rows of logits
+_ROWS = {"BLOCK": 8192, "num_warps": 32}  # of the kernels that sweep rows of logits
 _BIAS = {"BLOCK": 128, "num_warps": 4}
 _WORKSPACE = 512 << 20
 _ALIGNED = 64  # elements; where each row of logits starts
-_WIDENED = 1 << 24  # elements of a half-precision head widened at a time, where its hidden states are not half-precision
+_WIDENED = (
+    1 << 24
+)  # elements of a half-precision head widened at a time, where its hidden states are not half-precision
 
 
 @register("token_gain", Backend.TRITON)
@@ -126,7 +131,8 @@ def _partials(
     if precise:
         full, masked = full.float(), masked.float()
     full, masked = rows_of(full), rows_of(masked)
-    tiling = _TILINGS[_architecture(full.device), 32 if precise else 16]
+    aligned = all(_is_aligned(each) for each in (full, masked, weight))
+    tiling = _TILINGS[_architecture(full.device) if aligned else "unaligned", 32 if precise else 16]
     blocks = -(-tokens // tiling.BLOCK_M)
     tiles = _tiles(blocks, -(-entries // tiling.BLOCK_N), _processors(full.device))
     splits = -(-entries // (tiles * tiling.BLOCK_N))
@@ -149,7 +155,7 @@ def _partials(
         tiles,
         min(blocks, max(1, _GROUP_BYTES // (2 * tiling.BLOCK_M * width * full.element_size()))),
         scale,
-        softcap or 0.0,
+        float(softcap or 0),
         BIAS=bias is not None,
         CAP=softcap is not None,
         EVEN=width % tiling.BLOCK_K == 0,
@@ -157,6 +163,11 @@ def _partials(
         **tiling._asdict(),
     )
     return partials
+
+
+def _is_aligned(matrix: Tensor) -> bool:
+    """As Triton sees it, which compiles for it: strides and widths count in multiples of 16 elements."""
+    return matrix.stride(0) % 16 == matrix.shape[1] % 16 == matrix.data_ptr() % 16 == 0
 
 
 def _tiles(blocks: int, tiles: int, processors: int) -> int:
@@ -211,7 +222,7 @@ def _masked_jsd(
                 live_logits.stride(0),
                 gradient.stride(0),
                 scale,
-                softcap or 0.0,
+                float(softcap or 0),
                 gradients.lift,
                 BIAS_LIVE=live.bias is not None,
                 BIAS_FROZEN=frozen.bias is not None,
@@ -257,7 +268,7 @@ def _linear_cross_entropy(
                 logits.stride(0),
                 gradient.stride(0),
                 scale,
-                softcap or 0.0,
+                float(softcap or 0),
                 gradients.lift,
                 BIAS=head.bias is not None,
                 CAP=softcap is not None,
@@ -364,6 +375,7 @@ def _workspace(tokens: int, entries: int, sides: int, device: torch.device) -> t
     """Rows of a chunk, and memory for the logits of each side; chunks are as equal as tiles of 128 rows let them be."""
     stride = -(-entries // _ALIGNED) * _ALIGNED
     most = max(1, _WORKSPACE // (4 * stride * sides))
+    most = most // 128 * 128 or most
     chunks = max(1, -(-tokens // most))
     size = min(most, -(-tokens // chunks // 128) * 128) if tokens else 1
     return size, tuple(torch.empty(min(size, tokens), stride, device=device) for _ in range(sides))
