@@ -7,9 +7,9 @@
     cross_entropy    cross-entropy, forward and backward
 
 4096 tokens in bfloat16 and float32; the vocabularies and widths of Llama 3, Qwen 2.5 and Llama 2. Gradients go to the
-hidden states; the head is frozen, as it is with LoRA. Contenders that do more or less than that say so. Peers that are not
-installed are left out, and named; what fails says why. The product is one torch.mm for each context and each gradient,
-to 16 bits where the operands have them.
+hidden states; the head is frozen, as it is with LoRA. Contenders that do more or less than that say so. Peers that are
+not installed are left out; what fails says why. The products are one torch.mm for each context and each gradient, to 16
+bits where the operands have them.
 """
 
 from __future__ import annotations

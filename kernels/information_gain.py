@@ -2,19 +2,19 @@
 
     z = cap(scale (h W^T + bias)), w likewise for the masked context
     M = max z,  s = sum e^{z-M},  a = sum e^{z-M} (z-M),  c = sum e^{z-M} ((z-M) - (w-M_w)),  z_target
-    =>  log p_t = z_t - M - log s,  H(p) = log s - a/s,  KL(p||q) = c/s - log s + log s_w; likewise for the masked context
+    =>  log p_t = z_t - M - log s,  H(p) = log s - a/s,  KL(p||q) = c/s - log s + log s_w,  q likewise
 
-``reference/information_gain.py`` has the definitions. 4 T V d FLOP for T tokens, and next to no bytes: the head once for
-each group of rows below, so tensor cores decide. What follows from that:
+``reference/information_gain.py`` has the definitions. 4 T V d FLOP for T tokens, and next to no bytes: the head once
+for each group of rows below, so tensor cores decide. What follows from that:
 
 * A program has two accumulators [BLOCK_M, BLOCK_N], the two contexts of the same tokens on one tile of the head. The
   tile is loaded once for both, as if the product had twice as many rows, and what a divergence compares is in the same
   thread's registers. Sums of a row stay inside a warp where BLOCK_M is 16 rows for each warp.
-* A program takes ``tiles`` tiles of the vocabulary, one after the other, and moves M, s, a, c of its rows along; another
-  kernel merges the programs' results in a fixed order, in float64. No atomic operations: the same call gives the same
-  bits.
-* Programs that run at the same time are ``group`` blocks of rows on the same few tiles: hidden states of a group stay in
-  the second-level cache and the head streams past them.
+* A program takes ``tiles`` tiles of the vocabulary, one after the other, and moves M, s, a, c of its rows along;
+  another kernel merges the programs' results in a fixed order, in float64. No atomic operations: the same call gives
+  the same bits.
+* Programs that run at the same time are ``group`` blocks of rows on the same few tiles: hidden states of a group stay
+  in the second-level cache and the head streams past them.
 * Logits are in units of log 2, so that e^{z-M} is one instruction; float64 turns them back at the end.
 * float32 goes through the tensor cores in three products of TF32 (``tf32x3``): plain TF32 has an error of 1e-3, and
   products without tensor cores take at least twice as long. Operands of two dtypes are widened to float32 in registers.
@@ -156,10 +156,7 @@ def _place(blocks, splits, group):
 
 @triton.jit
 def _tile(pointers, mask, EVEN: tl.constexpr, PRECISE: tl.constexpr):
-    if EVEN:
-        x = tl.load(pointers)
-    else:
-        x = tl.load(pointers, mask, other=0.0)
+    x = tl.load(pointers) if EVEN else tl.load(pointers, mask, other=0.0)
     if PRECISE:
         x = x.to(tl.float32)
     return x

@@ -1,17 +1,19 @@
 """The losses of KPIG from logits that a library GEMM made, and their gradients in place of them: Triton kernels.
 
     z = cap(scale (x + bias)),  w the frozen side's
-    cross_entropy:  loss = -log p_t                         dz = p - onehot(t)
-    jsd:            loss = (KL(p||m) + KL(q||m)) / (2 ln 2)   dz = p (log(p/m) - KL(p||m)),  m = (p+q)/2, at temperature beta
+    cross_entropy:  loss = -log p_t                           dz = p - onehot(t)
+    jsd:            loss = (KL(p||m) + KL(q||m)) / (2 ln 2)   dz = p (log(p/m) - KL(p||m)),  m = (p+q)/2,
+                    of logits divided by the temperature beta
     both:           dx = dz (1 - (z/cap)^2)
 
-What is the same for a whole row (its weight, scale, 1/(2 ln 2 beta)) multiplies the gradient of its hidden state instead,
-[T, d] rather than [T, V]; so what is stored is at most 1 in size and keeps its digits in half precision.
+What is the same for a whole row (its weight, scale, 1/(2 ln 2 beta)) multiplies the gradient of its hidden state
+instead, [T, d] rather than [T, V]; so what is stored is at most 1 in size and keeps its digits in half precision.
 
-A program takes a row and sweeps it two or three times, every other time backwards: what a sweep read last the next finds
-in the second-level cache. 4 bytes of float32 logits are read for each entry, 8 for a pair of sides, and 2 of gradient
-written; next to nothing is computed. The gradient in 16 bits lies in the first half of the row that it replaces: a
-block of it is stored where all logits have been read. Sums are kept by each lane and added up at the end, in an order
+A program takes a row and sweeps it two or three times, every other time backwards: what a sweep read last the next
+finds in the second-level cache. 4 bytes of float32 logits are read for each entry, 8 for a pair of sides, and 2 of
+gradient written; next to nothing is computed. Programs of 1024 threads, one on a processor at a time, keep few rows on
+their way and so more of each in that cache. The gradient in 16 bits lies in the first half of the row that it replaces:
+a block of it is stored where all logits have been read. Sums are kept by each lane and added up at the end, in an order
 that is always the same.
 """
 
@@ -43,6 +45,7 @@ def cross_entropy_kernel(
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """A row a program: the sum of exponentials, then the gradient."""
     row = tl.program_id(0)
     share = tl.load(row_weight + row)
     logits += row.to(tl.int64) * stride
@@ -94,6 +97,7 @@ def jsd_kernel(
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """A row a program: both sums of exponentials, both divergences, then the gradient."""
     row = tl.program_id(0)
     share = tl.load(row_weight + row)
     live += row.to(tl.int64) * stride

@@ -34,8 +34,8 @@ class _Tiling(NamedTuple):
     num_stages: int
 
 
-# By GPU and by the width of the operands, such that nothing spills. "any" fits 99 KB of shared memory; "unaligned" is for
-# rows that do not start at multiples of 16 bytes, which no asynchronous copy can take.
+# By GPU and by the bits of the operands, such that nothing spills. "any" fits 99 KB of shared memory; "unaligned" is
+# for rows that do not start at multiples of 16 bytes, which no asynchronous copy can take.
 _TILINGS = {
     ("any", 16): _Tiling(64, 128, 32, 8, 3),
     ("any", 32): _Tiling(32, 64, 32, 4, 3),
@@ -339,9 +339,9 @@ class _Gradients:
         if needs_weight:
             _product(gradient.T, self.weighted[rows], self.grad_weight, add=True)
         if needs_bias:
-            count, entries = gradient.shape
-            bias_kernel[(-(-entries // _BIAS["BLOCK"]),)](
-                gradient, self.factors[rows], self.grad_bias, count, entries, gradient.stride(0), **_BIAS
+            count, columns = gradient.shape
+            bias_kernel[(-(-columns // _BIAS["BLOCK"]),)](
+                gradient, self.factors[rows], self.grad_bias, count, columns, gradient.stride(0), **_BIAS
             )
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:

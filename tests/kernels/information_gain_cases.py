@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -353,18 +354,17 @@ def test_a_bias_of_minus_infinity_takes_tokens_out() -> None:
         gain = token_gain(full, masked, weight, kept[targets], bias=bias)
         for value, right in zip(gain, token_gain(full, masked, few, targets, bias=few_bias), strict=True):
             torch.testing.assert_close(value, right, rtol=1e-5, atol=1e-6)
-        for loss_of in (
-            lambda hidden, head, bias, index: masked_jsd(
-                hidden, masked, head, head.detach(), 1.5, bias_live=bias, bias_frozen=bias
-            ),
-            lambda hidden, head, bias, index: linear_cross_entropy(hidden, head, index[targets], bias=bias),
-        ):
-            (many, many_gradients), (right, right_gradients) = (
-                loss_and_gradients(
-                    lambda hidden, head, b=b, index=index, loss_of=loss_of: loss_of(hidden, head, b, index), full, head
-                )
-                for head, b, index in ((weight, bias, kept), (few, few_bias, torch.arange(3, device=DEVICE)))
-            )
+
+        def jsd(hidden: Tensor, head: Tensor, bias: Tensor, index: Tensor) -> Tensor:
+            return masked_jsd(hidden, masked, head, head.detach(), 1.5, bias_live=bias, bias_frozen=bias)
+
+        def cross_entropy(hidden: Tensor, head: Tensor, bias: Tensor, index: Tensor) -> Tensor:
+            return linear_cross_entropy(hidden, head, index[targets], bias=bias)
+
+        for loss_of in (jsd, cross_entropy):
+            many, many_gradients = loss_and_gradients(partial(loss_of, bias=bias, index=kept), full, weight)
+            index = torch.arange(3, device=DEVICE)
+            right, right_gradients = loss_and_gradients(partial(loss_of, bias=few_bias, index=index), full, few)
             torch.testing.assert_close(many, right, rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(many_gradients[0], right_gradients[0], rtol=1e-4, atol=1e-6)
             torch.testing.assert_close(many_gradients[1][kept], right_gradients[1], rtol=1e-4, atol=1e-6)
