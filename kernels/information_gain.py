@@ -71,6 +71,7 @@ def gain_kernel(
     full_ptrs = full + first_row.to(tl.int64) * full_stride + rows[:, None] * full_stride + offs_k[None, :]
     masked_ptrs = masked + first_row.to(tl.int64) * masked_stride + rows[:, None] * masked_stride + offs_k[None, :]
     target = tl.load(targets + first_row + rows).to(tl.int64) - first_entry
+    target = tl.where((target >= 0) & (target < entries), target, -1).to(tl.int32)
 
     p = _nothing(BLOCK_M)
     q = _nothing(BLOCK_M)

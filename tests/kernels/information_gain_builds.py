@@ -25,10 +25,9 @@ ARCHITECTURES = (80, 90)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 OPERANDS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 LAUNCH = ("num_warps", "num_stages")
-HEADS = {
-    "plain": {"BIAS": False, "CAP": False},
-    "bias and cap": {"BIAS": True, "CAP": True},
-}
+RICH = "bias and cap"
+HEADS = {"plain": {"BIAS": False, "CAP": False}, RICH: {"BIAS": True, "CAP": True}}
+DTYPES = ("bfloat16", "float32")
 
 
 def build(kernel: Any, architecture: int, types: dict[str, str], **options: Any) -> tuple[Any, str]:
@@ -59,24 +58,19 @@ def check(usage: str, warps: int, programs: int = 1) -> None:
     assert registers * 32 * warps * programs <= REGISTERS
 
 
-# Kind of tiling, architecture, dtypes of hidden states and head, and whether the width is whole tiles.
+# Kind of tiling, architecture, dtypes of hidden states and head, whether the width is whole tiles, and the head.
 GAINS = [
-    *(
-        (kind, 80, dtype, even)
-        for kind in ("any", "sm_80")
-        for dtype in ("bfloat16", "float32")
-        for even in (True, False)
-    ),
-    *(("sm_90", 90, dtype, even) for dtype in ("bfloat16", "float32") for even in (True, False)),
-    ("sm_90", 90, "float16", True),
-    ("sm_80", 80, "float32 by bfloat16", True),
-    ("sm_90", 90, "float32 by bfloat16", False),
-    *(("unaligned", architecture, dtype, False) for architecture in (80, 90) for dtype in ("bfloat16", "float32")),
+    *((f"sm_{each}", each, "bfloat16", True, "plain") for each in ARCHITECTURES),
+    *((f"sm_{each}", each, dtype, even, RICH) for each in ARCHITECTURES for dtype in DTYPES for even in (True, False)),
+    *(("any", 80, dtype, even, RICH) for dtype in DTYPES for even in (True, False)),
+    *(("unaligned", each, dtype, False, RICH) for each in ARCHITECTURES for dtype in DTYPES),
+    ("sm_90", 90, "float16", True, RICH),
+    ("sm_80", 80, "float32 by bfloat16", True, RICH),
+    ("sm_90", 90, "float32 by bfloat16", False, RICH),
 ]
 
 
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize(("kind", "architecture", "dtype", "even"), GAINS)
+@pytest.mark.parametrize(("kind", "architecture", "dtype", "even", "head"), GAINS)
 def test_gain(kind: str, architecture: int, dtype: str, even: bool, head: str) -> None:
     hidden, weight = (OPERANDS[each] for each in (dtype.split(" by ") * 2)[:2])
     precise = hidden == "*fp32"
@@ -123,19 +117,21 @@ def test_merge(name: str, architecture: int) -> None:
     check(usage, glue._MERGE["num_warps"])
 
 
-@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("gradient", ["*bf16", "*fp16", "*fp32", None])
+@pytest.mark.parametrize(
+    ("gradient", "head"), [("*bf16", "plain"), ("*bf16", RICH), ("*fp16", RICH), ("*fp32", RICH), (None, RICH)]
+)
 @pytest.mark.parametrize("loss", ["cross_entropy", "jsd"])
 def test_losses(loss: str, gradient: str | None, architecture: int, head: str) -> None:
     kernel = getattr(information_gain_rows, f"{loss}_kernel")
     names = ("logits", "live", "frozen", "bias", "bias_live", "bias_frozen", "temperature", "row_weight", "losses")
     types = {**dict.fromkeys(names, "*fp32"), "gradient": gradient or "*fp32", "stride": "i32:16"}
     biases = {f"BIAS{side}": HEADS[head]["BIAS"] for side in ("", "_LIVE", "_FROZEN")}
-    options = {**glue._ROWS, **biases, "CAP": HEADS[head]["CAP"], "GRADIENT": gradient is not None}
+    tiling = {"cross_entropy": glue._CROSS_ENTROPY, "jsd": glue._JSD}[loss]
+    options = {**tiling, **biases, "CAP": HEADS[head]["CAP"], "GRADIENT": gradient is not None}
     types["gradient_stride"] = "i32:16"
     compiled, usage = build(kernel, architecture, types, **options)
-    check(usage, glue._ROWS["num_warps"])
+    check(usage, tiling["num_warps"])
     ptx = compiled.asm["ptx"]
     assert re.search(r"ld\.global(?:\.\w+)*\.v4\.[bfu]32", ptx)
     if gradient is not None:

@@ -37,6 +37,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
 # One of everything; around a tile of 32 or 128 tokens, 64 or 128 entries and 32 or 64 columns; several sweeps of a row.
 SHAPES = [(1, 1, 1), (3, 7, 5), (33, 33, 65), (37, 70, 1003), (130, 64, 257)]
+LOSS_SHAPES = [(1, 1, 1), (7, 33, 65), (13, 70, 1003)] if INTERPRETED else SHAPES  # a program a row
 HEADS: dict[str, dict[str, Any]] = {
     "plain": {},
     "bias and scale": {"bias": True, "scale": 0.7},
@@ -57,7 +58,8 @@ def tiles_that_make_many_programs(monkeypatch: pytest.MonkeyPatch) -> None:
             },
         )
         monkeypatch.setattr(glue, "_tiles", lambda blocks, tiles, processors: 5)
-        monkeypatch.setitem(glue._ROWS, "BLOCK", 512)
+        monkeypatch.setitem(glue._CROSS_ENTROPY, "BLOCK", 512)
+        monkeypatch.setitem(glue._JSD, "BLOCK", 512)
 
 
 def make(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -118,7 +120,7 @@ def test_token_gain(tokens: int, d: int, vocabulary: int, dtype: torch.dtype, he
 def gradients_close(got: list[Tensor], exact: list[Tensor], bound: float, dtype: torch.dtype) -> None:
     for value, right in zip(got, exact, strict=True):
         # Gradients of logits are rounded to the head's dtype before they are multiplied.
-        unit = max(2 * torch.finfo(dtype).eps, bound)
+        unit = max(2 * torch.finfo(dtype).eps, 2 * torch.finfo(value.dtype).eps, bound)
         close(value, right, unit * float(right.abs().max()) + 1e-7, f"gradient {list(right.shape)} {value.dtype}")
 
 
@@ -130,11 +132,11 @@ def loss_and_gradients(loss_of: Callable[..., Tensor], *inputs: Tensor | None) -
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("tokens", "d", "vocabulary"), SHAPES)
+@pytest.mark.parametrize(("tokens", "d", "vocabulary"), LOSS_SHAPES)
 def test_masked_jsd(
     tokens: int, d: int, vocabulary: int, dtype: torch.dtype, head: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(glue, "_WORKSPACE", 1 << 20)  # several chunks of rows
+    monkeypatch.setattr(glue, "_WORKSPACE", 1 << 16)  # several chunks of rows
     options = options_of(head, vocabulary)
     bias = options.pop("bias")
     live, weight = make(tokens, d, seed=1, dtype=dtype), make(vocabulary, d, seed=3, dtype=dtype)
@@ -160,11 +162,11 @@ def test_masked_jsd(
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("tokens", "d", "vocabulary"), SHAPES)
+@pytest.mark.parametrize(("tokens", "d", "vocabulary"), LOSS_SHAPES)
 def test_linear_cross_entropy(
     tokens: int, d: int, vocabulary: int, dtype: torch.dtype, head: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(glue, "_WORKSPACE", 1 << 19)
+    monkeypatch.setattr(glue, "_WORKSPACE", 1 << 15)
     options = options_of(head, vocabulary)
     bias = options.pop("bias")
     hidden, weight = make(tokens, d, seed=1, dtype=dtype), make(vocabulary, d, seed=3, dtype=dtype)
@@ -432,8 +434,8 @@ def test_a_target_outside_the_vocabulary_reads_nothing_beyond_it() -> None:
 
 def test_the_same_call_gives_the_same_bits() -> None:
     dtype = DTYPES[-1]
-    full, masked, weight = (make(*s, seed=i, dtype=dtype) for i, s in enumerate(((70, 40), (70, 40), (900, 40))))
-    targets = torch.arange(70, device=DEVICE)
+    full, masked, weight = (make(*s, seed=i, dtype=dtype) for i, s in enumerate(((20, 40), (20, 40), (900, 40))))
+    targets = torch.arange(20, device=DEVICE)
 
     def everything() -> list[Tensor]:
         out = list(token_gain(full, masked, weight, targets))
