@@ -9,7 +9,7 @@ SETUP := $(VENV)/.setup
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint bench sanitize clean setup
+.PHONY: demo test lint bench gpu sanitize clean setup
 setup: $(SETUP)
 
 # An editable install finds new modules by itself, but not new packages: hence their __init__.py.
@@ -40,6 +40,11 @@ sanitize:
 
 bench: $(SETUP)
 	$(BIN)/pytest bench --benchmark-only $(PYTEST_ARGS)
+
+# On a machine with an NVIDIA GPU: the kernels' tests there, then the timings, into bench/results.
+gpu: $(SETUP)
+	$(BIN)/pytest tests/gpu $(PYTEST_ARGS)
+	$(BIN)/python -m bench.gpu_information_gain
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache

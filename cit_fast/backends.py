@@ -217,9 +217,8 @@ def _triton_status() -> BackendStatus:
         return BackendStatus(True, "interpreter, CPU tensors, only when forced: TRITON_INTERPRET is set")
     if not torch.cuda.is_available():
         return BackendStatus(False, "no CUDA device")
-    return BackendStatus(
-        True, f"{torch.cuda.get_device_name()}; its kernels never ran on a GPU yet: used only when forced"
-    )
+    never = "its kernels never ran on a GPU yet: used for key-part information gain, else only when forced"
+    return BackendStatus(True, f"{torch.cuda.get_device_name()}; {never}")
 
 
 def _triton_interprets() -> bool:

@@ -13,6 +13,7 @@ from cit_fast.backends import Backend, register
 from cit_fast.reference.information_gain import GAIN_STATISTICS, gains_from_statistics
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/cpu/dtype.h
+_KERNELS = (Backend.NATIVE, Backend.TRITON)
 
 
 @register("token_gain", Backend.NATIVE)
@@ -129,17 +130,17 @@ def _linear_cross_entropy(
     return torch.tensor(loss, dtype=torch.float32), *_cast(gradients, hidden, weight, bias)
 
 
-def native_cannot(*tensors: Tensor | None, weights: tuple[Tensor, ...]) -> dict[Backend, str]:
-    """Why the kernels cannot take these tensors; empty when they can.
+def kernels_cannot(*tensors: Tensor | None, weights: tuple[Tensor, ...]) -> dict[Backend, str]:
+    """Why the kernels, C++ or Triton, cannot take these tensors; empty when they can.
 
     Args:
         tensors: Everything in floating point.
         weights: The heads, which are read where they lie.
     """
     if any(tensor is not None and tensor.dtype == torch.float64 for tensor in (*tensors, *weights)):
-        return {Backend.NATIVE: "it takes no float64"}
+        return dict.fromkeys(_KERNELS, "it takes no float64")
     if any(weight.stride(1) != 1 and weight.shape[1] > 1 for weight in weights):
-        return {Backend.NATIVE: "the elements of a row of the head do not lie side by side"}
+        return dict.fromkeys(_KERNELS, "the elements of a row of the head do not lie side by side")
     return {}
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from cit_fast.backends import resolve
 from cit_fast.errors import CitFastError, DataError
 from cit_fast.ops._information_gain_checks import check_offsets, check_targets
-from cit_fast.ops._information_gain_native import native_cannot
+from cit_fast.ops._information_gain_native import kernels_cannot
 from cit_fast.reference import information_gain as reference
 
 # Fields of TokenGain.
@@ -50,7 +50,7 @@ def _token_gain(
     scale: float,
 ) -> tuple[Tensor, ...]:
     check_targets("token_gain", targets, lm_head_weight.shape[0])
-    cannot = native_cannot(hidden_full, hidden_masked, bias, weights=(lm_head_weight,))
+    cannot = kernels_cannot(hidden_full, hidden_masked, bias, weights=(lm_head_weight,))
     run = resolve("token_gain", hidden_full.device, cannot=cannot)
     with _full_precision(hidden_full):
         out: tuple[Tensor, ...] = run(hidden_full, hidden_masked, lm_head_weight, targets, bias, softcap, scale)
@@ -99,7 +99,7 @@ def _token_gain_statistics(
     softcap: float | None,
     scale: float,
 ) -> Tensor:
-    cannot = native_cannot(hidden_full, hidden_masked, bias, weights=(lm_head_weight,))
+    cannot = kernels_cannot(hidden_full, hidden_masked, bias, weights=(lm_head_weight,))
     run = resolve("token_gain_statistics", hidden_full.device, cannot=cannot)
     with _full_precision(hidden_full):
         out: Tensor = run(hidden_full, hidden_masked, lm_head_weight, targets, first_entry, bias, softcap, scale)
@@ -189,7 +189,7 @@ def _masked_jsd(
         if len(wrong):
             row = int(wrong[0])
             raise DataError(f"masked_jsd: temperature[{row}] is {float(temperature[row])}; expected a positive number")
-    cannot = native_cannot(
+    cannot = kernels_cannot(
         *(hidden_live, hidden_frozen, temperature, row_weight, bias_live, bias_frozen),
         weights=(weight_live, weight_frozen),
     )
@@ -281,7 +281,7 @@ def _linear_cross_entropy(
     needs_bias: bool,
 ) -> tuple[Tensor, ...]:
     check_targets("linear_cross_entropy", targets, weight.shape[0], row_weight)
-    cannot = native_cannot(hidden, row_weight, bias, weights=(weight,))
+    cannot = kernels_cannot(hidden, row_weight, bias, weights=(weight,))
     run = resolve("linear_cross_entropy", hidden.device, cannot=cannot)
     with _full_precision(hidden):
         out: tuple[Tensor, ...] = run(

@@ -21,7 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import cit_fast.ops._information_gain_registered  # noqa: F401  (the ops under torch.ops.cit_fast)
+import cit_fast.ops._information_gain_registered
+import cit_fast.ops._information_gain_triton  # noqa: F401
 from cit_fast.errors import ConfigError, DataError
 from cit_fast.ops._information_gain_checks import (
     INDEX_DTYPES,

@@ -161,7 +161,7 @@ def test_triton_status(monkeypatch, has_device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_device)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
     monkeypatch.setattr(backends, "find_spec", lambda _: object())
-    on_gpu = "Some GPU; its kernels never ran on a GPU yet: used only when forced"
+    on_gpu = "Some GPU; its kernels never ran on a GPU yet: used for key-part information gain, else only when forced"
     assert backends._triton_status() == BackendStatus(has_device, on_gpu if has_device else "no CUDA device")
     monkeypatch.setattr(backends, "find_spec", lambda _: None)
     assert backends._triton_status() == BackendStatus(False, "triton is not installed")

@@ -1,0 +1,244 @@
+"""The losses of KPIG from logits that a library GEMM made, and their gradients in place of them: Triton kernels.
+
+    z = cap(scale (x + bias)),  w the frozen side's
+    cross_entropy:  loss = -log p_t                           dz = p - onehot(t)
+    jsd:            loss = (KL(p||m) + KL(q||m)) / (2 ln 2)   dz = p (log(p/m) - KL(p||m)),  m = (p+q)/2,
+                    of logits divided by the temperature beta
+    both:           dx = dz (1 - (z/cap)^2)
+
+What is the same for a whole row (its weight, scale, 1/(2 ln 2 beta)) multiplies the gradient of its hidden state
+instead, [T, d] rather than [T, V]; so what is stored is at most 1 in size and keeps its digits in half precision.
+
+A program takes a row and sweeps it two or three times, every other time backwards: what a sweep read last the next
+finds in the second-level cache. 4 bytes of float32 logits are read for each entry, 8 for a pair of sides, and 2 of
+gradient written; next to nothing is computed. Programs of 1024 threads, one on a processor at a time, keep few rows on
+their way and so more of each in that cache. The gradient in 16 bits lies in the first half of the row that it replaces:
+a block of it is stored where all logits have been read. Sums are kept by each lane and added up at the end, in an order
+that is always the same.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from cit_fast.kernels.information_gain import LN2, LOG2E, NOWHERE
+
+MOST_LOG_RATIO = tl.constexpr(1e4)  # beyond it p or q is 0 and the value no longer matters
+
+
+@triton.jit(do_not_specialize=["entries"])
+def cross_entropy_kernel(
+    logits,  # [rows, entries] float32, each row `stride` from the last; what lies between them is read and written, too
+    gradient,  # the same memory, or nothing: `lift` times the gradient
+    bias,  # [entries] float32, where BIAS
+    targets,  # [rows]
+    row_weight,  # [rows] float32
+    losses,  # [rows] float32, written: row_weight times the loss, 0 where that is 0
+    entries,
+    stride,
+    gradient_stride,
+    scale,
+    softcap,
+    lift,
+    BIAS: tl.constexpr,
+    CAP: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A row a program: the sum of exponentials, then the gradient."""
+    row = tl.program_id(0)
+    share = tl.load(row_weight + row)
+    logits += row.to(tl.int64) * stride
+    gradient += row.to(tl.int64) * gradient_stride
+    if share == 0:
+        tl.store(losses + row, 0.0)
+        if GRADIENT:
+            _store_zeros(gradient, stride, BLOCK)
+    else:
+        target = tl.load(targets + row).to(tl.int32)
+        target = tl.where((target >= 0) & (target < entries), target, entries)
+        top = tl.zeros((BLOCK,), tl.float32) + NOWHERE
+        total = tl.zeros((BLOCK,), tl.float32)
+        for i in range(tl.cdiv(entries, BLOCK)):
+            offs = _backwards(i, entries, BLOCK)
+            z = _logits(logits, bias, offs, entries, stride, scale, softcap, BIAS, CAP)[0]
+            top, total = _take(top, total, z)
+        log_sum = _log_sum(top, total)
+        of_target = _logits(logits, bias, target, entries, stride, scale, softcap, BIAS, CAP)[0]
+        tl.store(losses + row, share * LN2 * (log_sum - of_target))
+        if GRADIENT:
+            for i in range(tl.cdiv(entries, BLOCK)):
+                offs = i * BLOCK + tl.arange(0, BLOCK)
+                z, slope = _logits(logits, bias, offs, entries, stride, scale, softcap, BIAS, CAP)
+                p = tl.exp2(z - log_sum)
+                dz = slope * (p - tl.where(offs == target, 1.0, 0.0))
+                _replace(gradient, lift * dz, offs, stride)
+
+
+@triton.jit(do_not_specialize=["entries"])
+def jsd_kernel(
+    live,  # [rows, entries] float32, each row `stride` from the last; what lies between them is read and written, too
+    frozen,
+    gradient,  # the memory of `live`, or nothing: `lift` times the gradient
+    bias_live,  # [entries] float32, where BIAS_LIVE
+    bias_frozen,
+    temperature,  # [rows] float32
+    row_weight,
+    losses,  # [rows] float32, written: row_weight times the loss, 0 where that is 0
+    entries,
+    stride,
+    gradient_stride,
+    scale,
+    softcap,
+    lift,
+    BIAS_LIVE: tl.constexpr,
+    BIAS_FROZEN: tl.constexpr,
+    CAP: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A row a program: both sums of exponentials, both divergences, then the gradient."""
+    row = tl.program_id(0)
+    share = tl.load(row_weight + row)
+    live += row.to(tl.int64) * stride
+    frozen += row.to(tl.int64) * stride
+    gradient += row.to(tl.int64) * gradient_stride
+    if share == 0:
+        tl.store(losses + row, 0.0)
+        if GRADIENT:
+            _store_zeros(gradient, stride, BLOCK)
+    else:
+        cooled = 1 / tl.load(temperature + row)
+        top_p = tl.zeros((BLOCK,), tl.float32) + NOWHERE
+        top_q = tl.zeros((BLOCK,), tl.float32) + NOWHERE
+        total_p = tl.zeros((BLOCK,), tl.float32)
+        total_q = tl.zeros((BLOCK,), tl.float32)
+        for i in range(tl.cdiv(entries, BLOCK)):
+            offs = i * BLOCK + tl.arange(0, BLOCK)
+            z = cooled * _logits(live, bias_live, offs, entries, stride, scale, softcap, BIAS_LIVE, CAP)[0]
+            w = cooled * _logits(frozen, bias_frozen, offs, entries, stride, scale, softcap, BIAS_FROZEN, CAP)[0]
+            top_p, total_p = _take(top_p, total_p, z)
+            top_q, total_q = _take(top_q, total_q, w)
+        log_sum_p = _log_sum(top_p, total_p)
+        log_sum_q = _log_sum(top_q, total_q)
+
+        sum_p = tl.zeros((BLOCK,), tl.float32)
+        sum_q = tl.zeros((BLOCK,), tl.float32)
+        for i in range(tl.cdiv(entries, BLOCK)):
+            offs = _backwards(i, entries, BLOCK)
+            z = cooled * _logits(live, bias_live, offs, entries, stride, scale, softcap, BIAS_LIVE, CAP)[0] - log_sum_p
+            w = (
+                cooled * _logits(frozen, bias_frozen, offs, entries, stride, scale, softcap, BIAS_FROZEN, CAP)[0]
+                - log_sum_q
+            )
+            p_over_m, q_over_m = _log_over_mean(z, w)
+            sum_p += _times(tl.exp2(z), p_over_m)
+            sum_q += _times(tl.exp2(w), q_over_m)
+        kl_p = tl.sum(sum_p)
+        kl_q = tl.sum(sum_q)
+        tl.store(losses + row, share * (0.5 * LOG2E) * (kl_p + kl_q))
+
+        if GRADIENT:
+            for i in range(tl.cdiv(entries, BLOCK)):
+                offs = i * BLOCK + tl.arange(0, BLOCK)
+                z, slope = _logits(live, bias_live, offs, entries, stride, scale, softcap, BIAS_LIVE, CAP)
+                z = cooled * z - log_sum_p
+                w = cooled * _logits(frozen, bias_frozen, offs, entries, stride, scale, softcap, BIAS_FROZEN, CAP)[0]
+                p_over_m, _ = _log_over_mean(z, w - log_sum_q)
+                _replace(gradient, lift * slope * _times(tl.exp2(z), p_over_m - kl_p), offs, stride)
+
+
+@triton.jit(do_not_specialize=["rows", "entries"])
+def bias_kernel(
+    gradient,  # [rows, entries]
+    factors,  # [rows] float32
+    grad_bias,  # [entries] float32, added to
+    rows,
+    entries,
+    stride,
+    BLOCK: tl.constexpr,
+):
+    """Columns of the gradient, added up in the order of the rows."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < entries
+    total = tl.load(grad_bias + offs, mask, other=0.0)
+    for row in range(rows):
+        total += tl.load(factors + row) * tl.load(gradient + offs, mask, other=0.0).to(tl.float32)
+        gradient += stride
+    tl.store(grad_bias + offs, total, mask)
+
+
+@triton.jit
+def _backwards(i, entries, BLOCK: tl.constexpr):
+    return (tl.cdiv(entries, BLOCK) - 1 - i) * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def _logits(row, bias, offs, entries, stride, scale, softcap, BIAS: tl.constexpr, CAP: tl.constexpr):
+    """Logits in units of log 2, -inf beyond the row, and the slope of the cap."""
+    z = tl.load(row + offs, offs < stride, other=0.0)  # of the two limits the one that is a multiple of 16
+    if BIAS:
+        z += tl.load(bias + offs, offs < entries, other=0.0)
+    slope = 1.0
+    if CAP:
+        # tanh, and 1 - tanh^2; the error of 1e-7 of the difference is one of the cap.
+        share = 1 / (1 + tl.exp2(z * (2 * LOG2E * scale / softcap)))
+        slope = 4 * share * (1 - share)
+        z = (LOG2E * softcap) * (1 - 2 * share)
+    else:
+        z *= LOG2E * scale
+    return tl.where(offs < entries, z, -float("inf")), slope
+
+
+@triton.jit
+def _take(top, total, z):
+    """The maximum of each lane and the sum of 2^(z - maximum), one exponential for each."""
+    change = z - top
+    shrink = tl.exp2(-tl.abs(change))
+    total = tl.where(change > 0, total * shrink + 1, total + shrink)  # NaN stays
+    return tl.maximum(top, z), total
+
+
+@triton.jit
+def _log_sum(top, total):
+    highest = tl.max(top)
+    return highest + tl.log2(tl.sum(total * tl.exp2(top - highest)))
+
+
+@triton.jit
+def _log_over_mean(z, w):
+    """log(p/m) and log(q/m), natural, from log2 p and log2 q; to the last places where they hardly differ.
+
+    With x = log(q/p): log(p/m) = -log((1 + e^x)/2) = -x/2 - log cosh(x/2), of which the series is used near 0.
+    """
+    x = LN2 * (w - z)
+    x = tl.minimum(tl.maximum(x, -MOST_LOG_RATIO), MOST_LOG_RATIO)
+    size = tl.abs(x)
+    near = size < 0.5
+    y2 = 0.25 * x * x
+    log_cosh = y2 * (0.5 + y2 * (-1 / 12 + y2 * (1 / 45 - 17 / 2520 * y2)))
+    far = LN2 - tl.log(1 + tl.exp(-size))
+    p_over_m = tl.where(near, -0.5 * x - log_cosh, far - tl.maximum(x, 0.0))
+    q_over_m = tl.where(near, 0.5 * x - log_cosh, far - tl.maximum(-x, 0.0))
+    return p_over_m, q_over_m
+
+
+@triton.jit
+def _times(p, value):
+    """0 times infinity is 0, so a logit of -inf takes its entry out; NaN stays."""
+    return tl.where(p == 0, 0.0, p * value)
+
+
+@triton.jit
+def _replace(gradient, dz, offs, stride):
+    """Store where logits were, once every thread has read its own."""
+    tl.debug_barrier()
+    tl.store(gradient + offs, dz.to(gradient.dtype.element_ty), offs < stride)
+
+
+@triton.jit
+def _store_zeros(gradient, stride, BLOCK: tl.constexpr):
+    zeros = tl.zeros((BLOCK,), tl.float32).to(gradient.dtype.element_ty)
+    for begin in range(0, stride, BLOCK):
+        offs = begin + tl.arange(0, BLOCK)
+        tl.store(gradient + offs, zeros, offs < stride)
