@@ -27,7 +27,7 @@ struct PairEngine {
 
 }  // namespace
 
-void pack_pairs(const uint16_t* first, const uint16_t* second, int64_t columns, uint32_t* target, int64_t stride) {
+void pack_pairs(const uint16_t* source, int64_t row_stride, int64_t rows, int64_t columns, uint32_t* target) {
   alignas(64) uint16_t order[2][32];
   for (int i = 0; i < 16; ++i) {
     for (int half = 0; half < 2; ++half) {
@@ -36,11 +36,10 @@ void pack_pairs(const uint16_t* first, const uint16_t* second, int64_t columns, 
     }
   }
   const __m512i low = _mm512_load_si512(order[0]), high = _mm512_load_si512(order[1]);
-  for (int64_t column = 0; column < columns; column += 32, target += stride) {
-    const int64_t left = columns - column;
-    const __mmask32 there = left >= 32 ? 0xffffffffu : (1u << left) - 1u;
-    const __m512i one = _mm512_maskz_loadu_epi16(there, first + column);
-    const __m512i other = second != nullptr ? _mm512_maskz_loadu_epi16(there, second + column) : _mm512_setzero_si512();
+  const __mmask32 there = columns >= 32 ? 0xffffffffu : (1u << columns) - 1u;
+  for (int64_t row = 0; row < rows; row += 2, source += 2 * row_stride, target += 32) {
+    const __m512i one = _mm512_maskz_loadu_epi16(there, source);
+    const __m512i other = row + 1 < rows ? _mm512_maskz_loadu_epi16(there, source + row_stride) : _mm512_setzero_si512();
     _mm512_storeu_si512(target, _mm512_permutex2var_epi16(one, low, other));
     _mm512_storeu_si512(target + 16, _mm512_permutex2var_epi16(one, high, other));
   }

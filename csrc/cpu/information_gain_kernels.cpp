@@ -68,11 +68,20 @@ CIT_INLINE F32x16 pairs_of(const Halves& low, const Halves& high) {
   return pairs;
 }
 
-void to_pairs(float* values, int64_t rows) {
+void widen_tile(const Array& source, int64_t begin, int64_t row_stride, int64_t rows, int64_t columns, float* target) {
+  const Stream<false> values(source);
+  for (int64_t row = 0; row < rows; ++row, begin += row_stride, target += 2 * kGroup) {
+    for_each_vector(0, columns, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+      store(target + i, values.load_at(begin + i, lanes), lanes);
+    });
+  }
+}
+
+void to_pairs(const float* values, int64_t rows, float* pairs) {
   for (int64_t row = 0; row < rows; row += 2) {
     const F32x16 low = load(values + row * kGroup);
     const F32x16 high = row + 1 < rows ? load(values + (row + 1) * kGroup) : splat(0.0f);
-    store(values + row / 2 * kGroup, pairs_of(to_bfloat16(low), to_bfloat16(high)));
+    store(pairs + row / 2 * kGroup, pairs_of(to_bfloat16(low), to_bfloat16(high)));
   }
 }
 
@@ -249,8 +258,9 @@ void cross_entropy_gradient(float* logits, int64_t rows, const JsdLanes& lanes) 
 }  // namespace
 
 extern const InformationGainKernels kInformationGain;
-const InformationGainKernels kInformationGain = {product,     widen_elements, to_pairs,     add_gain,
-                                                 add_softmax, add_jsd,        jsd_gradient, cross_entropy_gradient};
+const InformationGainKernels kInformationGain = {product,      widen_elements,        widen_tile,
+                                                 to_pairs,     add_gain,              add_softmax,
+                                                 add_jsd,      jsd_gradient,          cross_entropy_gradient};
 
 }  // namespace CIT_SIMD_NAMESPACE
 }  // namespace cit

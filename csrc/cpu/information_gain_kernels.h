@@ -68,8 +68,11 @@ struct JsdLanes {
 struct InformationGainKernels {
   void (*product)(const Product& product);
   void (*widen)(const Array& source, int64_t begin, int64_t count, float* target);
-  // [rows][16] float32 to [rows / 2][16] pairs of bfloat16, in place; a last odd row is paired with 0.
-  void (*to_pairs)(float* values, int64_t rows);
+  // Up to 32 columns of `rows` rows, the first element at `begin`, as float32 [rows][32]; columns beyond are left alone.
+  void (*widen_tile)(const Array& source, int64_t begin, int64_t row_stride, int64_t rows, int64_t columns,
+                     float* target);
+  // [rows][16] float32 to [rows / 2][16] pairs of bfloat16; a last odd row is paired with 0.
+  void (*to_pairs)(const float* values, int64_t rows, float* pairs);
   // Turns the products of both contexts into logits, in place, and adds them to the statistics.
   void (*add_gain)(float* full, float* masked, int64_t rows, const LogitMap& map, GainState& state);
   // The same for one side: logits divided by the temperature.
@@ -94,9 +97,9 @@ extern const InformationGainKernels kInformationGain;
 }
 namespace simd_avx512_bf16 {
 void pair_product(const PairProduct& product);
-// Pairs (first[column], second[column]), 32 columns together and then `stride` words on; the last 32 are filled up with
-// 0. second may be null: 0.
-void pack_pairs(const uint16_t* first, const uint16_t* second, int64_t columns, uint32_t* target, int64_t stride);
+// Up to 32 columns of `rows` rows as [rows / 2][32] pairs of neighbouring rows, filled up with 0 to 32 columns and to an
+// even number of rows.
+void pack_pairs(const uint16_t* source, int64_t row_stride, int64_t rows, int64_t columns, uint32_t* target);
 }  // namespace simd_avx512_bf16
 #endif
 

@@ -10,6 +10,9 @@
 namespace cit {
 namespace {
 
+// Words of a panel at a time: those of two groups stay in the first-level cache while the rows of a block go by.
+constexpr std::int64_t kDepth = 256;
+
 constexpr std::int64_t size_of(DType dtype) {
   return dtype == DType::kFloat32 ? 4 : 2;
 }
@@ -99,108 +102,80 @@ void HeadBlock::move_to(std::int64_t begin, std::int64_t rows) {
 }
 
 void HeadBlock::multiply(const float* group0, const float* group1, float* c0, float* c1) const {
+  const std::int64_t depth = weight_.width / (pairs_ ? 2 : 1);
+  for (std::int64_t k = 0; k < depth; k += kDepth) {
+    const std::int64_t some = std::min(kDepth, depth - k);
+    const float* const a[2] = {group0 + k * kGroup, group1 == nullptr ? nullptr : group1 + k * kGroup};
 #ifdef CIT_FAST_X86
-  if (pairs_) {
-    const std::uint32_t* const second = group1 == nullptr ? nullptr : words(group1);
-    simd_avx512_bf16::pair_product({{words(group0), second},
-                                    kGroup,
-                                    words(at_),
-                                    row_stride_ / 2,
-                                    1,
-                                    weight_.width / 2,
-                                    rows_,
-                                    {c0, c1},
-                                    kGroup,
-                                    false});
-    return;
-  }
-#endif
-  information_gain_kernels().product(
-      {{group0, group1}, kGroup, at_, row_stride_, 1, weight_.width, rows_, {c0, c1}, kGroup, false});
-}
-
-HeadColumns::HeadColumns(const Matrix& weight, bool pairs, std::int64_t first, std::int64_t columns)
-    : weight_(weight),
-      pairs_(pairs),
-      first_(first),
-      columns_(columns),
-      tiles_(divide_up(columns, kTile) * kStride),
-      row_(divide_up(columns, kTile) * kTile) {}
-
-void HeadColumns::move_to(std::int64_t begin, std::int64_t rows) {
-  rows_ = rows;
-  next_ = begin + rows;
-  last_ = std::min(next_ + kRows, weight_.count);
-#ifdef CIT_FAST_X86
-  if (pairs_) {
-    const auto bits = [&](std::int64_t row) {
-      return row < rows ? reinterpret_cast<const std::uint16_t*>(row_of(weight_, begin + row, first_)) : nullptr;
-    };
-    for (std::int64_t row = 0; row < rows; row += 2) {
-      auto* const target = reinterpret_cast<std::uint32_t*>(tiles_.data() + row / 2 * kTile);
-      simd_avx512_bf16::pack_pairs(bits(row), bits(row + 1), columns_, target, kStride);
-    }
-    return;
-  }
-#endif
-  for (std::int64_t row = 0; row < rows; ++row) {
-    widen_row(weight_, begin + row, first_, columns_, row_.data());
-    for (std::int64_t column = 0; column < columns_; column += kTile) {
-      std::memcpy(tiles_.data() + column / kTile * kStride + row * kTile, row_.data() + column, sizeof(float) * kTile);
-    }
-  }
-}
-
-// The next rows come from memory while these are multiplied.
-void HeadColumns::prefetch_rows(std::int64_t count) {
-  const std::int64_t bytes = columns_ * size_of(weight_.data.dtype);
-  for (const std::int64_t end = std::min(next_ + count, last_); next_ < end; ++next_) {
-    const char* const row = row_of(weight_, next_, first_);
-    for (std::int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte, 0, 2);
-  }
-}
-
-void HeadColumns::add_product(const float* gradient, float* c, std::int64_t ldc) {
-  const std::int64_t rows_per_tile = divide_up(kRows, divide_up(columns_, kTile));
-  for (std::int64_t column = 0; column < columns_; column += kTile) {
-    const float* const tile = tiles_.data() + column / kTile * kStride;
-    const std::int64_t some = std::min(kTile, columns_ - column);
-    prefetch_rows(rows_per_tile);
-    if (some == kTile) {
-      multiply(tile, gradient, c + column, ldc);
+    if (pairs_) {
+      simd_avx512_bf16::pair_product({{words(a[0]), a[1] == nullptr ? nullptr : words(a[1])},
+                                      kGroup,
+                                      words(at_) + k,
+                                      row_stride_ / 2,
+                                      1,
+                                      some,
+                                      rows_,
+                                      {c0, c1},
+                                      kGroup,
+                                      k > 0});
       continue;
     }
-    alignas(64) float sums[kGroup * kTile] = {};
-    for (std::int64_t token = 0; token < kGroup; ++token) {
-      std::copy_n(c + token * ldc + column, some, sums + token * kTile);
+#endif
+    information_gain_kernels().product(
+        {{a[0], a[1]}, kGroup, at_ + k, row_stride_, 1, some, rows_, {c0, c1}, kGroup, k > 0});
+  }
+}
+
+void HeadStrips::pack(std::int64_t begin, std::int64_t rows, std::int64_t column, std::int64_t columns) {
+#ifdef CIT_FAST_X86
+  if (pairs_) {
+    simd_avx512_bf16::pack_pairs(reinterpret_cast<const std::uint16_t*>(row_of(weight_, begin, column)),
+                                 weight_.row_stride, rows, columns, reinterpret_cast<std::uint32_t*>(tile_));
+    return;
+  }
+#endif
+  information_gain_kernels().widen_tile(weight_.data, begin * weight_.row_stride + column, weight_.row_stride, rows,
+                                        columns, tile_);
+}
+
+void HeadStrips::add_products(std::int64_t begin, std::int64_t rows, std::int64_t last, const float* gradient,
+                              std::int64_t groups, float* sums) {
+  const std::int64_t width = weight_.width, stride = HeadStrips::stride(weight_);
+  const std::int64_t fetched_per_strip = divide_up(rows * kColumns, stride);
+  std::int64_t next = begin + rows;
+  for (std::int64_t column = 0; column < width; column += kColumns) {
+    pack(begin, rows, column, std::min(kColumns, width - column));
+    for (const std::int64_t end = std::min(next + fetched_per_strip, last); next < end; ++next) {
+      const char* const row = row_of(weight_, next);
+      for (std::int64_t byte = 0; byte < width * size_of(weight_.data.dtype); byte += 64) {
+        __builtin_prefetch(row + byte, 0, 2);
+      }
     }
-    multiply(tile, gradient, sums, kTile);
-    for (std::int64_t token = 0; token < kGroup; ++token) {
-      std::copy_n(sums + token * kTile, some, c + token * ldc + column);
+    for (std::int64_t group = 0; group < groups; ++group) {
+      multiply(rows, gradient + group * kChunkRows * kGroup, sums + group * kGroup * stride + column, stride);
     }
   }
 }
 
 // Lanes of the product are columns here, its rows are tokens.
-void HeadColumns::multiply(const float* tile, const float* gradient, float* c, std::int64_t ldc) const {
+void HeadStrips::multiply(std::int64_t rows, const float* gradient, float* sums, std::int64_t stride) const {
 #ifdef CIT_FAST_X86
   if (pairs_) {
-    const std::uint32_t* const pairs = words(tile);
-    simd_avx512_bf16::pair_product({{pairs, pairs + kGroup},
-                                    kTile,
+    simd_avx512_bf16::pair_product({{words(tile_), words(tile_) + kGroup},
+                                    kColumns,
                                     words(gradient),
                                     1,
                                     kGroup,
-                                    divide_up(rows_, 2),
+                                    divide_up(rows, 2),
                                     kGroup,
-                                    {c, c + kGroup},
-                                    ldc,
+                                    {sums, sums + kGroup},
+                                    stride,
                                     true});
     return;
   }
 #endif
   information_gain_kernels().product(
-      {{tile, tile + kGroup}, kTile, gradient, 1, kGroup, rows_, kGroup, {c, c + kGroup}, ldc, true});
+      {{tile_, tile_ + kGroup}, kColumns, gradient, 1, kGroup, rows, kGroup, {sums, sums + kGroup}, stride, true});
 }
 
 }  // namespace cit

@@ -56,31 +56,30 @@ class HeadBlock {
   AlignedFloats widened_;
 };
 
-// Some columns of the head, a few rows at a time, for products with the gradient of the logits; each thread has its
-// own. Rows are read along their length, as memory likes it, and laid out in tiles of 32 columns.
-class HeadColumns {
+// Products of a few rows of the head with the gradient of the logits, a strip of columns after the other; each thread
+// has its own.
+class HeadStrips {
  public:
-  static constexpr std::int64_t kRows = 64;  // the sums are read and written once for so many
+  static constexpr std::int64_t kColumns = 2 * kGroup;
 
-  HeadColumns(const Matrix& weight, bool pairs, std::int64_t first, std::int64_t columns);
+  HeadStrips(const Matrix& weight, bool pairs) : weight_(weight), pairs_(pairs) {}
 
-  void move_to(std::int64_t begin, std::int64_t rows);
-  // c[token][column] += sum over rows of gradient[row][token] head[row][column] for the 16 tokens of a group. gradient:
-  // [rows][16] float32, or [rows / 2][16] pairs of bfloat16; c: at the first column, ldc elements from token to token.
-  void add_product(const float* gradient, float* c, std::int64_t ldc);
+  // Elements from token to token of the sums.
+  static std::int64_t stride(const Matrix& weight) { return divide_up(weight.width, kColumns) * kColumns; }
+
+  // sums[token][column] += sum over the rows of gradient[row][token] head[row][column], for `groups` of 16 tokens.
+  // gradient: of a group [kChunkRows][16] float32, or pairs of bfloat16 in half of that. Meanwhile the rows after these
+  // up to `last` come from memory.
+  void add_products(std::int64_t begin, std::int64_t rows, std::int64_t last, const float* gradient,
+                    std::int64_t groups, float* sums);
 
  private:
-  static constexpr std::int64_t kTile = 2 * kGroup;
-  // Words from tile to tile: one line more than a tile has, or all would begin in the same set of the cache.
-  static constexpr std::int64_t kStride = kRows * kTile + kGroup;
-
-  void prefetch_rows(std::int64_t count);
-  void multiply(const float* tile, const float* gradient, float* c, std::int64_t ldc) const;
+  void pack(std::int64_t begin, std::int64_t rows, std::int64_t column, std::int64_t columns);
+  void multiply(std::int64_t rows, const float* gradient, float* sums, std::int64_t stride) const;
 
   const Matrix& weight_;
   bool pairs_;
-  std::int64_t first_, columns_, rows_ = 0, next_ = 0, last_ = 0;
-  AlignedFloats tiles_, row_;
+  alignas(64) float tile_[kChunkRows * kColumns] = {};
 };
 
 }  // namespace cit
