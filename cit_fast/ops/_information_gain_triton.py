@@ -59,9 +59,7 @@ _JSD = {"BLOCK": 4096, "num_warps": 32}
 _BIAS = {"BLOCK": 128, "num_warps": 4}
 _WORKSPACE = 512 << 20
 _ALIGNED = 64  # elements; where each row of logits starts
-_WIDENED = (
-    1 << 24
-)  # elements of a half-precision head widened at a time, where its hidden states are not half-precision
+_WIDENED = 1 << 24  # elements of a half-precision head widened at a time, for hidden states in another dtype
 
 
 @register("token_gain", Backend.TRITON)

@@ -43,6 +43,10 @@ HEADS: dict[str, dict[str, Any]] = {
     "bias and scale": {"bias": True, "scale": 0.7},
     "softcap": {"bias": True, "softcap": 3.0, "scale": 1.5},
 }
+# The interpreter is slow, and takes half precision for a rounding of the operands.
+KINDS = [
+    (dtype, head) for dtype in DTYPES for head in HEADS if DEVICE == "cuda" or dtype == DTYPES[0] or head == "softcap"
+]
 
 
 @pytest.fixture(autouse=True)
@@ -104,8 +108,7 @@ def close_gains(got: TokenGain, exact: TokenGain, bound: float) -> None:
         close(value, right, bound * (1 if "prob" in name else 1 + float(right.abs().max())), name)
 
 
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "head"), KINDS, ids=str)
 @pytest.mark.parametrize(("tokens", "d", "vocabulary"), SHAPES)
 def test_token_gain(tokens: int, d: int, vocabulary: int, dtype: torch.dtype, head: str) -> None:
     full, masked = make(tokens, d, seed=1, dtype=dtype), make(tokens, d, seed=2, dtype=dtype)
@@ -130,8 +133,7 @@ def loss_and_gradients(loss_of: Callable[..., Tensor], *inputs: Tensor | None) -
     return loss.detach(), list(torch.autograd.grad(loss, [each for each in leaves if each is not None]))
 
 
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "head"), KINDS, ids=str)
 @pytest.mark.parametrize(("tokens", "d", "vocabulary"), LOSS_SHAPES)
 def test_masked_jsd(
     tokens: int, d: int, vocabulary: int, dtype: torch.dtype, head: str, monkeypatch: pytest.MonkeyPatch
@@ -160,8 +162,7 @@ def test_masked_jsd(
     gradients_close(gradients, exact_gradients, bound, dtype)
 
 
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "head"), KINDS, ids=str)
 @pytest.mark.parametrize(("tokens", "d", "vocabulary"), LOSS_SHAPES)
 def test_linear_cross_entropy(
     tokens: int, d: int, vocabulary: int, dtype: torch.dtype, head: str, monkeypatch: pytest.MonkeyPatch
