@@ -218,6 +218,7 @@ def how_scored(scores: Scores) -> str:
     words = (
         f"Gain: how much the key parts raise the probability of the right answer, its first tokens above all (alpha "
         f"{scores.alpha:g}); at most {scores.limit:.2f}, near 0 the model answers as if they were not there. "
+        "Info: the same of the whole instruction, 0 where the right answer is improbable even so. "
         f"Key parts {kinds[summary['source']]}: {summary['spans']} in {summary['with_key_parts']} instructions"
     )
     if summary["dropped"]:

@@ -109,6 +109,10 @@ def test_every_layout_gives_the_states_of_separate_passes(make_model, encoder, e
     model = make_model(name, dtype)
     plain = Example("Count to ten.", references=("1 2 3",))
     pairs = encode_pairs(encoder, [*examples, plain, conversation(marked)]).pairs
+    # All turns of the assistant are learned, those before the key parts too.
+    several = encode_pair(with_template(encoder.tokenizer, MARKS), conversation(marked))
+    assert sum(label != -100 for label in several.full.labels) > several.scored[1] - several.scored[0] + 1
+    pairs.append(several)
     expected = separate(model, pairs)
     tolerance = 1e-5 if dtype == torch.float64 else 1e-4
     for collator in (PairCollator(0), PairCollator(0, share_prefix=True)):

@@ -174,6 +174,16 @@ def test_score_of_built_in_tasks_by_their_own_key_parts(monkeypatch, capsys, tin
     assert all(abs(line["gain"] - (line["info_full"] - line["info_masked"])) < 1e-6 for line in lines)
 
 
+def test_marks_in_the_text_are_key_parts(monkeypatch, capsys, tiny_model_folder, tmp_path):
+    path = tmp_path / "marked.jsonl"
+    path.write_text(json.dumps({"instruction": "Say it <in words>, please.", "output": "x"}) + "\n")
+    out = tmp_path / "out"
+    assert call(monkeypatch, tiny_model_folder, path, "--markers", "<", ">", "--out", out) == 0
+    line = json.loads((out / "scores.jsonl").read_text())
+    assert line["key_parts"] == ["in words"]
+    assert line["instruction"] == "Say it in words, please."
+
+
 def test_score_discovers_key_parts_and_takes_an_adapter(monkeypatch, capsys, tiny_model_folder, tmp_path, data):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
