@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich import box
 from rich.padding import Padding
 from rich.table import Table
@@ -114,7 +115,8 @@ class Scores:
         low, high = min(0.0, *self.values), max(0.0, *self.values)
         widths = (factor * 10.0**power for power in range(-6, 1) for factor in (1, 2, 5))
         for width in widths:
-            first, last = math.floor(low / width), max(math.ceil(high / width), 1)
+            first = math.floor(low / width)
+            last = max(math.ceil(high / width), first + 1)
             if last - first <= most:
                 break
         return [k * width for k in range(first, last + 1)]
@@ -122,9 +124,7 @@ class Scores:
 
 def counts(values: Sequence[float], edges: Sequence[float]) -> list[int]:
     """How many values are in each bin; a value on an edge is in the upper bin, the largest one in the last."""
-    width = edges[1] - edges[0]
-    bins = Counter(min(max(int((value - edges[0]) // width), 0), len(edges) - 2) for value in values)
-    return [bins[k] for k in range(len(edges) - 1)]
+    return np.histogram(np.clip(values, edges[0], edges[-1]), bins=edges)[0].tolist()  # type: ignore[no-any-return]
 
 
 def score_tasks(

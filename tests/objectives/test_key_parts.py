@@ -52,11 +52,11 @@ def test_the_fewest_clauses_with_the_share_asked_for(gains, share, expected):
 
 def test_discovery_finds_the_words_that_a_model_listens_to(make_model, encoder, tiny_tokenizer):
     """A model that answers the token that stands most often in its context: only that clause carries gain."""
-    model = make_model("Llama", num_hidden_layers=1, tie_word_embeddings=True)
+    model = make_model("Llama", num_hidden_layers=1, num_key_value_heads=4, tie_word_embeddings=True)
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.q_proj.weight.zero_()  # attends evenly, and adds what it saw
-            layer.self_attn.v_proj.weight.copy_(torch.eye(32)[:16])
+            layer.self_attn.v_proj.weight.copy_(torch.eye(32))
             layer.self_attn.o_proj.weight.copy_(torch.eye(32) * 30)
             layer.mlp.down_proj.weight.zero_()
     word = tiny_tokenizer("Z", add_special_tokens=False)["input_ids"]
