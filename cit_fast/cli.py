@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import signal
 import sys
@@ -241,6 +242,10 @@ def score(
             "the model itself; or as a chat model names them, e.g. '{llm: {base_url: ..., model: ...}}'.",
         ),
     ] = "data",
+    markers: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="OPEN CLOSE", help="Marks around key parts in the text of instructions, e.g. '[[' ']]'."),
+    ] = None,
     examples: Annotated[int, typer.Option(min=1, help="Examples per task.")] = 50,
     alpha: Annotated[float, typer.Option(help="Decay of the gain per token of the answer.")] = 0.3,
     threshold: Annotated[float, typer.Option(help="A gain below this counts as low.")] = 0.05,
@@ -273,7 +278,8 @@ def score(
 
         tasks = []
         for number, place in enumerate(sources, 1):
-            tasks.append(load_task(place, train=examples, dev=0, test=0))
+            marked = place if markers is None else dataclasses.replace(place, key_part_markers=markers)
+            tasks.append(load_task(marked, train=examples, dev=0, test=0))
             progress("Reading tasks", number, len(sources))
         loaded = load_any_model(model, max_length)
         result = score_tasks(

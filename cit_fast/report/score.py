@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich import box
 from rich.padding import Padding
 from rich.table import Table
@@ -29,7 +31,9 @@ from cit_fast.report.figures import _short
 THRESHOLD = 0.05
 """A gain below this counts as half-listened to: the key parts raise the first token's probability by less than 0.17."""
 
-BINS = 24
+BINS, LINES = 24, 14
+"""Bins of the pictures, and of the histogram in the terminal, at most."""
+
 MOST_SHOWN = 5
 """Tasks whose instruction is shown with its key parts."""
 
@@ -106,20 +110,21 @@ class Scores:
         """G of every example."""
         return [value for task in self.tasks for value in task.values]
 
-    @property
-    def edges(self) -> list[float]:
-        """Edges of equal bins from the lowest to the highest gain; 0 is one of them, or an end."""
+    def edges(self, most: int) -> list[float]:
+        """Edges of at most ``most`` equal bins that hold every gain, at round numbers; 0 is one of them."""
         low, high = min(0.0, *self.values), max(0.0, *self.values)
-        width = max((high - low) / BINS, 1e-6)
-        first, last = int(-(-low // -width)) if low < 0 else 0, int(-(-high // width))
-        return [k * width for k in range(-max(first, 0), max(last, 1) + 1)]
+        widths = (factor * 10.0**power for power in range(-6, 1) for factor in (1, 2, 5))
+        for width in widths:
+            first = math.floor(low / width)
+            last = max(math.ceil(high / width), first + 1)
+            if last - first <= most:
+                break
+        return [k * width for k in range(first, last + 1)]
 
 
 def counts(values: Sequence[float], edges: Sequence[float]) -> list[int]:
-    """How many values are in each bin; a value on an edge is in the upper bin, the largest in the last."""
-    width = edges[1] - edges[0]
-    bins = Counter(min(max(int((value - edges[0]) // width), 0), len(edges) - 2) for value in values)
-    return [bins[k] for k in range(len(edges) - 1)]
+    """How many values are in each bin; a value on an edge is in the upper bin, the largest one in the last."""
+    return np.histogram(np.clip(values, edges[0], edges[-1]), bins=edges)[0].tolist()  # type: ignore[no-any-return]
 
 
 def score_tasks(
@@ -213,6 +218,7 @@ def how_scored(scores: Scores) -> str:
     words = (
         f"Gain: how much the key parts raise the probability of the right answer, its first tokens above all (alpha "
         f"{scores.alpha:g}); at most {scores.limit:.2f}, near 0 the model answers as if they were not there. "
+        "Info: the same of the whole instruction, 0 where the right answer is improbable even so. "
         f"Key parts {kinds[summary['source']]}: {summary['spans']} in {summary['with_key_parts']} instructions"
     )
     if summary["dropped"]:
@@ -235,13 +241,13 @@ def _table(title: str) -> Table:
 
 def _tasks(scores: Scores, width: int) -> Table:
     room = max(14, min(44, width - 64))
-    edges = scores.edges
+    edges = scores.edges(BINS)
     table = _table("Information gain of the key parts, lowest first")
     table.add_column("Task", no_wrap=True)
     for column in ("Examples", "Gain", "Spread", f"Below {scores.threshold:g}", "Info"):
         table.add_column(column, justify="right", no_wrap=True)
     low, high = edges[0], edges[-1]
-    table.add_column(f"{low:.2f}{'':{max(1, len(edges) - 1 - 4 - len(f'{low:.2f}'))}}{high:.2f}", no_wrap=True)
+    table.add_column(_scale(low, high, len(edges) - 1), no_wrap=True)
     for task in scores.tasks:
         share = task.below(scores.threshold)
         table.add_row(
@@ -256,6 +262,11 @@ def _tasks(scores: Scores, width: int) -> Table:
     return table
 
 
+def _scale(low: float, high: float, width: int) -> str:
+    left, right = f"{low:.2f}", f"{high:.2f}"
+    return left + " " * max(1, width - len(left) - len(right)) + right
+
+
 def _spark(bins: Sequence[int]) -> str:
     """A bar of eighths per bin; one that is not empty shows."""
     most = max(bins)
@@ -263,27 +274,30 @@ def _spark(bins: Sequence[int]) -> str:
 
 
 def _histogram(scores: Scores, width: int) -> Table:
-    edges = scores.edges
+    edges = scores.edges(LINES)
     bins = counts(scores.values, edges)
     room = max(10, min(60, width - 28))
     table = _table(f"All {len(scores.values):,} examples by gain")
-    table.add_column("Gain", justify="right", no_wrap=True)
+    table.add_column("Gain", no_wrap=True)
     table.add_column("Examples", justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
-    for k in range(0, len(bins), 2):  # two bins of the pictures make a line here
-        count = sum(bins[k : k + 2])
-        upper = edges[min(k + 2, len(bins))]
-        eighths = round(count / max(sum(bins[j : j + 2]) for j in range(0, len(bins), 2)) * room * 8)
-        bar = "█" * (eighths // 8) + "▏▎▍▌▋▊▉"[: eighths % 8][-1:]
+    digits = max(2, -math.floor(math.log10(edges[1] - edges[0])))
+    for count, lower, upper in zip(bins, edges, edges[1:], strict=True):
+        eighths = round(count / max(bins) * room * 8)
+        bar = "█" * (eighths // 8) + ("" if eighths % 8 == 0 else "▏▎▍▌▋▊▉"[eighths % 8 - 1])
         low = upper <= scores.threshold + 1e-9
-        table.add_row(f"{edges[k]:.2f}", f"{count:,}", Text(bar or ("▏" if count else ""), "red" if low else "cyan"))
+        table.add_row(
+            f"{lower:.{digits}f} to {upper:.{digits}f}",
+            f"{count:,}",
+            Text(bar or ("▏" if count else ""), "red" if low else "cyan"),
+        )
     return table
 
 
 def _masked(scores: Scores) -> Table:
     table = _table("What was masked")
-    table.add_column("Task", overflow="fold", max_width=24)
-    table.add_column("Commonest instruction, its key parts marked")
+    table.add_column("Task", overflow="fold", max_width=34)
+    table.add_column("Its commonest instruction, the key parts in [[ ]]")
     for task in scores.tasks[:MOST_SHOWN]:
         table.add_row(Text(task.task), Padding(_marked(_commonest(task)), (0, 0, 1, 0)))
     return table
@@ -295,9 +309,12 @@ def _commonest(task: TaskGains) -> Example:
 
 
 def _marked(example: Example, most: int = 400) -> Text:
-    text = Text(example.instruction)
+    text, position = Text(), 0
     for start, end in example.key_parts:
-        text.stylize("bold reverse", start, end)
+        text.append(example.instruction[position:start])
+        text.append(f"[[{example.instruction[start:end]}]]", "bold cyan")
+        position = end
+    text.append(example.instruction[position:])
     return text[:most].append("…") if len(text) > most else text
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from cit_fast.report.figures import DPI, LIGHT, Theme, _short, png
-from cit_fast.report.score import Scores, counts
+from cit_fast.report.score import BINS, Scores, counts
 
 _MOST_TASKS = 40  # rows that can be read on one picture; those with the lowest gain
 _ROW = 0.46  # inches
@@ -15,7 +15,8 @@ _ROW = 0.46  # inches
 def score_picture(scores: Scores, theme: Theme = LIGHT) -> bytes:
     """A PNG: a histogram per task, the task with the lowest mean gain on top, its mean as a dot."""
     tasks = scores.tasks[:_MOST_TASKS]
-    edges = np.array(scores.edges)
+    bins = scores.edges(BINS)
+    edges = np.array(bins)
     figure = Figure(
         figsize=(8.4, 1.35 + _ROW * max(len(tasks), 2)), dpi=DPI, facecolor=theme.background, layout="constrained"
     )
@@ -23,7 +24,7 @@ def score_picture(scores: Scores, theme: Theme = LIGHT) -> bytes:
     ax.set_facecolor(theme.background)
     colour, warm = theme.runs[0], theme.runs[1]
     for row, task in enumerate(tasks):
-        heights = np.array(counts(task.values, scores.edges), dtype=float)
+        heights = np.array(counts(task.values, bins), dtype=float)
         heights = heights / heights.max() * 0.8
         low = edges[1:] <= scores.threshold + 1e-9
         for some, fill in ((low, warm), (~low, colour)):
@@ -56,11 +57,12 @@ def score_picture(scores: Scores, theme: Theme = LIGHT) -> bytes:
         color=theme.text,
     )
     left_out = len(scores.tasks) - len(tasks)
-    ax.set_title(
-        f"Does {_short(scores.model, 44)} listen to the words that define the task?"
+    figure.suptitle(
+        f"{_short(scores.model, 50)}: does it listen to the words that define the task?"
         + (f"\n({left_out} tasks with higher gains not shown)" if left_out else ""),
-        fontsize=10.5,
+        x=0.01,
+        ha="left",
+        fontsize=11,
         color=theme.text,
-        loc="left",
     )
     return png(figure)
