@@ -14,6 +14,8 @@ from cit_fast.objectives import EncodedPair, PairCollator, encode_pairs, pair_hi
 from cit_fast.objectives import grouping as module
 from cit_fast.objectives.grouping import GroupingCollator
 
+# Of a model in float64 whose normalisation, and softmax where it is eager, compute in float32.
+ROUNDING = {"rtol": 1e-4, "atol": 1e-5}
 LONG = "Read the text with care, then convert the number to words and answer with the words only, in lower case please."
 
 
@@ -37,7 +39,7 @@ def test_hidden_states_are_those_of_separate_rows(make_model, tiny_tokenizer, im
     assert grouped.keys() == plain(pairs).keys()
     assert (grouped["labels"][:, 1:] != IGNORED).sum() == (expected["labels"] != IGNORED).sum()
     for ours, theirs in zip(pair_hidden(model, grouped), pair_hidden(model, expected), strict=True):
-        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(ours, theirs, **ROUNDING)
 
 
 def test_gradients_are_those_of_separate_rows(make_model, tiny_tokenizer):
@@ -53,7 +55,7 @@ def test_gradients_are_those_of_separate_rows(make_model, tiny_tokenizer):
 
     expected = gradients(PairCollator(0, False)(pairs))
     for name, gradient in gradients(GroupingCollator(PairCollator(0, True))(pairs)).items():
-        torch.testing.assert_close(gradient, expected[name])
+        torch.testing.assert_close(gradient, expected[name], **ROUNDING)
 
 
 def test_a_labelled_token_is_never_shared():
