@@ -1,8 +1,9 @@
-"""The command line: ``cit-fast run | report | eval | generate | distances | doctor``."""
+"""The command line: ``cit-fast run | report | eval | generate | distances | score | doctor``."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import signal
 import sys
@@ -204,6 +205,87 @@ def distances(
         console.print()
     console.print(how_measured(result), highlight=False)
     console.print(f"Page: {write_distances(result, out)}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def score(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A model folder, a hub name, an adapter folder, or a run folder.")
+    ],
+    data: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DATA...",
+            help="Files and folders of instruction data, a task each; folders of such; 'builtin', or a built-in task.",
+        ),
+    ],
+    key_parts: Annotated[
+        str,
+        typer.Option(
+            metavar="data|discover|{llm: ...}",
+            help="The words to mask: those that the data marks; clauses that carry the most information, found under "
+            "the model itself; or as a chat model names them, e.g. '{llm: {base_url: ..., model: ...}}'.",
+        ),
+    ] = "data",
+    markers: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="OPEN CLOSE", help="Marks around key parts in the text of instructions, e.g. '[[' ']]'."),
+    ] = None,
+    examples: Annotated[int, typer.Option(min=1, help="Examples per task.")] = 50,
+    alpha: Annotated[float, typer.Option(help="Decay of the gain per token of the answer.")] = 0.3,
+    threshold: Annotated[float, typer.Option(help="A gain below this counts as low.")] = 0.05,
+    max_length: Annotated[
+        int | None, typer.Option(min=8, help="Tokens of an example at most; inputs are cut to fit. Default: 1024.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples at a time.")] = 8,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the scores and the picture.")] = Path("score"),
+) -> None:
+    """Measure how far a model's answers depend on the words that define each task: a table, a histogram, JSONL."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from cit_fast.data import find_tasks, load_task
+    from cit_fast.report.score import check_options, how_scored, score_tables, score_tasks, write_scores
+    from cit_fast.training.any_model import load_any_model
+    from cit_fast.training.pretrained import cache_folder
+
+    source = check_options(key_parts, alpha, threshold)
+    if out.exists() and not out.is_dir():
+        raise RunError(f"{out}: cannot be written (it is no folder)")
+    sources = find_tasks(data)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        started: dict[str, TaskID] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in started:
+                started[what] = bars.add_task(what)
+            bars.update(started[what], completed=done, total=total)
+
+        tasks = []
+        for number, place in enumerate(sources, 1):
+            marked = place if markers is None else dataclasses.replace(place, key_part_markers=markers)
+            tasks.append(load_task(marked, train=examples, dev=0, test=0))
+            progress("Reading tasks", number, len(sources))
+        loaded = load_any_model(model, max_length)
+        result = score_tasks(
+            loaded.model,
+            loaded.encoder,
+            tasks,
+            name=model,
+            key_parts=source,
+            alpha=alpha,
+            threshold=threshold,
+            batch_size=batch_size,
+            identity=loaded.identity,
+            cache=cache_folder(),
+            progress=progress,
+        )
+    console = Console()
+    for table in score_tables(result, console.width):
+        console.print(table)
+        console.print()
+    console.print(how_scored(result), highlight=False)
+    console.print(f"Picture: {write_scores(result, out)}", highlight=False, soft_wrap=True)
 
 
 @app.command()

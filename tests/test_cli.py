@@ -76,6 +76,10 @@ def test_run_report_eval_generate(config, monkeypatch, capsys, tmp_path):
     assert call(monkeypatch, "generate", tmp_path / "runs/sequential", "--max-new-tokens", 3) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1
 
+    options = ("--examples", 2, "--out", tmp_path / "score")
+    assert call(monkeypatch, "score", tmp_path / "runs/lcia", "units", *options) == 0
+    assert "All 2 examples by gain" in capsys.readouterr().out
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),

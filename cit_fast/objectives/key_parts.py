@@ -22,7 +22,7 @@ from cit_fast.data.example import Example
 from cit_fast.data.prompts import ExampleTooLongError, PromptEncoder
 from cit_fast.errors import ConfigError, DataError
 from cit_fast.files import write_json
-from cit_fast.objectives.pairs import EncodedPair, encode_pair
+from cit_fast.objectives.pairs import EncodedPair, encode_pair, name_of
 from cit_fast.objectives.scoring import pair_gains
 
 SOURCES = ("data", "discover", "llm")
@@ -206,12 +206,14 @@ def clause_gains(
     names: dict[int, str] = {}
     for text, some in samples.items():
         candidates = clauses(text)
-        for example in some if len(candidates) > 1 else ():
+        for number, example in enumerate(some if len(candidates) > 1 else ()):
             try:
-                maskings = [encode_pair(encoder, replace(example, key_parts=(clause,))) for clause in candidates]
+                maskings = [
+                    encode_pair(encoder, replace(example, key_parts=(clause,)), number) for clause in candidates
+                ]
             except ExampleTooLongError:
                 continue
-            names[len(pairs)] = example.source or f"an example of task {example.task!r}"
+            names[len(pairs)] = name_of(example, number)
             full = maskings[0].full  # one object, so that the collator shares it
             pairs += [replace(one, full=full if one.full == full else one.full, index=len(pairs)) for one in maskings]
             of += [(text, clause) for clause in candidates]

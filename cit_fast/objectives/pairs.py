@@ -78,14 +78,14 @@ def encode_pairs(
     for index, example in enumerate(examples):
         if not example.key_parts and missing == "error":
             raise DataError(
-                f"{_where(example)}: no key parts, so there is nothing to mask; mark them, or have them found"
+                f"{name_of(example, index)}: no key parts, so there is nothing to mask; mark them, or have them found"
             )
         try:
             pairs.append(encode_pair(encoder, example, index))
         except ExampleTooLongError:
             if encoder.on_overflow != "skip":
                 raise
-            skipped.append(_where(example))
+            skipped.append(name_of(example, index))
     return EncodedPairs(pairs, sum(pair.full.truncated for pair in pairs), tuple(skipped))
 
 
@@ -95,7 +95,7 @@ def encode_pair(encoder: PromptEncoder, example: Example, index: int = 0) -> Enc
     if example.key_parts:
         if not any(map(str.isalnum, example.masked_instruction.replace(MASK, ""))):
             raise DataError(
-                f"{_where(example)}: the key parts cover the whole instruction ({_cut(example.instruction)}); "
+                f"{name_of(example, index)}: the key parts cover the whole instruction ({_cut(example.instruction)}); "
                 "leave some of it unmasked"
             )
         full, masked = encoder.pair(example)
@@ -106,7 +106,7 @@ def encode_pair(encoder: PromptEncoder, example: Example, index: int = 0) -> Enc
     start, end = full.prompt_length, len(full.labels)
     end = next((k for k in range(start, end) if full.input_ids[k] in encoder.stop_token_ids), end)
     if start == end:
-        raise DataError(f"{_where(example)}: the answer {_cut(example.references[0])} has no tokens of its own")
+        raise DataError(f"{name_of(example, index)}: the answer {_cut(example.references[0])} has no tokens of its own")
     return EncodedPair(full, masked, index, (start, end))
 
 
@@ -176,11 +176,12 @@ class PairCollator:
         masked_at: list[int] = []
         scored: list[bool] = []
         offsets = [0]
-        batch, full_starts, masked_starts = layout
-        for pair, at_full, at_masked in zip(features, full_starts, masked_starts, strict=True):
+        batch, starts = layout
+        for pair, (at_full, at_masked, common) in zip(features, starts, strict=True):
             labelled = _labelled(pair.full)
             full_at += [at_full + k - 1 for k in labelled]
-            masked_at += [at_masked + k - 1 for k in (labelled if pair.masked is None else _labelled(pair.masked))]
+            labelled_masked = labelled if pair.masked is None else _labelled(pair.masked)
+            masked_at += [(at_full if k <= common else at_masked) + k - 1 for k in labelled_masked]
             scored += [pair.scored[0] <= k < pair.scored[1] for k in labelled]
             offsets.append(len(full_at))
         if len(masked_at) != len(full_at):
@@ -195,9 +196,10 @@ class PairCollator:
         }
 
 
-# A layout: the batch's tensors, and for each pair the flat place of its full and of its masked sequence's token 0 (for
-# a branch, where token 0 would be if the shared ones stood before it).
-_Layout = tuple[dict[str, Any], list[int], list[int]]
+# A layout: the batch's tensors, and of each pair three numbers: the flat place of its full and of its masked sequence's
+# token 0, and how many tokens of the masked one stand with the full one (token 0 of a branch is where it would be if
+# they stood before it).
+_Layout = tuple[dict[str, Any], list[tuple[int, int, int]]]
 _Groups = list[tuple[Encoded, list[EncodedPair]]]
 
 
@@ -228,8 +230,7 @@ def _labelled(one: Encoded) -> list[int]:
 
 def _shared(groups: _Groups, pad: int, lengths: Sequence[int]) -> _Layout:
     rows: list[dict[str, list[int]]] = []
-    full_places: list[tuple[int, int]] = []
-    masked_places: list[tuple[int, int]] = []
+    places: list[tuple[int, int, int]] = []  # row, place of the masked sequence's token 0 in it, tokens in common
     for number, (full, pairs) in enumerate(groups):
         length = len(full.input_ids)
         row = {
@@ -240,13 +241,12 @@ def _shared(groups: _Groups, pad: int, lengths: Sequence[int]) -> _Layout:
             "visible": [0] * length,
         }
         for branch, pair in enumerate(pairs, start=1):
-            full_places.append((number, 0))
             if pair.masked is None:
-                masked_places.append((number, 0))
+                places.append((number, 0, 0))
                 continue
             common = shared_prefix(full.input_ids, pair.masked.input_ids)
             rest = pair.masked.input_ids[common:]
-            masked_places.append((number, len(row["input_ids"]) - common))
+            places.append((number, len(row["input_ids"]) - common, common))
             row["input_ids"] += rest
             row["labels"] += [IGNORED] * len(rest)
             row["position_ids"] += range(common, common + len(rest))
@@ -259,11 +259,7 @@ def _shared(groups: _Groups, pad: int, lengths: Sequence[int]) -> _Layout:
         name: torch.tensor([row[name] + [value] * (width - len(row[name])) for row in rows])
         for name, value in fill.items()
     }
-    return (
-        batch,
-        [number * width + place for number, place in full_places],
-        [number * width + place for number, place in masked_places],
-    )
+    return batch, [(number * width, number * width + place, common) for number, place, common in places]
 
 
 class _Sequences(NamedTuple):
@@ -295,7 +291,9 @@ def _pad(sequences: _Sequences, pad: int, lengths: Sequence[int]) -> _Layout:
         "labels": torch.tensor([labels + [IGNORED] * (width - len(labels)) for labels in sequences.labels]),
         "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in sequences.ids]),
     }
-    return batch, [width * number for number in sequences.full], [width * number for number in sequences.masked]
+    return batch, [
+        (width * full, width * masked, 0) for full, masked in zip(sequences.full, sequences.masked, strict=True)
+    ]
 
 
 def _pack(sequences: _Sequences) -> _Layout:
@@ -311,7 +309,9 @@ def _pack(sequences: _Sequences) -> _Layout:
         "max_length_q": max(sizes),
         "max_length_k": max(sizes),
     }
-    return batch, [starts[number] for number in sequences.full], [starts[number] for number in sequences.masked]
+    return batch, [
+        (starts[full], starts[masked], 0) for full, masked in zip(sequences.full, sequences.masked, strict=True)
+    ]
 
 
 def shared_prefix(full: Sequence[int], masked: Sequence[int]) -> int:
@@ -319,8 +319,9 @@ def shared_prefix(full: Sequence[int], masked: Sequence[int]) -> int:
     return next((k for k, (a, b) in enumerate(zip(full, masked, strict=False)) if a != b), min(len(full), len(masked)))
 
 
-def _where(example: Example) -> str:
-    return example.source or f"an example of task {example.task!r}"
+def name_of(example: Example, index: int) -> str:
+    """What an error calls an example: where it was read from, or its number."""
+    return example.source or f"example {index} of task {example.task!r}"
 
 
 def _cut(text: str) -> str:

@@ -14,7 +14,7 @@ from cit_fast.data.prompts import PromptEncoder
 from cit_fast.errors import ConfigError, DataError
 from cit_fast.objectives.head import Head, head_of
 from cit_fast.objectives.pair_hidden import PairHidden, evaluating, pair_collator, pair_hidden
-from cit_fast.objectives.pairs import EncodedPair, encode_pairs
+from cit_fast.objectives.pairs import EncodedPair, encode_pairs, name_of
 from cit_fast.ops import key_part_information_gain, token_gain
 
 Progress = Callable[[int, int], object]
@@ -74,7 +74,7 @@ def information_gain(
         raise ConfigError(f"missing: {missing!r} is neither 'error' nor 'none'")
     encoded = encode_pairs(encoder, examples, missing="error" if missing == "error" else "keep")
     masked = [pair for pair in encoded.pairs if examples[pair.index].key_parts]
-    names = {pair.index: _where(examples[pair.index], pair.index) for pair in masked}
+    names = {pair.index: name_of(examples[pair.index], pair.index) for pair in masked}
     scores = pair_gains(
         model, encoder, masked, names, alpha=alpha, batch_size=batch_size, share_prefix=share_prefix, progress=progress
     )
@@ -138,7 +138,3 @@ def _batches(pairs: Sequence[EncodedPair], size: int) -> list[list[int]]:
     """Numbers of the pairs, the longest first (memory runs out at once or never), like lengths together."""
     order = sorted(range(len(pairs)), key=lambda number: -len(pairs[number].full.input_ids))
     return [order[start : start + size] for start in range(0, len(order), size)]
-
-
-def _where(example: Example, index: int) -> str:
-    return example.source or f"example {index} of task {example.task!r}"

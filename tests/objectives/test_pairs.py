@@ -109,6 +109,10 @@ def test_every_layout_gives_the_states_of_separate_passes(make_model, encoder, e
     model = make_model(name, dtype)
     plain = Example("Count to ten.", references=("1 2 3",))
     pairs = encode_pairs(encoder, [*examples, plain, conversation(marked)]).pairs
+    # All turns of the assistant are learned, those before the key parts too.
+    several = encode_pair(with_template(encoder.tokenizer, MARKS), conversation(marked))
+    assert sum(label != -100 for label in several.full.labels) > several.scored[1] - several.scored[0] + 1
+    pairs.append(several)
     expected = separate(model, pairs)
     tolerance = 1e-5 if dtype == torch.float64 else 1e-4
     for collator in (PairCollator(0), PairCollator(0, share_prefix=True)):
@@ -136,7 +140,7 @@ def test_several_maskings_of_one_example_share_its_full_context(make_model, enco
     pairs = [dataclasses.replace(pair, full=maskings[0].full) for pair in maskings]
     collator = PairCollator(0, share_prefix=True, row=row)
     batch = collator(pairs)
-    assert len(batch["input_ids"]) == {1024: 1, 120: 2, 1: 4}[row]
+    assert len(batch["input_ids"]) == {1024: 1, 120: 3, 1: 4}[row]
     assert len(PairCollator(0)(pairs)["input_ids"]) == 5  # one full row and four masked ones
     expected = separate(model, pairs)
     for ours in (pair_hidden(model, batch), pair_hidden(model, PairCollator(0)(pairs))):
@@ -151,7 +155,7 @@ def test_gradients_are_those_of_separate_passes(make_model, encoder, examples):
     def gradients(full, masked):
         model.zero_grad()
         (full.sin().sum() + masked.cos().sum()).backward()
-        return {name: p.grad.clone() for name, p in model.named_parameters()}
+        return {name: p.grad.clone() for name, p in model.model.named_parameters()}
 
     expected = gradients(*separate(model, pairs))
     for collator in (PairCollator(0), PairCollator(0, share_prefix=True)):

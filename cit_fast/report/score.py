@@ -1,0 +1,395 @@
+"""How much a model's answers depend on the key parts of their instructions: scored by task, shown, written."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from cit_fast.data.example import Example, Task
+from cit_fast.data.prompts import PromptEncoder
+from cit_fast.errors import ConfigError, DataError
+from cit_fast.files import write_file, write_json
+from cit_fast.objectives.key_parts import KeyPartSource, check_source, find_key_parts
+from cit_fast.objectives.scoring import ExampleGain, information_gain
+from cit_fast.report.figures import _short
+
+THRESHOLD = 0.05
+"""A gain below this counts as half-listened to: the key parts raise the first token's probability by less than 0.17."""
+
+BINS, LINES = 24, 14
+"""Bins of the pictures, and of the histogram in the terminal, at most."""
+
+MOST_SHOWN = 5
+"""Tasks whose instruction is shown with its key parts."""
+
+_BLOCKS = " ▁▂▃▄▅▆▇█"
+Progress = Callable[[str, int, int], object]
+
+
+@dataclass(frozen=True)
+class TaskGains:
+    """The gains of one task.
+
+    Args:
+        task: its name.
+        examples: those scored, with their key parts; ``gains``: theirs, in the same order.
+        without: examples that have no key parts; ``too_long``: examples that do not fit. Neither is scored.
+    """
+
+    task: str
+    examples: tuple[Example, ...]
+    gains: tuple[ExampleGain, ...]
+    without: int
+    too_long: int
+
+    @property
+    def values(self) -> list[float]:
+        """G of each example."""
+        return [gain.gain for gain in self.gains if gain.gain is not None]
+
+    @property
+    def mean(self) -> float:
+        """Mean G."""
+        return statistics.fmean(self.values)
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of G."""
+        return statistics.pstdev(self.values)
+
+    @property
+    def info(self) -> float:
+        """Mean Info(y|x): how sure of the right answer the model is with the full instruction."""
+        return statistics.fmean(gain.info_full for gain in self.gains if gain.info_full is not None)
+
+    def below(self, threshold: float) -> float:
+        """Share of the examples with a gain below ``threshold``."""
+        return sum(value < threshold for value in self.values) / len(self.values)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Gains of one model on some tasks, and how they were measured.
+
+    Args:
+        model: as it was named.
+        tasks: the one with the lowest mean gain first.
+        alpha: decay per answer token; gains are at most ``alpha / (1 - alpha)`` in size.
+        threshold: below it a gain is low.
+        key_parts: summary of :func:`cit_fast.objectives.key_parts.find_key_parts`.
+    """
+
+    model: str
+    tasks: tuple[TaskGains, ...]
+    alpha: float
+    threshold: float
+    key_parts: dict[str, Any]
+
+    @property
+    def limit(self) -> float:
+        """The largest gain there can be, for answers of any length."""
+        return self.alpha / (1 - self.alpha) if self.alpha < 1 else max(g.tokens for t in self.tasks for g in t.gains)
+
+    @property
+    def values(self) -> list[float]:
+        """G of every example."""
+        return [value for task in self.tasks for value in task.values]
+
+    def edges(self, most: int) -> list[float]:
+        """Edges of at most ``most`` equal bins that hold every gain, at round numbers; 0 is one of them."""
+        low, high = min(0.0, *self.values), max(0.0, *self.values)
+        widths = (factor * 10.0**power for power in range(-6, 1) for factor in (1, 2, 5))
+        for width in widths:
+            first, last = math.floor(low / width), max(math.ceil(high / width), 1)
+            if last - first <= most:
+                break
+        return [k * width for k in range(first, last + 1)]
+
+
+def counts(values: Sequence[float], edges: Sequence[float]) -> list[int]:
+    """How many values are in each bin; a value on an edge is in the upper bin, the largest one in the last."""
+    width = edges[1] - edges[0]
+    bins = Counter(min(max(int((value - edges[0]) // width), 0), len(edges) - 2) for value in values)
+    return [bins[k] for k in range(len(edges) - 1)]
+
+
+def score_tasks(
+    model: nn.Module,
+    encoder: PromptEncoder,
+    tasks: Sequence[Task],
+    *,
+    name: str,
+    key_parts: KeyPartSource = "data",
+    alpha: float = 0.3,
+    threshold: float = THRESHOLD,
+    batch_size: int = 8,
+    identity: str = "",
+    cache: Path | None = None,
+    progress: Progress = lambda what, done, total: None,
+) -> Scores:
+    """Score the training examples of tasks.
+
+    Args:
+        model, encoder: see :func:`cit_fast.objectives.information_gain`.
+        tasks: with training examples.
+        name: of the model, for the result.
+        key_parts: where they come from; see :func:`cit_fast.objectives.key_parts.check_source`.
+        alpha, batch_size: of the gain.
+        threshold: see :class:`Scores`.
+        identity, cache: see :func:`cit_fast.objectives.key_parts.find_key_parts`.
+        progress: called with what is going on, how much of it is done and how much there is.
+
+    Raises:
+        DataError: a task none of whose examples can be scored, or an example that cannot be used.
+        ConfigError: an unknown source, or an option out of range.
+    """
+    source, _ = check_source(key_parts)
+    examples = [example for task in tasks for example in task.train]
+    found = find_key_parts(
+        examples, key_parts, model=model, encoder=encoder, identity=identity, alpha=alpha, batch_size=batch_size,
+        cache=cache, progress=lambda done, total: progress("Finding key parts", done, total),
+    )  # fmt: skip
+    of = [task.name for task in tasks for _ in task.train]
+    for task in tasks:
+        own = [example for example, name_ in zip(found.examples, of, strict=True) if name_ == task.name]
+        if not any(example.key_parts for example in own):
+            raise DataError(_no_key_parts(task, own, source))
+    marked = [k for k, example in enumerate(found.examples) if example.key_parts]
+    gains = information_gain(
+        model, encoder, [found.examples[k] for k in marked], alpha=alpha, batch_size=batch_size,
+        progress=lambda done, total: progress("Scoring", done, total),
+    )  # fmt: skip
+    scored = {marked[gain.index]: gain for gain in gains}
+    results = []
+    for task in tasks:
+        numbers = [k for k, name_ in enumerate(of) if name_ == task.name]
+        here = [k for k in numbers if k in scored]
+        without = sum(not found.examples[k].key_parts for k in numbers)
+        if not here:
+            raise DataError(f"task {task.name!r}: no example with key parts fits the limit; raise --max-length")
+        results.append(
+            TaskGains(
+                task.name,
+                tuple(found.examples[k] for k in here),
+                tuple(scored[k] for k in here),
+                without,
+                len(numbers) - len(here) - without,
+            )
+        )
+    ordered = sorted(results, key=lambda result: result.mean)
+    return Scores(name, tuple(ordered), alpha, threshold, found.summary)
+
+
+def _no_key_parts(task: Task, examples: Sequence[Example], source: str) -> str:
+    where = f"task {task.name!r}: none of its {len(examples)} examples has key parts"
+    if source == "data":
+        return f"{where}; name them in the data (key_parts), or have them found: --key-parts discover"
+    if source == "discover":
+        return f"{where}: no instruction has two clauses or more, or no example fits --max-length"
+    return f"{where}: no answer of the chat model was of use"
+
+
+# ------------------------------------------------------------------------------------------------------- terminal
+
+
+def score_tables(scores: Scores, width: int = 80) -> list[Any]:
+    """What a terminal shows: the tasks with the lowest gain first, all gains as a histogram, and what was masked."""
+    return [_tasks(scores, width), _histogram(scores, width), _masked(scores)]
+
+
+def how_scored(scores: Scores) -> str:
+    """What the numbers mean, in a sentence or two."""
+    summary = scores.key_parts
+    kinds = {"data": "from the data", "discover": "discovered under the model itself", "llm": "named by a chat model"}
+    words = (
+        f"Gain: how much the key parts raise the probability of the right answer, its first tokens above all (alpha "
+        f"{scores.alpha:g}); at most {scores.limit:.2f}, near 0 the model answers as if they were not there. "
+        "Info: the same of the whole instruction, 0 where the right answer is improbable even so. "
+        f"Key parts {kinds[summary['source']]}: {summary['spans']} in {summary['with_key_parts']} instructions"
+    )
+    if summary["dropped"]:
+        words += f", {summary['dropped']} dropped because the instruction does not have them"
+    without, too_long = (sum(getattr(task, name) for task in scores.tasks) for name in ("without", "too_long"))
+    left_out = [f"{count} {why}" for count, why in ((without, "without key parts"), (too_long, "too long")) if count]
+    return f"{words}. " + (f"Left out: {' and '.join(left_out)}." if left_out else "")
+
+
+def _table(title: str) -> Table:
+    return Table(
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+        title_style="bold",
+    )
+
+
+def _tasks(scores: Scores, width: int) -> Table:
+    room = max(14, min(44, width - 64))
+    edges = scores.edges(BINS)
+    table = _table("Information gain of the key parts, lowest first")
+    table.add_column("Task", no_wrap=True)
+    for column in ("Examples", "Gain", "Spread", f"Below {scores.threshold:g}", "Info"):
+        table.add_column(column, justify="right", no_wrap=True)
+    low, high = edges[0], edges[-1]
+    table.add_column(_scale(low, high, len(edges) - 1), no_wrap=True)
+    for task in scores.tasks:
+        share = task.below(scores.threshold)
+        table.add_row(
+            Text(_short(task.task, room)),
+            f"{len(task.gains):,}",
+            f"{task.mean:.3f}",
+            f"{task.spread:.3f}",
+            Text(f"{share:.0%}", style="bold red" if share > 0.5 else ""),
+            f"{task.info:.3f}",
+            Text(_spark(counts(task.values, edges)), style="cyan"),
+        )
+    return table
+
+
+def _scale(low: float, high: float, width: int) -> str:
+    left, right = f"{low:.2f}", f"{high:.2f}"
+    return left + " " * max(1, width - len(left) - len(right)) + right
+
+
+def _spark(bins: Sequence[int]) -> str:
+    """A bar of eighths per bin; one that is not empty shows."""
+    most = max(bins)
+    return "".join(_BLOCKS[0 if not n else max(1, round(n / most * 8))] for n in bins)
+
+
+def _histogram(scores: Scores, width: int) -> Table:
+    edges = scores.edges(LINES)
+    bins = counts(scores.values, edges)
+    room = max(10, min(60, width - 28))
+    table = _table(f"All {len(scores.values):,} examples by gain")
+    table.add_column("Gain", no_wrap=True)
+    table.add_column("Examples", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    digits = max(2, -math.floor(math.log10(edges[1] - edges[0])))
+    for count, lower, upper in zip(bins, edges, edges[1:], strict=True):
+        eighths = round(count / max(bins) * room * 8)
+        bar = "█" * (eighths // 8) + ("" if eighths % 8 == 0 else "▏▎▍▌▋▊▉"[eighths % 8 - 1])
+        low = upper <= scores.threshold + 1e-9
+        table.add_row(
+            f"{lower:.{digits}f} to {upper:.{digits}f}",
+            f"{count:,}",
+            Text(bar or ("▏" if count else ""), "red" if low else "cyan"),
+        )
+    return table
+
+
+def _masked(scores: Scores) -> Table:
+    table = _table("What was masked")
+    table.add_column("Task", overflow="fold", max_width=34)
+    table.add_column("Its commonest instruction, the key parts in [[ ]]")
+    for task in scores.tasks[:MOST_SHOWN]:
+        table.add_row(Text(task.task), Padding(_marked(_commonest(task)), (0, 0, 1, 0)))
+    return table
+
+
+def _commonest(task: TaskGains) -> Example:
+    (instruction, _), *_rest = Counter(example.instruction for example in task.examples).most_common(1)
+    return next(example for example in task.examples if example.instruction == instruction)
+
+
+def _marked(example: Example, most: int = 400) -> Text:
+    text, position = Text(), 0
+    for start, end in example.key_parts:
+        text.append(example.instruction[position:start])
+        text.append(f"[[{example.instruction[start:end]}]]", "bold cyan")
+        position = end
+    text.append(example.instruction[position:])
+    return text[:most].append("…") if len(text) > most else text
+
+
+# ---------------------------------------------------------------------------------------------------------- files
+
+
+def write_scores(scores: Scores, folder: Path) -> Path:
+    """Write ``scores.jsonl`` (a line per example), ``tasks.csv``, ``scores.json`` (settings) and ``histogram.png``.
+
+    Returns the path of the picture.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    from cit_fast.report.score_figure import score_picture
+
+    write_file(folder / "scores.jsonl", "".join(_lines(scores)))
+    write_file(folder / "tasks.csv", _csv(scores))
+    settings = {name: getattr(scores, name) for name in ("model", "alpha", "threshold", "key_parts")}
+    write_json(folder / "scores.json", settings)
+    picture = folder / "histogram.png"
+    write_file(picture, score_picture(scores))
+    return picture
+
+
+def _lines(scores: Scores) -> list[str]:
+    records = (
+        {
+            "task": task.task,
+            "source": example.source,
+            "instruction": example.instruction,
+            "input": example.input,
+            "answer": example.references[0],
+            "key_parts": list(example.key_part_texts),
+            "spans": [list(span) for span in example.key_parts],
+            **{key: value for key, value in asdict(gain).items() if key != "index"},
+        }
+        for task in scores.tasks
+        for example, gain in zip(task.examples, task.gains, strict=True)
+    )
+    return [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+
+
+def _csv(scores: Scores) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
+        ["task", "examples", "mean_gain", "spread", "share_below", "mean_info", "without_key_parts", "too_long"]
+    )
+    for task in scores.tasks:
+        numbers = (task.mean, task.spread, task.below(scores.threshold), task.info)
+        writer.writerow([task.task, len(task.gains), *map(repr, numbers), task.without, task.too_long])
+    return text.getvalue()
+
+
+def check_options(key_parts: str, alpha: float, threshold: float) -> KeyPartSource:
+    """Refuse options of the command line that are out of range, before a model is loaded.
+
+    Returns:
+        ``key_parts`` as :func:`cit_fast.objectives.key_parts.check_source` takes it: a name, or what its YAML says.
+
+    Raises:
+        ConfigError: which, and what it may be.
+    """
+    import yaml
+
+    if not 0 < alpha <= 1:
+        raise ConfigError(f"--alpha: {alpha:g}; expected 0 < alpha <= 1")
+    if not -1 < threshold < 1:
+        raise ConfigError(f"--threshold: {threshold:g}; expected a gain between -1 and 1")
+    source: KeyPartSource = key_parts
+    if key_parts.lstrip().startswith("{"):
+        try:
+            source = yaml.safe_load(key_parts)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--key-parts: {' '.join(str(error).split())}") from None
+    check_source(source)
+    return source
