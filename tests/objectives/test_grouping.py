@@ -66,11 +66,16 @@ def test_a_labelled_token_is_never_shared():
         return EncodedPair(Encoded(ids, labels, first), None, index, (first, len(ids)))
 
     pairs = [pair(0, [5, 6, 7, 8, 9], 3), pair(1, [5, 6, 7, 8, 4, 4], 4), pair(2, [5, 6, 7, 8, 9], 1)]
+    with_turns = Encoded([5, 6, 7, 8, 9], [IGNORED, 6, IGNORED, IGNORED, 9], 4)
+    its_mask = Encoded([5, 6, 0, 0, 8, 9], [IGNORED, 6, IGNORED, IGNORED, IGNORED, 9], 5)
+    pairs.append(EncodedPair(with_turns, its_mask, 3, (4, 5)))
     batch = GroupingCollator(PairCollator(0, True, lengths=(4, 8, 16)))(pairs)
     targets = batch["labels"].flatten()[batch["full_at"] + 1].tolist()
-    assert targets == [8, 9, 4, 4, 6, 7, 8, 9]
-    assert (batch["labels"] != IGNORED).sum() == 8
-    assert batch["input_ids"].flatten()[batch["full_at"]].tolist() == [7, 8, 8, 4, 5, 6, 7, 8]
+    assert targets == [8, 9, 4, 4, 6, 7, 8, 9, 6, 9]
+    assert (batch["labels"] != IGNORED).sum() == 10
+    ids = batch["input_ids"].flatten()
+    assert ids[batch["full_at"]].tolist() == [7, 8, 8, 4, 5, 6, 7, 8, 5, 8]
+    assert ids[batch["masked_at"]].tolist() == [7, 8, 8, 4, 5, 6, 7, 8, 5, 8]
 
 
 @pytest.mark.parametrize("plain", [PairCollator(0, False), PairCollator(0, True, window=8)], ids=["separate", "window"])
