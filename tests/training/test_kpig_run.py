@@ -226,7 +226,9 @@ def test_two_processes_equal_one(settings, stream, tmp_path, full, sharded):
     settings["data"]["tasks"] = [{"path": str(tmp_path / name)} for name in names]
     settings["adapter"] = None if full else {**settings["adapter"], "lora_dropout": 0.0}
     settings["training"]["learning_rate"] = 1e-3
-    settings["methods"] = [{"preset": "kpig", "objective": {"lambda_": 2.0, "batch_size": 4}}]
+    # Four replayed examples: a last batch that is not full would be filled up differently by two processes.
+    method = {"preset": "kpig", "objective": {"lambda_": 2.0, "batch_size": 4}, "replay": {"per_task": 4}}
+    settings["methods"] = [method]
     ContinualTrainer(settings, console=Console(quiet=True)).run()
     one = Path(settings["output"]) / "kpig"
 
