@@ -38,8 +38,6 @@ def main() -> None:
     encoder = prompt_encoder(load_tokenizer(folder, False), config)
     stream = load_stream(config.data.tasks, seed=config.seed, train=config.data.train, dev=0, test=config.data.test)
     size = config.training["per_device_train_batch_size"]
-    each = -(-(options.rounds + 2) // len(stream)) * size
-    examples = [example for task in stream for example in task.train[:each]]
 
     sides = {}
     for name in ("cross-entropy", "KPIG"):
@@ -48,21 +46,24 @@ def main() -> None:
         sides[name] = model, optimizer, []
     model = sides["KPIG"][0]
     objective = KPIG(key_parts="data", share_prefix=False if options.separate else "auto")
-    context = StageContext(examples, list(stream), encoder, random.Random(0))  # noqa: S311
-    inputs = objective.stage_inputs(model, context)
-    frozen_seconds = context.decided["seconds"] / len(examples) * size  # of the examples of one step
+    stages, frozen_seconds = [], 0.0
+    for task in stream:  # each a stage of its own, as in a run
+        stage = StageContext(task.train, list(stream), encoder, random.Random(0))  # noqa: S311
+        stages.append((objective.stage_inputs(model, stage), encoder.encode_all(task.train).encoded))
+        frozen_seconds += stage.decided["seconds"] * size / sum(len(each.train) for each in stream)
     collate = choose_collator(
         model.config._attn_implementation, model.device, pad_token_id=encoder.pad_token_id,
         max_length=config.data.max_length,
     )  # fmt: skip
-    plain, encoded = CrossEntropy(), encoder.encode_all(examples).encoded
+    plain = CrossEntropy()
     places: dict[str, list[int]] = {name: [] for name in sides}
     profiler = torch.profiler.profile() if options.profile else None
     for turn in range(options.rounds + 2):
-        start = each * (turn % len(stream)) + turn // len(stream) * size
+        inputs, encoded = stages[turn % len(stages)]
+        own = slice(turn // len(stages) * size, (turn // len(stages) + 1) * size)
         batches = {
-            "cross-entropy": (plain, collate(encoded[start : start + size])),
-            "KPIG": (objective, inputs.collator(inputs.features[start : start + size])),
+            "cross-entropy": (plain, collate(encoded[own])),
+            "KPIG": (objective, inputs.collator(inputs.features[own])),
         }
         for name, (loss, batch) in batches.items():
             model, optimizer, seconds = sides[name]

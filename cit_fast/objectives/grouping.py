@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cit_fast.data.collation import padded_length
-from cit_fast.data.prompts import IGNORED
+from cit_fast.data.prompts import IGNORED, Encoded
 from cit_fast.objectives.pairs import EncodedPair, PairCollator, shared_prefix
 
 _LIMITS = (128, 256, 512, 1024)
@@ -53,12 +53,11 @@ class GroupingCollator:
         sequences: list[_Sequence] = []
         numbers: list[tuple[int, int]] = []  # of each pair's two sequences
         for pair in features:
-            first = next(k for k, label in enumerate(pair.full.labels) if label != IGNORED)
             full = len(sequences)
-            sequences.append(_Sequence(pair.full.input_ids, pair.full.labels, first))
+            sequences.append(_Sequence(pair.full.input_ids, pair.full.labels, _first_label(pair.full)))
             if pair.masked is not None:
                 ids = pair.masked.input_ids
-                sequences.append(_Sequence(ids, [IGNORED] * len(ids), first + len(ids) - len(pair.full.input_ids)))
+                sequences.append(_Sequence(ids, [IGNORED] * len(ids), _first_label(pair.masked)))
             numbers.append((full, len(sequences) - 1))
         lengths = self.pairs.lengths
         plans = [_rows(sequences, limit) for limit in _LIMITS]
@@ -120,6 +119,10 @@ class GroupingCollator:
             "scored": torch.tensor(scored, dtype=torch.bool),
             "index": torch.tensor([pair.index for pair in features]),
         }
+
+
+def _first_label(one: Encoded) -> int:
+    return next(k for k, label in enumerate(one.labels) if label != IGNORED)
 
 
 def joint_length(pair: EncodedPair) -> int:

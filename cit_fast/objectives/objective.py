@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from cit_fast.data.collation import Collator
     from cit_fast.data.example import Example, Task
     from cit_fast.data.prompts import PromptEncoder
 
@@ -56,7 +55,7 @@ class StageInputs:
     """
 
     features: Sequence[Any]
-    collator: Collator
+    collator: Callable[[Sequence[Any]], dict[str, Any]]
     truncated: int = 0
     skipped: tuple[str, ...] = ()
     seconds: float = 0.0

@@ -18,6 +18,8 @@ from cit_fast.objectives import frozen as frozen_module
 from cit_fast.objectives.frozen import fingerprint
 
 ALPHA, LAMBDA = 0.3, 0.02
+# Of a model in float64 whose normalisation computes in float32.
+ROUNDING = {"rtol": 1e-4, "atol": 1e-7}
 
 
 def examples() -> list[Example]:
@@ -161,7 +163,7 @@ def test_micro_batches_and_order_change_nothing(previous, live, encoder):
         sum(losses).backward()
         torch.testing.assert_close(sum(losses), objective(live, together, torch.tensor(count)))
         for name, gradient in gradients(live).items():
-            torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(gradient, expected[name], **ROUNDING)
 
 
 def test_padding_and_packing_change_nothing(previous, live, encoder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -55,7 +56,7 @@ def gains(monkeypatch):
     def stub(model, encoder, examples, **_):
         scored.extend(example.source for example in examples)
         result = information_gain(model, encoder, examples[:1])[0]
-        return [result._replace(index=k, gain=wanted[e.task]) for k, e in enumerate(examples)]
+        return [replace(result, index=k, gain=wanted[e.task]) for k, e in enumerate(examples)]
 
     monkeypatch.setattr(module, "information_gain", stub)
     return wanted, scored
