@@ -135,7 +135,7 @@ def test_right_answers_of_the_built_in_tasks_violate_nothing():
         references = [example.references for example in task.test]
         found = violation_rates(declared, [answers[0] for answers in references], references)
         assert set(found.values()) == {0.0}, task.name
-        babble = violation_rates(declared, ["I do not know what you would like me to say here"] * 32, references)
+        babble = violation_rates(declared, ["I do not know what to say. " * 4] * 32, references)
         assert set(babble.values()) == {1.0}, task.name
 
 
