@@ -177,7 +177,7 @@ def test_bad_held_out_tasks(settings, stream, held_out, tmp_path):
         start([stream[0]])
     with pytest.raises(DataError, match="two tasks are called 'spans'"):
         start([held_out[1], held_out[1]])
-    with pytest.raises(ConfigError, match="evaluation.held_out: task 'gone' has no test examples"):
+    with pytest.raises(ConfigError, match=r"evaluation.held_out: task 'gone' has no test examples"):
         start([dataclasses.replace(stream[2], name="gone", test=())], stream=TaskStream(stream.tasks[:2]))
     with pytest.raises(
         DataError, match=r"task 'late': answer_pattern 'delta' fits none of its answers, for example 'ga"
