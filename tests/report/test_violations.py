@@ -80,7 +80,7 @@ def test_two_tables_in_a_narrow_one(runs):
         "random-replay  18.8*         35.0*         34.4*",
         "V is over 1 of 2 seen tasks; the others declare nothing an answer could break.",
     ]
-    assert "Minutes" in lines[1]
+    assert "Minutes" in " ".join(lines[:2])
 
 
 def test_older_runs_have_no_such_columns(tmp_path):
