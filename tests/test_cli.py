@@ -67,6 +67,11 @@ def test_run_report_eval_generate(config, monkeypatch, capsys, tmp_path):
     stage.write_text(json.dumps(record))
     assert call(monkeypatch, "eval", tmp_path / "runs" / "sequential") == 1
     assert "1 scores differ" in capsys.readouterr().out
+    record["scores"]["units"] -= 1
+    record["violations"]["units"] = {"WFR": 0.125, "WR": 0.125}
+    stage.write_text(json.dumps(record))
+    assert call(monkeypatch, "eval", tmp_path / "runs" / "sequential") == 1
+    assert "12.5 ≠ " in capsys.readouterr().out
 
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("Convert: 2 km\n\nConvert: 3 kg\n")

@@ -365,3 +365,32 @@ def test_records_without_an_answer_are_skipped(tmp_path, caplog):
     (source,) = find_tasks([path])
     assert len(load_task(source, dev=0, test=0).train) == 2
     assert "skipped 1 records" in caplog.text
+
+
+# ------------------------------------------------------------------------------------------------- constraints
+
+
+def test_what_a_source_declares_reaches_the_task(tmp_path):
+    folder = put(tmp_path / "copy", train=rows(4), test=rows(2, "t"))
+    declared = {"answer_pattern": r"\w\d", "answer_format": "json", "extractive": True, "wordy_above": 3.0}
+    task = load_task(TaskSource(path=folder, **declared))
+    assert {key: getattr(task, key) for key in declared} == declared
+    task = load_task(TaskSource(builtin="units", wordy_above=5.0), train=2, dev=1, test=1)
+    plain = builtin_task("units", train=2, dev=1, test=1)
+    assert (task.wordy_above, task.answer_pattern) == (5.0, plain.answer_pattern)
+    assert "task 'copy': answer_format 'xml' is unknown" in failing(DataError, {"path": folder, "answer_format": "xml"})
+
+
+def test_labels_are_inferred_from_the_whole_source_when_asked(tmp_path):
+    def answers(*labels, count):
+        return [{"instruction": "Tag.", "input": f"{k}", "output": labels[k % len(labels)]} for k in range(count)]
+
+    folder = put(tmp_path / "tag", train=answers("yes", "No", "no", count=60), test=answers("maybe", count=9))
+    assert load_task(TaskSource(path=folder)).labels == ()
+    task = load_task(TaskSource(path=folder, infer_labels=True), train=1, test=2)
+    assert (set(task.labels), task.metric) == ({"No", "yes", "maybe"}, "accuracy")
+    free = put(tmp_path / "free", train=rows(60))
+    assert load_task(TaskSource(path=free, infer_labels=True)).labels == ()
+    assert load_task(TaskSource(path=folder, infer_labels=True, metric="rouge_l")).metric == "rouge_l"
+    with pytest.raises(ConfigError, match="infer_labels does not apply to the built-in task 'units'"):
+        TaskSource(builtin="units", infer_labels=True)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 from hypothesis import given
@@ -138,3 +139,52 @@ def test_rescore_of_a_run_with_other_metrics(run_folder):
     path.write_text(text.replace('"accuracy"', '"os.getcwd"'))  # a run may come from anywhere
     with pytest.raises(RunError, match=r"is scored by 'os\.getcwd', which is not one of ours"):
         rescore(run_folder)
+
+
+def with_violations(folder, rates, held_out_score):
+    """The run as if task b were held out, task a asked for a format and b for spans of its input."""
+    run = json.loads((folder / "run.json").read_text())
+    run |= {"tasks": ["a"], "held_out_tasks": ["b"]}
+    run["constraints"] = {"a": {"answer_pattern": "x|w"}, "b": {"extractive": True, "wordy_above": 2.0}}
+    (folder / "run.json").write_text(json.dumps(run))
+    for index in (0, 1):
+        path = folder / "stages" / f"{index:02d}" / "stage.json"
+        stage = json.loads(path.read_text())
+        stage["scores"].pop("b", None)
+        path.write_text(json.dumps(stage | ({"held_out": {"b": held_out_score}, "violations": rates} if index else {})))
+    spans = [Prediction("p", a, ("y",), 0.0, "y or z") for a in ("y", "or z", "no", "y or z")]
+    write_predictions(predictions_path(folder, 1, "b"), spans)
+    answers = [Prediction("p", a, ("x",), 0.0) for a in ("x", "w", "no", "x")]
+    write_predictions(predictions_path(folder, 1, "a"), answers)
+    return folder
+
+
+def test_rescore_judges_violations_and_held_out_tasks(run_folder):
+    with_violations(run_folder, {"a": {"WFR": 0.25}, "b": {"OOS": 0.25, "WR": 0.0}}, 25.0)
+    a, b = [entry for entry in rescore(run_folder) if entry.stage == 1]
+    assert (a.violations_again, a.violations_agree) == ({"WFR": 0.25}, True)
+    assert (b.recorded, b.recomputed, b.agrees) == (25.0, 25.0, False)  # "y or z" has three words, the reference one
+    assert (b.violations, b.violations_again) == ({"OOS": 0.25, "WR": 0.0}, {"OOS": 0.25, "WR": 0.25})
+    rescore(run_folder, write=True)
+    stage = read_stages(run_folder)[1]
+    assert (stage.scores, stage.held_out) == ({"a": 50.0}, {"b": 25.0})
+    assert stage.violations == {"a": {"WFR": 0.25}, "b": {"OOS": 0.25, "WR": 0.25}}
+    assert all(entry.agrees for entry in rescore(run_folder) if entry.stage == 1)
+
+
+def test_damaged_constraints_are_named(run_folder):
+    with_violations(run_folder, {}, 25.0)
+    path = run_folder / "run.json"
+    path.write_text(path.read_text().replace('"x|w"', '"("'))
+    with pytest.raises(RunError, match=r"run\.json: constraints of task 'a': answer_pattern is no regular expression"):
+        rescore(run_folder)
+
+
+def test_an_input_is_kept_only_where_it_is_needed(tmp_path):
+    predictions = [Prediction("p", "a", ("a",), 1.0), Prediction("p", "a", ("a",), 1.0, "an input")]
+    write_predictions(tmp_path / "t.jsonl", predictions)
+    assert [set(json.loads(line)) for line in (tmp_path / "t.jsonl").read_text().splitlines()] == [
+        {"prompt", "prediction", "references", "score"},
+        {"prompt", "prediction", "references", "score", "input"},
+    ]
+    assert read_predictions(tmp_path / "t.jsonl") == predictions
