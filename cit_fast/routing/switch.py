@@ -174,6 +174,7 @@ class SwitchRouter(SavedRouter):
 
     def assign(self, task: Task, context: RouterContext) -> str:
         """A new set."""
+        self._rejection.unknown_prompts()  # what cannot be read is better known before anything is trained
         self._set_of[task.name] = set_name(task, self.sets)
         return self._set_of[task.name]
 
