@@ -119,7 +119,7 @@ def test_damage_is_named(tasks, context, tmp_path):
         assert "router.json" in str(caught.value)
         assert "\n" not in str(caught.value)
     (tmp_path / "router.json").write_text("[1]")
-    with pytest.raises(RunError, match="an object was expected|a JSON object was expected"):
+    with pytest.raises(RunError, match="a JSON object was expected, not list"):
         load_router(tmp_path)
     with pytest.raises(RunError, match="not there"):
         load_router(tmp_path / "nowhere")
@@ -147,7 +147,7 @@ def test_nothing_to_compare(tasks, context):
     learn(router, tasks, context)
     assert router.answer([], context()) == []
     empty = Example("", references=("x",), messages=(("user", "  "), ("assistant", "x")), source="chat.json:3")
-    with pytest.raises(DataError, match="chat.json:3: an empty prompt cannot be routed"):
+    with pytest.raises(DataError, match=r"chat\.json:3: an empty prompt cannot be routed"):
         router.answer([empty], context())
     chat = dataclasses.replace(empty, messages=(("user", tasks[1].train[0].instruction), ("assistant", "x")))
     assert LCIARouter.name == "lcia"

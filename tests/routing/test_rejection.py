@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from cit_fast.routing.rejection import rejection_threshold
 
-SCORES = st.lists(st.floats(-1, 1), max_size=60)
+SCORES = st.lists(st.floats(-1, 1, width=32), max_size=60)
 
 
 @given(SCORES, SCORES, st.floats(0, 0.99))

@@ -157,14 +157,16 @@ def test_what_cannot_be_routed(settings, tasks):
 
 
 def test_a_router_without_its_memory_is_refused(settings, tasks):
+    whole = run(settings, tasks, "lcia")
+    shutil.rmtree(whole / "stages/03")
+    unfinished = json.loads((whole / "run.json").read_text())
+    (whole / "run.json").write_text(json.dumps({**unfinished, "status": "running"}))
+
     def resumed(change):
-        """A run that has lost its third stage goes on."""
+        """A run that was stopped after its second stage goes on."""
         own = {**settings, "output": settings["output"] + change.__name__}
-        whole = run(own, tasks, "lcia")
-        shutil.rmtree(whole / "stages/03")
-        unfinished = json.loads((whole / "run.json").read_text())
-        (whole / "run.json").write_text(json.dumps({**unfinished, "status": "running"}))
-        change(whole / "stages/02")
+        shutil.copytree(whole, Path(own["output"]) / "lcia")
+        change(Path(own["output"]) / "lcia/stages/02")
         run(own, tasks, "lcia")
 
     def no_router(stage):
