@@ -41,7 +41,7 @@ class StageRecord:
             the set), ``new`` (made for this stage, not reused), ``scores`` (earlier set -> its score for the new task),
             ``threshold`` (from which a set is reused), ``reject_below`` (scores that go to the base model),
             ``trained_by`` (task -> its set, so far), ``answers`` (task -> set -> prompts answered by it, ``__base__``
-            for the base model), ``truncated`` (prompts too long to be read whole), ``accuracy`` (share of the trained tasks' prompts that their own set answered),
+            for the base model), ``truncated`` (training prompts too long to be read whole), ``accuracy`` (share of the trained tasks' prompts that their own set answered),
             ``to_base`` (share of the other tasks' prompts that the base model answered), ``seconds``, ``notes``.
         steps: optimizer steps; ``train_seconds`` and ``evaluate_seconds``: wall time (summed over resumed parts).
         losses: ``(step, training loss)`` as logged.

@@ -238,6 +238,11 @@ def _section(view: RunView, runs: Runs, album: _Album) -> dict[str, Any]:
             for name, stage in zip(view.stage_names, view.trained, strict=True)
             for note in stage.replay.get("notes", [])
         ],
+        "routing_notes": [
+            (name, note)
+            for name, stage in zip(view.stage_names, view.trained, strict=True)
+            for note in stage.routing.get("notes", [])
+        ],
         "ranking": _ranking(view),
         "routing": decisions(view) if has_routing(view) else [],
         "examples": examples,

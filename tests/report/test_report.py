@@ -497,10 +497,17 @@ def test_routing_is_a_table_and_a_confusion_matrix(tmp_path):
         },
         "accuracy": 0.75,
         "to_base": 0.75,
+        "notes": ["7 prompts are long."],
     }
     folder = routed(write_run(tmp_path / "a", REPLAY, method="lcia"), first, second, third)
     page = Page(write_report([folder]))
-    for text in ("Which adapter set each task trained", "set-01 0.94, set-02 0.25", "reused", "75.0"):
+    for text in (
+        "Which adapter set each task trained",
+        "set-01 0.94, set-02 0.25",
+        "reused",
+        "75.0",
+        "labels: 7 prompts are long.",
+    ):
         assert text in page.text, text
     assert (tmp_path / "a" / "report-figures" / "lcia-routing.png").exists()
     shares, texts, tasks, sets, framed = confusion(collect([folder]).views[0])

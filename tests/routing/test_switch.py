@@ -81,6 +81,15 @@ def test_what_is_far_from_everything_goes_to_the_base_model(tasks, context):
     assert router.answer([strange, tasks[1].test[0]], context()) == [BASE, "task-mail"]
 
 
+def test_a_long_prompt_is_read_in_part_and_counted(tasks, context):
+    decided = learn(SwitchRouter(max_length=8), tasks[:1], context)[0]
+    assert decided["truncated"] > 0
+    assert decided["notes"] == [
+        f"{len(set(tasks[0].train))} prompts are longer than 8 tokens; their middle was not read."
+    ]
+    assert learn(SwitchRouter(max_length=500), tasks[:1], context)[0]["truncated"] == 0
+
+
 def test_save_and_load(tasks, context, tmp_path):
     router = SwitchRouter(retained=0.25, hidden=8, reject=0.1)
     learn(router, tasks, context)
