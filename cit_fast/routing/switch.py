@@ -80,8 +80,7 @@ def train_switch(
     for rows, columns in sizes:  # as torch.nn.Linear starts
         bound = columns**-0.5
         for shape in ((rows, columns), (rows,)):
-            start = torch.empty(shape).uniform_(-bound, bound, generator=chance)
-            parameters.append(start.requires_grad_())
+            parameters.append(torch.empty(shape).uniform_(-bound, bound, generator=chance).requires_grad_())
     mean = features.mean(0)
     scale = features.var(0, correction=0).sqrt().clamp_min(1e-6)
     network = SwitchNetwork(mean, scale, *parameters)
