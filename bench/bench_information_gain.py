@@ -54,8 +54,7 @@ class Problem:
         self.targets = torch.randint(vocabulary, (tokens,), generator=generator)
         towards = weight[self.targets]
         contexts = [
-            torch.randn(tokens, width, generator=generator)
-            + 8 * torch.rand(tokens, 1, generator=generator) * towards
+            torch.randn(tokens, width, generator=generator) + 8 * torch.rand(tokens, 1, generator=generator) * towards
             for _ in range(2)
         ]
         self.weight = weight.to(dtype)
@@ -261,9 +260,7 @@ TABLES: dict[str, Callable[[Problem], Contenders]] = {"scoring": scoring, "jsd":
 
 def installed(contenders: Contenders) -> Contenders:
     names = {"liger_kernel": "Liger", "trl": "TRL"}
-    return {
-        name: run for name, run in contenders.items() if not any(name.startswith(names[gone]) for gone in MISSING)
-    }
+    return {name: run for name, run in contenders.items() if not any(name.startswith(names[gone]) for gone in MISSING)}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

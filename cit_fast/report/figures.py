@@ -26,6 +26,7 @@ from PIL import Image
 from cit_fast.evaluation.continual import Matrix
 from cit_fast.evaluation.record import StageRecord
 from cit_fast.report.collect import COLUMNS, RunView, number
+from cit_fast.report.routing import confusion
 
 DPI = 150
 _LEAST_ROOM = 11  # characters; a name cut shorter than that says nothing
@@ -124,6 +125,12 @@ def _measured_figure(view: RunView, theme: Theme, key: str, before_name: str, me
             if view.trained[i].replayed.get(task)
         ]
     return _heat_map(rows, texts, names, view.record.tasks, theme, top, meaning, framed)
+
+
+def routing_figure(view: RunView, theme: Theme) -> Figure:
+    """Which adapter set answered the prompts of each task, in per cent; a frame where they belong."""
+    shares, texts, tasks, sets, framed = confusion(view)
+    return _heat_map(shares, texts, tasks, sets, theme, 100.0, "% of prompts", framed)
 
 
 def task_curves_figure(views: Sequence[RunView], theme: Theme) -> Figure:

@@ -88,6 +88,7 @@ class LCIARouter(SavedRouter):
         Raises:
             DataError: an instruction of the task is empty.
         """
+        self._rejection.unknown_prompts()  # what cannot be read is better known before anything is trained
         # In order of first appearance; a conversation's own turns where it has no instruction apart.
         instructions = list(dict.fromkeys(routing_text(example, "instruction") for example in task.train))
         scores: dict[str, float] = {}

@@ -79,7 +79,7 @@ class Rejection:
                 sources = find_tasks(self.held_out) if self.held_out else []
                 tasks = [load_task(source, train=SAMPLE, dev=0, test=0) for source in sources]
             except DataError as error:
-                raise ConfigError(f"held_out: {error}") from None
+                raise ConfigError(f"router.held_out: {error}") from None
             self._prompts = [example for task in tasks for example in task.train]
         return self._prompts
 

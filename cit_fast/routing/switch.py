@@ -80,8 +80,7 @@ def train_switch(
     for rows, columns in sizes:  # as torch.nn.Linear starts
         bound = columns**-0.5
         for shape in ((rows, columns), (rows,)):
-            start = torch.empty(shape).uniform_(-bound, bound, generator=chance)
-            parameters.append(start.requires_grad_())
+            parameters.append(torch.empty(shape).uniform_(-bound, bound, generator=chance).requires_grad_())
     mean = features.mean(0)
     scale = features.var(0, correction=0).sqrt().clamp_min(1e-6)
     network = SwitchNetwork(mean, scale, *parameters)
@@ -174,6 +173,7 @@ class SwitchRouter(SavedRouter):
 
     def assign(self, task: Task, context: RouterContext) -> str:
         """A new set."""
+        self._rejection.unknown_prompts()  # what cannot be read is better known before anything is trained
         self._set_of[task.name] = set_name(task, self.sets)
         return self._set_of[task.name]
 
@@ -184,6 +184,11 @@ class SwitchRouter(SavedRouter):
             DataError: a prompt without text.
         """
         new = self._read(task.train, context)
+        if context.decided["truncated"]:
+            context.decided["notes"] = [
+                f"{context.decided['truncated']} prompts are longer than {self.max_length} tokens; "
+                "their middle was not read."
+            ]
         examples = torch.cat([*self._kept, new])
         labels = torch.tensor([label for label, own in enumerate([*self._kept, new]) for _ in own])
         network = train_switch(
@@ -240,8 +245,7 @@ class SwitchRouter(SavedRouter):
         extractor = self._features(context)
         before = getattr(extractor, "truncated", 0)
         features = extractor.embed(list(position))
-        cut = getattr(extractor, "truncated", 0) - before
-        context.decided["truncated"] = context.decided.get("truncated", 0) + cut
+        context.decided.setdefault("truncated", getattr(extractor, "truncated", 0) - before)
         return features[[position[text] for text in texts]]
 
     def _features(self, context: RouterContext) -> Embedder:
