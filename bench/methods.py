@@ -1,6 +1,6 @@
 """Methods compared on a benchmark of Super-NI task folders: who forgets how much, at what cost.
 
-    python bench/methods.py path/to/superni15 --tasks 5 --train 100 --methods sequential random-replay lcia
+    python bench/methods.py path/to/superni15 --tasks 5 --train 100 --methods sequential random-replay lcia-ema
 
     python bench/methods.py path/to/superni15 --by-category --train 100 --fraction 0.1 \\
         --methods sequential random-replay inscl inscl-uniform inscl-no-insinfo
@@ -156,7 +156,7 @@ def cell(values: list[float | None]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder of Super-NI task folders")
-    parser.add_argument("--methods", nargs="+", default=["sequential", "random-replay", "lcia"])
+    parser.add_argument("--methods", nargs="+", default=["sequential", "random-replay", "lcia-ema"])
     parser.add_argument("--order", type=int, choices=ORDERS, default=1)
     parser.add_argument("--tasks", type=int, help="only the first so many tasks of the order")
     parser.add_argument("--by-category", action="store_true", help="train the tasks of a category as one")

@@ -59,6 +59,22 @@ def sync_tree(folder: Path) -> None:
                 os.fsync(file.fileno())
 
 
+def link_tree(source: Path, target: Path) -> None:
+    """Make ``target`` the same tree of files as ``source``: hard links, or copies where there are none.
+
+    For files that are replaced as a whole or not at all, as everything here is written.
+    """
+
+    def link(one: str, other: str) -> str:
+        try:
+            os.link(one, other)
+        except OSError:
+            shutil.copy2(one, other)
+        return other
+
+    shutil.copytree(source, target, copy_function=link)
+
+
 def commit_folder(temporary: Path, final: Path) -> None:
     """Make a finished temporary folder visible under its name by one rename.
 

@@ -22,7 +22,7 @@ def config(tmp_path, tiny_model_folder, monkeypatch):
             {
                 "name": "tiny",
                 "output": str(tmp_path / "runs"),
-                "methods": ["sequential", "lcia"],
+                "methods": ["sequential", "lcia-ema"],
                 "model": {"name": str(tiny_model_folder)},
                 "adapter": {"r": 2, "target_modules": "all-linear"},
                 "data": {"tasks": STREAM, "train": 8, "test": 2, "max_length": 256},
@@ -46,7 +46,7 @@ def test_run_report_eval_generate(config, monkeypatch, capsys, tmp_path):
     assert call(monkeypatch, "run", config, "--set", "seed=3") == 0
     printed = capsys.readouterr().out
     assert "sequential" in printed
-    assert "lcia" in printed
+    assert "lcia-ema" in printed
     assert "Forgetting" in printed or "forgetting" in printed
     report = tmp_path / "runs" / "report.html"
     assert str(report) in printed

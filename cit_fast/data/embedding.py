@@ -119,8 +119,8 @@ class TokenMeanEmbedder:
         Raises:
             ConfigError: no such model, no safetensors, or nothing in them that is its input embeddings.
         """
-        folder = _model_folder(str(name))
-        return cls(read_input_embeddings(folder, _model_folder), read_tokenizer(folder, _model_folder))
+        folder = model_folder(str(name))
+        return cls(read_input_embeddings(folder, model_folder), read_tokenizer(folder, model_folder))
 
     def embed(self, texts: Sequence[str]) -> Tensor:
         """The texts as [texts, d] float32 on the CPU.
@@ -255,7 +255,7 @@ def build_embedder(
     elif spec == "sentence":
         embedder = SentenceEmbedder(device=device)
     else:
-        folder = _model_folder(spec)
+        folder = model_folder(spec)
         is_sentence_model = (folder / "modules.json").exists()
         embedder = (
             SentenceEmbedder(folder, device=device) if is_sentence_model else TokenMeanEmbedder.from_pretrained(folder)
@@ -329,6 +329,16 @@ def task_clouds(
     return clouds, [share for _, share in measures]
 
 
+def model_digest(model: Any, tokenizer: Any) -> str:
+    """Identifies a model with its weights and its tokenizer."""
+    digest = hashlib.blake2b(digest_size=16)
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(key.encode())
+        _hash_tensor(digest, value)
+    digest.update(_tokenizer_content(tokenizer))
+    return digest.hexdigest()
+
+
 def _hash_tensor(digest: Any, tensor: Tensor) -> None:
     digest.update(f"\0{list(tensor.shape)} {tensor.dtype}\0".encode())
     for rows in _blocks(tensor.detach()):
@@ -353,7 +363,7 @@ def _tokenizer_content(tokenizer: Any) -> bytes:
     return json.dumps(content, sort_keys=True).encode()
 
 
-def _model_folder(name: str) -> Path:
+def model_folder(name: str) -> Path:
     """The folder of a model: the name itself, else what the hub gives for it."""
     path = Path(name).expanduser()
     if path.is_dir():

@@ -6,6 +6,7 @@ import inspect
 import json
 import random
 import re
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from cit_fast.data.example import Example, Task
 from cit_fast.data.prompts import PromptEncoder
-from cit_fast.errors import CitFastError, DataError, RunError
+from cit_fast.errors import CitFastError, ConfigError, DataError, RunError
 from cit_fast.files import write_json
 
 BASE = "__base__"  # the answer "none of these": the base model without any adapter
@@ -169,6 +170,16 @@ def routing_text(example: Example, reads: Reads = "prompt") -> str:
     return text
 
 
+def check_reads(reads: str) -> None:
+    """Refuse what :func:`routing_text` does not know.
+
+    Raises:
+        ConfigError: neither ``"prompt"`` nor ``"instruction"``.
+    """
+    if reads not in ("prompt", "instruction"):
+        raise ConfigError(f"reads: {reads!r} is unknown; expected 'prompt' or 'instruction'")
+
+
 def set_name(task: Task, taken: Sequence[str]) -> str:
     """A name for the adapter set of ``task``, unlike any in ``taken``.
 
@@ -250,14 +261,16 @@ def load_router(folder: str | Path) -> Router:
 
     folder = Path(folder)
     kind = read_router(folder)["router"]
-    known = {each.name: each for each in vars(package).values() if isinstance(each, type) and hasattr(each, "name")}
+    known = {
+        each.name: each for each in vars(package).values() if isinstance(each, type) and issubclass(each, SavedRouter)
+    }
     if kind not in known:
         raise RunError(
             f"{folder / 'router.json'}: the router {kind!r} is not one of {', '.join(sorted(known))}; "
             "load one of your own with its class: MyRouter.load(folder)"
         )
     try:
-        router: Router = known[kind].load(folder)
+        router = known[kind].load(folder)
     except CitFastError as error:  # an option out of range is damage, too
         raise RunError(str(error)) from None
-    return router
+    return typing.cast("Router", router)

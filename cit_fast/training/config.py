@@ -89,6 +89,8 @@ class MethodConfig(_Section):
     def _joint_replays_nothing(self) -> MethodConfig:
         if self.schedule == "joint" and self.replay.name != "none":
             raise ValueError("replay: a joint run trains all tasks at once, so there is nothing to replay")
+        if self.schedule == "joint" and self.router.name != "shared":
+            raise ValueError("router: a joint run trains all tasks at once, so there is one adapter set")
         return self
 
     @model_validator(mode="before")

@@ -66,6 +66,11 @@ class ContinualTrainer:
             for kind in PARTS:
                 if kind not in self._parts:
                     build_part(kind, getattr(method, kind), method.name)
+            if config.adapter is None and method.router.name != "shared":
+                raise ConfigError(
+                    f"method {method.name!r}: router: {method.router.name!r} grows adapter sets, and adapter: null "
+                    "trains the model itself; give an adapter, or router: shared"
+                )
         self._state = PartialState(cpu=not torch.cuda.is_available())
         self.console = console or Console(quiet=not self._state.is_main_process)
         self.stream = stream or load_stream(

@@ -272,7 +272,8 @@ class MethodRun:
     def _commit(self, stage: StageRecord, model: Any, predictions: dict[str, list[Prediction]]) -> None:
         def fill(path: Path) -> None:
             if model is not None:
-                save_weights(model, path, self.config.model.name)
+                before = self.folder.stage_path(stage.index - 1)
+                save_weights(model, path, self.config.model.name, before=before, trained=stage.adapter)
                 self.parts["router"].save(path / "router")
             _write_all(path, predictions)
 
@@ -301,7 +302,7 @@ class MethodRun:
     def _assigned(self, task: Task, routing: RouterContext) -> str:
         """The set that ``task`` trains, the same on every process."""
         before = set(self.parts["router"].sets)
-        chosen = [self.parts["router"].assign(task, routing)]
+        chosen: list[str] = [self.parts["router"].assign(task, routing)]
         broadcast_object_list(chosen)
         routing.decided.update(assigned=chosen[0], new=chosen[0] not in before)
         _as_json(routing.decided, "router")
@@ -374,7 +375,8 @@ class MethodRun:
         gathered = self.folder.checkpoints(index) / "gathered"
         weights = accelerator.get_state_dict(trainer.model_wrapped)  # every process takes part
         if self.state.is_main_process:
-            save_weights(accelerator.unwrap_model(trainer.model), gathered, self.config.model.name, weights)
+            unwrapped, before = accelerator.unwrap_model(trainer.model), self.folder.stage_path(index - 1)
+            save_weights(unwrapped, gathered, self.config.model.name, weights, before=before, trained=adapter)
         self.state.wait_for_everyone()
         trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = None
         accelerator.free_memory()

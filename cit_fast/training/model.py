@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from cit_fast.data.prompts import PromptEncoder
 from cit_fast.errors import ConfigError, RunError
 from cit_fast.evaluation.generation import generate
 from cit_fast.evaluation.record import read_run, read_stages
-from cit_fast.files import write_json
+from cit_fast.files import link_tree, write_json
 from cit_fast.training.config import RunConfig, describe
 from cit_fast.training.pretrained import load_model, load_tokenizer, resolve_model
 
@@ -61,19 +62,40 @@ def train_adapter(model: Any, config: RunConfig, name: str, seed: int) -> Any:
     return model
 
 
-def save_weights(model: Any, folder: Path, base_name: str, state_dict: dict[str, Any] | None = None) -> None:
+def save_weights(
+    model: Any,
+    folder: Path,
+    base_name: str,
+    state_dict: dict[str, Any] | None = None,
+    *,
+    before: Path | None = None,
+    trained: str | None = None,
+) -> None:
     """Write what training changed: ``adapters/<name>`` as plain PEFT folders, or the whole model as ``model``.
 
     Args:
         state_dict: the model's weights, where the model itself holds only shards of them.
+        before: the folder of an earlier stage whose adapter sets, all but ``trained``, have not changed: they are the
+            same files under another name (copies where the file system has no hard links), so a family of a hundred
+            adapters costs a stage the time and the space of one.
+        trained: the adapter set that has changed.
     """
     if not isinstance(model, PeftModel):
         model.save_pretrained(folder / "model", state_dict=state_dict)
         return
-    model.save_pretrained(folder / "adapters", selected_adapters=list(model.peft_config), state_dict=state_dict)
-    for path in (folder / "adapters").glob("*/adapter_config.json"):
-        # The folder the base was loaded from means nothing on another machine; its name does.
-        write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "base_model_name_or_path": base_name})
+    names = list(model.peft_config)
+    same = [name for name in names if before is not None and name != trained and (before / "adapters" / name).is_dir()]
+    written = [name for name in names if name not in same]
+    model.save_pretrained(folder / "adapters", selected_adapters=written, state_dict=state_dict)
+    for name in written:
+        path = folder / "adapters" / name / "adapter_config.json"
+        # The folder the base was loaded from means nothing on another machine; its name does. Modules are a set.
+        config = {**json.loads(path.read_text(encoding="utf-8")), "base_model_name_or_path": base_name}
+        if isinstance(config.get("target_modules"), list):
+            config["target_modules"] = sorted(config["target_modules"])
+        write_json(path, config)
+    for name in same:
+        link_tree(typing.cast("Path", before) / "adapters" / name, folder / "adapters" / name)
 
 
 def load_weights(base: Any, folder: Path, trainable: bool = False) -> Any:

@@ -14,6 +14,9 @@ PARTS: dict[str, dict[str, str]] = {
     "router": {
         "shared": "cit_fast.routing.SharedRouter",
         "oracle": "cit_fast.routing.OracleRouter",
+        "per-task": "cit_fast.routing.PerTaskRouter",
+        "lcia": "cit_fast.routing.LCIARouter",
+        "switch": "cit_fast.routing.SwitchRouter",
     },
     "replay": {
         "none": "cit_fast.replay.NoReplay",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
@@ -49,6 +51,18 @@ class StageTrainer(Trainer):  # type: ignore[misc]
             made: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
             self.optimizer = self.update.wrap(made)
         return self.optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Of a family of adapters only the one in training goes into a checkpoint; the others are in the last stage."""
+        if not isinstance(self.model, PeftModel):
+            super()._save(output_dir, state_dict)
+            return
+        whole = self.model.save_pretrained
+        self.model.save_pretrained = functools.partial(whole, selected_adapters=list(self.model.active_adapters))
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            del self.model.save_pretrained
 
     def compute_loss(
         self,

@@ -81,16 +81,16 @@ def compare(two: Path, one: Path) -> None:
 
 @pytest.mark.slow
 def test_accelerate_launch_with_two_processes(two_tasks, tmp_path):
-    two_tasks["methods"] = ["lcia"]
+    two_tasks["methods"] = ["lcia-ema"]
     ContinualTrainer(two_tasks, console=Console(quiet=True)).run()
-    one = Path(two_tasks["output"]) / "lcia"
+    one = Path(two_tasks["output"]) / "lcia-ema"
 
     two_tasks["output"] += "-two"
     two_tasks["training"]["per_device_train_batch_size"] = 2
     done = launch(ACCELERATE, two_tasks, tmp_path, ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Report: ") == 1  # one process speaks
-    compare(Path(two_tasks["output"]) / "lcia", one)
+    compare(Path(two_tasks["output"]) / "lcia-ema", one)
 
     again = launch(ACCELERATE, two_tasks, tmp_path, ACCELERATE_USE_CPU="true")
     assert again.returncode == 0, again.stderr[-3000:]
@@ -104,9 +104,9 @@ def test_accelerate_launch_with_two_processes(two_tasks, tmp_path):
         pytest.param("sequential", True, {"fsdp": True}, id="fsdp2-lora"),
         pytest.param("sequential", False, {"fsdp": True}, id="fsdp2-full"),
         pytest.param("sequential", True, ZERO2, id="zero2-lora", marks=needs_deepspeed),
-        pytest.param("lcia", True, ZERO2, id="zero2-lora-lcia", marks=needs_deepspeed),
+        pytest.param("lcia-ema", True, ZERO2, id="zero2-lora-lcia-ema", marks=needs_deepspeed),
         pytest.param("sequential", True, ZERO3, id="zero3-lora", marks=needs_deepspeed),
-        pytest.param("lcia", True, ZERO3, id="zero3-lora-lcia", marks=needs_deepspeed),
+        pytest.param("lcia-ema", True, ZERO3, id="zero3-lora-lcia-ema", marks=needs_deepspeed),
     ],
 )
 def test_sharded_training_killed_and_resumed_equals_one_process(two_tasks, tmp_path, method, adapter, sharding):
@@ -128,7 +128,7 @@ def test_sharded_training_killed_and_resumed_equals_one_process(two_tasks, tmp_p
     done = launch(TORCHRUN, two_tasks, tmp_path, DS_ACCELERATOR="cpu")
     assert done.returncode == 0, done.stderr[-3000:]
     compare(two, one)
-    if method == "lcia":  # what is kept are the averages: the live weights are 100 times as far from the start
+    if method == "lcia-ema":  # what is kept are the averages: the live weights are 100 times as far from the start
         for index in (1, 2):
             ours, theirs = (load_file(next((run / f"stages/{index:02d}").rglob("*.safetensors"))) for run in (two, one))
             assert all(torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-3) for name in theirs)
@@ -147,7 +147,7 @@ def test_zero3_that_cannot_keep_its_weights_is_refused(two_tasks, tmp_path):
 def test_an_optimizer_of_deepspeeds_own_cannot_keep_an_average(two_tasks, tmp_path):
     settings = deepspeed(2)
     settings["deepspeed"]["optimizer"] = {"type": "AdamW", "params": {"lr": 1e-2}}
-    two_tasks["methods"] = ["lcia"]
+    two_tasks["methods"] = ["lcia-ema"]
     two_tasks["training"] |= {"use_cpu": False, **settings}
     done = launch(TORCHRUN, two_tasks, tmp_path, DS_ACCELERATOR="cpu")
     assert "training.deepspeed: optimizer must not be set" in done.stderr

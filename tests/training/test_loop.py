@@ -92,7 +92,7 @@ def test_the_average_is_what_is_kept(settings, stream):
 
 
 def test_balance_weights_are_recorded_per_step(settings, stream):
-    folder = run(settings, stream, methods=["lcia"])["lcia"]
+    folder = run(settings, stream, methods=["lcia-ema"])["lcia-ema"]
     for stage in read_stages(folder)[1:]:
         assert [entry[0] for entry in stage.balance_weights] == [1, 2, 3, 4]
         assert stage.balance_weights[0][1:] == pytest.approx([0.01, 0.01, 0.01, 1.0])  # no gradient before the first
@@ -111,7 +111,7 @@ def test_accumulated_steps_equal_whole_ones(settings, stream):
 
 def test_training_arguments_pass_through(settings, stream):
     training = {"bf16": True, "max_steps": 3, "lr_scheduler_type": "linear", "gradient_checkpointing": True}
-    folder = run(settings, stream, methods=["lcia"], training=training)["lcia"]
+    folder = run(settings, stream, methods=["lcia-ema"], training=training)["lcia-ema"]
     assert [stage.steps for stage in read_stages(folder)] == [0, 3, 3, 3]
 
 

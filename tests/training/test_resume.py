@@ -70,7 +70,7 @@ MOMENTS = {
 }
 
 
-@pytest.fixture(params=["sequential", "lcia"])
+@pytest.fixture(params=["sequential", "lcia-ema"])
 def method(request):
     return request.param
 

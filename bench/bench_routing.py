@@ -1,0 +1,244 @@
+"""How often the right adapter is picked: switch accuracy against what is retained (SwitchCIT's curve), grouping, rejection.
+
+    python -m bench.bench_routing --data path/to/superni15 --results bench/results/routing.json
+    python -m bench.bench_routing --data path/to/superni15 --time --results bench/results/routing.json
+
+Tasks arrive one by one, in the built-in stream and, with ``--data``, in the folders of Super-NI tasks there; nothing is
+trained but the switch network. A prompt is instruction and input, as plain text. ``accuracy`` is the share of the test
+prompts of all tasks that go to their own task's set after the last task; ``along the way`` the same after each task,
+averaged. Features are computed once and kept in the cache of cit-fast. Accuracies do not depend on the machine;
+``--time`` measures milliseconds a prompt, nothing cached, and belongs on an idle one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import random
+import statistics
+import sys
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from cit_fast.data import PromptEncoder, Task, builtin_task_names, load_stream
+from cit_fast.data.sources import TaskSource
+from cit_fast.errors import CitFastError
+from cit_fast.routing import BASE, PerTaskRouter, RouterContext, SwitchRouter
+from cit_fast.training.config import ModelConfig
+from cit_fast.training.environment import describe_environment
+from cit_fast.training.pretrained import cache_folder, load_model, load_tokenizer, resolve_model
+
+FRACTIONS = (0.005, 0.01, 0.02, 0.05, 0.2, 1.0)
+
+
+class Setting:
+    """A stream, and the base model whose features are read."""
+
+    def __init__(self, name: str, sources: list[Any], options: argparse.Namespace) -> None:
+        self.name, self.sources = name, sources
+        self.tasks: list[Task] = list(load_stream(sources, seed=0, train=options.train, dev=32, test=options.test))
+        config = ModelConfig(name=options.model)
+        self.folder = resolve_model(config)
+        self.model = load_model(self.folder, config)
+        self.encoder = PromptEncoder(load_tokenizer(self.folder, False))
+
+    def context(self, seed: int) -> RouterContext:
+        return RouterContext(self.model, self.encoder, random.Random(seed), cache_folder())
+
+    def held_out(self, tasks: list[Task]) -> list[str]:
+        """These tasks as a router names them."""
+        places = {task.name: source for task, source in zip(self.tasks, self.sources, strict=True)}
+        return [getattr(places[task.name], "path", None) or places[task.name] for task in tasks]
+
+
+def learned(router: Any, setting: Setting, tasks: list[Task], seed: int = 0) -> list[float]:
+    """Let ``router`` learn the tasks one by one; its accuracy in per cent after each."""
+    along = []
+    for count, task in enumerate(tasks, 1):
+        context = setting.context(1000 * seed + count)
+        router.assign(task, context)
+        router.learn(task, context)
+        along.append(accuracy(router, setting, tasks[:count]))
+    return along
+
+
+def accuracy(router: Any, setting: Setting, tasks: list[Task]) -> float:
+    """Per cent of the tasks' test prompts that go to their own set."""
+    sets = dict(zip((task.name for task in tasks), router.sets, strict=True))
+    examples = [example for task in tasks for example in task.test]
+    right = [
+        sets[e.task] == name for e, name in zip(examples, router.answer(examples, setting.context(0)), strict=True)
+    ]
+    return 100 * sum(right) / len(right)
+
+
+def to_base(router: Any, setting: Setting, tasks: list[Task]) -> float:
+    """Per cent of the tasks' test prompts that go to the base model."""
+    examples = [example for task in tasks for example in task.test]
+    return 100 * router.answer(examples, setting.context(0)).count(BASE) / len(examples)
+
+
+def curve(setting: Setting, features: str, seeds: list[int], reads: str) -> list[dict[str, Any]]:
+    """A row per retained fraction."""
+    rows = []
+    for fraction in FRACTIONS:
+        along = []
+        for seed in seeds:
+            # The model's folder gives the same states as "base", and they are cached.
+            spec = str(setting.folder) if features == "base" else features
+            router = SwitchRouter(spec, retained=fraction, reads=reads, reject=0)
+            along.append(learned(router, setting, setting.tasks, seed))
+        last = [run[-1] for run in along]
+        rows.append(
+            {
+                "stream": setting.name,
+                "router": f"switch, {features}",
+                "reads": reads,
+                "retained": fraction,
+                "prompts kept a task": statistics.mean(max(1, round(fraction * len(t.train))) for t in setting.tasks),
+                "accuracy": statistics.mean(last),
+                "deviation": statistics.stdev(last) if len(last) > 1 else None,
+                "along the way": statistics.mean(statistics.mean(run) for run in along),
+            }
+        )
+    return rows
+
+
+def grouping(setting: Setting, similarity: str, reads: str) -> dict[str, Any]:
+    """The answers of LCIA's similarity, a set per task."""
+    along = learned(PerTaskRouter(similarity, reads=reads, reject=0), setting, setting.tasks)
+    return {
+        "stream": setting.name,
+        "router": f"similarity, {similarity}",
+        "reads": reads,
+        "retained": None,
+        "prompts kept a task": statistics.mean(len(task.instructions) for task in setting.tasks),
+        "accuracy": along[-1],
+        "deviation": None,
+        "along the way": statistics.mean(along),
+    }
+
+
+def rejection(setting: Setting, make: Any, name: str) -> list[dict[str, Any]]:
+    """The first half of the tasks is learned; of the others, two may set the threshold, and the rest are unknown."""
+    half = len(setting.tasks) // 2
+    known, helping, unknown = setting.tasks[:half], setting.tasks[half : half + 2], setting.tasks[half + 2 :]
+    rows = []
+    for held_out in ([], setting.held_out(helping)):
+        router = make(held_out)
+        learned(router, setting, known)
+        rows.append(
+            {
+                "stream": setting.name,
+                "router": name,
+                "held-out tasks": len(held_out),
+                "unknown to base": to_base(router, setting, unknown),
+                "known to base": to_base(router, setting, known),
+                "accuracy": accuracy(router, setting, known),
+            }
+        )
+    return rows
+
+
+def timing(setting: Setting, count: int) -> list[dict[str, Any]]:
+    """Milliseconds a prompt, median of five calls with ``count`` prompts each, after one that does not count."""
+    makers = {
+        "switch, base, 128 tokens": lambda: SwitchRouter("base"),
+        "switch, base, 32 tokens": lambda: SwitchRouter("base", max_length=32),
+        "switch, tokens": lambda: SwitchRouter("tokens"),
+        "lcia, tfidf": lambda: PerTaskRouter("tfidf"),
+        "lcia, tfidf-pairwise": lambda: PerTaskRouter("tfidf-pairwise"),
+        "lcia, embedding, tokens": lambda: PerTaskRouter("embedding"),
+    }
+    examples = [task.test[n % len(task.test)] for n in range(count) for task in setting.tasks][:count]
+    short = [dataclasses.replace(t, train=t.train[:8], dev=t.dev[:4], test=t.test[:1]) for t in setting.tasks]
+    rows = []
+    for name, make in makers.items():
+        router = make()
+        learned(router, setting, short)
+        seconds = []
+        for _ in range(6):
+            started = time.perf_counter()
+            router.answer(examples, setting.context(0))
+            seconds.append(time.perf_counter() - started)
+        rows.append(
+            {
+                "stream": setting.name,
+                "router": name,
+                "sets": len(short),
+                "prompts": count,
+                "ms a prompt": 1e3 * statistics.median(seconds[1:]) / count,
+            }
+        )
+    return rows
+
+
+def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    for column in rows[0]:
+        table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
+    for row in rows:
+        table.add_row(*("–" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data", type=Path, help="folder of Super-NI task folders; without it the built-in stream only"
+    )
+    parser.add_argument("--train", type=int, default=100, help="training prompts a task")
+    parser.add_argument("--test", type=int, default=32, help="test prompts a task")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--model", default=ModelConfig().name)
+    parser.add_argument("--time", action="store_true", help="measure the time of routing instead")
+    parser.add_argument("--results", type=Path, help="JSON file; what it holds of the other kind is kept")
+    options = parser.parse_args()
+    console = Console(width=140)
+    settings = [Setting("built-in", list(builtin_task_names()), options)]
+    if options.data:
+        folders = sorted(path for path in options.data.glob("task[0-9]*_*") if path.is_dir())
+        sources = [TaskSource(path=str(path), format="super_ni", skip_unanswered=True) for path in folders]
+        settings.append(Setting("Super-NI", sources, options))
+    found: dict[str, Any] = {}
+    for setting in settings:
+        if options.time:
+            found.setdefault("time", []).extend(timing(setting, 64))
+            continue
+        for features in ("base", "tokens"):
+            found.setdefault("accuracy", []).extend(curve(setting, features, options.seeds, "prompt"))
+        for similarity in ("tfidf", "tfidf-pairwise", "embedding"):
+            for reads in ("prompt", "instruction"):
+                found["accuracy"].append(grouping(setting, similarity, reads))
+        for name, make in {
+            "switch, base": lambda held, folder=str(setting.folder): SwitchRouter(folder, held_out=held),
+            "switch, tokens": lambda held: SwitchRouter("tokens", held_out=held),
+            "similarity, tfidf": lambda held: PerTaskRouter(held_out=held),
+        }.items():
+            found.setdefault("rejection", []).extend(rejection(setting, make, name))
+    for title, rows in found.items():
+        show(console, title, rows)
+    if options.results:
+        before = json.loads(options.results.read_text()) if options.results.exists() else {}
+        asked = {"train": options.train, "test": options.test, "seeds": options.seeds, "model": options.model}
+        for rows in found.items():
+            before[rows[0]] = {"date": date.today().isoformat(), "options": asked, "rows": rows[1]}
+        before["environment"] = describe_environment()
+        options.results.write_text(json.dumps(before, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    try:
+        main()
+    except CitFastError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
