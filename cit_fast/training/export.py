@@ -37,7 +37,7 @@ def export_adapters(run: str | Path, out: str | Path) -> list[str]:
     weights = run / "stages" / f"{stage.index:02d}"
     if (weights / "model").is_dir():
         raise RunError(f"{run}: trained the whole model, so it has no adapters; {weights / 'model'} is the model")
-    folders, gone = adapter_folders(weights), {}
+    folders, gone = adapter_folders(weights), dict[str, str]()
     for name, folder in folders.items():
         try:
             read_adapter_config(folder)

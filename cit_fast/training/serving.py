@@ -186,7 +186,7 @@ def _router_of(record: RunRecord, weights: Path) -> Router:
 
 def _read_bank(base: Any, folders: Mapping[str, Path]) -> tuple[AdapterBank | None, dict[str, str]]:
     """The sets that can be read, and why the others cannot; no bank where one of them is not plain LoRA."""
-    bank, gone = AdapterBank(), {}
+    bank, gone = AdapterBank(), dict[str, str]()
     for name, folder in folders.items():
         try:
             bank.read(base, name, folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -11,15 +12,36 @@ import textwrap
 import warnings
 
 import pytest
-import torch
 from rich.console import Console
 
 from cit_fast import ContinualModel, ContinualTrainer, cli
-from cit_fast.data import Example
+from cit_fast.data import Example, Task, TaskStream
 from cit_fast.errors import DataError, RunError
 from cit_fast.evaluation import mixed_batches, read_predictions, read_stages
 from cit_fast.routing import BASE
 from cit_fast.training.export import export_adapters, export_merged
+
+WORDINGS = {
+    "dates": ("Write the date in the form year, month, day.", "March April Friday noon 1999 2004"),
+    "mail": ("Extract the e-mail address from the text.", "ann@web.org bob@site.net letter box sent reply"),
+    "mood": (
+        "What is the sentiment of this review? Answer positive or negative.",
+        "great awful boring lovely film plot",
+    ),
+}
+
+
+def make_task(name):
+    wording, words = WORDINGS[name]
+    chance = random.Random(name)
+    inputs = [" ".join(chance.sample(words.split(), 3)) for _ in range(20)]
+    examples = tuple(Example(wording, text, (text.split()[0],), task=name) for text in inputs)
+    return Task(name, examples[:16], (), examples[16:], metric="token_f1")
+
+
+@pytest.fixture(scope="module")
+def stream():
+    return TaskStream(tuple(map(make_task, WORDINGS)))
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +57,7 @@ def finished(tiny_model_folder, stream, tmp_path_factory):
             "data": {"max_length": 96},
             "training": {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "use_cpu": True},
             "evaluation": {"max_new_tokens": 6, "untrained": False, "tasks": "seen"},
-            "methods": ["lcia"],
+            "methods": [{"preset": "lcia", "router": {"reject": 0}}],
         }
         return ContinualTrainer(settings, stream=stream, console=Console(quiet=True)).run()[0]
 
@@ -73,8 +95,8 @@ def test_each_prompt_goes_to_its_set_and_is_answered_as_in_the_evaluation(finish
     texts = [f"{example.instruction}\n\n{example.input}" for example in examples]
     assert model.route(texts) == model.route(examples)
     assert model.generate(texts, max_new_tokens=6) == expected
-    own = model.generate(texts[:2], max_new_tokens=6, adapters=[BASE, sets["gamma"]])
-    assert own[1] == model.generate(texts[1:2], max_new_tokens=6, adapters=[sets["gamma"]])[0]
+    own = model.generate(texts[:2], max_new_tokens=6, adapters=[BASE, sets["mood"]])
+    assert own[1] == model.generate(texts[1:2], max_new_tokens=6, adapters=[sets["mood"]])[0]
     assert model.generate([]) == model.route([]) == []
 
 
@@ -91,27 +113,27 @@ def test_a_damaged_set_is_named_and_the_others_serve(run, stream, monkeypatch, t
     sets = sets_of(run)
     examples = [task.test[0] for task in stream]
     expected = ContinualModel.from_run(run, device="cpu").generate(examples, max_new_tokens=6)
-    damage(run, sets["beta"])
+    damage(run, sets["mail"])
     if through_peft:
         monkeypatch.setattr(mixed_batches, "is_plain_lora", lambda config: False)
-    with pytest.warns(UserWarning, match=f"adapter set '{sets['beta']}' is gone: .*adapter_model.safetensors: damaged"):
+    with pytest.warns(UserWarning, match=f"adapter set '{sets['mail']}' is gone: .*adapter_model.safetensors: damaged"):
         model = ContinualModel.from_run(run, device="cpu")
-    assert set(model.gone) == {sets["beta"]}
+    assert set(model.gone) == {sets["mail"]}
     routed = model.route(examples)
-    assert [routed[0], routed[2]] == [sets["alpha"], sets["gamma"]]
-    assert routed[1] in {sets["alpha"], sets["gamma"], BASE}
+    assert [routed[0], routed[2]] == [sets["dates"], sets["mood"]]
+    assert routed[1] in {sets["dates"], sets["mood"], BASE}
     found = model.generate(examples, max_new_tokens=6)
     assert [found[0], found[2]] == [expected[0], expected[2]]
-    with pytest.raises(DataError, match=f"adapter set '{sets['beta']}' is gone"):
-        model.generate(examples[:1], adapters=[sets["beta"]])
+    with pytest.raises(DataError, match=f"adapter set '{sets['mail']}' is gone"):
+        model.generate(examples[:1], adapters=[sets["mail"]])
 
 
 def test_a_missing_folder_is_named_too(run, stream):
     sets = sets_of(run)
-    shutil.rmtree(run / "stages/03/adapters" / sets["alpha"])
-    with pytest.warns(UserWarning, match=f"adapter set '{sets['alpha']}' is gone: .* not there"):
+    shutil.rmtree(run / "stages/03/adapters" / sets["dates"])
+    with pytest.warns(UserWarning, match=f"adapter set '{sets['dates']}' is gone: .* not there"):
         model = ContinualModel.from_run(run, device="cpu")
-    assert sets["alpha"] not in model.route([stream[0].test[0]])
+    assert sets["dates"] not in model.route([stream[0].test[0]])
 
 
 def test_nothing_left_to_answer(run):
@@ -121,7 +143,7 @@ def test_nothing_left_to_answer(run):
         ContinualModel.from_run(run, device="cpu")
     assert "\n" not in str(caught.value)
     shutil.rmtree(run / "stages/03/adapters")
-    with pytest.raises(RunError, match="holds neither adapters nor a model, and its router knows task-alpha"):
+    with pytest.raises(RunError, match="holds neither adapters nor a model, and its router knows task-dates"):
         ContinualModel.from_run(run, device="cpu")
 
 
@@ -135,11 +157,11 @@ def test_a_damaged_router(run):
 def test_an_empty_prompt(model, prompt):
     for ask in (model.route, model.generate):
         with pytest.raises(DataError, match="prompt 1 is empty"):
-            ask(["Say alpha.", prompt])
+            ask(["Write the date.", prompt])
 
 
 def test_a_set_that_is_not_there(model):
-    with pytest.raises(DataError, match="no adapter set 'lost'; there are task-alpha"):
+    with pytest.raises(DataError, match="no adapter set 'lost'; there are task-dates"):
         model.generate([Example("Say it.", references=("-",))], adapters=["lost"])
 
 
@@ -151,23 +173,23 @@ def call(monkeypatch, *arguments):
 
 
 def test_generate_says_which_set_answered(run, monkeypatch, capsys):
-    lines = "Say alpha, then the number.\nSay gamma, then the number.\n"
+    lines = "".join(f"{WORDINGS[task][0]}\n" for task in ("dates", "mood"))
     sets = sets_of(run)
     options = ["generate", run, "--max-new-tokens", 3]
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     assert call(monkeypatch, *options, "--show-adapter") == 0
     shown = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
-    assert [line[0] for line in shown] == [sets["alpha"], sets["gamma"]]
+    assert [line[0] for line in shown] == [sets["dates"], sets["mood"]]
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     assert call(monkeypatch, *options, "--json") == 0
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [[each["adapter"], each["answer"]] for each in records] == shown
     assert [each["prompt"] for each in records] == lines.splitlines()
-    damage(run, sets["beta"])
+    damage(run, sets["mail"])
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     assert call(monkeypatch, *options) == 0
     printed = capsys.readouterr()
-    assert printed.err.splitlines()[-1].startswith(f"warning: adapter set '{sets['beta']}' is gone")
+    assert printed.err.splitlines()[-1].startswith(f"warning: adapter set '{sets['mail']}' is gone")
     assert len(printed.out.splitlines()) == 2
 
 
@@ -179,7 +201,7 @@ OUTSIDE = """
 
     base, adapter, merged = sys.argv[1:]
     tokenizer = AutoTokenizer.from_pretrained(merged)
-    ids = torch.tensor([tokenizer("Say beta, then the number.")["input_ids"]])
+    ids = torch.tensor([tokenizer("Extract the e-mail address.")["input_ids"]])
     with torch.no_grad():
         whole = AutoModelForCausalLM.from_pretrained(merged)(ids).logits
         own = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
@@ -195,7 +217,7 @@ OUTSIDE = """
 
 
 def test_exports_load_without_this_package(run, tiny_model_folder, tmp_path, monkeypatch, capsys):
-    name = sets_of(run)["beta"]
+    name = sets_of(run)["mail"]
     assert call(monkeypatch, "export", run, tmp_path / "out") == 0
     assert name in capsys.readouterr().out
     assert call(monkeypatch, "export", run, tmp_path / "merged", "--merge", name) == 0
@@ -209,26 +231,24 @@ def test_exports_load_without_this_package(run, tiny_model_folder, tmp_path, mon
 
 def test_exports_that_cannot_be_made(run, tmp_path):
     sets = sets_of(run)
-    damage(run, sets["beta"])
+    damage(run, sets["mail"])
     with pytest.warns(UserWarning, match="left out: .*damaged"):
-        assert sets["beta"] not in export_adapters(run, tmp_path / "out")
+        assert sets["mail"] not in export_adapters(run, tmp_path / "out")
     with pytest.raises(RunError, match="out: there is something already"):
         export_adapters(run, tmp_path / "out")
-    with pytest.raises(RunError, match="has no adapter set 'lost'; there are task-alpha"):
+    with pytest.raises(RunError, match="has no adapter set 'lost'; there are task-dates"):
         export_merged(run, tmp_path / "new", "lost")
     with pytest.raises(RunError, match=r"adapter_model\.safetensors: damaged"):
-        export_merged(run, tmp_path / "new", sets["beta"])
+        export_merged(run, tmp_path / "new", sets["mail"])
     with pytest.raises(RunError, match=r"run.json: not there"):
         export_adapters(tmp_path, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
-def test_loading_gives_no_warning_and_no_second_base_model(finished):
+def test_loading_gives_no_warning_and_leaves_one_base_model(finished):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = ContinualModel.from_run(finished, device="cpu")
-    parameters = sum(parameter.numel() for parameter in model.model.parameters())
     assert model.bank is not None
-    assert not any("lora" in name for name, _ in model.model.named_parameters())
-    assert isinstance(parameters, int)
-    assert all(isinstance(each, torch.nn.Parameter) for each in model.model.parameters())
+    assert model.bank.names == set(model.sets)
+    assert not any("lora" in name for name, _ in model.model.named_modules())
