@@ -1,4 +1,4 @@
-"""How often the right adapter is picked: switch accuracy against what is retained (SwitchCIT's curve), grouping, rejection.
+"""How often the right adapter is picked: the switch network by what is retained, LCIA's similarity, rejection.
 
     python -m bench.bench_routing --data path/to/superni15 --results bench/results/routing.json
     python -m bench.bench_routing --data path/to/superni15 --time --results bench/results/routing.json
@@ -28,10 +28,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from cit_fast.data import PromptEncoder, Task, builtin_task_names, load_stream
+from cit_fast.data import PromptEncoder, Task, load_stream
+from cit_fast.data.builtin import builtin_task_names
+from cit_fast.data.embedding_cache import CachedEmbedder
 from cit_fast.data.sources import TaskSource
 from cit_fast.errors import CitFastError
 from cit_fast.routing import BASE, PerTaskRouter, RouterContext, SwitchRouter
+from cit_fast.routing.features import LastTokenFeatures
 from cit_fast.training.config import ModelConfig
 from cit_fast.training.environment import describe_environment
 from cit_fast.training.pretrained import cache_folder, load_model, load_tokenizer, resolve_model
@@ -49,9 +52,19 @@ class Setting:
         self.folder = resolve_model(config)
         self.model = load_model(self.folder, config)
         self.encoder = PromptEncoder(load_tokenizer(self.folder, False))
+        base = LastTokenFeatures(self.model, self.encoder.tokenizer)
+        self._cached = CachedEmbedder(base, cache_folder() / "embeddings")
 
     def context(self, seed: int) -> RouterContext:
-        return RouterContext(self.model, self.encoder, random.Random(seed), cache_folder())
+        return RouterContext(self.model, self.encoder, random.Random(seed), cache_folder())  # noqa: S311
+
+    def switch(self, features: str, **options: Any) -> SwitchRouter:
+        """A switch router, with the base model's states from the cache."""
+        if features != "base":
+            return SwitchRouter(features, **options)
+        router = SwitchRouter("cached", **options)
+        router._extractor = self._cached
+        return router
 
     def held_out(self, tasks: list[Task]) -> list[str]:
         """These tasks as a router names them."""
@@ -74,9 +87,8 @@ def accuracy(router: Any, setting: Setting, tasks: list[Task]) -> float:
     """Per cent of the tasks' test prompts that go to their own set."""
     sets = dict(zip((task.name for task in tasks), router.sets, strict=True))
     examples = [example for task in tasks for example in task.test]
-    right = [
-        sets[e.task] == name for e, name in zip(examples, router.answer(examples, setting.context(0)), strict=True)
-    ]
+    answers = router.answer(examples, setting.context(0))
+    right = [sets[example.task] == name for example, name in zip(examples, answers, strict=True)]
     return 100 * sum(right) / len(right)
 
 
@@ -92,9 +104,7 @@ def curve(setting: Setting, features: str, seeds: list[int], reads: str) -> list
     for fraction in FRACTIONS:
         along = []
         for seed in seeds:
-            # The model's folder gives the same states as "base", and they are cached.
-            spec = str(setting.folder) if features == "base" else features
-            router = SwitchRouter(spec, retained=fraction, reads=reads, reject=0)
+            router = setting.switch(features, retained=fraction, reads=reads, reject=0)
             along.append(learned(router, setting, setting.tasks, seed))
         last = [run[-1] for run in along]
         rows.append(
@@ -219,7 +229,7 @@ def main() -> None:
             for reads in ("prompt", "instruction"):
                 found["accuracy"].append(grouping(setting, similarity, reads))
         for name, make in {
-            "switch, base": lambda held, folder=str(setting.folder): SwitchRouter(folder, held_out=held),
+            "switch, base": lambda held, setting=setting: setting.switch("base", held_out=held),
             "switch, tokens": lambda held: SwitchRouter("tokens", held_out=held),
             "similarity, tfidf": lambda held: PerTaskRouter(held_out=held),
         }.items():
@@ -229,8 +239,8 @@ def main() -> None:
     if options.results:
         before = json.loads(options.results.read_text()) if options.results.exists() else {}
         asked = {"train": options.train, "test": options.test, "seeds": options.seeds, "model": options.model}
-        for rows in found.items():
-            before[rows[0]] = {"date": date.today().isoformat(), "options": asked, "rows": rows[1]}
+        for kind, rows in found.items():
+            before[kind] = {"date": date.today().isoformat(), "options": asked, "rows": rows}
         before["environment"] = describe_environment()
         options.results.write_text(json.dumps(before, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

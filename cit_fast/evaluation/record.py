@@ -42,7 +42,8 @@ class StageRecord:
             ``threshold`` (from which a set is reused), ``reject_below`` (scores that go to the base model),
             ``trained_by`` (task -> its set, so far), ``answers`` (task -> set -> prompts answered by it, ``__base__``
             for the base model), ``accuracy`` (share of the trained tasks' prompts that their own set answered),
-            ``to_base`` (share of the other tasks' prompts that the base model answered), ``seconds``, ``notes``.
+            ``to_base`` (share of the other tasks' prompts that the base model answered), ``seconds`` (of choosing),
+            ``truncated`` (training prompts too long to be read whole), ``notes`` (sentences).
         steps: optimizer steps; ``train_seconds`` and ``evaluate_seconds``: wall time (summed over resumed parts).
         losses: ``(step, training loss)`` as logged.
         balance_weights: per optimizer step ``(step, mean, minimum, maximum, fallback fraction)`` of the balance

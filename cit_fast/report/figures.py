@@ -26,6 +26,7 @@ from PIL import Image
 from cit_fast.evaluation.continual import Matrix
 from cit_fast.evaluation.record import StageRecord
 from cit_fast.report.collect import COLUMNS, RunView, number
+from cit_fast.report.routing import confusion
 
 DPI = 150
 _LEAST_ROOM = 11  # characters; a name cut shorter than that says nothing
@@ -106,6 +107,12 @@ def distance_figure(view: RunView, theme: Theme) -> Figure:
     texts = [["" if math.isnan(value) else f"{value:.{digits}f}" for value in row] for row in rows]
     names = [f"to {view.stage_names[i]}" for i in measured]
     return _heat_map(rows, texts, names, view.record.tasks, theme, top, "distance", [])
+
+
+def routing_figure(view: RunView, theme: Theme) -> Figure:
+    """Which adapter set answered the prompts of each task, in per cent; a frame where they belong."""
+    shares, texts, tasks, sets, framed = confusion(view)
+    return _heat_map(shares, texts, tasks, sets, theme, 100.0, "% of prompts", framed)
 
 
 def task_curves_figure(views: Sequence[RunView], theme: Theme) -> Figure:

@@ -20,6 +20,7 @@ from cit_fast.files import write_file
 from cit_fast.report import figures
 from cit_fast.report.collect import COLUMNS, Runs, RunView, collect, number
 from cit_fast.report.headline import headline
+from cit_fast.report.routing import decisions, has_routing
 from cit_fast.report.table import comparison_rows
 
 _TEMPLATE = Path(__file__).with_name("page.html.j2")
@@ -195,6 +196,17 @@ def _section(view: RunView, runs: Runs, album: _Album) -> dict[str, Any]:
                 "The farther a task, the more of it was replayed.",
             )
         )
+    if has_routing(view):
+        pictures.append(
+            album.picture(
+                f"{view.label}-routing",
+                lambda theme: figures.routing_figure(view, theme),
+                f"Heat map: which adapter set of {view.label} answered which task",
+                "Share of each task's prompts (rows) that each adapter set (columns) answered after the last stage. "
+                "A frame marks the set that the task trained; prompts of a task that trained none belong to the base "
+                "model.",
+            )
+        )
     if any(stage.balance_weights for stage in view.trained):
         pictures.append(
             album.picture(
@@ -226,7 +238,13 @@ def _section(view: RunView, runs: Runs, album: _Album) -> dict[str, Any]:
             for name, stage in zip(view.stage_names, view.trained, strict=True)
             for note in stage.replay.get("notes", [])
         ],
+        "routing_notes": [
+            (name, note)
+            for name, stage in zip(view.stage_names, view.trained, strict=True)
+            for note in stage.routing.get("notes", [])
+        ],
         "ranking": _ranking(view),
+        "routing": decisions(view) if has_routing(view) else [],
         "examples": examples,
         "problem": problem,
         "truncated": sum(stage.truncated for stage in view.trained),

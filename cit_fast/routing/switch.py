@@ -185,6 +185,11 @@ class SwitchRouter(SavedRouter):
             DataError: a prompt without text.
         """
         new = self._read(task.train, context)
+        if context.decided["truncated"]:
+            context.decided["notes"] = [
+                f"{context.decided['truncated']} prompts are longer than {self.max_length} tokens; "
+                "their middle was not read."
+            ]
         examples = torch.cat([*self._kept, new])
         labels = torch.tensor([label for label, own in enumerate([*self._kept, new]) for _ in own])
         network = train_switch(
@@ -245,8 +250,7 @@ class SwitchRouter(SavedRouter):
         extractor = self._features(context)
         before = getattr(extractor, "truncated", 0)
         features = extractor.embed(list(position))
-        cut = getattr(extractor, "truncated", 0) - before
-        context.decided["truncated"] = context.decided.get("truncated", 0) + cut
+        context.decided.setdefault("truncated", getattr(extractor, "truncated", 0) - before)
         return features[[position[text] for text in texts]]
 
     def _features(self, context: RouterContext) -> Embedder:

@@ -64,6 +64,13 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         finally:
             del self.model.save_pretrained
 
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """No step after the last one of a checkpoint: the Trainer looks at ``max_steps`` after a step only."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**kwargs)
+        else:
+            self.control.should_training_stop = True
+
     def compute_loss(
         self,
         model: nn.Module,

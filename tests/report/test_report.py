@@ -20,6 +20,7 @@ from cit_fast.report import comparison_table, matrix_table, write_report
 from cit_fast.report import figures as pictures
 from cit_fast.report.collect import collect, number
 from cit_fast.report.headline import headline
+from cit_fast.report.routing import confusion
 
 TASKS = ("dates", "words", "labels")
 UNTRAINED = (4.0, 0.0, 20.0)
@@ -470,3 +471,51 @@ def test_what_another_policy_says_does_no_harm(tmp_path):
     zero = with_replay(write_run(tmp_path / "b", REPLAY, replay=1), {}, {"distances": {"dates": 0.0}})
     ax = pictures.distance_figure(collect([zero]).views[0], pictures.LIGHT).axes[0]
     assert ax.texts[0].get_text() == "0.00"
+
+
+def routed(folder, *stages):
+    """The run with these ``routing`` entries, one per trained stage."""
+    for index, routing in enumerate(stages, 1):
+        path = folder / "stages" / f"{index:02d}" / "stage.json"
+        write_json(path, {**json.loads(path.read_text()), "adapter": routing["assigned"], "routing": routing})
+    return folder
+
+
+def test_routing_is_a_table_and_a_confusion_matrix(tmp_path):
+    first = {"assigned": "set-01", "new": True, "scores": {}, "trained_by": {"dates": "set-01"}, "accuracy": 1.0}
+    second = {"assigned": "set-02", "new": True, "scores": {"set-01": 0.125}, "accuracy": 0.75, "to_base": 0.5}
+    third = {
+        "assigned": "set-01",
+        "new": False,
+        "scores": {"set-01": 0.9375, "set-02": 0.25, "odd": "?"},
+        "trained_by": {"dates": "set-01", "words": "set-02", "labels": "set-01"},
+        "answers": {
+            "dates": {"set-01": 3, "__base__": 1},
+            "words": {"set-01": 2, "set-02": 2},
+            "labels": {"set-01": 4},
+            "strange": {"set-02": 1, "__base__": 3},
+        },
+        "accuracy": 0.75,
+        "to_base": 0.75,
+        "notes": ["7 prompts are long."],
+    }
+    folder = routed(write_run(tmp_path / "a", REPLAY, method="lcia"), first, second, third)
+    page = Page(write_report([folder]))
+    for text in (
+        "Which adapter set each task trained",
+        "set-01 0.94, set-02 0.25",
+        "reused",
+        "75.0",
+        "labels: 7 prompts are long.",
+    ):
+        assert text in page.text, text
+    assert (tmp_path / "a" / "report-figures" / "lcia-routing.png").exists()
+    shares, texts, tasks, sets, framed = confusion(collect([folder]).views[0])
+    assert (tasks, sets) == (["dates", "words", "labels", "strange"], ["set-01", "set-02", "base model"])
+    assert texts == [["75", "", "25"], ["50", "50", ""], ["100", "", ""], ["", "25", "75"]]
+    assert framed == [(0, 0), (1, 1), (2, 0), (3, 2)]
+    assert shares[0, 0] == 75.0
+
+
+def test_one_set_for_all_is_no_routing(folders, undrawn):
+    assert "Which adapter set" not in Page(write_report(folders)).text

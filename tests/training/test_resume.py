@@ -108,6 +108,30 @@ def test_kill_at_any_moment_and_go_on(settings, stream, method, undisturbed, tmp
         assert not list(folder.glob("stages/.*")), moment
 
 
+def test_a_limit_of_steps_holds_after_the_last_checkpoint(settings, stream, monkeypatch):
+    settings = {**settings, "methods": ["sequential"]}
+    settings["training"] = {**settings["training"], "max_steps": 2, "save_steps": 1}
+    whole = {**settings, "output": settings["output"] + "-whole"}
+    start(whole, stream)
+    original, calls = method_run.evaluate, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:  # the first stage's, when it is trained
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(method_run, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        start(settings, stream)
+    start(settings, stream)
+    folders = [Path(run["output"]) / "sequential" for run in (settings, whole)]
+    for ours, theirs in zip(*(read_stages(folder)[1:] for folder in folders), strict=True):
+        assert (ours.steps, ours.losses) == (2, theirs.losses)
+        resumed, undisturbed = (adapter(folder, ours.index) for folder in folders)
+        assert all(torch.equal(resumed[name], undisturbed[name]) for name in undisturbed)
+
+
 @pytest.mark.parametrize("where", ["commit", "checkpoint"])
 def test_a_full_disk_loses_nothing(settings, stream, monkeypatch, where):
     settings = {**settings, "methods": ["sequential"]}
