@@ -26,7 +26,7 @@ WORDINGS = {
     "mail": ("Extract the e-mail address from the text.", "ann@web.org bob@site.net letter box sent reply"),
     "mood": (
         "What is the sentiment of this review? Answer positive or negative.",
-        "great awful boring lovely film plot",
+        "great awful boring lovely film",
     ),
 }
 
