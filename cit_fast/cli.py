@@ -10,14 +10,14 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cit_fast.errors import CitFastError, DataError, RunError
+from cit_fast.errors import CitFastError, DataError, LeftOutWarning, RunError
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -276,13 +276,19 @@ def _run_folders(paths: list[Path]) -> list[Path]:
 
 @contextlib.contextmanager
 def _warnings_as_lines() -> Iterator[None]:
-    """Our own warnings as one line each, without the place in the code."""
-    console = Console(stderr=True, soft_wrap=True)
-    with warnings.catch_warnings(record=True) as caught:
+    """What was left out, as one line each without the place in the code."""
+    console, show_others = Console(stderr=True, soft_wrap=True), warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, LeftOutWarning):
+            console.print(f"[bold yellow]warning:[/bold yellow] {escape(str(message))}", highlight=False)
+        else:
+            show_others(message, category, *place, **more)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", LeftOutWarning)
+        warnings.showwarning = show
         yield
-    for each in caught:
-        if each.category is UserWarning:
-            console.print(f"[bold yellow]warning:[/bold yellow] {escape(str(each.message))}", highlight=False)
 
 
 class _Interrupted(BaseException):

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from cit_fast.errors import ConfigError, RunError
+from cit_fast.errors import ConfigError, LeftOutWarning, RunError
 from cit_fast.evaluation.mixed_batches import read_adapter_config, read_adapter_weights
 from cit_fast.files import commit_folder, write_json
 from cit_fast.training.model import load_adapter, load_weights
@@ -59,7 +59,7 @@ def export_adapters(run: str | Path, out: str | Path) -> list[str]:
 
     _write(out, fill)
     for reason in gone.values():
-        warnings.warn(f"left out: {reason}", stacklevel=2)
+        warnings.warn(f"left out: {reason}", LeftOutWarning, stacklevel=2)
     return names
 
 

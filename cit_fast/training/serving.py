@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from cit_fast.data.example import Example
 from cit_fast.data.prompts import PromptEncoder
-from cit_fast.errors import DataError, RunError
+from cit_fast.errors import DataError, LeftOutWarning, RunError
 from cit_fast.evaluation.generation import generate
 from cit_fast.evaluation.mixed_batches import AdapterBank, NotPlainLoraError
 from cit_fast.evaluation.record import RunRecord, StageRecord, read_run, read_stages
@@ -92,7 +92,9 @@ class ContinualModel:
         if not sets:
             raise RunError(f"{run}: no adapter set can answer: {next(iter(gone.values()))}")
         for name, reason in gone.items():
-            warnings.warn(f"adapter set {name!r} is gone: {reason}; the others answer its prompts", stacklevel=2)
+            warnings.warn(
+                f"adapter set {name!r} is gone: {reason}; the others answer its prompts", LeftOutWarning, stacklevel=2
+            )
         return cls(model, encoder, bank, router, sets, gone)
 
     def route(self, prompts: Sequence[str | Example]) -> list[str]:
