@@ -62,10 +62,11 @@ def make_sets(base: Any, folder: Path) -> None:
 def tokens_of(model: Any, rows: list[list[int]], pad: int, new: int, **options: Any) -> None:
     width = max(map(len, rows))
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     with torch.inference_mode():
         model.generate(
             input_ids=ids,
-            attention_mask=(ids != pad).long(),
+            attention_mask=mask,
             do_sample=False,
             max_new_tokens=new,
             min_new_tokens=new,

@@ -210,7 +210,7 @@ OUTSIDE = """
         with own.disable_adapter():
             plain = own(ids).logits
     assert torch.allclose(whole, with_adapter, atol=1e-4), (whole - with_adapter).abs().max()
-    assert not torch.allclose(plain, with_adapter, atol=1e-2)
+    assert (plain - with_adapter).abs().max() > 1e-3
     assert not [name for name in sys.modules if name.startswith("cit_fast")]
     print("loaded")
 """
