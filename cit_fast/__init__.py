@@ -14,7 +14,7 @@ from cit_fast.backends import available_backends, backend
 if TYPE_CHECKING:
     from cit_fast.training.config import RunConfig
     from cit_fast.training.loop import ContinualTrainer
-    from cit_fast.training.model import ContinualModel
+    from cit_fast.training.serving import ContinualModel
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
 
 # transformers and peft take seconds to import; a user of the ops or the optimizer should not wait for them.
 _LAZY = {
-    "ContinualModel": "cit_fast.training.model",
+    "ContinualModel": "cit_fast.training.serving",
     "ContinualTrainer": "cit_fast.training.loop",
     "RunConfig": "cit_fast.training.config",
 }

@@ -1,23 +1,24 @@
-"""The command line: ``cit-fast run | report | eval | generate | distances | score | doctor``."""
+"""The command line: ``cit-fast run | report | eval | generate | export | distances | score | doctor``."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import signal
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cit_fast.errors import CitFastError, DataError, RunError
+from cit_fast.errors import CitFastError, DataError, LeftOutWarning, RunError
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -122,9 +123,16 @@ def generate(
         Path | None, typer.Option(help="A text file, one prompt per line; otherwise standard input.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time, whatever their adapter sets.")] = 16,
+    show_adapter: Annotated[
+        bool, typer.Option("--show-adapter", help="Print the adapter set that answered, and a tab, before each answer.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per prompt: prompt, adapter, answer.")
+    ] = False,
 ) -> None:
     """Answer prompts with the model of RUN's last stage, one answer per line."""
-    from cit_fast.training.model import ContinualModel
+    from cit_fast.training.serving import ContinualModel
 
     try:
         text = sys.stdin.read() if prompts is None else prompts.read_text(encoding="utf-8")
@@ -133,9 +141,36 @@ def generate(
     lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         raise CitFastError(f"{prompts or 'standard input'}: no prompts; give one per line")
-    model = ContinualModel.from_run(run_folder)
-    for answer in model.generate(lines, max_new_tokens=max_new_tokens):
-        typer.echo(answer.replace("\n", "\\n"))
+    with _warnings_as_lines():
+        model = ContinualModel.from_run(run_folder)
+    sets = model.route(lines) if model.router is not None else None
+    answers = model.generate(lines, max_new_tokens=max_new_tokens, batch_size=batch_size, adapters=sets)
+    for line, name, answer in zip(lines, sets or ["model"] * len(lines), answers, strict=True):
+        if as_json:
+            typer.echo(json.dumps({"prompt": line, "adapter": name, "answer": answer}, ensure_ascii=False))
+        else:
+            typer.echo((f"{name}\t" if show_adapter else "") + answer.replace("\n", "\\n"))
+
+
+@app.command()
+def export(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that is not there yet.")],
+    merge: Annotated[
+        str | None, typer.Option(metavar="SET", help="Merge this adapter set into the base model's weights.")
+    ] = None,
+) -> None:
+    """Write RUN's adapter sets as PEFT folders OUT/SET or, merged, as the transformers model OUT."""
+    from cit_fast.training.export import export_adapters, export_merged
+
+    console = Console(soft_wrap=True)
+    with _warnings_as_lines():
+        if merge is None:
+            names = export_adapters(run_folder, out)
+            console.print(f"PEFT adapters in {out}: {', '.join(names)}", highlight=False, markup=False)
+        else:
+            export_merged(run_folder, out, merge)
+            console.print(f"Model and tokenizer with {merge} merged: {out}", highlight=False, markup=False)
 
 
 @app.command()
@@ -334,6 +369,23 @@ def _run_folders(paths: list[Path]) -> list[Path]:
         else:
             folders += inner
     return folders
+
+
+@contextlib.contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """What was left out, as one line each without the place in the code."""
+    console, show_others = Console(stderr=True, soft_wrap=True), warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, LeftOutWarning):
+            console.print(f"[bold yellow]warning:[/bold yellow] {escape(str(message))}", highlight=False)
+        else:
+            show_others(message, category, *place, **more)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", LeftOutWarning)
+        warnings.showwarning = show
+        yield
 
 
 class _Interrupted(BaseException):

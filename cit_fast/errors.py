@@ -24,3 +24,7 @@ class RunError(CitFastError):
 
 class BackendError(CitFastError):
     """A kernel backend was asked for by name and cannot serve."""
+
+
+class LeftOutWarning(UserWarning):
+    """A part of a run cannot be used and was left out; the message names it."""

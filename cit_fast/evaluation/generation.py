@@ -1,4 +1,4 @@
-"""Batched greedy generation: the answers that are scored."""
+"""Batched greedy generation: the answers that are scored, each prompt's by its own adapter set where asked."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import GenerationConfig
 
 from cit_fast.errors import DataError
+from cit_fast.evaluation.mixed_batches import AdapterBank, RowsLostError
+from cit_fast.routing import BASE
 
 
 def generate(
@@ -22,6 +25,8 @@ def generate(
     max_new_tokens: int = 64,
     batch_size: int = 16,
     progress: Callable[[int], None] | None = None,
+    adapters: Sequence[str] | None = None,
+    bank: AdapterBank | None = None,
 ) -> list[str]:
     """Answer each prompt with the most likely token at every step, until an end token or ``max_new_tokens``.
 
@@ -38,12 +43,16 @@ def generate(
             dropped.
         max_new_tokens: tokens per answer, >= 1. ``batch_size``: prompts per batch, >= 1.
         progress: called after each batch with the number of prompts it answered.
+        adapters: N names of adapter sets, prompt i is answered by ``adapters[i]``, :data:`~cit_fast.routing.BASE` for
+            the base model alone. Sets of plain LoRA are mixed in the same batch, others answer one after another.
+            Without it, whichever set is active answers.
+        bank: the sets, where ``model`` is a bare base model; those of a PEFT model are found in it.
 
     Returns:
         N answers in the order of the prompts.
 
     Raises:
-        DataError: a prompt without tokens, or a size below 1.
+        DataError: a prompt without tokens, a size below 1, or a set that the model does not have.
     """
     for name, size in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if size < 1:
@@ -61,18 +70,87 @@ def generate(
         use_cache=True,
     )
     answers = [""] * len(prompts)
+
+    def answer(batch: Sequence[int]) -> None:
+        new_tokens = _new_tokens(model, [prompts[index] for index in batch], config)
+        for index, tokens in zip(batch, new_tokens, strict=True):
+            end = next((k for k, token in enumerate(tokens) if token in end_tokens), len(tokens))
+            text = tokenizer.decode(tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            answers[index] = text.strip()
+        if progress is not None:
+            progress(len(batch))
+
     longest_first = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     with _evaluating(model), _only_defaults(model, config), _contiguous_rows(model), torch.inference_mode():
-        for start in range(0, len(prompts), batch_size):
-            batch = longest_first[start : start + batch_size]
-            new_tokens = _new_tokens(model, [prompts[index] for index in batch], config)
-            for index, tokens in zip(batch, new_tokens, strict=True):
-                end = next((k for k, token in enumerate(tokens) if token in end_tokens), len(tokens))
-                text = tokenizer.decode(tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-                answers[index] = text.strip()
-            if progress is not None:
-                progress(len(batch))
+        if adapters is None:
+            for batch in _batches(longest_first, batch_size):
+                answer(batch)
+        else:
+            _answer_with_sets(model, bank, adapters, longest_first, batch_size, answer)
     return answers
+
+
+def _batches(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    return (indices[start : start + size] for start in range(0, len(indices), size))
+
+
+def _answer_with_sets(
+    model: Any,
+    bank: AdapterBank | None,
+    sets: Sequence[str],
+    indices: Sequence[int],
+    batch_size: int,
+    answer: Callable[[Sequence[int]], None],
+) -> None:
+    """Call ``answer`` on batches of ``indices`` while each of their rows has its set."""
+    if len(sets) != len(indices):
+        raise DataError(f"generate: {len(sets)} adapter sets for {len(indices)} prompts")
+    known = bank.names if bank is not None else set(getattr(model, "peft_config", ()))
+    unknown = set(sets) - {*known, BASE}
+    if unknown:
+        raise DataError(f"generate: no adapter set {min(unknown)!r}; there are {', '.join(sorted(known)) or 'none'}")
+    mixed = bank if bank is not None else AdapterBank.of_model(model)
+    done = 0
+    if mixed is not None:
+        try:
+            for batch in _batches(indices, batch_size):
+                with mixed.answering([sets[index] for index in batch]):
+                    answer(batch)
+                done += len(batch)
+        except RowsLostError:  # e.g. experts, each given the tokens that are routed to it
+            pass
+    left = indices[done:]
+    for name in dict.fromkeys(sets[index] for index in left):
+        own = [index for index in left if sets[index] == name]
+        with _one_set(model, bank, name):
+            for batch in _batches(own, batch_size):
+                answer(batch)
+
+
+@contextlib.contextmanager
+def _one_set(model: Any, bank: AdapterBank | None, name: str) -> Iterator[None]:
+    """The set ``name`` answers; afterwards the model's own is active, and gradients are asked for where they were."""
+    if bank is not None:
+        with bank.answering([name]):
+            yield
+        return
+    if not isinstance(model, PeftModel):  # BASE, which is all there is
+        yield
+        return
+    before, trained = model.active_adapter, [each for each in model.parameters() if each.requires_grad]
+    try:
+        if name == BASE:
+            with model.disable_adapter():
+                yield
+        else:
+            model.set_adapter(name)
+            yield
+    finally:
+        model.set_adapter(before)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _new_tokens(model: Any, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> list[list[int]]:

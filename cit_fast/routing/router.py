@@ -35,6 +35,7 @@ class RouterContext:
         cache: where what is found by its content may be kept for all runs; ``None``: nowhere.
         decided: what ``assign`` and ``learn`` have to say about a stage, filled in by them; plain JSON values. The
             report knows the keys named in :class:`cit_fast.evaluation.StageRecord`.
+        gone: adapter sets that cannot answer, for their weights are damaged: the best of the others does.
     """
 
     model: Any = None
@@ -42,6 +43,7 @@ class RouterContext:
     rng: random.Random = field(default_factory=lambda: random.Random(0))  # noqa: S311  # a seed, not a secret
     cache: Path | None = None
     decided: dict[str, Any] = field(default_factory=dict)
+    gone: frozenset[str] = frozenset()
 
 
 class Router(Protocol):

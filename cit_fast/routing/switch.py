@@ -229,7 +229,11 @@ class SwitchRouter(SavedRouter):
         if not examples:
             return []
         features = self._read(examples, context)
-        chosen = self._network(features).argmax(1).tolist()
+        logits = self._network(features)
+        if set(self.sets) <= context.gone:
+            return [BASE] * len(examples)
+        logits[:, [label for label, name in enumerate(self.sets) if name in context.gone]] = -torch.inf
+        chosen = logits.argmax(1).tolist()
         below = self._rejection.below
         sure = [True] * len(chosen)
         if below is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -116,7 +115,6 @@ def _answers(
 ) -> list[str]:
     """The answers in the order of the prompts, which are shared out over the processes."""
     state = PartialState()
-    answers = [""] * len(prompts)
     bar = tqdm(
         total=len(prompts), desc=f"{title}: answering", unit="prompt", leave=False, disable=not state.is_main_process
     )
@@ -124,23 +122,16 @@ def _answers(
     def advance(count: int) -> None:
         bar.update(count * state.num_processes)
 
-    with bar:
-        for name in dict.fromkeys(sets or [""]):
-            if sets is not None and name != BASE:
-                model.set_adapter(name)
-            indices = [index for index in range(len(prompts)) if sets is None or sets[index] == name]
-            bare = model.disable_adapter() if name == BASE else contextlib.nullcontext()
-            with bare, state.split_between_processes(indices) as mine:
-                found = generate(
-                    model,
-                    [prompts[index] for index in mine],
-                    tokenizer=encoder.tokenizer,
-                    pad_token_id=encoder.pad_token_id,
-                    eos_token_ids=encoder.stop_token_ids,
-                    max_new_tokens=config.max_new_tokens,
-                    batch_size=config.batch_size,
-                    progress=advance,
-                )
-            for index, answer in zip(indices, gather_object(found) if state.num_processes > 1 else found, strict=True):
-                answers[index] = answer
-    return answers
+    with bar, state.split_between_processes(list(range(len(prompts)))) as mine:
+        found = generate(
+            model,
+            [prompts[index] for index in mine],
+            tokenizer=encoder.tokenizer,
+            pad_token_id=encoder.pad_token_id,
+            eos_token_ids=encoder.stop_token_ids,
+            max_new_tokens=config.max_new_tokens,
+            batch_size=config.batch_size,
+            progress=advance,
+            adapters=None if sets is None else [sets[index] for index in mine],
+        )
+    return gather_object(found) if state.num_processes > 1 else found

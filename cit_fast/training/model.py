@@ -1,26 +1,20 @@
-"""A language model with its adapter sets: made for training, saved with a stage, taken up again, and used."""
+"""A language model with its adapter sets: made for training, saved with a stage, and taken up again."""
 
 from __future__ import annotations
 
 import json
 import re
 import typing
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
-from pydantic import ValidationError
 
-from cit_fast.data.example import Example
 from cit_fast.data.prompts import PromptEncoder
 from cit_fast.errors import ConfigError, RunError
-from cit_fast.evaluation.generation import generate
-from cit_fast.evaluation.record import read_run, read_stages
+from cit_fast.evaluation.mixed_batches import read_adapter_config, read_adapter_weights
 from cit_fast.files import link_tree, write_json
-from cit_fast.training.config import RunConfig, describe
-from cit_fast.training.pretrained import load_model, load_tokenizer, resolve_model
+from cit_fast.training.config import RunConfig
 
 
 def prompt_encoder(tokenizer: Any, config: RunConfig) -> PromptEncoder:
@@ -117,72 +111,25 @@ def load_weights(base: Any, folder: Path, trainable: bool = False) -> Any:
     if not adapters:
         raise RunError(f"{folder}: holds neither adapters nor a model; the stage is damaged")
     for path in adapters:
-        name = path.parent.name
-        try:
-            if isinstance(model, PeftModel):
-                model.load_adapter(str(path.parent), name, is_trainable=trainable)
-            else:
-                model = PeftModel.from_pretrained(model, str(path.parent), adapter_name=name, is_trainable=trainable)
-        except Exception as error:  # PEFT and safetensors raise half a dozen kinds for a damaged or foreign file
-            raise RunError(f"{path.parent}: cannot be loaded: {str(error).splitlines()[0]}") from error
+        model = load_adapter(model, path.parent, trainable)
     return model
 
 
-class ContinualModel:
-    """A finished (or running) run as a model that answers prompts.
+def load_adapter(model: Any, folder: Path, trainable: bool = False) -> Any:
+    """``model``, bare or with adapters, with the one in a PEFT folder, under the folder's name.
 
-    Example::
-
-        model = ContinualModel.from_run("runs/quickstart/random-replay")
-        model.generate(["Write the number in words.\\n\\n42"])
+    Raises:
+        RunError: a missing or damaged file, weights that are not finite, or an adapter of another base model.
     """
-
-    def __init__(self, model: Any, encoder: PromptEncoder) -> None:
-        self.model, self.encoder = model, encoder
-
-    @classmethod
-    def from_run(cls, run: str | Path, device: str | None = None, trust_remote_code: bool = False) -> ContinualModel:
-        """Load the base model and the weights of the last committed stage.
-
-        Args:
-            run: a run folder.
-            device: where to put it; the GPU where there is one.
-            trust_remote_code: run code that comes with the base model; what the run's own record says does not count.
-
-        Raises:
-            RunError: no run there, or no stage trained yet.
-        """
-        run = Path(run)
-        record, stages = read_run(run), read_stages(run)
-        if not stages or stages[-1].index == 0:
-            raise RunError(f"{run}: no stage has been trained yet")
-        try:
-            config = RunConfig.model_validate({k: v for k, v in record.config.items() if k in RunConfig.model_fields})
-        except ValidationError as error:
-            raise RunError(describe(error, f"{run / 'run.json'}: config")) from None
-        base = config.model.model_copy(update={"trust_remote_code": trust_remote_code})
-        folder = resolve_model(base)
-        tokenizer = load_tokenizer(folder, trust_remote_code)
-        model = load_weights(load_model(folder, base), run / "stages" / f"{stages[-1].index:02d}")
+    read_adapter_config(folder)
+    read_adapter_weights(folder)
+    try:
         if isinstance(model, PeftModel):
-            model.set_adapter(stages[-1].adapter)
-        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return cls(model, prompt_encoder(tokenizer, config))
-
-    def generate(self, prompts: Sequence[str | Example], max_new_tokens: int = 64, batch_size: int = 16) -> list[str]:
-        """Greedy answers.
-
-        Args:
-            prompts: texts (instruction and input together) or examples.
-            max_new_tokens: longest answer; ``batch_size``: prompts at a time.
-        """
-        examples = [Example(p, references=("-",)) if isinstance(p, str) else p for p in prompts]
-        return generate(
-            self.model,
-            [self.encoder.prompt(example) for example in examples],
-            tokenizer=self.encoder.tokenizer,
-            pad_token_id=self.encoder.pad_token_id,
-            eos_token_ids=self.encoder.stop_token_ids,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-        )
+            model.load_adapter(str(folder), folder.name, is_trainable=trainable)
+        else:
+            model = PeftModel.from_pretrained(model, str(folder), adapter_name=folder.name, is_trainable=trainable)
+    except Exception as error:  # PEFT and safetensors raise half a dozen kinds for a damaged or foreign file
+        if isinstance(model, PeftModel) and folder.name in model.peft_config:
+            model.delete_adapter(folder.name)  # half of it is in the model
+        raise RunError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
+    return model
