@@ -76,17 +76,21 @@ CIT_INLINE void some_rows(const Tile<float>& tile, int64_t first, double roundin
   for (int64_t start = 0; start < tile.depth; start += kFloatDepth) {
     const int64_t depth = tile.depth - start < kFloatDepth ? tile.depth - start : kFloatDepth;
     F32x16 sum[kCount];
+#pragma GCC unroll 16
     for (int r = 0; r < kCount; ++r) sum[r] = splat(0.0f);
     for (int64_t k = 0; k < depth; ++k, x += kPanelRows, y += kPanelRows) {
       const F32x16 ys = load(y);
 #pragma GCC unroll 16
       for (int r = 0; r < kCount; ++r) sum[r] = sum[r] + splat(x[r]) * ys;
     }
+    float block[kCount][kPanelRows];
+#pragma GCC unroll 16
+    for (int r = 0; r < kCount; ++r) store(block[r], sum[r]);
+    // Seen through, halves of a register would be read from memory, and the sums kept there all along.
+    asm volatile("" : : "r"(block) : "memory");
     for (int r = 0; r < kCount; ++r) {
-      float block[kPanelRows];
-      store(block, sum[r]);
       for (int64_t j = 0; j < kPanelRows; j += kDoubleLanes) {
-        store(total[r] + j, load(total[r] + j) + load_doubles(block + j));
+        store(total[r] + j, load(total[r] + j) + load_doubles(block[r] + j));
       }
     }
   }
