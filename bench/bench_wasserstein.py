@@ -82,10 +82,16 @@ class Problem:
     def __init__(self, clouds: list[Tensor]) -> None:
         self.clouds, self.n = clouds, len(clouds[0])
         self.pairs = [(i, j) for j in range(len(clouds)) for i in range(j)]
+        self.unit: dict[type, list[np.ndarray]] = {}
         self.epsilon = SPREAD * float(self.cost(*self.pairs[0], np.float64).std())
 
     def cost(self, i: int, j: int, dtype: type) -> np.ndarray:
-        x, y = (torch.nn.functional.normalize(self.clouds[k], dim=1).numpy().astype(dtype) for k in (i, j))
+        """The peers' cost. They get unit vectors for nothing; ours makes its own in every call."""
+        if dtype not in self.unit:
+            self.unit[dtype] = [
+                torch.nn.functional.normalize(cloud, dim=1).numpy().astype(dtype) for cloud in self.clouds
+            ]
+        x, y = self.unit[dtype][i], self.unit[dtype][j]
         return np.maximum(1 - x @ y.T, 0)
 
     def weights(self, dtype: type) -> np.ndarray:
@@ -289,8 +295,8 @@ def iteration_rate(n: int) -> float:
         for _ in range(3 if n > 1000 else 7):
             start = time.perf_counter()
             _native.sinkhorn(
-                pair, [problem.epsilon / 20], tolerance=1e-6, max_iterations=most, gap=0.0, clamp_epsilon=True,
-                threads=1, results=out.data_ptr(),
+                pair, [problem.epsilon / 20], tolerance=1e-6, max_iterations=most, gap=0.0, cost_error=0.0,
+                clamp_epsilon=True, threads=1, results=out.data_ptr(),
             )  # fmt: skip
             best = min(best, time.perf_counter() - start)
         return best, float(out[0, 3])
@@ -315,12 +321,15 @@ def matrix_part(options: argparse.Namespace) -> dict[str, Any]:
         "loop over POT emd2": (some, pot_exact),
         "pool of POT emd2": (some, lambda x: pot_exact(x, threads)),
     }
-    for name, (problem, run) in contenders.items():
+    some.cost(0, 1, np.float64)
+    for name, (problem, run) in [*contenders.items()] * 2:  # in turns, the better of two
         if options.only and name not in options.only:
             continue
         start = time.perf_counter()
         answer = run(problem)
         seconds = time.perf_counter() - start
+        if name in rows and rows[name]["us_per_pair"] <= seconds / len(problem.pairs) * 1e6:
+            continue
         rows[name] = {
             "seconds": round(seconds * len(whole.pairs) / len(problem.pairs), 2),
             "us_per_pair": round(seconds / len(problem.pairs) * 1e6, 1),
