@@ -12,8 +12,9 @@ Clouds are a few clusters in a space of low rank with a little noise, as embeddi
 ten iterations and hides everything. Contenders get the same clouds, form the cosine costs themselves, and stop at the
 same L1 error of the marginals at the same epsilon: POT checks the L2 error of one marginal, so it gets the limit at
 which equal deviations have that L1 error; the error each one reached is in the table. GeomLoss has no such limit, only
-a schedule. ``emd2`` and ``native exact`` are exact; ``native certified`` is Sinkhorn down to a gap of a thousandth.
-Peers that are not installed are left out, and named.
+a schedule. ``emd2`` and ``native exact`` are exact; ``native certified`` is ``sinkhorn`` with a gap of a thousandth,
+which these sizes get from shortest paths that stop early. Peers that are not installed are left out, and named. What
+of the goals is met is worked out from the whole record, printed and kept in it.
 
 A full iteration has to read every entry of the kernel matrix once: 4 bytes in float32.
 """
@@ -81,10 +82,16 @@ class Problem:
     def __init__(self, clouds: list[Tensor]) -> None:
         self.clouds, self.n = clouds, len(clouds[0])
         self.pairs = [(i, j) for j in range(len(clouds)) for i in range(j)]
+        self.unit: dict[type, list[np.ndarray]] = {}
         self.epsilon = SPREAD * float(self.cost(*self.pairs[0], np.float64).std())
 
     def cost(self, i: int, j: int, dtype: type) -> np.ndarray:
-        x, y = (torch.nn.functional.normalize(self.clouds[k], dim=1).numpy().astype(dtype) for k in (i, j))
+        """The peers' cost. They get unit vectors for nothing; ours makes its own in every call."""
+        if dtype not in self.unit:
+            self.unit[dtype] = [
+                torch.nn.functional.normalize(cloud, dim=1).numpy().astype(dtype) for cloud in self.clouds
+            ]
+        x, y = self.unit[dtype][i], self.unit[dtype][j]
         return np.maximum(1 - x @ y.T, 0)
 
     def weights(self, dtype: type) -> np.ndarray:
@@ -265,7 +272,8 @@ def sizes_part(options: argparse.Namespace) -> dict[str, Any]:
         count = CLOUDS_OF_SIZE.get(n, 3)
         problem = Problem(clustered(count, n, options.d, seed=n))
         print(f"\n{len(problem.pairs)} pairs, n = {n}, d = {options.d}, {torch.get_num_threads()} thread(s)")
-        out[f"n={n} d={options.d}"] = table(problem, options.rounds if n < 1500 else 1, LARGEST)
+        out[f"n={n} d={options.d}"] = {"threads": torch.get_num_threads()}
+        out[f"n={n} d={options.d}"] |= table(problem, options.rounds if n < 1500 else 1, LARGEST)
         rate = iteration_rate(n)
         out[f"n={n} d={options.d}"]["kernel_ns_per_entry_and_iteration"] = round(rate, 4)
         print(f"  kernel alone: {rate:.4f} ns per entry and iteration")
@@ -287,8 +295,8 @@ def iteration_rate(n: int) -> float:
         for _ in range(3 if n > 1000 else 7):
             start = time.perf_counter()
             _native.sinkhorn(
-                pair, [problem.epsilon / 20], tolerance=1e-6, max_iterations=most, gap=0.0, clamp_epsilon=True,
-                threads=1, results=out.data_ptr(),
+                pair, [problem.epsilon / 20], tolerance=1e-6, max_iterations=most, gap=0.0, cost_error=0.0,
+                clamp_epsilon=True, threads=1, results=out.data_ptr(),
             )  # fmt: skip
             best = min(best, time.perf_counter() - start)
         return best, float(out[0, 3])
@@ -313,12 +321,15 @@ def matrix_part(options: argparse.Namespace) -> dict[str, Any]:
         "loop over POT emd2": (some, pot_exact),
         "pool of POT emd2": (some, lambda x: pot_exact(x, threads)),
     }
-    for name, (problem, run) in contenders.items():
+    some.cost(0, 1, np.float64)
+    for name, (problem, run) in [*contenders.items()] * 2:  # in turns, the better of two
         if options.only and name not in options.only:
             continue
         start = time.perf_counter()
         answer = run(problem)
         seconds = time.perf_counter() - start
+        if name in rows and rows[name]["us_per_pair"] <= seconds / len(problem.pairs) * 1e6:
+            continue
         rows[name] = {
             "seconds": round(seconds * len(whole.pairs) / len(problem.pairs), 2),
             "us_per_pair": round(seconds / len(problem.pairs) * 1e6, 1),
@@ -377,6 +388,41 @@ def real_part(options: argparse.Namespace) -> dict[str, Any]:
     return rows
 
 
+def goals(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """For each goal the figures of the record and whether all of them meet it. GeomLoss stops by a schedule, not at the
+    same error; it counts with the peers in the log domain all the same."""
+    against: dict[str, dict[str, float]] = {"sinkhorn": {}, "exact": {}, "log domain": {}, "kernel": {}, "gap": {}}
+    for size, rows in content.get("sizes", {}).items():
+        time = {name: row["median_ms"] for name, row in rows.items() if isinstance(row, dict)}
+        scaling = min(time[name] for name in SCALING if name in time and name != OURS)
+        against["sinkhorn"][size] = round(scaling / time[OURS], 2)
+        against["exact"][size] = round(time["POT emd2"] / time["native exact"], 2)
+        against["log domain"] |= {
+            f"{size} {name}": round(time[name] / time[OURS], 1)
+            for name in LOG_DOMAIN
+            if name in time and name != "reference"
+        }
+        against["kernel"][size] = rows["kernel_ns_per_entry_and_iteration"]
+        against["gap"][size] = rows["native certified"]["gap"]
+    loop = {
+        name: round(rows["loop over POT emd2"]["seconds"] / rows["native certified"]["seconds"], 2)
+        for name, rows in content.get("matrix", {}).items()
+    }
+    out: dict[str, dict[str, Any]] = {}
+    for name, figures, met in (
+        ("2 x the fastest Sinkhorn in scaling form", against["sinkhorn"], lambda x: x >= 2),
+        ("2 x POT emd2, exact", against["exact"], lambda x: x >= 2),
+        ("20 x each Sinkhorn in the log domain", against["log domain"], lambda x: x >= 20),
+        ("0.10 ns per entry and iteration per core", against["kernel"], lambda x: x <= 0.10),
+        ("certified within 0.1 %", against["gap"], lambda x: x <= GAP),
+        ("10 x the loop over POT emd2, 44,850 pairs within 0.1 %", loop, lambda x: x >= 10),
+    ):
+        missed = [size for size, figure in figures.items() if not met(figure)]
+        out[name] = {"figures": figures, "met": bool(figures) and not missed, "missed": missed}
+        print(f"{'met' if out[name]['met'] else 'NOT MET'}: {name}; {len(figures)} figures, missed: {missed or 'none'}")
+    return out
+
+
 def versions() -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     for name in ("POT", "scipy", "numpy", "geomloss", "ott-jax", "jax"):
@@ -418,6 +464,7 @@ def main() -> None:
     content.pop("machine", None)
     content.update(tolerance=TOLERANCE, epsilon_of_spread=SPREAD, versions=versions())
     content.setdefault("ceilings", {})[" ".join(options.part)] = {**ceilings, "load_average": machine()["load_average"]}
+    content["goals"] = goals(content)
     print(f"recorded in {record('wasserstein', content)}")
 
 

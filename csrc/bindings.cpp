@@ -30,7 +30,7 @@ constexpr std::size_t kAdamWColumns = 14;
 // the plan and the potentials f and g to be written, of the potential to start from, and of the last to be written
 // (address 0 = none).
 constexpr std::size_t kTransportColumns = 11;
-// One row per cloud: address of the points (float64) and of the panels, n, d.
+// One row per cloud: address of the points (float64) and of the panels (float32 or float64), n, d.
 constexpr std::size_t kCloudColumns = 4;
 // One row per pair of clouds: address of the panels of both and of the cost, n, m, d.
 constexpr std::size_t kCosineColumns = 6;
@@ -77,13 +77,14 @@ cit::TransportPair transport_pair(const std::int64_t* row) {
           pointer<double>(row[10])};
 }
 
-cit::Cloud cloud(const std::int64_t* row) {
-  return {pointer<const double>(row[0]), pointer<double>(row[1]), row[2], row[3]};
+template <class Real>
+cit::Cloud<Real> cloud(const std::int64_t* row) {
+  return {pointer<const double>(row[0]), pointer<Real>(row[1]), row[2], row[3]};
 }
 
-cit::CosineCost cosine_cost(const std::int64_t* row) {
-  return {
-      pointer<const double>(row[0]), pointer<const double>(row[1]), pointer<double>(row[2]), row[3], row[4], row[5]};
+template <class Real>
+cit::CosineCost<Real> cosine_cost(const std::int64_t* row) {
+  return {pointer<const Real>(row[0]), pointer<const Real>(row[1]), pointer<double>(row[2]), row[3], row[4], row[5]};
 }
 
 cit::RuleOptions rule_options(std::int64_t rule, double decay, double fallback) {
@@ -168,45 +169,51 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "sinkhorn",
       [](const Table& table, const std::vector<double>& epsilons, double tolerance, std::int64_t max_iterations,
-         double gap, bool clamp_epsilon, int threads, std::int64_t results) {
+         double gap, double cost_error, bool clamp_epsilon, int threads, std::int64_t results) {
         auto pairs = rows(table, kTransportColumns, transport_pair);
         if (epsilons.size() != pairs.size()) throw std::invalid_argument("epsilons: expected one for each pair");
         for (std::size_t k = 0; k < pairs.size(); ++k) pairs[k].epsilon = epsilons[k];
         py::gil_scoped_release release;
-        cit::sinkhorn(pairs, {tolerance, max_iterations, gap, clamp_epsilon, threads},
+        cit::sinkhorn(pairs, {tolerance, max_iterations, gap, cost_error, clamp_epsilon, threads},
                       pointer<cit::TransportResult>(results));
       },
       py::arg("table"), py::arg("epsilons"), py::kw_only(), py::arg("tolerance"), py::arg("max_iterations"),
-      py::arg("gap"), py::arg("clamp_epsilon"), py::arg("threads"), py::arg("results"));
+      py::arg("gap"), py::arg("cost_error"), py::arg("clamp_epsilon"), py::arg("threads"), py::arg("results"));
 
   m.def(
       "exact_transport",
-      [](const Table& table, int threads, std::int64_t results) {
+      [](const Table& table, double gap, double cost_error, int threads, std::int64_t results) {
         const auto pairs = rows(table, kTransportColumns, transport_pair);
         py::gil_scoped_release release;
-        cit::exact_transport(pairs, threads, pointer<cit::TransportResult>(results));
+        cit::exact_transport(pairs, {gap, cost_error}, threads, pointer<cit::TransportResult>(results));
       },
-      py::arg("table"), py::kw_only(), py::arg("threads"), py::arg("results"));
+      py::arg("table"), py::kw_only(), py::arg("gap"), py::arg("cost_error"), py::arg("threads"), py::arg("results"));
 
   m.def("packed_size", &cit::packed_size, py::arg("n"), py::arg("d"));
 
   m.def(
       "pack_clouds",
-      [](const Table& table, int threads) {
-        const auto clouds = rows(table, kCloudColumns, cloud);
-        py::gil_scoped_release release;
-        cit::pack_clouds(clouds, threads);
+      [](const Table& table, bool single, int threads) {
+        const auto pack = [&](const auto& clouds) {
+          py::gil_scoped_release release;
+          cit::pack_clouds(clouds, threads);
+        };
+        single ? pack(rows(table, kCloudColumns, cloud<float>)) : pack(rows(table, kCloudColumns, cloud<double>));
       },
-      py::arg("table"), py::kw_only(), py::arg("threads"));
+      py::arg("table"), py::kw_only(), py::arg("single"), py::arg("threads"));
 
   m.def(
       "cosine_costs",
-      [](const Table& table, double rounding, int threads) {
-        const auto pairs = rows(table, kCosineColumns, cosine_cost);
-        py::gil_scoped_release release;
-        cit::cosine_costs(pairs, rounding, threads);
+      [](const Table& table, bool single, double rounding, int threads) {
+        const auto build = [&](const auto& pairs) {
+          py::gil_scoped_release release;
+          cit::cosine_costs(pairs, rounding, threads);
+        };
+        single ? build(rows(table, kCosineColumns, cosine_cost<float>))
+               : build(rows(table, kCosineColumns, cosine_cost<double>));
       },
-      py::arg("table"), py::kw_only(), py::arg("rounding"), py::arg("threads"));
+      py::arg("table"), py::kw_only(), py::arg("single"), py::arg("rounding"), py::arg("threads"));
+  m.attr("FLOAT_COST_ERROR") = cit::kFloatCostError;
 
   m.def("has_bfloat16_products", &cit::has_bfloat16_products);
 

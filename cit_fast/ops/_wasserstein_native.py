@@ -5,6 +5,7 @@ Pairs go in batches whose costs fit the memory set aside for them. A pair's resu
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import warnings
@@ -20,8 +21,8 @@ from cit_fast.errors import DataError
 from cit_fast.reference.wasserstein import COSINE_ROUNDING, Cloud, make_cloud, pivot
 from cit_fast.reference.wasserstein_gradient import Term, Transport, accumulate, pair_terms, simplex_plan
 
-BATCH_ENTRIES = 1 << 22
-"""Costs held at a time, 32 MiB: a part of a third-level cache; one pair may be larger."""
+BATCH_ENTRIES = 1 << 20
+"""Costs held at a time, 8 MiB: a part of a third-level cache; one pair may be larger."""
 
 CANCELLATION = 1e-3
 """Squared distances below this share of |x|^2 + |y|^2 are formed again from differences of coordinates."""
@@ -29,6 +30,14 @@ CANCELLATION = 1e-3
 PATHS_ENTRIES = 1000 * 1000
 """Costs up to which shortest augmenting paths are faster than POT's network simplex whatever the weights: twice at 100,
 1.3 times at 1000. With uniform weights on clouds of one size they are faster at any size, 5 to 20 times."""
+
+FLOAT_COSTS = 64, 1e-5
+"""Cosine costs are summed in float32, twice as fast, from this d on and where no better tolerance is asked for. Their
+error (csrc/cpu/products.h) is a part of the bounds."""
+
+SHARE_OF_COSTS = 0.2, 1e-2
+"""Float32 costs are made again in float64 where their error is more than this share of the gap, or of this gap if none
+is asked for: between very near clouds."""
 
 Pair = tuple[int, int]
 
@@ -52,6 +61,8 @@ def wasserstein_matrix(
     bounds = offsets.tolist()
     clouds = [make_cloud(points[i:j], weights[i:j], metric) for i, j in itertools.pairwise(bounds)]
     solver = _Solver(clouds, metric, p, tolerance, max_iterations, gap, potentials)
+    if method == "sinkhorn" and metric == "cosine" and p == 1 and (gap > 0 or tolerance >= FLOAT_COSTS[1]):
+        solver.single = points.shape[1] >= FLOAT_COSTS[0]
     differ = _differ(clouds, pairs)
     places: dict[Pair, int] = {}
     place = [places.setdefault((i, j), len(places)) for i, j in pairs[differ].tolist()]
@@ -131,28 +142,40 @@ class _Solver:
         self.clouds, self.metric, self.p = clouds, metric, p
         self.tolerance, self.max_iterations, self.gap = tolerance, max_iterations, gap
         self.potentials = potentials
-        self.panels = _packed(clouds) if metric == "cosine" else []
+        self.single = False
         # Numbers, because a tensor takes microseconds to tell its size and address, and pairs are many.
         self.sizes = [cloud.weights.shape[0] for cloud in clouds]
         self.weights_at = [cloud.weights.data_ptr() for cloud in clouds]
-        self.panels_at = [panel.data_ptr() for panel in self.panels]
+        self.panels: dict[bool, list[Tensor]] = {}
+
+    @functools.cached_property
+    def uniform(self) -> list[bool]:
+        return [bool((cloud.weights == cloud.weights[0]).all()) for cloud in self.clouds]
+
+    def by_paths(self, pair: Pair) -> bool:
+        """Whether shortest augmenting paths are the fastest exact solver."""
+        i, j = pair
+        balanced = self.uniform[i] and self.uniform[j] and self.sizes[i] == self.sizes[j]
+        return balanced or self.entries(pair) <= PATHS_ENTRIES
+
+    @property
+    def cost_error(self) -> float:
+        from cit_fast import _native
+
+        return _native.FLOAT_COST_ERROR if self.single else 0.0
 
     def exact(self, pairs: list[Pair]) -> Tensor:
         """[M, 5]: distance to the power p three times, then 0 and 0."""
-        from cit_fast import _native
-
-        uniform = [bool((cloud.weights == cloud.weights[0]).all()) for cloud in self.clouds]
         values = torch.zeros(len(pairs), dtype=torch.float64)
         done = 0
         for batch, costs in self.batches(pairs):
             here: list[int] = []
             there: list[int] = []
-            for k, (i, j) in enumerate(batch):
-                balanced = uniform[i] and uniform[j] and self.sizes[i] == self.sizes[j]
-                (here if balanced or self.entries((i, j)) <= PATHS_ENTRIES else there).append(k)
+            for k, pair in enumerate(batch):
+                (here if self.by_paths(pair) else there).append(k)
             results = torch.zeros(len(here), 6, dtype=torch.float64)
             table = self.table([batch[k] for k in here], [costs.at[k] for k in here])
-            _native.exact_transport(table, threads=torch.get_num_threads(), results=results.data_ptr())
+            self.paths(table, 0.0, results)
             for k, broken in zip(here, results[:, 5].isnan().tolist(), strict=True):
                 if broken:
                     raise self.overflow(batch[k])
@@ -182,7 +205,10 @@ class _Solver:
 
     def entropic(self, pairs: list[Pair], epsilon: float | None, *, divergence: bool) -> Tensor:
         """[M, 5]: distance, lower, upper, all to the power p; iterations; marginal error."""
-        results = self.sinkhorn(pairs, [epsilon or 0.0] * len(pairs), clamp=True)
+        if self.gap > 0 and not divergence and self.potentials is None:
+            results = self.certified(pairs, epsilon)
+        else:
+            results = self.sinkhorn(pairs, [epsilon or 0.0] * len(pairs), clamp=True)
         lower, upper, value, iterations, error, used = results.unbind(dim=1)
         distance = upper
         if divergence:
@@ -194,7 +220,40 @@ class _Solver:
             self_term = dict(zip(terms, own, strict=True))
             half = [sum(self_term.get(key, 0.0) for key in both) / 2 for both in keys]
             distance = value - torch.tensor(half, dtype=torch.float64)
-        return torch.stack([distance, lower, upper, iterations, error], dim=1)
+        values = torch.stack([distance, lower, upper, iterations, error], dim=1)
+        if self.single:
+            share, default = SHARE_OF_COSTS
+            near = (2 * self.cost_error > share * (self.gap or default) * upper).nonzero().flatten().tolist()
+            self.single = False
+            if near:
+                values[near] = self.entropic([pairs[k] for k in near], epsilon, divergence=divergence)
+        return values
+
+    def certified(self, pairs: list[Pair], epsilon: float | None) -> Tensor:
+        """[M, 6], as :meth:`sinkhorn`: bounds as near as asked for. Where shortest paths solve a pair fast, they get
+        there in a fraction of the time Sinkhorn takes at a small epsilon."""
+        results = torch.zeros(len(pairs), 6, dtype=torch.float64)
+        results[:, 3] = -1
+        some = [k for k, pair in enumerate(pairs) if self.by_paths(pair)]
+        done = 0
+        for batch, costs in self.batches(pairs[k] for k in some):
+            out = torch.empty(len(batch), 6, dtype=torch.float64)
+            self.paths(self.table(batch, costs.at), self.gap, out)
+            for k in out[:, 5].isnan().nonzero().flatten().tolist():
+                raise self.overflow(batch[k])
+            results[some[done : done + len(batch)]] = out
+            done += len(batch)
+        rest = (results[:, 3] < 0).nonzero().flatten().tolist()
+        if rest:
+            results[rest] = self.sinkhorn([pairs[k] for k in rest], [epsilon or 0.0] * len(rest), clamp=True)
+        return results
+
+    def paths(self, table: list[int], gap: float, results: Tensor) -> None:
+        from cit_fast import _native
+
+        _native.exact_transport(
+            table, gap=gap, cost_error=self.cost_error, threads=torch.get_num_threads(), results=results.data_ptr()
+        )
 
     def transports(self, terms: list[Term], epsilon: float | None) -> Iterator[Transport]:
         """Plans and potentials; exact ones where epsilon is None, else at a term's own epsilon if it has one."""
@@ -208,7 +267,7 @@ class _Solver:
             results = torch.empty(len(batch), 6, dtype=torch.float64)
             table, threads = self.table(batch, costs.at, wanted), torch.get_num_threads()
             if epsilon is None:
-                _native.exact_transport(table, threads=threads, results=results.data_ptr())
+                self.paths(table, 0.0, results)
             else:
                 _native.sinkhorn(
                     table,
@@ -216,6 +275,7 @@ class _Solver:
                     tolerance=self.tolerance,
                     max_iterations=self.max_iterations,
                     gap=0.0 if own[0] else self.gap,
+                    cost_error=0.0,
                     clamp_epsilon=not own[0],
                     threads=threads,
                     results=results.data_ptr(),
@@ -242,6 +302,7 @@ class _Solver:
                 tolerance=self.tolerance,
                 max_iterations=self.max_iterations,
                 gap=self.gap if clamp else 0.0,
+                cost_error=self.cost_error,
                 clamp_epsilon=clamp,
                 threads=torch.get_num_threads(),
                 results=out.data_ptr(),
@@ -323,11 +384,14 @@ class _Solver:
     def cosine_costs(self, batch: list[Pair], costs_at: list[int]) -> None:
         from cit_fast import _native
 
+        if self.single not in self.panels:
+            self.panels[self.single] = _packed(self.clouds, torch.float32 if self.single else torch.float64)
+        at = [panel.data_ptr() for panel in self.panels[self.single]]
         d = self.clouds[0].points.shape[1]
         table: list[int] = []
         for (i, j), cost_at in zip(batch, costs_at, strict=True):
-            table += [self.panels_at[i], self.panels_at[j], cost_at, self.sizes[i], self.sizes[j], d]
-        _native.cosine_costs(table, rounding=COSINE_ROUNDING, threads=torch.get_num_threads())
+            table += [at[i], at[j], cost_at, self.sizes[i], self.sizes[j], d]
+        _native.cosine_costs(table, single=self.single, rounding=COSINE_ROUNDING, threads=torch.get_num_threads())
 
 
 class _Costs(Sequence[Tensor]):
@@ -345,15 +409,15 @@ class _Costs(Sequence[Tensor]):
         return self.memory[self.starts[k] : self.starts[k + 1]].view(self.shapes[k])
 
 
-def _packed(clouds: list[Cloud]) -> list[Tensor]:
+def _packed(clouds: list[Cloud], dtype: torch.dtype) -> list[Tensor]:
     """Points in the order in which csrc/cpu/products.h reads them."""
     from cit_fast import _native
 
-    panels = [points.new_empty(_native.packed_size(*points.shape)) for points, _ in clouds]
+    panels = [torch.empty(_native.packed_size(*points.shape), dtype=dtype) for points, _ in clouds]
     table: list[int] = []
     for (points, _), panel in zip(clouds, panels, strict=True):
         table += [points.data_ptr(), panel.data_ptr(), *points.shape]
-    _native.pack_clouds(table, threads=torch.get_num_threads())
+    _native.pack_clouds(table, single=dtype == torch.float32, threads=torch.get_num_threads())
     return panels
 
 

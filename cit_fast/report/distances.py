@@ -361,7 +361,7 @@ def extremes(result: TaskDistances) -> list[tuple[str, str, str]]:
 
 def how_measured(result: TaskDistances) -> str:
     """One sentence on what the numbers are and how far they can be off."""
-    sure = "exact" if result.method == "exact" else f"Sinkhorn, at most {100 * result.widest:.2g} % above the exact one"
+    sure = "exact" if result.method == "exact" else f"at most {100 * result.widest:.2g} % above the exact one"
     counted = "counted by their examples" if result.weights == "real" else "counted alike"
     return (
         f"{len(result.names):,} tasks, {len(result.pairs):,} pairs; Wasserstein distance ({sure}) between distinct "

@@ -23,9 +23,21 @@ const ProductKernels& kernels() {
   return simd_baseline::kProducts;
 }
 
+template <class Real>
+const TileKernels<Real>& tile_kernels();
+template <>
+const TileKernels<float>& tile_kernels() {
+  return kernels().single;
+}
+template <>
+const TileKernels<double>& tile_kernels() {
+  return kernels().twice;
+}
+
 // Some columns of one pair.
+template <class Real>
 struct Task {
-  const CosineCost* pair;
+  const CosineCost<Real>* pair;
   std::int64_t column, columns, work;
 };
 
@@ -33,19 +45,21 @@ struct Task {
 // pair over threads.
 constexpr std::int64_t kTaskColumns = 8 * kPanelRows;
 
-void run(const Task& task, double rounding) {
-  const ProductKernels& kernel = kernels();
-  const CosineCost& pair = *task.pair;
+template <class Real>
+void run(const Task<Real>& task, double rounding) {
+  const TileKernels<Real>& kernel = tile_kernels<Real>();
+  const CosineCost<Real>& pair = *task.pair;
   for (std::int64_t k = 0; k < pair.d; k += kProductDepth) {
     const std::int64_t depth = std::min(kProductDepth, pair.d - k);
+    const Real* const x = pair.x + packed_size(pair.n, k);
+    const Real* const y = pair.y + packed_size(pair.m, k);
     for (std::int64_t j = task.column; j < task.column + task.columns; j += kPanelRows) {
-      for (std::int64_t i = 0; i < pair.n; i += kTileRows) {
+      for (std::int64_t i = 0; i < pair.n; i += kTileRows<Real>) {
         const std::int64_t in_panel = i % kPanelRows;
-        kernel.cosine_tile(
-            {pair.x + (i - in_panel) * pair.d + k * kPanelRows + in_panel, pair.y + j * pair.d + k * kPanelRows, depth,
-             pair.out + i * pair.m + j, std::min(kTileRows, pair.n - i), std::min(kPanelRows, pair.m - j), pair.m,
-             k == 0, k + depth == pair.d},
-            rounding);
+        kernel.cosine_tile({x + (i - in_panel) * depth + in_panel, y + j * depth, depth, pair.out + i * pair.m + j,
+                            std::min(kTileRows<Real>, pair.n - i), std::min(kPanelRows, pair.m - j), pair.m, k == 0,
+                            k + depth == pair.d},
+                           rounding);
       }
     }
   }
@@ -57,24 +71,32 @@ std::int64_t packed_size(std::int64_t n, std::int64_t d) {
   return (n + kPanelRows - 1) / kPanelRows * kPanelRows * d;
 }
 
-void pack_clouds(const std::vector<Cloud>& clouds, int threads) {
+template <class Real>
+void pack_clouds(const std::vector<Cloud<Real>>& clouds, int threads) {
   parallel_for(static_cast<std::int64_t>(clouds.size()), threads, [&](std::int64_t index) {
-    const Cloud& cloud = clouds[static_cast<std::size_t>(index)];
-    kernels().pack(cloud.points, cloud.n, cloud.d, cloud.panels);
+    const Cloud<Real>& cloud = clouds[static_cast<std::size_t>(index)];
+    tile_kernels<Real>().pack(cloud.points, cloud.n, cloud.d, cloud.panels);
   });
 }
 
-void cosine_costs(const std::vector<CosineCost>& pairs, double rounding, int threads) {
-  std::vector<Task> tasks;
-  for (const CosineCost& pair : pairs) {
+template <class Real>
+void cosine_costs(const std::vector<CosineCost<Real>>& pairs, double rounding, int threads) {
+  std::vector<Task<Real>> tasks;
+  for (const CosineCost<Real>& pair : pairs) {
     for (std::int64_t column = 0; column < pair.m; column += kTaskColumns) {
       const std::int64_t columns = std::min(kTaskColumns, pair.m - column);
       tasks.push_back({&pair, column, columns, pair.n * columns * pair.d});
     }
   }
-  std::stable_sort(tasks.begin(), tasks.end(), [](const Task& x, const Task& y) { return x.work > y.work; });
+  std::stable_sort(tasks.begin(), tasks.end(),
+                   [](const Task<Real>& x, const Task<Real>& y) { return x.work > y.work; });
   parallel_for(static_cast<std::int64_t>(tasks.size()), threads,
                [&](std::int64_t index) { run(tasks[static_cast<std::size_t>(index)], rounding); });
 }
+
+template void pack_clouds(const std::vector<Cloud<float>>&, int);
+template void pack_clouds(const std::vector<Cloud<double>>&, int);
+template void cosine_costs(const std::vector<CosineCost<float>>&, double, int);
+template void cosine_costs(const std::vector<CosineCost<double>>&, double, int);
 
 }  // namespace cit

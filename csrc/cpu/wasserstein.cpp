@@ -28,7 +28,7 @@ constexpr std::int64_t kCoarseIterations = 10;
 // What an exact solver starts from: first epsilon in standard deviations of the cost, and how it goes down.
 constexpr double kSpreadsOfStart = 0.2, kStartRatio = 0.1;
 constexpr int kStartLevels = 2;
-constexpr std::int64_t kStartIterations = 20;
+constexpr std::int64_t kStartIterations[kStartLevels] = {8, 20};
 
 // Columns with less mass take no part in the iteration; the bounds are of all columns.
 constexpr double kLeastMass = 1e-25;
@@ -367,7 +367,8 @@ TransportResult solve(const TransportPair& pair, const SinkhornOptions& options)
     return out;
   }
   if (range.largest < kLeastCost) {
-    out.upper = out.entropic_value = range.mean;
+    out.entropic_value = range.mean;
+    out.upper = range.mean + options.cost_error;
     out.epsilon = range.largest;
     if (pair.potential != nullptr) std::fill_n(pair.potential, pair.m, 0.0);
     if (pair.plan != nullptr) {
@@ -403,6 +404,8 @@ TransportResult solve(const TransportPair& pair, const SinkhornOptions& options)
     } else {
       single.hand_over();
     }
+    out.upper += options.cost_error;
+    out.lower = std::max(0.0, out.lower - options.cost_error);
     const bool certified = options.gap == 0.0 || out.upper - out.lower <= options.gap * out.upper;
     if (certified || used >= options.max_iterations || epsilon <= kSmallestEpsilon * range.largest) break;
     epsilon = std::max(epsilon / kFiner, kSmallestEpsilon * range.largest);
@@ -421,14 +424,13 @@ CostRange cost_range(const TransportPair& pair) {
   return range_of(problem);
 }
 
-void coarse_potential(const TransportPair& pair, double* g) {
+void coarse_potential(const TransportPair& pair, const CostRange& range, double* g) {
   Problem problem(pair);
-  const CostRange range = range_of(problem);
   if (range.largest >= kLeastCost) {
     Iteration<float> single(problem);
     double level = kSpreadsOfStart * standard_deviation(problem, range);
     for (int k = 0; k < kStartLevels; ++k, level *= kStartRatio) {
-      single.alternate(std::max(level, kSmallestEpsilon * range.largest), 0.0, kStartIterations);
+      single.alternate(std::max(level, kSmallestEpsilon * range.largest), 0.0, kStartIterations[k]);
       single.advance();
     }
   }

@@ -26,6 +26,7 @@ struct SinkhornOptions {
   double tolerance;  // L1 error of the marginals
   std::int64_t max_iterations;
   double gap;          // epsilon goes down until upper - lower is at most this share of upper; 0: it stays
+  double cost_error;   // how far a cost may be from the true one: the bounds are those of the true costs
   bool clamp_epsilon;  // into the range relative to the largest cost where float64 can tell the plan from its limit
   int threads;
 };
@@ -48,14 +49,20 @@ struct CostRange {
 CostRange cost_range(const TransportPair& pair);
 
 // g [m]: the column potential after a few Sinkhorn iterations in float.
-void coarse_potential(const TransportPair& pair, double* g);
+void coarse_potential(const TransportPair& pair, const CostRange& range, double* g);
 
 // results: one per pair. The same bits with any number of threads.
 void sinkhorn(const std::vector<TransportPair>& pairs, const SinkhornOptions& options, TransportResult* results);
 
-// lower = upper = min <pi, C>; all else 0, but epsilon as above. iterations is -1, and all else 0, where the search
-// took too long: another solver should do it.
-void exact_transport(const std::vector<TransportPair>& pairs, int threads, TransportResult* results);
+struct ExactOptions {
+  double gap;         // stop where upper - lower is at most this share of upper; 0: lower = upper = min <pi, C>
+  double cost_error;  // as above; where gap is 0, so is this
+};
+
+// The bounds; all else 0, but epsilon as above. iterations is -1, and all else 0, where the search took too long:
+// another solver should do it. A plan and potentials, where wanted, are those of gap 0.
+void exact_transport(const std::vector<TransportPair>& pairs, const ExactOptions& options, int threads,
+                     TransportResult* results);
 
 // body(index) for all pairs, largest first.
 void for_each_pair(const std::vector<TransportPair>& pairs, int threads, const std::function<void(std::size_t)>& body);

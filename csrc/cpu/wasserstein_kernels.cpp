@@ -77,16 +77,22 @@ CIT_INLINE void sum_rows(const Real* k, int64_t columns, const Real* v, Real* ro
   row_sum[3] = fold(s3);
 }
 
-// (1 + change)^relaxation to second order, the change not beyond a half: enough near the solution, and far from it a
-// step that is only a little shorter.
-CIT_INLINE double further(double change, double relaxation) {
-  change = change < -0.5 ? -0.5 : change > 0.5 ? 0.5 : change;
-  return 1.0 + relaxation * change * (1.0 + (relaxation - 1.0) * 0.5 * change);
+// now (now / before)^relaxation of four rows, to second order and with now / before - 1 cut at a half: enough near the
+// solution, and far from it a step that is only a little shorter.
+template <class Real>
+CIT_INLINE void relax(const Real* before, Real* now, Real relaxation) {
+  const Real curvature = (relaxation - Real(1)) * Real(0.5);
+  for (int64_t r = 0; r < kRowBlock; ++r) {
+    Real change = before[r] > Real(0) ? now[r] / before[r] - Real(1) : Real(0);
+    change = change < Real(-0.5) ? Real(-0.5) : change;
+    change = change > Real(0.5) ? Real(0.5) : change;
+    now[r] = now[r] * (Real(1) + relaxation * change * (Real(1) + curvature * change));
+  }
 }
 
 // Calls fill(i, k) to bring row_sum of rows [i, i + 4) up to date, and adds their columns.
 template <class Real, class Fill>
-CIT_INLINE void iterate(const Scaling<Real>& x, double relaxation, const Fill& fill) {
+CIT_INLINE void iterate(const Scaling<Real>& x, Real relaxation, const Fill& fill) {
   const bool in_blocks = sizeof(Real) < sizeof(double) && x.rows > kFloatRows;
   const int64_t together = in_blocks ? kFloatRows : x.rows;
   Real* const c = in_blocks ? x.block_sum : x.column_sum;
@@ -97,11 +103,12 @@ CIT_INLINE void iterate(const Scaling<Real>& x, double relaxation, const Fill& f
     for (int64_t i = first; i < last; i += kRowBlock) {
       Real* const k = x.kernel + i * x.columns;
       fill(i, k);
-      for (int64_t r = i; r < i + kRowBlock; ++r) {
-        const Real before = x.au[r], now = x.a[r] > Real(0) ? x.a[r] / x.row_sum[r] : Real(0);
-        const double change = relaxation > 0.0 && before > Real(0) ? static_cast<double>(now / before) - 1.0 : 0.0;
-        x.au[r] = now * static_cast<Real>(further(change, relaxation));
+      Real now[kRowBlock];
+      for (int64_t r = 0; r < kRowBlock; ++r) {
+        now[r] = x.a[i + r] > Real(0) ? x.a[i + r] / x.row_sum[i + r] : Real(0);
       }
+      if (relaxation > Real(0)) relax(x.au + i, now, relaxation);
+      memcpy(x.au + i, now, sizeof(now));
       add_rows(k, x.columns, x.au + i, c);
     }
     if (!in_blocks) continue;
@@ -115,8 +122,7 @@ CIT_INLINE void iterate(const Scaling<Real>& x, double relaxation, const Fill& f
 
 template <class Real>
 void scale(const Scaling<Real>& x) {
-  const double relaxation = x.relaxation;
-  iterate(x, relaxation,
+  iterate(x, x.relaxation,
           [&](int64_t i, Real* k) __attribute__((always_inline)) { sum_rows(k, x.columns, x.v, x.row_sum + i); });
 }
 
@@ -147,7 +153,7 @@ CIT_INLINE void form_row(const CostMatrix& cost, int64_t i, const double* h, dou
 
 template <class Real>
 void absorb(const CostMatrix& cost, const double* h, double inverse_epsilon, const Scaling<Real>& x) {
-  iterate(x, 0.0, [&](int64_t i, Real* k) __attribute__((always_inline)) {
+  iterate(x, Real(0), [&](int64_t i, Real* k) __attribute__((always_inline)) {
     for (int r = 0; r < kRowBlock; ++r) {
       if (i + r < x.n) {
         // Between m and a whole vector the exponent must be very small; the rest of the row is made so here.

@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -77,8 +78,8 @@ void test_line(const Line& line, double epsilon, double tolerance, std::int64_t 
                            std::to_string(epsilon) + ", tolerance " + std::to_string(tolerance);
   const std::vector<cit::TransportPair> pairs(3, line.pair(epsilon));
   cit::TransportResult one[3], three[3];
-  cit::sinkhorn(pairs, {tolerance, most, 0.0, true, 1}, one);
-  cit::sinkhorn(pairs, {tolerance, most, 0.0, true, 3}, three);
+  cit::sinkhorn(pairs, {tolerance, most, 0.0, 0.0, true, 1}, one);
+  cit::sinkhorn(pairs, {tolerance, most, 0.0, 0.0, true, 3}, three);
   check(std::memcmp(one, three, sizeof(one)) == 0, name + ": bits depend on the number of threads");
   const double exact = line.exact();
   for (const double value : {one->lower, one->upper, one->entropic_value, one->marginal_error, one->epsilon}) {
@@ -92,11 +93,11 @@ void test_exact(const Line& line) {
   std::vector<double> plan(static_cast<std::size_t>(line.n * line.m)), f(line.n), g(line.m);
   std::vector<cit::TransportPair> pairs(3, line.pair(0.0));
   cit::TransportResult one[3], three[3];
-  cit::exact_transport(pairs, 3, three);
+  cit::exact_transport(pairs, {}, 3, three);
   pairs[0].plan = plan.data();
   pairs[0].f = f.data();
   pairs[0].g = g.data();
-  cit::exact_transport(pairs, 1, one);
+  cit::exact_transport(pairs, {}, 1, one);
   check(std::memcmp(one, three, sizeof(one)) == 0, "exact: bits depend on the number of threads");
   const std::string name = "exact, " + std::to_string(line.n) + " x " + std::to_string(line.m);
   // On a line nearly all plans are as good as one another, and the paths between large clouds are too many.
@@ -117,27 +118,42 @@ void test_exact(const Line& line) {
   }
   for (std::int64_t j = 0; j < line.m; ++j) dual += line.b[j] * g[j];
   check(std::fabs(cost - exact) < 1e-12 && std::fabs(dual - exact) < 1e-12, name + ": plan and potentials");
+  cit::exact_transport({line.pair(0.0)}, {0.05, 1e-3}, 1, one);
+  check(one->iterations == 0.0 && one->lower <= exact && exact <= one->upper, name + ": bounds");
+  check(one->upper - one->lower <= std::max(0.05 * one->upper, 2.1e-3), name + ": bounds are too far apart");
 }
 
-void test_cosine_costs() {
+// From panels in Real, by one thread and by three.
+template <class Real>
+void test_cosine_costs(double error) {
   constexpr std::int64_t n = 19, m = 37, d = 801;
-  std::vector<double> x(n * d, 0.5), y(m * d, 0.25), cost(n * m), other(n * m);
-  for (std::size_t k = 0; k < x.size(); k += 3) x[k] = -0.125;
-  std::vector<double> px(cit::packed_size(n, d)), py(cit::packed_size(m, d));
-  cit::pack_clouds({{x.data(), px.data(), n, d}, {y.data(), py.data(), m, d}}, 2);
-  cit::cosine_costs({{px.data(), py.data(), cost.data(), n, m, d}}, 1e-14, 1);
-  cit::cosine_costs({{px.data(), py.data(), other.data(), n, m, d}}, 1e-14, 3);
+  std::vector<double> x(n * d), y(m * d), cost(n * m), other(n * m);
+  std::mt19937 random(7);
+  std::uniform_real_distribution<double> coordinate(-1.0, 3.0);
+  for (auto* const points : {&x, &y}) {
+    for (auto row = points->begin(); row != points->end(); row += d) {
+      std::generate_n(row, d, [&] { return coordinate(random); });
+      const double length = std::sqrt(std::inner_product(row, row + d, row, 0.0));
+      std::for_each(row, row + d, [&](double& each) { each /= length; });
+    }
+  }
+  std::vector<Real> px(cit::packed_size(n, d)), py(cit::packed_size(m, d));
+  cit::pack_clouds<Real>({{x.data(), px.data(), n, d}, {y.data(), py.data(), m, d}}, 2);
+  cit::cosine_costs<Real>({{px.data(), py.data(), cost.data(), n, m, d}}, 1e-14, 1);
+  cit::cosine_costs<Real>({{px.data(), py.data(), other.data(), n, m, d}}, 1e-14, 3);
   check(cost == other, "costs: bits depend on the number of threads");
-  double product = 0.0;
-  for (std::int64_t k = 0; k < d; ++k) product += x[3 * d + k] * y[36 * d + k];
-  check(std::fabs(cost[3 * m + 36] - std::max(0.0, 1.0 - product)) < 1e-12, "costs: a wrong product");
+  for (std::int64_t k = 0; k < n * m; ++k) {
+    const double* const row = x.data() + k / m * d;
+    const double product = std::inner_product(row, row + d, y.data() + k % m * d, 0.0);
+    check(std::fabs(cost[k] - std::max(0.0, 1.0 - product)) < error, "costs: a wrong product");
+  }
 }
 
 void test_special_costs() {
   const std::vector<double> weight(3, 1.0 / 3), zero(9, 0.0), huge(9, 1e-300);
   std::vector<double> broken(9, 1.0);
   broken[8] = std::numeric_limits<double>::infinity();
-  const cit::SinkhornOptions options{1e-6, 100, 0.0, true, 2};
+  const cit::SinkhornOptions options{1e-6, 100, 0.0, 0.0, true, 2};
   cit::TransportResult out[3];
   cit::sinkhorn(
       {{zero.data(), 3, 3, 3, weight.data(), weight.data(), 0.0, nullptr, nullptr, nullptr, nullptr, nullptr},
@@ -179,7 +195,8 @@ int main(int argc, char** argv) {
     }
   }
   test_special_costs();
-  test_cosine_costs();
+  test_cosine_costs<double>(1e-14);
+  test_cosine_costs<float>(cit::kFloatCostError);
   test_weights_of_almost_nothing();
   std::printf("%s: %d failures\n", cit::simd_name().c_str(), g_failures);
   return g_failures == 0 ? 0 : 1;

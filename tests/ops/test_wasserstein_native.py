@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cit_fast import _native, backend
-from cit_fast.ops import wasserstein_matrix
+from cit_fast.ops import _wasserstein_native, wasserstein_matrix
 from cit_fast.ops.wasserstein import METRICS, Wasserstein
 
 ENTROPIC = ("sinkhorn", "sinkhorn-divergence")
@@ -169,8 +169,6 @@ def test_exact_of_costs_with_many_ties(cost: np.random.Generator, n: int, m: int
 def test_what_the_paths_do_not_serve_goes_to_the_simplex(
     monkeypatch: pytest.MonkeyPatch, threads: int, with_threads: Callable[[int], None]
 ) -> None:
-    from cit_fast.ops import _wasserstein_native
-
     clouds = random_clouds((9, 12, 7, 9))
     expected = wasserstein_matrix(clouds)
     monkeypatch.setattr(_wasserstein_native, "PATHS_ENTRIES", 0)
@@ -206,6 +204,71 @@ def test_certified_within_a_thousandth() -> None:
         clouds, metric="euclidean", method="sinkhorn", epsilon=0.01, max_iterations=20_000, tolerance=1e-6
     )
     assert out.upper[0, 1] - out.lower[0, 1] <= 1e-3 * out.upper[0, 1]
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["uniform", "weighted"])
+@pytest.mark.parametrize("d", [5, 300])
+def test_a_gap_is_certified_without_the_exact_distance(
+    simd: str, monkeypatch: pytest.MonkeyPatch, d: int, weighted: bool
+) -> None:
+    clouds = random_clouds((1, 40, 40, 90), d=d)
+    weights = random_weights(clouds) if weighted else [torch.ones(len(each), dtype=torch.float64) for each in clouds]
+    options = {"method": "sinkhorn", "tolerance": 1e-4, "max_iterations": 20_000, "gap": 5e-3}
+    by_paths = wasserstein_matrix(clouds, weights, **options)
+    monkeypatch.setattr(_wasserstein_native, "PATHS_ENTRIES", 0)
+    by_sinkhorn = wasserstein_matrix(clouds, weights, **options)
+    assert by_sinkhorn.iterations[0, 3] > 0
+    assert (by_paths.iterations == 0).all()
+    assert (by_paths.marginal_error == 0).all()
+    assert by_paths.lower[1, 3] < by_paths.upper[1, 3]  # it stopped early
+    for out in (by_paths, by_sinkhorn):
+        assert ((out.upper - out.lower) <= 5e-3 * out.upper).all()
+        for i in range(4):
+            for j in range(i):
+                value = exact(clouds[i], clouds[j], weights[i], weights[j], "cosine")
+                assert out.lower[i, j] <= value * (1 + 1e-10)
+                assert out.upper[i, j] >= value * (1 - 1e-10)
+                assert out.distances[i, j] == out.upper[i, j]
+
+
+# --- costs in float32 ---
+
+
+def float_and_double(monkeypatch: pytest.MonkeyPatch, clouds: list[Tensor], **options: object) -> list[Wasserstein]:
+    """As the op decides, and with costs in float64."""
+    chosen = wasserstein_matrix(clouds, method="sinkhorn", max_iterations=200, **options)
+    monkeypatch.setattr(_wasserstein_native, "FLOAT_COSTS", (10**9, 1.0))
+    return [chosen, wasserstein_matrix(clouds, method="sinkhorn", max_iterations=200, **options)]
+
+
+def test_costs_in_float32_are_within_their_error(simd: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    clouds = [cloud + 1 for cloud in random_clouds((30, 47, 16), d=500)]
+    single, twice = float_and_double(monkeypatch, clouds, tolerance=1e-4)
+    pairs = ~torch.eye(3, dtype=torch.bool)
+    error = _native.FLOAT_COST_ERROR
+    assert ((single.upper - twice.upper).abs() < 1.1 * error)[pairs].all()
+    assert (single.upper != twice.upper)[pairs].all()
+    # The error is a part of the bounds, and the true costs are far nearer than it says.
+    torch.testing.assert_close(single.upper - error * pairs, twice.upper, rtol=0, atol=error / 20)
+    torch.testing.assert_close(single.lower + error * pairs, twice.lower, rtol=0, atol=error / 20)
+
+
+@pytest.mark.parametrize("options", [{"tolerance": 1e-6}, {"tolerance": 1e-4, "p": 2}], ids=["tolerance", "p"])
+def test_costs_stay_in_float64_where_float32_is_not_enough(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, float]
+) -> None:
+    assert same_bits(*float_and_double(monkeypatch, random_clouds((30, 47), d=100), **options))
+
+
+@pytest.mark.parametrize("gap", [None, 1e-2])
+def test_very_near_clouds_get_costs_in_float64(monkeypatch: pytest.MonkeyPatch, gap: float | None) -> None:
+    base, far = random_clouds((20, 15), d=100)
+    noise = random_clouds((20,), d=100, seed=5)[0]
+    clouds = [base.double(), base.double() + 1e-5 * noise, far.double()]
+    single, twice = float_and_double(monkeypatch, clouds, tolerance=1e-4, gap=gap)
+    assert single.upper[0, 1] == twice.upper[0, 1] > 0
+    assert single.lower[0, 1] == twice.lower[0, 1]
+    assert single.upper[0, 2] != twice.upper[0, 2]
 
 
 points_strategy = st.lists(st.lists(st.floats(-10, 10, width=32), min_size=2, max_size=2), min_size=1, max_size=20)
@@ -305,18 +368,21 @@ def test_the_same_bits_with_any_number_of_threads(simd: str, method: str, with_t
 
 
 def test_the_same_bits_at_every_instruction_set() -> None:
-    clouds = random_clouds((5, 300, 17), d=6)
+    few, many = random_clouds((5, 300, 17), d=6), random_clouds((5, 300, 17), d=450)
     results = []
     for level in _native.simd_levels():
         _native.set_simd_level(level)
-        results.append(wasserstein_matrix(clouds, method="sinkhorn", tolerance=1e-9, max_iterations=50))
+        results.append(
+            (
+                wasserstein_matrix(few, method="sinkhorn", tolerance=1e-9, max_iterations=50),
+                wasserstein_matrix(many, method="sinkhorn", tolerance=1e-4, gap=1e-2),
+            )
+        )
     _native.set_simd_level("")
-    assert all(same_bits(results[0], other) for other in results[1:])
+    assert all(same_bits(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
 def test_batches_do_not_change_a_pair(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cit_fast.ops import _wasserstein_native
-
     clouds = random_clouds((40, 3, 25, 31), d=70)
     whole = [wasserstein_matrix(clouds, method=method) for method in ("exact", *ENTROPIC)]
     monkeypatch.setattr(_wasserstein_native, "BATCH_ENTRIES", 100)
