@@ -46,10 +46,12 @@ void pack_pairs(const uint16_t* source, int64_t row_stride, int64_t rows, int64_
 }
 
 void pair_product(const PairProduct& product) {
-  if (product.a[1] != nullptr) {
-    product_rows<PairEngine, 2, kTileRows>(product);
+  if (product.a[1] == nullptr) {
+    product_rows<PairEngine, 1, kPairTileRows>(product);
+  } else if (product.rows % kPairTileRows == 0) {
+    product_rows<PairEngine, 2, kPairTileRows>(product);
   } else {
-    product_rows<PairEngine, 1, kTileRows>(product);
+    product_rows<PairEngine, 2, kTileRows>(product);
   }
 }
 

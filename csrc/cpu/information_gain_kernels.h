@@ -15,7 +15,10 @@ constexpr int64_t kGroup = 16;
 // Vocabulary entries at a time: the logits of two groups fit the first-level cache, a block of the head the second. A
 // multiple of every tile height.
 constexpr int64_t kChunkRows = 96;
-constexpr int kTileRows = 8;  // with AVX-512
+// With AVX-512: eight rows a power of two apart still fit the ways of a first-level cache; twelve of half the size do, and
+// keep the multipliers busier.
+constexpr int kTileRows = 8;
+constexpr int kPairTileRows = 12;
 // Stands for -infinity, whose difference to itself is no number.
 constexpr float kNowhere = -1e30f;
 
@@ -31,6 +34,7 @@ struct ProductOf {
   float* c[2];
   int64_t ldc;
   bool accumulate;
+  int64_t ahead;  // fetches what lies so many elements of `w` further on; 0: nothing
 };
 using Product = ProductOf<float>;
 using PairProduct = ProductOf<uint32_t>;

@@ -204,7 +204,9 @@ class Training {
             block_logits(*next, blocks[head], sides_of_head_[head], slab, first, rows);
           }
         }
-        if (hidden_gradient) strips.add_products(first, rows, last, gradient.data(), known->groups, sums);
+        if (hidden_gradient) {
+          strips.add_products(first, rows, next != nullptr ? first : last, gradient.data(), known->groups, sums);
+        }
       }
     });
   }
@@ -218,7 +220,7 @@ class Training {
     const auto panel = [&](std::int64_t k) { return k < all ? chunk.panels[side_of(k)].group(group_of(k)) : nullptr; };
     const auto out = [&](std::int64_t k) { return k < all ? stored(side_of(k), group_of(k), first) : nullptr; };
     for (std::int64_t k = 0; k < all; k += 2) {
-      block.multiply(panel(k), panel(k + 1), out(k), out(k + 1));
+      block.multiply(panel(k), panel(k + 1), out(k), out(k + 1), k == 0 ? block_rows_ : 0);
       for (std::int64_t one = k; one < std::min(k + 2, all); ++one) {
         const float* const bias = problem_.sides[side_of(one)].head.bias;
         const LogitMap map{
@@ -348,11 +350,12 @@ class Training {
                       rows,
                       {c, c + kGroup},
                       width,
-                      true});
+                      true,
+                      0});
       }
       if (whole == width) continue;
       alignas(64) float rest[kChunkRows * kGroup];
-      run_.product({{a + whole, nullptr}, stride_, gradient, kGroup, 1, kGroup, rows, {rest, nullptr}, kGroup, false});
+      run_.product({{a + whole, nullptr}, stride_, gradient, kGroup, 1, kGroup, rows, {rest, nullptr}, kGroup, false, 0});
       for (std::int64_t row = 0; row < rows; ++row) {
         for (std::int64_t column = whole; column < width; ++column) {
           weight[row * width + column] += rest[row * kGroup + column - whole];
