@@ -4,8 +4,8 @@
 // known, the gradient of the logits and with it those of the head and of the hidden states. Both read the head from
 // memory, so the second sweep of a chunk is the first one of the next chunk as well: a block of the head comes into the
 // cache, the logits of the one chunk turn into their gradient, those of the other take their place, and the block is
-// multiplied with the gradient. Stored: kChunkTokens logits per vocabulary entry and side at most, a twentieth of all of
-// them where a gradient of the head does not ask for more.
+// multiplied with the gradient. Stored: kChunkTokens logits per vocabulary entry and side at most, a twentieth of all
+// of them where a gradient of the head does not ask for more.
 //
 // Tasks are slabs of the vocabulary, which do not depend on the number of threads; what they add up is merged in order.
 
@@ -185,7 +185,8 @@ class Training {
       HeadStrips strips(problem_.sides[0].head.weight, pairs_[0]);
       AlignedFloats gradient(hidden_gradient ? groups_ * kChunkRows * kGroup : 0);
       std::vector<HeadBlock> blocks;
-      for (const auto& sides : sides_of_head_) blocks.emplace_back(problem_.sides[sides[0]].head.weight, pairs_[sides[0]]);
+      for (const auto& sides : sides_of_head_)
+        blocks.emplace_back(problem_.sides[sides[0]].head.weight, pairs_[sides[0]]);
       if (hidden_gradient) std::fill_n(sums, slab_sums(), 0.0f);
       if (next != nullptr) {
         for (SoftmaxState* one = state(slab, 0, 0); one != state(slab + 1, 0, 0); ++one) {
@@ -355,7 +356,8 @@ class Training {
       }
       if (whole == width) continue;
       alignas(64) float rest[kChunkRows * kGroup];
-      run_.product({{a + whole, nullptr}, stride_, gradient, kGroup, 1, kGroup, rows, {rest, nullptr}, kGroup, false, 0});
+      run_.product(
+          {{a + whole, nullptr}, stride_, gradient, kGroup, 1, kGroup, rows, {rest, nullptr}, kGroup, false, 0});
       for (std::int64_t row = 0; row < rows; ++row) {
         for (std::int64_t column = whole; column < width; ++column) {
           weight[row * width + column] += rest[row * kGroup + column - whole];
@@ -392,8 +394,8 @@ class Training {
   const std::size_t sides_;
   const std::int64_t step_, groups_, slab_rows_, slabs_, block_rows_, stride_;
   const AlignedFloats logits_, sums_;
-  std::vector<SoftmaxState> states_;  // of the sweep that is on: slab, side, group
-  std::vector<bool> pairs_;           // of each side
+  std::vector<SoftmaxState> states_;                     // of the sweep that is on: slab, side, group
+  std::vector<bool> pairs_;                              // of each side
   std::vector<std::vector<std::size_t>> sides_of_head_;  // both where their heads are the same weights
 };
 

@@ -45,7 +45,8 @@ class HeadBlock {
   HeadBlock(const Matrix& weight, bool pairs);
 
   void move_to(std::int64_t begin, std::int64_t rows);
-  // c[row][lane] of one or two groups; group1 may be null. Meanwhile the rows `ahead` of these come from memory; 0: none.
+  // c[row][lane] of one or two groups; group1 may be null. Meanwhile the rows `ahead` of these come from memory; 0:
+  // none.
   void multiply(const float* group0, const float* group1, float* c0, float* c1, std::int64_t ahead) const;
 
  private:

@@ -446,7 +446,19 @@ def opcheck_arguments() -> list[tuple[str, tuple[object, ...]]]:
         ("linear_cross_entropy", (turned, head, torch.arange(4), row.float(), None, None, 1.0, True, True, False)),
         (
             "masked_jsd",
-            (turned, frozen.float(), head, weight.float(), row.float(), row.float(), *[None] * 3, 1.0, True, True, False),
+            (
+                turned,
+                frozen.float(),
+                head,
+                weight.float(),
+                row.float(),
+                row.float(),
+                *[None] * 3,
+                1.0,
+                True,
+                True,
+                False,
+            ),
         ),
         # The reference, with a head whose rows it takes as columns.
         ("linear_cross_entropy", (turned, flat, torch.arange(4), row.float(), None, None, 1.0, True, True, False)),

@@ -28,7 +28,16 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Around a group of 16 tokens, a tile of 8 and a chunk of 96 entries, a piece of 960 and of 1920; odd and even widths
 # (an odd one has no pairs of bfloat16), below and above 32 columns; rows so wide that fewer make a block, deeper than a
 # panel's share of the cache.
-SHAPES = [(1, 1, 1), (3, 7, 5), (16, 32, 96), (17, 33, 97), (37, 70, 1003), (33, 2, 1921), (70, 64, 961), (18, 1430, 131)]
+SHAPES = [
+    (1, 1, 1),
+    (3, 7, 5),
+    (16, 32, 96),
+    (17, 33, 97),
+    (37, 70, 1003),
+    (33, 2, 1921),
+    (70, 64, 961),
+    (18, 1430, 131),
+]
 HEADS: dict[str, dict[str, object]] = {
     "plain": {},
     "bias and scale": {"bias": True, "scale": 0.7},
