@@ -50,6 +50,11 @@ def make(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tens
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
+def make_head(vocabulary: int, d: int, seed: int, dtype: torch.dtype) -> Tensor:
+    """Logits of wide rows no larger than those of narrow ones: saturated probabilities have gradients of rounding."""
+    return (make(vocabulary, d, seed=seed) * min(1, (64 / d) ** 0.5)).to(dtype)
+
+
 def options_of(head: str, vocabulary: int) -> dict[str, object]:
     options = {"bias": None, "softcap": None, "scale": 1.0, **HEADS[head]}
     if options["bias"]:
@@ -78,7 +83,7 @@ def close(value: Tensor, exact: Tensor, bound: float, name: str) -> None:
 @pytest.mark.parametrize(("tokens", "d", "vocabulary"), SHAPES)
 def test_token_gain(tokens: int, d: int, vocabulary: int, dtype: torch.dtype, head: str) -> None:
     full, masked = make(tokens, d, seed=1, dtype=dtype), make(tokens, d, seed=2, dtype=dtype)
-    weight, options = make(vocabulary, d, seed=3, dtype=dtype), options_of(head, vocabulary)
+    weight, options = make_head(vocabulary, d, 3, dtype), options_of(head, vocabulary)
     targets = (torch.arange(tokens) * 7) % vocabulary
     with cit_fast.backend("native"):
         gain = token_gain(full, masked, weight, targets, **options)
@@ -110,9 +115,9 @@ def close_gradients(got: list[Tensor], exact: list[Tensor], bound: float) -> Non
 def test_masked_jsd(tokens: int, d: int, vocabulary: int, dtype: torch.dtype, head: str, shared: bool) -> None:
     options = options_of(head, vocabulary)
     bias = options.pop("bias")
-    live, weight = make(tokens, d, seed=1, dtype=dtype), make(vocabulary, d, seed=3, dtype=dtype)
+    live, weight = make(tokens, d, seed=1, dtype=dtype), make_head(vocabulary, d, 3, dtype)
     frozen = make(tokens, d if shared else d + 3, seed=2, dtype=dtype)
-    weight_frozen = weight if shared else make(vocabulary, d + 3, seed=4, dtype=dtype)
+    weight_frozen = weight if shared else make_head(vocabulary, d + 3, 4, dtype)
     temperature = 1 + torch.rand(tokens, generator=torch.Generator().manual_seed(0))
     row_weight = torch.rand(tokens, generator=torch.Generator().manual_seed(1))
 
@@ -137,7 +142,7 @@ def test_masked_jsd(tokens: int, d: int, vocabulary: int, dtype: torch.dtype, he
 def test_linear_cross_entropy(tokens: int, d: int, vocabulary: int, dtype: torch.dtype, head: str) -> None:
     options = options_of(head, vocabulary)
     bias = options.pop("bias")
-    hidden, weight = make(tokens, d, seed=1, dtype=dtype), make(vocabulary, d, seed=3, dtype=dtype)
+    hidden, weight = make(tokens, d, seed=1, dtype=dtype), make_head(vocabulary, d, 3, dtype)
     targets = (torch.arange(tokens) * 7) % vocabulary
     row_weight = torch.rand(tokens, generator=torch.Generator().manual_seed(1))
 
