@@ -11,8 +11,9 @@ What a backend registers is called by position:
     linear_cross_entropy(hidden, weight, targets, row_weight, bias, softcap, scale, needs_grad)
         -> loss, grad_hidden, grad_weight, grad_bias
 
-``needs_grad`` says which of the three gradients to compute; the others are empty tensors. ``temperature`` and
-``row_weight`` are [T]; rows of weight 0 may hold any value, NaN and targets outside the vocabulary too.
+``needs_grad`` says which of the three gradients to compute; the others are empty tensors. Gradients are contiguous,
+whatever their tensors are. ``temperature`` and ``row_weight`` are [T]; rows of weight 0 may hold any value, NaN and
+targets outside the vocabulary too.
 """
 
 from __future__ import annotations
@@ -231,8 +232,8 @@ def _(
     bias_dtype = weight_live.dtype if bias_live is None else bias_live.dtype
     return (
         hidden_live.new_empty((), dtype=dtype),
-        torch.empty_like(hidden_live) if needs_hidden else hidden_live.new_empty(0),
-        torch.empty_like(weight_live) if needs_weight else weight_live.new_empty(0),
+        hidden_live.new_empty(hidden_live.shape) if needs_hidden else hidden_live.new_empty(0),
+        weight_live.new_empty(weight_live.shape) if needs_weight else weight_live.new_empty(0),
         weight_live.new_empty(weight_live.shape[0] if needs_bias else 0, dtype=bias_dtype),
     )
 
@@ -306,8 +307,8 @@ def _(
     dtype = reference.accumulation_dtype(hidden, weight, bias)
     return (
         hidden.new_empty((), dtype=dtype),
-        torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0),
-        torch.empty_like(weight) if needs_weight else weight.new_empty(0),
+        hidden.new_empty(hidden.shape) if needs_hidden else hidden.new_empty(0),
+        weight.new_empty(weight.shape) if needs_weight else weight.new_empty(0),
         weight.new_empty(weight.shape[0] if needs_bias else 0, dtype=weight.dtype if bias is None else bias.dtype),
     )
 

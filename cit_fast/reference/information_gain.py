@@ -206,8 +206,8 @@ def masked_jsd(
     dtype = accumulation_dtype(hidden_live, hidden_frozen, weight_live, weight_frozen, bias_live, bias_frozen)
     needs_hidden, needs_weight, needs_bias = needs_grad
     total = hidden_live.new_zeros((), dtype=dtype)
-    grad_hidden = torch.empty_like(hidden_live) if needs_hidden else hidden_live.new_empty(0)
-    grad_weight = torch.zeros_like(weight_live, dtype=dtype) if needs_weight else weight_live.new_empty(0, dtype=dtype)
+    grad_hidden = hidden_live.new_empty(hidden_live.shape) if needs_hidden else hidden_live.new_empty(0)
+    grad_weight = weight_live.new_zeros(weight_live.shape if needs_weight else (0,), dtype=dtype)
     grad_bias = weight_live.new_zeros(weight_live.shape[0] if needs_bias else 0, dtype=dtype)
 
     for rows in _chunks(hidden_live.shape[0], weight_live.shape[0], chunk_size):
@@ -260,8 +260,8 @@ def linear_cross_entropy(
     dtype = accumulation_dtype(hidden, weight, bias)
     needs_hidden, needs_weight, needs_bias = needs_grad
     total = hidden.new_zeros((), dtype=dtype)
-    grad_hidden = torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0)
-    grad_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else weight.new_empty(0, dtype=dtype)
+    grad_hidden = hidden.new_empty(hidden.shape) if needs_hidden else hidden.new_empty(0)
+    grad_weight = weight.new_zeros(weight.shape if needs_weight else (0,), dtype=dtype)
     grad_bias = weight.new_zeros(weight.shape[0] if needs_bias else 0, dtype=dtype)
 
     for rows in _chunks(hidden.shape[0], weight.shape[0], chunk_size):

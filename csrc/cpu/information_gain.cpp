@@ -66,7 +66,9 @@ void run_task(const Batch& batch, std::int64_t piece, std::int64_t range, GainSt
     const float* const bias = batch.head.bias == nullptr ? nullptr : batch.head.bias + first;
     const LogitMap map{bias, batch.options.scale, batch.options.softcap, nullptr};
     for (std::int64_t group = first_group; group < last_group; ++group) {
-      block.multiply(batch.full.group(group), batch.masked.group(group), logits[0], logits[1]);
+      // The first tokens bring the next rows from memory a tile ahead.
+      block.multiply(batch.full.group(group), batch.masked.group(group), logits[0], logits[1],
+                     group == first_group ? kPairTileRows : 0);
       run.add_gain(logits[0], logits[1], rows, map, states[group]);
       pick_targets(batch, group, first, rows, {logits[0], logits[1]});
     }

@@ -39,17 +39,20 @@ void pack_pairs(const uint16_t* source, int64_t row_stride, int64_t rows, int64_
   const __mmask32 there = columns >= 32 ? 0xffffffffu : (1u << columns) - 1u;
   for (int64_t row = 0; row < rows; row += 2, source += 2 * row_stride, target += 32) {
     const __m512i one = _mm512_maskz_loadu_epi16(there, source);
-    const __m512i other = row + 1 < rows ? _mm512_maskz_loadu_epi16(there, source + row_stride) : _mm512_setzero_si512();
+    const __m512i other =
+        row + 1 < rows ? _mm512_maskz_loadu_epi16(there, source + row_stride) : _mm512_setzero_si512();
     _mm512_storeu_si512(target, _mm512_permutex2var_epi16(one, low, other));
     _mm512_storeu_si512(target + 16, _mm512_permutex2var_epi16(one, high, other));
   }
 }
 
 void pair_product(const PairProduct& product) {
-  if (product.a[1] != nullptr) {
-    product_rows<PairEngine, 2, kTileRows>(product);
+  if (product.a[1] == nullptr) {
+    product_rows<PairEngine, 1, kPairTileRows>(product);
+  } else if (product.rows % kPairTileRows == 0) {
+    product_rows<PairEngine, 2, kPairTileRows>(product);
   } else {
-    product_rows<PairEngine, 1, kTileRows>(product);
+    product_rows<PairEngine, 2, kTileRows>(product);
   }
 }
 

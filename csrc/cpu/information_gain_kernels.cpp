@@ -258,9 +258,9 @@ void cross_entropy_gradient(float* logits, int64_t rows, const JsdLanes& lanes) 
 }  // namespace
 
 extern const InformationGainKernels kInformationGain;
-const InformationGainKernels kInformationGain = {product,      widen_elements,        widen_tile,
-                                                 to_pairs,     add_gain,              add_softmax,
-                                                 add_jsd,      jsd_gradient,          cross_entropy_gradient};
+const InformationGainKernels kInformationGain = {product,  widen_elements, widen_tile,
+                                                 to_pairs, add_gain,       add_softmax,
+                                                 add_jsd,  jsd_gradient,   cross_entropy_gradient};
 
 }  // namespace CIT_SIMD_NAMESPACE
 }  // namespace cit

@@ -15,7 +15,10 @@ constexpr int64_t kGroup = 16;
 // Vocabulary entries at a time: the logits of two groups fit the first-level cache, a block of the head the second. A
 // multiple of every tile height.
 constexpr int64_t kChunkRows = 96;
-constexpr int kTileRows = 8;  // with AVX-512
+// With AVX-512: eight rows a power of two apart still fit the ways of a first-level cache; twelve of half the size do,
+// and keep the multipliers busier.
+constexpr int kTileRows = 8;
+constexpr int kPairTileRows = 12;
 // Stands for -infinity, whose difference to itself is no number.
 constexpr float kNowhere = -1e30f;
 
@@ -31,6 +34,7 @@ struct ProductOf {
   float* c[2];
   int64_t ldc;
   bool accumulate;
+  int64_t ahead;  // fetches what lies so many elements of `w` further on; 0: nothing
 };
 using Product = ProductOf<float>;
 using PairProduct = ProductOf<uint32_t>;
@@ -68,7 +72,8 @@ struct JsdLanes {
 struct InformationGainKernels {
   void (*product)(const Product& product);
   void (*widen)(const Array& source, int64_t begin, int64_t count, float* target);
-  // Up to 32 columns of `rows` rows, the first element at `begin`, as float32 [rows][32]; columns beyond are left alone.
+  // Up to 32 columns of `rows` rows, the first element at `begin`, as float32 [rows][32]; columns beyond are left
+  // alone.
   void (*widen_tile)(const Array& source, int64_t begin, int64_t row_stride, int64_t rows, int64_t columns,
                      float* target);
   // [rows][16] float32 to [rows / 2][16] pairs of bfloat16; a last odd row is paired with 0.
@@ -97,8 +102,8 @@ extern const InformationGainKernels kInformationGain;
 }
 namespace simd_avx512_bf16 {
 void pair_product(const PairProduct& product);
-// Up to 32 columns of `rows` rows as [rows / 2][32] pairs of neighbouring rows, filled up with 0 to 32 columns and to an
-// even number of rows.
+// Up to 32 columns of `rows` rows as [rows / 2][32] pairs of neighbouring rows, filled up with 0 to 32 columns and to
+// an even number of rows.
 void pack_pairs(const uint16_t* source, int64_t row_stride, int64_t rows, int64_t columns, uint32_t* target);
 }  // namespace simd_avx512_bf16
 #endif

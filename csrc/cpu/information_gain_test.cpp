@@ -174,7 +174,7 @@ int main(int argc, char** argv) {
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
     for (const bool cap : {false, true}) {
       for (const auto& [tokens, width, vocabulary] : std::vector<std::array<std::int64_t, 3>>{
-               {1, 1, 1}, {3, 2, 7}, {16, 32, 96}, {17, 33, 97}, {35, 70, 965}, {70, 18, 1923}}) {
+               {1, 1, 1}, {3, 2, 7}, {16, 32, 96}, {17, 33, 97}, {35, 70, 965}, {70, 18, 1923}, {18, 1430, 131}}) {
         test({tokens, width, vocabulary, dtype, cap,
               std::to_string(tokens) + " tokens of " + std::to_string(width) + ", " + std::to_string(vocabulary) +
                   " entries, dtype " + std::to_string(static_cast<int>(dtype)) + (cap ? ", capped" : "")});

@@ -4,8 +4,8 @@
 // known, the gradient of the logits and with it those of the head and of the hidden states. Both read the head from
 // memory, so the second sweep of a chunk is the first one of the next chunk as well: a block of the head comes into the
 // cache, the logits of the one chunk turn into their gradient, those of the other take their place, and the block is
-// multiplied with the gradient. Stored: kChunkTokens logits per vocabulary entry and side at most, a twentieth of all of
-// them where a gradient of the head does not ask for more.
+// multiplied with the gradient. Stored: kChunkTokens logits per vocabulary entry and side at most, a twentieth of all
+// of them where a gradient of the head does not ask for more.
 //
 // Tasks are slabs of the vocabulary, which do not depend on the number of threads; what they add up is merged in order.
 
@@ -185,7 +185,8 @@ class Training {
       HeadStrips strips(problem_.sides[0].head.weight, pairs_[0]);
       AlignedFloats gradient(hidden_gradient ? groups_ * kChunkRows * kGroup : 0);
       std::vector<HeadBlock> blocks;
-      for (const auto& sides : sides_of_head_) blocks.emplace_back(problem_.sides[sides[0]].head.weight, pairs_[sides[0]]);
+      for (const auto& sides : sides_of_head_)
+        blocks.emplace_back(problem_.sides[sides[0]].head.weight, pairs_[sides[0]]);
       if (hidden_gradient) std::fill_n(sums, slab_sums(), 0.0f);
       if (next != nullptr) {
         for (SoftmaxState* one = state(slab, 0, 0); one != state(slab + 1, 0, 0); ++one) {
@@ -204,7 +205,9 @@ class Training {
             block_logits(*next, blocks[head], sides_of_head_[head], slab, first, rows);
           }
         }
-        if (hidden_gradient) strips.add_products(first, rows, last, gradient.data(), known->groups, sums);
+        if (hidden_gradient) {
+          strips.add_products(first, rows, next != nullptr ? first : last, gradient.data(), known->groups, sums);
+        }
       }
     });
   }
@@ -218,7 +221,7 @@ class Training {
     const auto panel = [&](std::int64_t k) { return k < all ? chunk.panels[side_of(k)].group(group_of(k)) : nullptr; };
     const auto out = [&](std::int64_t k) { return k < all ? stored(side_of(k), group_of(k), first) : nullptr; };
     for (std::int64_t k = 0; k < all; k += 2) {
-      block.multiply(panel(k), panel(k + 1), out(k), out(k + 1));
+      block.multiply(panel(k), panel(k + 1), out(k), out(k + 1), k == 0 ? block_rows_ : 0);
       for (std::int64_t one = k; one < std::min(k + 2, all); ++one) {
         const float* const bias = problem_.sides[side_of(one)].head.bias;
         const LogitMap map{
@@ -348,11 +351,13 @@ class Training {
                       rows,
                       {c, c + kGroup},
                       width,
-                      true});
+                      true,
+                      0});
       }
       if (whole == width) continue;
       alignas(64) float rest[kChunkRows * kGroup];
-      run_.product({{a + whole, nullptr}, stride_, gradient, kGroup, 1, kGroup, rows, {rest, nullptr}, kGroup, false});
+      run_.product(
+          {{a + whole, nullptr}, stride_, gradient, kGroup, 1, kGroup, rows, {rest, nullptr}, kGroup, false, 0});
       for (std::int64_t row = 0; row < rows; ++row) {
         for (std::int64_t column = whole; column < width; ++column) {
           weight[row * width + column] += rest[row * kGroup + column - whole];
@@ -389,8 +394,8 @@ class Training {
   const std::size_t sides_;
   const std::int64_t step_, groups_, slab_rows_, slabs_, block_rows_, stride_;
   const AlignedFloats logits_, sums_;
-  std::vector<SoftmaxState> states_;  // of the sweep that is on: slab, side, group
-  std::vector<bool> pairs_;           // of each side
+  std::vector<SoftmaxState> states_;                     // of the sweep that is on: slab, side, group
+  std::vector<bool> pairs_;                              // of each side
   std::vector<std::vector<std::size_t>> sides_of_head_;  // both where their heads are the same weights
 };
 

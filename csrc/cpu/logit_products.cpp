@@ -101,8 +101,9 @@ void HeadBlock::move_to(std::int64_t begin, std::int64_t rows) {
   at_ = widened_.data();
 }
 
-void HeadBlock::multiply(const float* group0, const float* group1, float* c0, float* c1) const {
+void HeadBlock::multiply(const float* group0, const float* group1, float* c0, float* c1, std::int64_t ahead) const {
   const std::int64_t depth = weight_.width / (pairs_ ? 2 : 1);
+  if (!widened_.empty()) ahead = 0;
   for (std::int64_t k = 0; k < depth; k += kDepth) {
     const std::int64_t some = std::min(kDepth, depth - k);
     const float* const a[2] = {group0 + k * kGroup, group1 == nullptr ? nullptr : group1 + k * kGroup};
@@ -117,12 +118,13 @@ void HeadBlock::multiply(const float* group0, const float* group1, float* c0, fl
                                       rows_,
                                       {c0, c1},
                                       kGroup,
-                                      k > 0});
+                                      k > 0,
+                                      ahead * row_stride_ / 2});
       continue;
     }
 #endif
     information_gain_kernels().product(
-        {{a[0], a[1]}, kGroup, at_ + k, row_stride_, 1, some, rows_, {c0, c1}, kGroup, k > 0});
+        {{a[0], a[1]}, kGroup, at_ + k, row_stride_, 1, some, rows_, {c0, c1}, kGroup, k > 0, ahead * row_stride_});
   }
 }
 
@@ -170,12 +172,13 @@ void HeadStrips::multiply(std::int64_t rows, const float* gradient, float* sums,
                                     kGroup,
                                     {sums, sums + kGroup},
                                     stride,
-                                    true});
+                                    true,
+                                    0});
     return;
   }
 #endif
   information_gain_kernels().product(
-      {{tile_, tile_ + kGroup}, kColumns, gradient, 1, kGroup, rows, kGroup, {sums, sums + kGroup}, stride, true});
+      {{tile_, tile_ + kGroup}, kColumns, gradient, 1, kGroup, rows, kGroup, {sums, sums + kGroup}, stride, true, 0});
 }
 
 }  // namespace cit

@@ -45,8 +45,9 @@ class HeadBlock {
   HeadBlock(const Matrix& weight, bool pairs);
 
   void move_to(std::int64_t begin, std::int64_t rows);
-  // c[row][lane] of one or two groups; group1 may be null.
-  void multiply(const float* group0, const float* group1, float* c0, float* c1) const;
+  // c[row][lane] of one or two groups; group1 may be null. Meanwhile the rows `ahead` of these come from memory; 0:
+  // none.
+  void multiply(const float* group0, const float* group1, float* c0, float* c1, std::int64_t ahead) const;
 
  private:
   const Matrix& weight_;
@@ -69,7 +70,7 @@ class HeadStrips {
 
   // sums[token][column] += sum over the rows of gradient[row][token] head[row][column], for `groups` of 16 tokens.
   // gradient: of a group [kChunkRows][16] float32, or pairs of bfloat16 in half of that. Meanwhile the rows after these
-  // up to `last` come from memory.
+  // up to `last` come from memory, if they are not there yet.
   void add_products(std::int64_t begin, std::int64_t rows, std::int64_t last, const float* gradient,
                     std::int64_t groups, float* sums);
 

@@ -28,9 +28,9 @@ __attribute__((always_inline)) static inline void product_tile(const ProductOf<E
   const Element* const w = p.w + row * p.row_stride;
   const int64_t row_stride = p.row_stride, k_stride = p.k_stride, depth = p.depth, lda = p.lda;
   for (int64_t begin = 0; begin < depth; begin += kLine) {
-    if (k_stride == 1) {
-      // The rows of the next tile, which come from memory and are too many streams for the hardware to follow.
-      for (int j = 0; j < kRows; ++j) __builtin_prefetch(w + (j + kRows) * row_stride + begin, 0, 2);
+    if (p.ahead != 0) {
+      // From memory, and too many streams for the hardware to follow.
+      for (int j = 0; j < kRows; ++j) __builtin_prefetch(w + j * row_stride + p.ahead + begin, 0, 2);
     }
     const int64_t end = begin + kLine < depth ? begin + kLine : depth;
     for (int64_t k = begin; k < end; ++k) {
@@ -51,7 +51,7 @@ __attribute__((always_inline)) static inline void product_tile(const ProductOf<E
   }
 }
 
-// kRows: height of the tile. Eight rows a power of two apart still fit the ways of a first-level cache.
+// kRows: height of the tile.
 template <class Engine, int kGroups, int kRows, class Element>
 static void product_rows(const ProductOf<Element>& p) {
   int64_t row = 0;

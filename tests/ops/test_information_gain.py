@@ -422,6 +422,8 @@ def opcheck_arguments() -> list[tuple[str, tuple[object, ...]]]:
     live, frozen, weight = make(4, 3), make(4, 3, seed=1), make(7, 3)
     row = torch.ones(4, dtype=torch.float64)
     with_grad = [each.clone().requires_grad_() for each in (live, weight, make(7))]
+    turned = live.float().T.contiguous().T.requires_grad_()
+    head, flat = weight.float().requires_grad_(), weight.float().T.contiguous().T.requires_grad_()
     return [
         ("token_gain", (live, frozen, weight, torch.arange(4), None, None, 1.0)),
         ("token_gain", (live.float(), frozen.float(), weight.float(), torch.arange(4), make(7).float(), 2.0, 0.5)),
@@ -440,10 +442,30 @@ def opcheck_arguments() -> list[tuple[str, tuple[object, ...]]]:
                 *(with_grad[2], make(7), 2.0, 0.5, True, True, True),
             ),
         ),
+        # The native kernels; a gradient has the layout of its own, whatever that of its tensor.
+        ("linear_cross_entropy", (turned, head, torch.arange(4), row.float(), None, None, 1.0, True, True, False)),
+        (
+            "masked_jsd",
+            (
+                turned,
+                frozen.float(),
+                head,
+                weight.float(),
+                row.float(),
+                row.float(),
+                *[None] * 3,
+                1.0,
+                True,
+                True,
+                False,
+            ),
+        ),
+        # The reference, with a head whose rows it takes as columns.
+        ("linear_cross_entropy", (turned, flat, torch.arange(4), row.float(), None, None, 1.0, True, True, False)),
     ]
 
 
-@pytest.mark.parametrize("case", range(8))
+@pytest.mark.parametrize("case", range(11))
 def test_opcheck(case: int) -> None:
     name, arguments = opcheck_arguments()[case]
     torch.library.opcheck(getattr(torch.ops.cit_fast, name).default, arguments)

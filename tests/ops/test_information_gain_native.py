@@ -26,8 +26,18 @@ from cit_fast.reference import information_gain as reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Around a group of 16 tokens, a tile of 8 and a chunk of 96 entries, a piece of 960 and of 1920; odd and even widths
-# (an odd one has no pairs of bfloat16), below and above 32 columns.
-SHAPES = [(1, 1, 1), (3, 7, 5), (16, 32, 96), (17, 33, 97), (37, 70, 1003), (33, 2, 1921), (70, 64, 961)]
+# (an odd one has no pairs of bfloat16), below and above 32 columns; rows so wide that fewer make a block, deeper than a
+# panel's share of the cache.
+SHAPES = [
+    (1, 1, 1),
+    (3, 7, 5),
+    (16, 32, 96),
+    (17, 33, 97),
+    (37, 70, 1003),
+    (33, 2, 1921),
+    (70, 64, 961),
+    (18, 1430, 131),
+]
 HEADS: dict[str, dict[str, object]] = {
     "plain": {},
     "bias and scale": {"bias": True, "scale": 0.7},
@@ -38,6 +48,11 @@ HEADS: dict[str, dict[str, object]] = {
 def make(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     generator = torch.Generator().manual_seed(seed * 1000 + sum(shape))
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def make_head(vocabulary: int, d: int, seed: int, dtype: torch.dtype) -> Tensor:
+    """Logits of wide rows no larger than those of narrow ones: saturated probabilities have gradients of rounding."""
+    return (make(vocabulary, d, seed=seed) * min(1, (64 / d) ** 0.5)).to(dtype)
 
 
 def options_of(head: str, vocabulary: int) -> dict[str, object]:
@@ -68,7 +83,7 @@ def close(value: Tensor, exact: Tensor, bound: float, name: str) -> None:
 @pytest.mark.parametrize(("tokens", "d", "vocabulary"), SHAPES)
 def test_token_gain(tokens: int, d: int, vocabulary: int, dtype: torch.dtype, head: str) -> None:
     full, masked = make(tokens, d, seed=1, dtype=dtype), make(tokens, d, seed=2, dtype=dtype)
-    weight, options = make(vocabulary, d, seed=3, dtype=dtype), options_of(head, vocabulary)
+    weight, options = make_head(vocabulary, d, 3, dtype), options_of(head, vocabulary)
     targets = (torch.arange(tokens) * 7) % vocabulary
     with cit_fast.backend("native"):
         gain = token_gain(full, masked, weight, targets, **options)
@@ -100,9 +115,9 @@ def close_gradients(got: list[Tensor], exact: list[Tensor], bound: float) -> Non
 def test_masked_jsd(tokens: int, d: int, vocabulary: int, dtype: torch.dtype, head: str, shared: bool) -> None:
     options = options_of(head, vocabulary)
     bias = options.pop("bias")
-    live, weight = make(tokens, d, seed=1, dtype=dtype), make(vocabulary, d, seed=3, dtype=dtype)
+    live, weight = make(tokens, d, seed=1, dtype=dtype), make_head(vocabulary, d, 3, dtype)
     frozen = make(tokens, d if shared else d + 3, seed=2, dtype=dtype)
-    weight_frozen = weight if shared else make(vocabulary, d + 3, seed=4, dtype=dtype)
+    weight_frozen = weight if shared else make_head(vocabulary, d + 3, 4, dtype)
     temperature = 1 + torch.rand(tokens, generator=torch.Generator().manual_seed(0))
     row_weight = torch.rand(tokens, generator=torch.Generator().manual_seed(1))
 
@@ -127,7 +142,7 @@ def test_masked_jsd(tokens: int, d: int, vocabulary: int, dtype: torch.dtype, he
 def test_linear_cross_entropy(tokens: int, d: int, vocabulary: int, dtype: torch.dtype, head: str) -> None:
     options = options_of(head, vocabulary)
     bias = options.pop("bias")
-    hidden, weight = make(tokens, d, seed=1, dtype=dtype), make(vocabulary, d, seed=3, dtype=dtype)
+    hidden, weight = make(tokens, d, seed=1, dtype=dtype), make_head(vocabulary, d, 3, dtype)
     targets = (torch.arange(tokens) * 7) % vocabulary
     row_weight = torch.rand(tokens, generator=torch.Generator().manual_seed(1))
 
@@ -212,6 +227,47 @@ def test_bits_of_a_token_do_not_depend_on_its_neighbours(dtype: torch.dtype) -> 
     together, alone = everything(150, dtype), everything(150, dtype, slice(37, 60))
     for index in (*range(7), 8 + 2, 12 + 2):  # what belongs to a token: gains, gradients of hidden states
         assert torch.equal(together[index][37:60], alone[index])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("loss", ["jsd", "cross-entropy"])
+def test_each_gradient_alone_is_the_one_among_others(loss: str, dtype: torch.dtype) -> None:
+    # What else is wanted decides how many tokens make a chunk.
+    tokens, d, vocabulary = 50, 40, 2100
+    values = [make(*s, seed=i, dtype=dtype) for i, s in enumerate(((tokens, d), (vocabulary, d), (vocabulary,)))]
+    frozen, targets = make(tokens, d, seed=5, dtype=dtype), torch.arange(tokens) * 41
+
+    def gradients(*wanted: bool) -> list[Tensor]:
+        hidden, weight, bias = (x.clone().requires_grad_(y) for x, y in zip(values, wanted, strict=True))
+        with cit_fast.backend("native"):
+            if loss == "jsd":
+                out = masked_jsd(hidden, frozen, weight, values[1], 1.5, bias_live=bias, softcap=5.0)
+            else:
+                out = linear_cross_entropy(hidden, weight, targets, bias=bias, softcap=5.0)
+        return list(torch.autograd.grad(out, [x for x in (hidden, weight, bias) if x.requires_grad]))
+
+    together = gradients(True, True, True)
+    for wanted in itertools.product((True, False), repeat=3):
+        if any(wanted):
+            right = [x for x, y in zip(together, wanted, strict=True) if y]
+            torch.testing.assert_close(gradients(*wanted), right, rtol=1e-5, atol=1e-9 if dtype == torch.float32 else 0)
+
+
+@pytest.mark.usefixtures("simd")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_tokens(dtype: torch.dtype) -> None:
+    weight = make(7, 3, dtype=dtype).requires_grad_()
+    hidden = make(0, 3, dtype=dtype).requires_grad_()
+    none = torch.empty(0)
+    with cit_fast.backend("native"):
+        gain = token_gain(hidden, hidden, weight, none.long())
+        loss = masked_jsd(hidden, hidden, weight, weight, 1.5, none)
+        loss = loss + linear_cross_entropy(hidden, weight, none.long(), none)
+    loss.backward()
+    assert [each.shape for each in gain] == [(0,)] * 7
+    assert loss == 0
+    assert hidden.grad.shape == (0, 3)
+    assert (weight.grad == 0).all()
 
 
 def test_rows_and_heads_of_any_stride() -> None:
