@@ -76,11 +76,11 @@ def train_switch(
     """
     chance = torch.Generator().manual_seed(seed)
     sizes = (hidden, features.shape[1]), (classes, hidden)
-    parameters: list[Tensor] = []
-    for rows, columns in sizes:  # as torch.nn.Linear starts
-        bound = columns**-0.5
-        for shape in ((rows, columns), (rows,)):
-            parameters.append(torch.empty(shape).uniform_(-bound, bound, generator=chance).requires_grad_())
+    parameters = [  # as torch.nn.Linear starts
+        torch.empty(shape).uniform_(-(columns**-0.5), columns**-0.5, generator=chance).requires_grad_()
+        for rows, columns in sizes
+        for shape in ((rows, columns), (rows,))
+    ]
     mean = features.mean(0)
     scale = features.var(0, correction=0).sqrt().clamp_min(1e-6)
     network = SwitchNetwork(mean, scale, *parameters)
