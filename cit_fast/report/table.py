@@ -50,17 +50,20 @@ class _Comparison:
         if not any(answers) or Measurement.get(console, options.update_width(1000), whole).maximum <= options.max_width:
             yield whole
             return
-        yield self._table([here and not second for here, second in zip(shown, answers, strict=True)], None)
+        yield self._table([here and not second for here, second in zip(shown, answers, strict=True)], None, "\n")
         yield Text()
         yield self._table(answers, None)
         if caption is not None:
             yield caption  # as wide as the terminal, not as the table
 
-    def _table(self, shown: Sequence[bool], caption: Text | None) -> Table:
+    def _table(self, shown: Sequence[bool], caption: Text | None, arrow: str = "") -> Table:
+        # A line break before the arrow: rich itself takes single letters off any column.
         table = _table(None, caption)
         table.add_column("Method", overflow="fold", min_width=13)
         for column in itertools.compress(COLUMNS, shown):
-            table.add_column(column.title + column.arrow, justify="right")
+            table.add_column(
+                column.title + arrow + column.arrow.lstrip() if arrow else column.title + column.arrow, justify="right"
+            )
         for view, cells in comparison_rows(self._runs):
             label = Text(view.label + (" (joint)" if view.is_joint and view.record.method_name != "joint" else ""))
             if not view.is_complete:
