@@ -181,8 +181,11 @@ def collect(folders: Sequence[Path]) -> Runs:
 def coverage(runs: Runs) -> str:
     """Of how many tasks the V-scores speak, in a sentence; empty where it is all of them, or there is no V-score."""
     parts = []
-    for which, pick in (("seen", lambda view: view.seen), ("held-out", lambda view: view.held_out)):
-        found = next((pick(view) for view in runs.compared if pick(view).v is not None), None)
+    for which, found_by in (
+        ("seen", [view.seen for view in runs.compared]),
+        ("held-out", [view.held_out for view in runs.compared]),
+    ):
+        found = next((scores for scores in found_by if scores.v is not None), None)
         if found is not None and found.constrained < found.tasks:
             parts.append(f"{found.constrained} of {found.tasks} {which} tasks")
     return f"V is over {' and '.join(parts)}; the others declare nothing an answer could break." if parts else ""

@@ -12,8 +12,8 @@ from cit_fast.data.prompts import PromptEncoder
 from cit_fast.errors import ConfigError, RunError
 from cit_fast.evaluation.record import read_stages
 from cit_fast.training.config import ModelConfig
-from cit_fast.training.model import ContinualModel
 from cit_fast.training.pretrained import load_model, load_tokenizer, model_identity, resolve_model
+from cit_fast.training.serving import ContinualModel
 
 
 class AnyModel(NamedTuple):
