@@ -1,4 +1,4 @@
-"""Every Python snippet of the README runs, on the tiny model in place of the real one."""
+"""Every Python snippet of the README and the guide runs, on the tiny model in place of the real one."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+ROOT = Path(__file__).parents[1]
+README, GUIDE, RESULTS = (
+    (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "GUIDE.md", "bench/RESULTS.md")
+)
+SNIPPETS = re.findall(r"```python\n(.*?)```", README + GUIDE, flags=re.DOTALL)
 
 
 def test_every_way_in_has_its_snippet():
-    ways = ["Linear", " Trainer(", "SFTTrainer(", "continual_metrics(", "export_merged(", "wasserstein_matrix("]
+    ways = ["Linear", "continual_metrics(", "wasserstein_matrix(", " Trainer(", "SFTTrainer(", "export_merged("]
     assert [name for name in ways for text in SNIPPETS if name in text] == ways
 
 
@@ -32,11 +35,17 @@ def test_every_command_of_the_readme_exists(capsys):
 
     from cit_fast.cli import app
 
-    for name in set(re.findall(r"cit-fast (\w+)", README)):
+    for name in set(re.findall(r"cit-fast (\w+)", README + GUIDE)):
         assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0, name
 
 
-def test_every_file_the_readme_names_exists():
-    root = Path(__file__).parents[1]
-    for target in re.findall(r"\]\(([\w./-]+)\)", README):
-        assert (root / target).exists(), target
+def test_every_file_that_is_named_exists():
+    for text, folder in ((README, ROOT), (GUIDE, ROOT), (RESULTS, ROOT / "bench")):
+        for target in re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", text):
+            assert (folder / target).exists(), target
+
+
+def test_every_preset_is_in_the_readme():
+    from cit_fast.training.config import presets
+
+    assert not [name for name in presets() if f"`{name}`" not in README + GUIDE]

@@ -282,7 +282,7 @@ def _histogram(scores: Scores, width: int) -> Table:
     table.add_column("Examples", justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     digits = max(2, -math.floor(math.log10(edges[1] - edges[0])))
-    for count, lower, upper in zip(bins, edges, edges[1:], strict=True):
+    for count, lower, upper in zip(bins, edges[:-1], edges[1:], strict=True):
         eighths = round(count / max(bins) * room * 8)
         bar = "█" * (eighths // 8) + ("" if eighths % 8 == 0 else "▏▎▍▌▋▊▉"[eighths % 8 - 1])
         low = upper <= scores.threshold + 1e-9

@@ -136,6 +136,7 @@ def test_a_row_sees_nothing_of_the_other_rows_sets():
     assert finite.tolist() == [True, False, True]
 
 
+@pytest.mark.filterwarnings("ignore:.*LoRA tensor.* have invalid shape")  # PEFT 0.21 takes a bias for a shard
 def test_bias_and_conv1d(tmp_path):
     torch.manual_seed(0)
     base = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4)).eval()
@@ -286,6 +287,6 @@ def test_a_folder_that_cannot_be_used(folder, tmp_path, kind, message):
 
 
 def test_what_only_peft_can_apply(tmp_path):
-    get_peft_model(base_model(), IA3Config(task_type="CAUSAL_LM"), adapter_name="ia3").save_pretrained(tmp_path)
+    get_peft_model(base_model(), IA3Config(task_type="CAUSAL_LM"), adapter_name="scaled").save_pretrained(tmp_path)
     with pytest.raises(NotPlainLoraError):
-        AdapterBank().read(base_model(), "ia3", tmp_path / "ia3")
+        AdapterBank().read(base_model(), "scaled", tmp_path / "scaled")

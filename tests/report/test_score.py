@@ -107,7 +107,7 @@ def test_files(two, tmp_path):
         "task": "deaf", "source": "", "instruction": "Say it in [words].", "input": "0", "answer": "x",
         "key_parts": ["[words]"], "spans": [[10, 17]], "gain": 0.0, "info_full": 0.1, "info_masked": 0.1, "tokens": 3,
     }  # fmt: skip
-    rows = list(csv.DictReader((tmp_path / "out" / "tasks.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "out" / "tasks.csv").read_text().splitlines()))
     assert [row["task"] for row in rows] == ["deaf", "listens"]
     assert float(rows[0]["share_below"]) == 0.75
     assert json.loads((tmp_path / "out" / "scores.json").read_text())["key_parts"] == SUMMARY
@@ -116,7 +116,8 @@ def test_files(two, tmp_path):
 
 def test_a_picture_of_hundreds_of_tasks_stays_readable(tmp_path):
     many = scores(*(task(f"task{k:04}_with_a_long_name_that_goes_on_and_on", [k / 300, 0.1]) for k in range(100)))
-    assert Image.open(write_scores(many, tmp_path)).size[1] < 4000
+    with Image.open(write_scores(many, tmp_path)) as picture:
+        assert picture.size[1] < 4000
 
 
 @pytest.mark.parametrize(

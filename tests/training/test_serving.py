@@ -143,7 +143,7 @@ def test_nothing_left_to_answer(run):
         ContinualModel.from_run(run, device="cpu")
     assert "\n" not in str(caught.value)
     shutil.rmtree(run / "stages/03/adapters")
-    with pytest.raises(RunError, match="holds neither adapters nor a model, and its router knows task-dates"):
+    with pytest.raises(RunError, match="holds neither adapters nor a model, and its router knows set-01"):
         ContinualModel.from_run(run, device="cpu")
 
 
@@ -161,7 +161,7 @@ def test_an_empty_prompt(model, prompt):
 
 
 def test_a_set_that_is_not_there(model):
-    with pytest.raises(DataError, match="no adapter set 'lost'; there are task-dates"):
+    with pytest.raises(DataError, match="no adapter set 'lost'; there are set-01"):
         model.generate([Example("Say it.", references=("-",))], adapters=["lost"])
 
 
@@ -236,7 +236,7 @@ def test_exports_that_cannot_be_made(run, tmp_path):
         assert sets["mail"] not in export_adapters(run, tmp_path / "out")
     with pytest.raises(RunError, match="out: there is something already"):
         export_adapters(run, tmp_path / "out")
-    with pytest.raises(RunError, match="has no adapter set 'lost'; there are task-dates"):
+    with pytest.raises(RunError, match="has no adapter set 'lost'; there are set-01"):
         export_merged(run, tmp_path / "new", "lost")
     with pytest.raises(RunError, match=r"adapter_model\.safetensors: damaged"):
         export_merged(run, tmp_path / "new", sets["mail"])
