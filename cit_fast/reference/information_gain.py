@@ -151,7 +151,6 @@ def gains_from_statistics(statistics: Tensor) -> tuple[Tensor, ...]:
     return (*log_probs, probabilities[0] - probabilities[1], *entropies, *divergences)
 
 
-@register("key_part_information_gain", Backend.REFERENCE)
 def key_part_information_gain(probability_gain: Tensor, offsets: Tensor, alpha: float) -> Tensor:
     """G = sum_k alpha^k (p(t_k) - q(t_k)) per example; see :func:`cit_fast.ops.key_part_information_gain`."""
     weighted = position_weights(offsets, probability_gain, alpha) * probability_gain
