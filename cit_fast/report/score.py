@@ -240,14 +240,15 @@ def _table(title: str) -> Table:
 
 
 def _tasks(scores: Scores, width: int) -> Table:
-    room = max(14, min(44, width - 64))
     edges = scores.edges(BINS)
+    drawn = len(edges) - 1 if width >= 90 else 0  # a narrow terminal has the histogram of all below
+    room = max(12, min(44, width - 46 - (drawn + 3 if drawn else 0)))
     table = _table("Information gain of the key parts, lowest first")
     table.add_column("Task", no_wrap=True)
     for column in ("Examples", "Gain", "Spread", f"Below {scores.threshold:g}", "Info"):
         table.add_column(column, justify="right", no_wrap=True)
-    low, high = edges[0], edges[-1]
-    table.add_column(_scale(low, high, len(edges) - 1), no_wrap=True)
+    if drawn:
+        table.add_column(_scale(edges[0], edges[-1], drawn), no_wrap=True)
     for task in scores.tasks:
         share = task.below(scores.threshold)
         table.add_row(
@@ -257,7 +258,7 @@ def _tasks(scores: Scores, width: int) -> Table:
             f"{task.spread:.3f}",
             Text(f"{share:.0%}", style="bold red" if share > 0.5 else ""),
             f"{task.info:.3f}",
-            Text(_spark(counts(task.values, edges)), style="cyan"),
+            *([Text(_spark(counts(task.values, edges)), style="cyan")] if drawn else []),
         )
     return table
 

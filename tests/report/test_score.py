@@ -79,6 +79,7 @@ def test_what_the_terminal_shows(two, width):
     if width >= 80:
         row = next(line for line in lines if line.startswith("deaf"))
         assert row.split()[1:6] == ["4", "0.015", "0.034", "75%", "0.115"]
+        assert "…" not in "".join(lines[1:6])
         assert text.index("deaf") < text.index("listens")
         assert "Say it in [[[words]]]." in text
     assert "All 8 examples by gain" in text
@@ -100,7 +101,8 @@ def test_how_scored_says_what_was_left_out(two):
 
 def test_files(two, tmp_path):
     picture = write_scores(two, tmp_path / "out")
-    assert Image.open(picture).size[0] > 800
+    with Image.open(picture) as drawn:
+        assert drawn.size[0] > 800
     lines = [json.loads(line) for line in (tmp_path / "out" / "scores.jsonl").read_text().splitlines()]
     assert len(lines) == 8
     assert lines[0] == {
