@@ -16,6 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from cit_fast import ContinualTrainer
+from cit_fast.data.collation import PaddingCollator
 from cit_fast.evaluation import read_run, read_stages
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
@@ -45,8 +46,11 @@ def two_tasks(settings, tmp_path):
                 for k in range(start, start + count)
             ]
             (folder / f"{split}.json").write_text(json.dumps(records))
-    settings["data"] = {"max_length": 96, "tasks": [{"path": str(tmp_path / name)} for name in ("alpha", "beta")]}
+    # No dev set held out of the 16: four full batches of four, which two processes need not fill up.
+    tasks = [{"path": str(tmp_path / name)} for name in ("alpha", "beta")]
+    settings["data"] = {"max_length": 96, "dev": 0, "tasks": tasks}
     settings["adapter"]["lora_dropout"] = 0.0
+    settings["training"]["logging_steps"] = 1
     return settings
 
 
@@ -63,25 +67,47 @@ def launch(launcher: list[str], settings: dict, tmp_path: Path, **environment: s
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
 
 
-def compare(two: Path, one: Path) -> None:
+def fill_last_batches(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Let one process train what several do: Accelerate fills a last batch up with the first examples of the epoch.
+
+    Every process has to have as many batches as the others (its ``even_batches``), so these examples count twice.
+    """
+    collate, first = PaddingCollator.__call__, []
+
+    def filled(self, features):
+        first[:] = first or features
+        if len(features) < size:
+            features = [*features, *first[: size - len(features)]]
+            first.clear()  # the next batch is of another stage
+        return collate(self, features)
+
+    monkeypatch.setattr(PaddingCollator, "__call__", filled)
+
+
+def compare(two: Path, one: Path, *, losses: float = 1e-5, weights: float = 1e-4) -> None:
     """Half the batch per process: the same global batches, so the same losses up to the rounding of the sum."""
     record, together, alone = read_run(two), read_stages(two), read_stages(one)
     assert record.status == "finished"
     assert record.environment["effective_batch_size"] == 4
     assert [stage.steps for stage in together] == [stage.steps for stage in alone] == [0, 4, 4]
     for ours, theirs in zip(together[1:], alone[1:], strict=True):
-        assert [loss for _, loss in ours.losses] == pytest.approx([loss for _, loss in theirs.losses], rel=2e-3)
-        theirs_weights = {step: weights for step, *weights in theirs.balance_weights}
-        for step, *weights in ours.balance_weights:
-            assert weights == pytest.approx(theirs_weights[step], rel=0.05)
+        assert len(ours.losses) == 4  # of every step, the last one too
+        assert [loss for _, loss in ours.losses] == pytest.approx([loss for _, loss in theirs.losses], rel=losses)
+        theirs_weights = {step: values for step, *values in theirs.balance_weights}
+        for step, *values in ours.balance_weights:
+            assert values == pytest.approx(theirs_weights[step], rel=weights)
         assert len(ours.balance_weights) == len(theirs.balance_weights)
         lines = (two / f"stages/{ours.index:02d}/predictions/alpha.jsonl").read_text().splitlines()
         assert [json.loads(line)["references"] for line in lines] == [[f"alpha {k}"] for k in range(100, 105)]
 
 
 @pytest.mark.slow
-def test_accelerate_launch_with_two_processes(two_tasks, tmp_path):
+@pytest.mark.parametrize("held_out", [0, 1], ids=["full-batches", "last-batch-of-three"])
+def test_accelerate_launch_with_two_processes(two_tasks, tmp_path, monkeypatch, held_out):
     two_tasks["methods"] = ["lcia-ema"]
+    two_tasks["data"]["dev"] = held_out
+    if held_out:
+        fill_last_batches(monkeypatch, 4)
     ContinualTrainer(two_tasks, console=Console(quiet=True)).run()
     one = Path(two_tasks["output"]) / "lcia-ema"
 
@@ -127,7 +153,8 @@ def test_sharded_training_killed_and_resumed_equals_one_process(two_tasks, tmp_p
 
     done = launch(TORCHRUN, two_tasks, tmp_path, DS_ACCELERATOR="cpu")
     assert done.returncode == 0, done.stderr[-3000:]
-    compare(two, one)
+    # DeepSpeed clips and reduces in ways of its own, and how near that comes has not been measured: its old tolerances.
+    compare(two, one, **({"losses": 2e-3, "weights": 0.05} if "deepspeed" in sharding else {}))
     if method == "lcia-ema":  # what is kept are the averages: the live weights are 100 times as far from the start
         for index in (1, 2):
             ours, theirs = (load_file(next((run / f"stages/{index:02d}").rglob("*.safetensors"))) for run in (two, one))
