@@ -217,7 +217,10 @@ def in_turns(part: str, x: Problem, rounds: int) -> dict[str, Any]:
             run()  # compiles
             rows[name] = {"peak_MiB": added_at_the_peak(run)}
             running[name] = run
-        except Exception as error:  # noqa: BLE001 - of a peer, or out of memory: the others still count
+        except Exception as error:
+            if name == OURS:
+                raise
+            # Of a peer, or out of memory: the others still count.
             rows[name] = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
             print(f"  {name:36s} {rows[name]['failed']}", flush=True)
     times: dict[str, list[float]] = {name: [] for name in running}

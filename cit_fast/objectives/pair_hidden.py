@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from cit_fast.data.prompts import IGNORED, Encoded
 from cit_fast.errors import ConfigError
 from cit_fast.objectives.objective import unwrap
 from cit_fast.objectives.pairs import EncodedPair, PairCollator
+
+_log = logging.getLogger(__name__)
 
 
 class PairHidden(NamedTuple):
@@ -174,10 +177,12 @@ def _try_branches(base: nn.Module) -> bool:
         batch = PairCollator(0, shared)(pairs)
         try:
             found.append(pair_hidden(base, {name: value.to(device) for name, value in batch.items()}))
-        except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError):
+        except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
             if not shared:
                 raise
-            return False  # a mask of four dimensions is more than this model can take
+            # A mask of four dimensions is more than this model can take: separate rows are right, only slower.
+            _log.info("%s: no shared rows (%s: %s)", type(base).__name__, type(error).__name__, error)
+            return False
     shared_one, apart = found
     dtype = apart.full.dtype
     size = apart.full.float().square().mean().sqrt()

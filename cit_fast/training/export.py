@@ -93,9 +93,10 @@ def export_merged(run: str | Path, out: str | Path, name: str, trust_remote_code
     if whole:
         model = load_weights(model, weights)
     else:
+        adapted = load_adapter(model, folders[name])
         try:
-            model = load_adapter(model, folders[name]).merge_and_unload(safe_merge=True)
-        except (AttributeError, NotImplementedError, ValueError, RuntimeError) as error:
+            model = adapted.merge_and_unload(safe_merge=True)
+        except (AttributeError, NotImplementedError, ValueError, RuntimeError) as error:  # a PEFT kind that cannot
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise RunError(f"{folders[name]}: cannot be merged: {reason}") from error
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import hashlib
-import json
 import os
 import random
 import shutil
 import time
-import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,6 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.markup import escape
-from transformers.integrations import unset_hf_deepspeed_config
 
 import cit_fast
 from cit_fast.data import TaskStream, choose_collator
@@ -37,8 +33,9 @@ from cit_fast.routing import RouterContext, SharedRouter, routing_record
 from cit_fast.training.config import MethodConfig, RunConfig
 from cit_fast.training.environment import describe_environment
 from cit_fast.training.evaluate import Evaluated, evaluate
-from cit_fast.training.model import load_weights, prompt_encoder, save_weights, train_adapter
+from cit_fast.training.model import load_weights, loading_whole, prompt_encoder, save_weights, train_adapter
 from cit_fast.training.parts import PARTS, build_part
+from cit_fast.training.plain import as_json, digest, plain_options, task_digest
 from cit_fast.training.pretrained import cache_folder, load_model, load_tokenizer, model_identity, resolve_model
 from cit_fast.training.run_folder import RunFolder
 from cit_fast.training.stage_trainer import StageTrainer
@@ -141,7 +138,7 @@ class MethodRun:
         for kind in PARTS:  # an object given from Python is part of what the run is
             name = self._part_name(kind)
             if name != resolved["method"][kind]["name"]:
-                resolved["method"][kind] = {"name": name, "options": _plain(vars(self.parts[kind]))}
+                resolved["method"][kind] = {"name": name, "options": plain_options(vars(self.parts[kind]))}
         arguments = self._arguments(1)
         record = RunRecord(
             name=self.config.name,
@@ -152,8 +149,8 @@ class MethodRun:
             seed=self.config.seed,
             config={
                 **resolved,
-                "stream": _digest([_task_digest(task) for task in self.stream]),
-                **({"held_out": _digest([_task_digest(task) for task in self.held_out])} if self.held_out else {}),
+                "stream": digest([task_digest(task) for task in self.stream]),
+                **({"held_out": digest([task_digest(task) for task in self.held_out])} if self.held_out else {}),
                 "weights": self.identity,
                 "processes": self.state.num_processes,
             },
@@ -204,7 +201,7 @@ class MethodRun:
     def _untrained(self, model: Any, tasks: list[Task]) -> tuple[StageRecord, Path]:
         """The untrained model on some tasks: the same for every method, so computed once and kept in the cache."""
         key = ["untrained, with violations", *self._evaluation_key(tasks)]
-        cached = RunFolder(cache_folder() / "untrained" / _digest(key))
+        cached = RunFolder(cache_folder() / "untrained" / digest(key))
         with cached.locked(wait=True) if self.state.is_main_process else contextlib.nullcontext():
             there = [bool(read_stages(cached.path))]
             broadcast_object_list(there)  # the main process decides: others may look later
@@ -314,7 +311,7 @@ class MethodRun:
 
     def _decided(self, kind: str, decided: dict[str, Any]) -> dict[str, Any]:
         """What a part decided, as it goes into the stage's record; its notes are said at once."""
-        plain = _as_json(decided, kind)
+        plain = as_json(decided, kind)
         for note in plain.get("notes", []):
             self._say(f"  {escape(note)}")
         return plain
@@ -355,7 +352,7 @@ class MethodRun:
         chosen: list[str] = [self.parts["router"].assign(task, routing)]
         broadcast_object_list(chosen)
         routing.decided.update(assigned=chosen[0], new=chosen[0] not in before)
-        _as_json(routing.decided, "router")
+        as_json(routing.decided, "router")
         if not isinstance(self.parts["router"], SharedRouter):
             what = "a new adapter set" if routing.decided["new"] else "reuses the adapter set"
             self._say(f"  {task.name}: {what} {chosen[0]}")
@@ -370,7 +367,7 @@ class MethodRun:
         trained_by = {task: stage.adapter for stage in self.folder.stages()[:index] for task in stage.trained}
         trained_by.update((task.name, adapter) for task in group)
         record = routing_record(trained_by, found.answered_by)
-        return {**_as_json(routing.decided, "router"), **record, "seconds": found.routing_seconds}
+        return {**as_json(routing.decided, "router"), **record, "seconds": found.routing_seconds}
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -430,7 +427,7 @@ class MethodRun:
 
     def _load(self, weights: Path | None) -> Any:
         """The model on this process's device, with the weights of a stage."""
-        with _loading_whole():
+        with loading_whole():
             model = load_model(self.model_path, self.config.model)
             if weights is not None:
                 model = load_weights(model, weights, trainable=True)
@@ -453,7 +450,7 @@ class MethodRun:
             plain["model"],
             data,
             evaluation,
-            [_task_digest(task) for task in tasks],
+            [task_digest(task) for task in tasks],
             *_VERSIONS,
         ]
 
@@ -468,7 +465,7 @@ class MethodRun:
         data = self.config.data.model_copy(update={"tasks": None, "train": None, "dev": None, "test": None})
         config = self.config.model_copy(update={"name": "expert", "evaluation": evaluation, "data": data})
         for task in self.stream:
-            key = _digest(
+            key = digest(
                 [
                     "expert",
                     *self._evaluation_key([task]),
@@ -498,50 +495,7 @@ class MethodRun:
                 self._say(f"  {name}: {listed}")
 
 
-@contextlib.contextmanager
-def _loading_whole() -> Iterator[None]:
-    """Keep transformers from loading shards only, as it does where FSDP or ZeRO-3 is configured."""
-    unset_hf_deepspeed_config()  # the next TrainingArguments set it again
-    name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
-    before = os.environ.pop(name, None)
-    try:
-        yield
-    finally:
-        if before is not None:
-            os.environ[name] = before
-
-
 def _write_all(path: Path, predictions: Mapping[str, list[Prediction]]) -> None:
     (path / "predictions").mkdir(parents=True, exist_ok=True)
     for name, entries in predictions.items():
         write_predictions(path / "predictions" / f"{name}.jsonl", entries)
-
-
-def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that JSON can hold, others by their type."""
-    kinds = (str, int, float, bool, type(None))
-    return {k: v if isinstance(v, kinds) else type(v).__name__ for k, v in options.items() if not k.startswith("_")}
-
-
-def _as_json(decided: dict[str, Any], part: str) -> dict[str, Any]:
-    """``decided`` as it will be read back; better refused now than when the stage is trained."""
-    try:
-        return typing.cast("dict[str, Any]", json.loads(json.dumps(decided, allow_nan=False)))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{part}: context.decided must hold plain JSON values: {error}") from None
-
-
-def _digest(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def _task_digest(task: Task) -> str:
-    plain = dataclasses.asdict(task)
-    for name in ("answer_format", "extractive", "wordy_above"):
-        if not plain[name]:  # experts that were cached before there were such fields stay what they are
-            del plain[name]
-    for split in ("train", "dev", "test"):
-        for example in plain[split]:
-            example.pop("source")  # where an example was read from does not change what it is
-    return _digest(plain)

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from transformers.integrations import unset_hf_deepspeed_config
 
 from cit_fast.data.prompts import PromptEncoder
 from cit_fast.errors import ConfigError, RunError
 from cit_fast.evaluation.mixed_batches import read_adapter_config, read_adapter_weights
 from cit_fast.files import link_tree, write_json
 from cit_fast.training.config import RunConfig
+
+
+@contextlib.contextmanager
+def loading_whole() -> Iterator[None]:
+    """Keep transformers from loading shards only, as it does where FSDP or ZeRO-3 is configured."""
+    unset_hf_deepspeed_config()  # the next TrainingArguments set it again
+    name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    before = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[name] = before
 
 
 def prompt_encoder(tokenizer: Any, config: RunConfig) -> PromptEncoder:

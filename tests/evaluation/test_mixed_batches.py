@@ -114,6 +114,9 @@ def test_logits_are_those_of_each_set_alone(model, folder):
     for each, bank in ((model, AdapterBank.of_model(model)), (base, read_all(base, folder))):
         with torch.no_grad(), bank.answering(SETS):
             mixed = each(ids).logits
+            plain = base_model()(ids).logits
+        moved = (mixed - plain).abs().flatten(1).amax(1)
+        assert [bool(by > 1e-2) for by in moved] == [name != BASE for name in SETS]  # far more than tolerated
         for row, name in enumerate(SETS):
             with torch.no_grad():
                 if name == BASE:

@@ -1,0 +1,45 @@
+"""Plain values and their digests: what a run's records and the names of its caches are made of."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from cit_fast.data.example import Task
+from cit_fast.errors import ConfigError
+
+
+def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that JSON can hold, others by their type."""
+    kinds = (str, int, float, bool, type(None))
+    return {k: v if isinstance(v, kinds) else type(v).__name__ for k, v in options.items() if not k.startswith("_")}
+
+
+def as_json(decided: dict[str, Any], part: str) -> dict[str, Any]:
+    """``decided`` as it will be read back; better refused now than when the stage is trained."""
+    try:
+        return typing.cast("dict[str, Any]", json.loads(json.dumps(decided, allow_nan=False)))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{part}: context.decided must hold plain JSON values: {error}") from None
+
+
+def digest(value: Any) -> str:
+    """32 hexadecimal digits that tell plain values apart."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def task_digest(task: Task) -> str:
+    """Digest of everything a task is, but not of where its examples were read from."""
+    plain = dataclasses.asdict(task)
+    for name in ("answer_format", "extractive", "wordy_above"):
+        if not plain[name]:  # experts that were cached before there were such fields stay what they are
+            del plain[name]
+    for split in ("train", "dev", "test"):
+        for example in plain[split]:
+            example.pop("source")  # where an example was read from does not change what it is
+    return digest(plain)
