@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from cit_fast.data.prompts import IGNORED
 from cit_fast.errors import RunError
 from cit_fast.files import replacing
-from cit_fast.objectives.grouping import GroupingCollator
+from cit_fast.objectives.grouping import GroupingCollator, alike_together
 from cit_fast.objectives.head import Head, head_of
 from cit_fast.objectives.pair_hidden import evaluating, pair_hidden
 from cit_fast.objectives.pairs import EncodedPair, PairCollator
@@ -85,7 +85,7 @@ def freeze(
     Raises:
         RunError: the states cannot be written, or those of another process cannot be read.
     """
-    batches = _batches(pairs, batch_size, collate.share_prefix)
+    batches = alike_together(pairs, batch_size, collate.share_prefix)
     if folder is None:
         return _joined([_pass(model, pairs, batches, collate, alpha, context)])
     rank, world = rank_and_count()
@@ -150,16 +150,6 @@ def _gains(head: Head, hidden: Any, alpha: float) -> list[float]:
     compared = token_gain(hidden.full, hidden.masked, head.weight, hidden.targets, bias=head.bias, **head.options)
     gains: list[float] = key_part_information_gain(compared, hidden.offsets, alpha).tolist()
     return gains
-
-
-def _batches(pairs: Sequence[EncodedPair], size: int, share_prefix: bool) -> list[list[int]]:
-    """Numbers of the pairs: those that begin alike together where beginnings are shared, else those of like length."""
-
-    def alike(number: int) -> Any:
-        return pairs[number].full.input_ids if share_prefix else -len(pairs[number].full.input_ids)
-
-    order = sorted(range(len(pairs)), key=alike)
-    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def _labelled(pair: EncodedPair) -> int:

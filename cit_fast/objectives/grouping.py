@@ -1,4 +1,4 @@
-"""Pairs in fewer places: rows that share what different examples begin with, where that is less work.
+"""Pairs in fewer places: rows that share what sequences begin with, where that is less work than rows of their own.
 
 The examples of a task begin with the same template and often with the same instruction, full ones with full ones and
 masked ones with masked ones. A row then holds that beginning once and, after it, what each sequence has of its own::
@@ -13,7 +13,7 @@ whose one instruction is long costs less in this way, both contexts together, th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from cit_fast.data.collation import padded_length
 from cit_fast.data.prompts import IGNORED, Encoded
 from cit_fast.objectives.pairs import EncodedPair, PairCollator, shared_prefix
 
-_LIMITS = (128, 256, 512, 1024)
+_LIMITS = (0, 128, 256, 512, 1024)
 # Attention over a row of so many places costs as much as everything else a place goes through; roughly, for any model.
 _ATTENTION = 1024
 
@@ -36,7 +36,9 @@ class _Sequence(NamedTuple):
 
 @dataclass(frozen=True)
 class GroupingCollator:
-    """Makes the batches of ``pairs``, laid out in rows of common beginnings where that takes less work.
+    """Makes the batches of ``pairs``, in the layout that takes least work.
+
+    Three are weighed: a row for each sequence, a row for each pair, and rows of common beginnings.
 
     Args:
         pairs: the collator of the model; one that does not share prefixes is left as it is.
@@ -52,20 +54,29 @@ class GroupingCollator:
             return self.pairs(features)
         sequences: list[_Sequence] = []
         numbers: list[tuple[int, int]] = []  # of each pair's two sequences
+        before: EncodedPair | None = None
         for pair in features:
-            full = len(sequences)
-            sequences.append(_Sequence(pair.full.input_ids, pair.full.labels, _first_label(pair.full)))
+            if before is not None and pair.full is before.full:  # another masking of the same example
+                full = numbers[-1][0]
+            else:
+                full = len(sequences)
+                sequences.append(_Sequence(pair.full.input_ids, pair.full.labels, _first_label(pair.full)))
+            masked = full
             if pair.masked is not None:
+                masked = len(sequences)
                 ids = pair.masked.input_ids
                 sequences.append(_Sequence(ids, [IGNORED] * len(ids), _first_label(pair.masked)))
-            numbers.append((full, len(sequences) - 1))
+            numbers.append((full, masked))
+            before = pair
         lengths = self.pairs.lengths
         plans = [_rows(sequences, limit) for limit in _LIMITS]
-        plan = min(plans, key=lambda rows: _cost([_places(sequences, *row) for row in rows], lengths))
-        if _cost([joint_length(pair) for pair in features], lengths) <= _cost(
-            [_places(sequences, *row) for row in plan], lengths
-        ):
+        costs = [_cost([_places(sequences, *row) for row in plan], lengths) for plan in plans]
+        least = min(costs)
+        if _cost([joint_length(pair) for pair in features], lengths) <= least:
             return self.pairs(features)
+        plan = plans[costs.index(least)]
+        if len(plan) == len(sequences):
+            return replace(self.pairs, share_prefix=False)(features)
         return self._laid_out(features, sequences, numbers, plan)
 
     def _laid_out(
@@ -119,6 +130,20 @@ class GroupingCollator:
             "scored": torch.tensor(scored, dtype=torch.bool),
             "index": torch.tensor([pair.index for pair in features]),
         }
+
+
+def alike_together(pairs: Sequence[EncodedPair], size: int, share_prefix: bool) -> list[list[int]]:
+    """Numbers of the pairs in batches of ``size``, the longest batch first: memory runs out at once or never.
+
+    With ``share_prefix`` those that begin alike are together, else those of like length.
+    """
+
+    def alike(number: int) -> Any:
+        return pairs[number].full.input_ids if share_prefix else -len(pairs[number].full.input_ids)
+
+    order = sorted(range(len(pairs)), key=alike)
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    return sorted(batches, key=lambda batch: -max(len(pairs[number].full.input_ids) for number in batch))
 
 
 def _first_label(one: Encoded) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cit_fast.data.example import Example
 from cit_fast.data.prompts import PromptEncoder
 from cit_fast.errors import ConfigError, DataError
+from cit_fast.objectives.grouping import GroupingCollator, alike_together
 from cit_fast.objectives.head import Head, head_of
 from cit_fast.objectives.pair_hidden import PairHidden, evaluating, pair_collator, pair_hidden
 from cit_fast.objectives.pairs import EncodedPair, encode_pairs, name_of
@@ -110,11 +111,12 @@ def pair_gains(
                 "tokenizer is that of another model"
             )
     collate = pair_collator(model, encoder.pad_token_id, share_prefix)
+    group = GroupingCollator(collate)
     device = head.weight.device
     found: dict[int, ExampleGain] = {}
     with evaluating(model), torch.no_grad():
-        for numbers in _batches(pairs, batch_size):
-            batch = collate([pairs[number] for number in numbers])
+        for numbers in alike_together(pairs, batch_size, collate.share_prefix):
+            batch = group([pairs[number] for number in numbers])
             hidden = pair_hidden(model, {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
             rows = _gains(head, hidden.only_scored(), alpha)
             for number, gain, full, masked, tokens in zip(numbers, *rows, strict=True):
@@ -132,9 +134,3 @@ def _gains(head: Head, hidden: PairHidden, alpha: float) -> tuple[list[float], l
     # Information is the same weighted sum, of the probabilities themselves.
     of_gain, of_full, of_masked = (value.tolist() for value in values)
     return of_gain, of_full, of_masked, hidden.offsets.diff().tolist()
-
-
-def _batches(pairs: Sequence[EncodedPair], size: int) -> list[list[int]]:
-    """Numbers of the pairs, the longest first (memory runs out at once or never), like lengths together."""
-    order = sorted(range(len(pairs)), key=lambda number: -len(pairs[number].full.input_ids))
-    return [order[start : start + size] for start in range(0, len(order), size)]

@@ -10,9 +10,9 @@ import torch
 
 from cit_fast.data import Example, PromptEncoder
 from cit_fast.data.prompts import IGNORED, Encoded
-from cit_fast.objectives import EncodedPair, PairCollator, encode_pairs, pair_hidden
+from cit_fast.objectives import EncodedPair, PairCollator, encode_pair, encode_pairs, pair_hidden
 from cit_fast.objectives import grouping as module
-from cit_fast.objectives.grouping import GroupingCollator
+from cit_fast.objectives.grouping import GroupingCollator, alike_together
 
 # Of a model in float64 whose normalisation, and softmax where it is eager, compute in float32.
 ROUNDING = {"rtol": 1e-4, "atol": 1e-5}
@@ -90,3 +90,39 @@ def test_the_layout_with_less_work_is_taken(tiny_tokenizer, monkeypatch):
     monkeypatch.setattr(module, "_ATTENTION", 1e-3)  # long rows cost more than anything
     ours = GroupingCollator(plain)(pairs)["input_ids"]
     assert ours.shape[1] <= plain(pairs)["input_ids"].shape[1]
+
+
+def test_several_maskings_of_one_example_have_its_full_context_once(make_model, tiny_tokenizer):
+    model = make_model("Llama", torch.float64, "sdpa")
+    encoder = PromptEncoder(tiny_tokenizer, max_length=None)
+    example = Example(LONG, "12", ("twelve",), "t")
+    spans = [(0, 4), (9, 13), (25, 29), (60, 66)]
+    pairs = [encode_pair(encoder, replace(example, key_parts=(span,)), k) for k, span in enumerate(spans)]
+    pairs = [replace(pair, full=pairs[0].full) for pair in pairs]
+    grouped = GroupingCollator(PairCollator(0, True))(pairs)
+    labels = sum(label != IGNORED for label in pairs[0].full.labels)
+    assert (grouped["labels"] != IGNORED).sum() == labels
+    expected = pair_hidden(model, PairCollator(0)(pairs))
+    for ours, theirs in zip(pair_hidden(model, grouped), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, **ROUNDING)
+
+
+def test_sequences_that_begin_differently_keep_rows_of_their_own():
+    """No mask of four dimensions, and each sequence a row, where nothing would be saved."""
+
+    def one(ids):
+        return Encoded(ids, [IGNORED] * (len(ids) - 1) + ids[-1:], len(ids) - 1)
+
+    pairs = [EncodedPair(one([k] * 30 + [9]), one([k + 4] * 30 + [9]), k, (30, 31)) for k in range(3)]
+    batch = GroupingCollator(PairCollator(0, True))(pairs)
+    assert batch["input_ids"].shape == (6, 32)
+    assert "attention_mask" in batch
+
+
+def test_batches_begin_with_the_longest_and_hold_what_begins_alike():
+    pairs = [
+        EncodedPair(Encoded(ids, ids, 0), None, k, (0, len(ids)))
+        for k, ids in enumerate([[1, 2], [5, 5, 5], [1, 3], [5, 5, 5, 6], [1, 2, 2]])
+    ]
+    assert alike_together(pairs, 2, share_prefix=True) == [[3], [0, 4], [2, 1]]
+    assert alike_together(pairs, 2, share_prefix=False) == [[3, 1], [4, 0], [2]]
