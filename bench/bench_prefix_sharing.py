@@ -2,7 +2,7 @@
 
     python -m bench.bench_prefix_sharing DATA...      prints, and records in bench/results
 
-DATA is what `cit-fast distances` takes, e.g. Super-NI task folders. The key parts are discovered under the model. The key parts are discovered under the model. The
+DATA is what `cit-fast distances` takes, e.g. Super-NI task folders. The key parts are discovered under the model. The
 same pairs go through the model in three layouts, batches in turns: a row for each sequence, the full context beside
 the masked one in one row ("pairs"), and whichever takes least work by our estimate ("chosen", what scoring, discovery
 and training do). Without gradients (as in scoring), forward and backward through a LoRA adapter (as in training), and
