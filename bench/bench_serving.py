@@ -142,6 +142,7 @@ def main() -> None:
                         break
                 if turn:
                     times[name].append(time.perf_counter() - start)
+                print(f"turn {turn}, {name}: {time.perf_counter() - start:.2f} s", flush=True)
         seconds = {name: statistics.median(each) for name, each in times.items()}
         start = time.perf_counter()
         for number in range(20):
