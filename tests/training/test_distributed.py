@@ -129,6 +129,7 @@ def test_accelerate_launch_with_two_processes(two_tasks, tmp_path, monkeypatch, 
     [
         pytest.param("sequential", True, {"fsdp": True}, id="fsdp2-lora"),
         pytest.param("sequential", False, {"fsdp": True}, id="fsdp2-full"),
+        pytest.param("switchcit", True, {"fsdp": True}, id="fsdp2-two-adapters"),
         pytest.param("sequential", True, ZERO2, id="zero2-lora", marks=needs_deepspeed),
         pytest.param("lcia-ema", True, ZERO2, id="zero2-lora-lcia-ema", marks=needs_deepspeed),
         pytest.param("sequential", True, ZERO3, id="zero3-lora", marks=needs_deepspeed),
@@ -155,6 +156,10 @@ def test_sharded_training_killed_and_resumed_equals_one_process(two_tasks, tmp_p
     assert done.returncode == 0, done.stderr[-3000:]
     # DeepSpeed clips and reduces in ways of its own, and how near that comes has not been measured: its old tolerances.
     compare(two, one, **({"losses": 2e-3, "weights": 0.05} if "deepspeed" in sharding else {}))
+    if method == "switchcit":
+        routed = [[{k: v for k, v in stage.routing.items() if k != "seconds"} for stage in read_stages(run)[1:]] for run in (two, one)]
+        assert routed[0] == routed[1]
+        assert [stage.adapter for stage in read_stages(two)[1:]] == ["task-alpha", "task-beta"]
     if method == "lcia-ema":  # what is kept are the averages: the live weights are 100 times as far from the start
         for index in (1, 2):
             ours, theirs = (load_file(next((run / f"stages/{index:02d}").rglob("*.safetensors"))) for run in (two, one))
