@@ -99,12 +99,13 @@ def to_base(router: Any, setting: Setting, tasks: list[Task]) -> float:
 
 
 def curve(setting: Setting, features: str, seeds: list[int], reads: str) -> list[dict[str, Any]]:
-    """A row per retained fraction."""
+    """A row per retained fraction, without a least number; the last is what a switch router keeps by itself."""
     rows = []
-    for fraction in FRACTIONS:
+    for fraction, least in [*((fraction, 1) for fraction in FRACTIONS), (None, None)]:
+        options: dict[str, Any] = {} if fraction is None else {"retained": fraction, "at_least": least}
         along = []
         for seed in seeds:
-            router = setting.switch(features, retained=fraction, reads=reads, reject=0)
+            router = setting.switch(features, reads=reads, reject=0, **options)
             along.append(learned(router, setting, setting.tasks, seed))
         last = [run[-1] for run in along]
         rows.append(
@@ -112,8 +113,8 @@ def curve(setting: Setting, features: str, seeds: list[int], reads: str) -> list
                 "stream": setting.name,
                 "router": f"switch, {features}",
                 "reads": reads,
-                "retained": fraction,
-                "prompts kept a task": statistics.mean(max(1, round(fraction * len(t.train))) for t in setting.tasks),
+                "retained": "default" if fraction is None else fraction,
+                "prompts kept a task": statistics.mean(len(kept) for kept in router._kept),
                 "accuracy": statistics.mean(last),
                 "deviation": statistics.stdev(last) if len(last) > 1 else None,
                 "along the way": statistics.mean(statistics.mean(run) for run in along),

@@ -65,8 +65,8 @@ class Rejection:
 
     @staticmethod
     def known_prompts(task: Task) -> list[Example]:
-        """Up to 32 of the ``dev`` split, which no router learns from; of the training split where there is no other."""
-        return list((task.dev or task.train)[:SAMPLE])
+        """Up to 32 of the ``dev`` split, which no router learns from; else of the training split's first half."""
+        return list((task.dev or task.train[: max(1, len(task.train) // 2)])[:SAMPLE])
 
     def unknown_prompts(self) -> list[Example]:
         """Prompts of the held-out tasks, up to 32 of each, read once.

@@ -21,6 +21,7 @@ from cit_fast.data.embedding import Embedder
 from cit_fast.data.example import Example, Task
 from cit_fast.errors import ConfigError, RunError
 from cit_fast.files import write_file
+from cit_fast.routing.familiarity import Familiarity
 from cit_fast.routing.features import build_features
 from cit_fast.routing.rejection import Rejection
 from cit_fast.routing.router import BASE, Reads, RouterContext, SavedRouter, check_reads, routing_text, set_name
@@ -108,16 +109,18 @@ class SwitchRouter(SavedRouter):
     When a task has been trained, the network is trained anew on the features of all of its prompts and of the retained
     few of every earlier task. Features are kept, never texts.
 
-    A prompt goes to the base model if its features are too far from all that are retained: its score is the cosine to
-    the nearest of them, both brought to mean 0 and variance 1, and the threshold is set as
+    A prompt goes to the base model if its features are too far from those of every task: its score is
+    :class:`~cit_fast.routing.familiarity.Familiarity`, and the threshold is set as
     :class:`~cit_fast.routing.rejection.Rejection` says.
 
     Args:
-        features: ``"base"``: last-token states of the base model, adapters off; ``"tokens"``: its mean token
-            embeddings, which cost next to nothing; ``"sentence"``: all-MiniLM-L6-v2; else a folder or hub name of a
-            sentence-transformers model or of any causal language model (OPT-125M in the paper).
-        retained: share of a task's prompts whose features are kept, in (0, 1]; at least one.
-        max_length: tokens read of a prompt, the middle of a longer one left out.
+        features: ``"tokens"``: the mean of the base model's token embeddings, which costs next to nothing and told
+            tasks apart best where we measured it; ``"base"``: last-token states of the base model, adapters off, as in
+            the paper; ``"sentence"``: all-MiniLM-L6-v2; else a folder or hub name of a sentence-transformers model or
+            of any causal language model (OPT-125M in the paper).
+        retained: share of a task's prompts whose features are kept, in (0, 1].
+        at_least: so many are kept of a small task, >= 1.
+        max_length: tokens of a prompt that a model reads for its last-token state, the middle of a longer one left out.
         hidden, learning_rate, epochs, batch_size, balanced: of the network, see :func:`train_switch`.
         reads: what of a prompt is read, ``"prompt"`` (instruction and input, as a plain text has them) or
             ``"instruction"``.
@@ -133,8 +136,9 @@ class SwitchRouter(SavedRouter):
 
     def __init__(
         self,
-        features: str = "base",
+        features: str = "tokens",
         retained: float = 0.05,
+        at_least: int = 20,
         max_length: int = 128,
         hidden: int = 256,
         learning_rate: float = 1e-3,
@@ -147,7 +151,7 @@ class SwitchRouter(SavedRouter):
     ) -> None:
         if not 0 < retained <= 1:
             raise ConfigError(f"retained: {retained}; expected a share of a task's prompts in (0, 1]")
-        for key, value in (("hidden", hidden), ("epochs", epochs), ("batch_size", batch_size)):
+        for key, value in (("at_least", at_least), ("hidden", hidden), ("epochs", epochs), ("batch_size", batch_size)):
             if value < 1:
                 raise ConfigError(f"{key}: {value}; expected at least 1")
         if max_length < 2:
@@ -155,7 +159,8 @@ class SwitchRouter(SavedRouter):
         if not learning_rate > 0:
             raise ConfigError(f"learning_rate: {learning_rate}; expected above 0")
         check_reads(reads)
-        self.features, self.retained, self.max_length, self.reads = features, retained, max_length, reads
+        self.features, self.retained, self.at_least = features, retained, at_least
+        self.max_length, self.reads = max_length, reads
         self.hidden, self.learning_rate, self.epochs = hidden, learning_rate, epochs
         self.batch_size, self.balanced = batch_size, balanced
         self._rejection = Rejection(reject, held_out)
@@ -163,6 +168,7 @@ class SwitchRouter(SavedRouter):
         self._set_of: dict[str, str] = {}
         self._kept: list[Tensor] = []  # of each learned task, in the order of the sets: [n, d]
         self._known: list[Tensor] = []  # the same of prompts that were not learned from, for the threshold
+        self._familiarity = Familiarity()
         self._network: SwitchNetwork | None = None
         self._extractor: Embedder | None = None
 
@@ -203,13 +209,15 @@ class SwitchRouter(SavedRouter):
             balanced=self.balanced,
         )
         self._network = network
-        count = max(1, round(self.retained * len(new)))
+        count = min(max(self.at_least, round(self.retained * len(new))), len(new))
         self._kept.append(new[sorted(context.rng.sample(range(len(new)), count))].clone())
-        self._known.append(self._read(self._rejection.known_prompts(task), context))
+        aside = self._rejection.known_prompts(task)
+        self._known.append(self._read(aside, context))
+        # Without a dev split they are training prompts, and must not make themselves familiar.
+        self._familiarity.learn(new if task.dev or len(new) == len(aside) else new[len(aside) :])
         known, unknown = torch.cat(self._known), self._read(self._rejection.unknown_prompts(), context)
         context.decided["reject_below"] = self._rejection.learn(
-            self._familiarity(known, network).tolist(),
-            self._familiarity(unknown, network).tolist() if len(unknown) else [],
+            self._familiarity(known).tolist(), self._familiarity(unknown).tolist() if len(unknown) else []
         )
         right = network(known).argmax(1) == torch.tensor([n for n, own in enumerate(self._known) for _ in own])
         accuracy = float(right.float().mean())
@@ -237,7 +245,7 @@ class SwitchRouter(SavedRouter):
         below = self._rejection.below
         sure = [True] * len(chosen)
         if below is not None:
-            sure = (self._familiarity(features, self._network) >= below).tolist()
+            sure = (self._familiarity(features) >= below).tolist()
         return [self.sets[label] if trusted else BASE for label, trusted in zip(chosen, sure, strict=True)]
 
     # -- features ------------------------------------------------------------------------------------------------
@@ -259,13 +267,6 @@ class SwitchRouter(SavedRouter):
             self._extractor = build_features(self.features, context, self.max_length)
         return self._extractor
 
-    def _familiarity(self, features: Tensor, network: SwitchNetwork) -> Tensor:
-        """[N]: cosine to the nearest retained features, in [-1, 1]."""
-        ours, theirs = (
-            F.normalize((each - network.mean) / network.scale, dim=1) for each in (features, torch.cat(self._kept))
-        )
-        return (ours @ theirs.T).max(1).values
-
     # -- memory --------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
@@ -276,6 +277,7 @@ class SwitchRouter(SavedRouter):
         """Write ``router.json``, and network and retained features as ``switch.safetensors``."""
         tensors = {f"kept.{n:04d}": own for n, own in enumerate(self._kept)}
         tensors.update({f"known.{n:04d}": own for n, own in enumerate(self._known)})
+        tensors.update({f"familiarity.{key}": value for key, value in self._familiarity.tensors().items()})
         if self._network is not None:
             tensors.update({f"network.{key}": value for key, value in vars(self._network).items()})
         write_file(Path(folder) / _TENSORS, save(tensors))
@@ -294,6 +296,8 @@ class SwitchRouter(SavedRouter):
             tensors = load(path.read_bytes())
             count = int(state["learned"])
             self._kept, self._known = ([tensors[f"{kind}.{n:04d}"] for n in range(count)] for kind in ("kept", "known"))
+            own = {key.removeprefix("familiarity."): value for key, value in tensors.items()}
+            self._familiarity = Familiarity.from_tensors(own)
             if count:
                 fields = {field.name: tensors[f"network.{field.name}"] for field in dataclasses.fields(SwitchNetwork)}
                 self._network = SwitchNetwork(**fields)
@@ -302,5 +306,5 @@ class SwitchRouter(SavedRouter):
         except (OSError, SafetensorError, KeyError) as error:
             raise RunError(f"{path}: damaged ({error})") from None
         classes = len(self._network.bias) if self._network is not None else 0
-        if not len(self._set_of) >= count == classes:
+        if not len(self._set_of) >= count == classes == len(self._familiarity.counts):
             raise RunError(f"{path}: damaged (it tells {classes} tasks apart, and router.json {len(self._set_of)})")

@@ -64,7 +64,7 @@ def test_a_class_with_few_examples_is_drawn_as_often():
 # The states of a model that has learned nothing tell its last token, and no more: there it reads what tells the task.
 @pytest.mark.parametrize(("features", "reads"), [("base", "instruction"), ("tokens", "prompt")])
 def test_prompts_go_to_their_tasks_set(tasks, context, features, reads):
-    router = SwitchRouter(features, retained=0.25, reads=reads, reject=0)
+    router = SwitchRouter(features, retained=0.25, at_least=1, reads=reads, reject=0)
     decided = learn(router, tasks, context)
     assert router.sets == ("task-dates", "task-mail", "task-mood")
     assert [each["switch_examples"] for each in decided] == [16, 4 + 16, 8 + 16]
@@ -76,19 +76,37 @@ def test_prompts_go_to_their_tasks_set(tasks, context, features, reads):
 
 
 def test_what_is_far_from_everything_goes_to_the_base_model(tasks, context):
-    router = SwitchRouter("tokens", retained=0.5, reject=0.05)
+    router = SwitchRouter("tokens", retained=0.5, reject=0.15)
     learn(router, tasks, context)
     strange = Example("%&/ 7777 ~~~ {}[] 31415926 <<>>", references=("-",))
     assert router.answer([strange, tasks[1].test[0]], context()) == [BASE, "task-mail"]
 
 
+def test_of_a_small_task_enough_is_kept(tasks, context):
+    assert [each["retained"] for each in learn(SwitchRouter("tokens", at_least=6), tasks, context)] == [6, 12, 18]
+    assert [each["retained"] for each in learn(SwitchRouter("tokens"), tasks, context)] == [16, 32, 48]  # all
+
+
+def test_unknown_tasks_set_the_threshold(tasks, context, tmp_path):
+    path = tmp_path / "odd.jsonl"
+    path.write_text(
+        "".join(json.dumps({"instruction": f"%&/ 77{k} ~~~ {{}}[]", "output": "-"}) + "\n" for k in range(8))
+    )
+    router = SwitchRouter("tokens", reject=0.01, held_out=[str(path)])
+    learn(router, tasks, context)
+    strange = [Example(f"%&/ 33{k} ~~~ {{}}[]", references=("-",)) for k in range(5)]
+    assert router.answer(strange, context()) == [BASE] * 5
+    known = [example for task in tasks for example in task.dev]
+    assert router.answer(known, context()).count(BASE) == 0
+
+
 def test_a_long_prompt_is_read_in_part_and_counted(tasks, context):
-    decided = learn(SwitchRouter(max_length=8), tasks[:1], context)[0]
+    decided = learn(SwitchRouter("base", max_length=8), tasks[:1], context)[0]
     assert decided["truncated"] > 0
     assert decided["notes"] == [
         f"{len(set(tasks[0].train))} prompts are longer than 8 tokens; their middle was not read."
     ]
-    assert learn(SwitchRouter(max_length=500), tasks[:1], context)[0]["truncated"] == 0
+    assert learn(SwitchRouter("base", max_length=500), tasks[:1], context)[0]["truncated"] == 0
 
 
 def test_save_and_load(tasks, context, tmp_path):
