@@ -46,11 +46,10 @@ class Familiarity:
         factor = torch.linalg.cholesky(covariance + _SHRINKAGE * size * torch.eye(len(covariance), dtype=torch.float64))
 
         def whitened(rows: Tensor) -> Tensor:
-            return torch.linalg.solve_triangular(factor, rows.T, upper=False).T
+            solved: Tensor = torch.linalg.solve_triangular(factor, rows.T, upper=False)
+            return solved.T
 
-        distances = torch.cdist(whitened(_projected(features)), whitened(self.means.double()))
-        found: Tensor = -distances.amin(1).square()
-        return found
+        return -torch.cdist(whitened(_projected(features)), whitened(self.means.double())).amin(1).square()
 
     def tensors(self) -> dict[str, Tensor]:
         """What is to be stored."""
