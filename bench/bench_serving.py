@@ -29,7 +29,7 @@ from cit_fast.data import Example, Task
 from cit_fast.data.builtin import builtin_stream
 from cit_fast.evaluation.generation import _batches
 from cit_fast.evaluation.mixed_batches import AdapterBank
-from cit_fast.routing import LCIARouter, RouterContext
+from cit_fast.routing import LCIARouter, RouterContext, SwitchRouter
 from cit_fast.routing.features import LastTokenFeatures
 from cit_fast.training.config import ModelConfig, RunConfig
 from cit_fast.training.model import prompt_encoder
@@ -150,18 +150,22 @@ def main() -> None:
                 pass
         switching = (time.perf_counter() - start) / 20
 
-    lcia = LCIARouter(threshold=2.0)
+    lcia, switch = LCIARouter(threshold=2.0), SwitchRouter(epochs=1)
     context = RouterContext(base, encoder)
     pool: list[Example] = [example for task in stream for example in task.train]
     for number in range(SETS):
         own = tuple(pool[number::SETS])
-        lcia.assign(Task(f"{number:03d}", own, (), own[:1], metric="exact_match"), context)
+        task = Task(f"{number:03d}", own, (), own[:1], metric="exact_match")
+        for router in (lcia, switch):
+            router.assign(task, context)
+        switch.learn(task, context)
     features = LastTokenFeatures(base, encoder.tokenizer)
     texts = [f"{example.instruction}\n\n{example.input}" for example in examples]
     routing: dict[str, Any] = {}
     for name, route in {
         "lcia, TF-IDF": lambda: lcia.answer(examples, context),
-        "switch, features of the base model": lambda: features.embed(texts),
+        "switch, mean token embeddings": lambda: switch.answer(examples, context),
+        "switch, last-token states of the base model (features alone)": lambda: features.embed(texts),
     }.items():
         route()
         took = []
