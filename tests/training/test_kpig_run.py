@@ -78,6 +78,19 @@ def test_presets_at_the_budget_of_random_replay(settings, stream):
     assert not list(folder.rglob("frozen*"))  # gone with the stage
 
 
+def test_cit_fast_replays_compares_and_averages(settings, stream):
+    names = ["cit-fast", "cit-fast-no-replay", "cit-fast-no-objective", "cit-fast-no-update"]
+    for name, stages in run(settings, stream, methods=names).items():
+        without = name.rpartition("-no-")[2]
+        assert [sum(stage.replayed.values()) for stage in stages] == [
+            0,
+            0,
+            *((0, 0) if without == "replay" else (2, 4)),
+        ]
+        assert [bool(stage.objective) for stage in stages[1:]] == [without != "objective"] * 3
+        assert [bool(stage.balance_weights) for stage in stages[1:]] == [without != "update"] * 3
+
+
 def test_full_fine_tuning_and_what_the_data_does_not_say(settings, stream):
     """No adapter: the head is trained, too. A task without key parts: they are discovered, or left out."""
     mixed = TaskStream((make_task("alpha"), make_task("beta", key_parts=False)))
