@@ -123,7 +123,9 @@ def pair_collator(
     Args:
         model: a causal language model, in wrappers or not.
         pad_token_id, lengths: of :class:`PairCollator`.
-        share_prefix: ``"auto"``, or a choice.
+        share_prefix: ``"auto"``: where the model takes it; True: or an error; False: never. Scoring, discovery and
+            training then decide batch by batch whether it is less work
+            (:class:`cit_fast.objectives.grouping.GroupingCollator`).
 
     Raises:
         ConfigError: ``share_prefix`` is True and the model does not take it.
