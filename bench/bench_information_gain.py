@@ -273,7 +273,9 @@ def test_contenders_agree(part: str) -> None:
     for name, run in contenders.items():
         if name.startswith("GEMM") or "compile" in name:
             continue
-        torch.testing.assert_close(run()[:7], expected[: len(run())], rtol=1e-4, atol=1e-6, msg=name)
+        # Log-probabilities and entropies go up to 10, and in float32 none of them is nearer to float64 than 4e-6.
+        rtol, atol = (1e-6, 1e-5) if part == "scoring" else (1e-5, 1e-6)
+        torch.testing.assert_close(run()[:7], expected[: len(run())], rtol=rtol, atol=atol, msg=name)
 
 
 def in_turns(part: str, x: Problem, rounds: int, skip: list[str]) -> dict[str, Any]:

@@ -179,7 +179,7 @@ def _try_branches(base: nn.Module) -> bool:
         batch = PairCollator(0, shared)(pairs)
         try:
             found.append(pair_hidden(base, {name: value.to(device) for name, value in batch.items()}))
-        except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        except (RuntimeError, ValueError, TypeError) as error:
             if not shared:
                 raise
             # A mask of four dimensions is more than this model can take: separate rows are right, only slower.

@@ -94,11 +94,15 @@ def export_merged(run: str | Path, out: str | Path, name: str, trust_remote_code
         model = load_weights(model, weights)
     else:
         adapted = load_adapter(model, folders[name])
+        if not hasattr(adapted, "merge_and_unload"):  # prompt and prefix tuning: tokens, not weights
+            kind = adapted.peft_config[name].peft_type.value
+            raise RunError(f"{folders[name]}: cannot be merged: {kind} has no weights to merge")
         try:
             model = adapted.merge_and_unload(safe_merge=True)
-        except (AttributeError, NotImplementedError, ValueError, RuntimeError) as error:  # a PEFT kind that cannot
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise RunError(f"{folders[name]}: cannot be merged: {reason}") from error
+        except (NotImplementedError, ValueError) as error:  # a layer that PEFT cannot merge, or not without NaN
+            raise RunError(
+                f"{folders[name]}: cannot be merged: {(str(error).splitlines() or ['no reason given'])[0]}"
+            ) from error
 
     def fill(target: Path) -> None:
         try:
