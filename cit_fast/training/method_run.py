@@ -30,6 +30,7 @@ from cit_fast.evaluation.violations import Constraints
 from cit_fast.objectives import StageContext, StageInputs
 from cit_fast.replay import ReplayContext
 from cit_fast.routing import RouterContext, SharedRouter, routing_record
+from cit_fast.training.arguments import training_arguments
 from cit_fast.training.config import MethodConfig, RunConfig
 from cit_fast.training.environment import describe_environment
 from cit_fast.training.evaluate import Evaluated, evaluate
@@ -40,22 +41,6 @@ from cit_fast.training.pretrained import cache_folder, load_model, load_tokenize
 from cit_fast.training.run_folder import RunFolder
 from cit_fast.training.stage_trainer import StageTrainer
 from cit_fast.training.update import PlainUpdate
-
-# What TrainingArguments hold unless the configuration says otherwise.
-_TRAINING_DEFAULTS: dict[str, Any] = {
-    "num_train_epochs": 1,
-    "learning_rate": 2e-4,
-    "lr_scheduler_type": "cosine",
-    "logging_steps": 5,
-    "save_strategy": "steps",
-    "save_steps": 50,
-    "save_total_limit": 2,
-    "logging_nan_inf_filter": False,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "log_level": "error",
-}
-
 
 # Another version may give another score from the same setting.
 _VERSIONS = (cit_fast.__version__, torch.__version__, transformers.__version__)
@@ -139,7 +124,7 @@ class MethodRun:
             name = self._part_name(kind)
             if name != resolved["method"][kind]["name"]:
                 resolved["method"][kind] = {"name": name, "options": plain_options(vars(self.parts[kind]))}
-        arguments = self._arguments(1)
+        arguments = training_arguments(self.config, self.folder.checkpoints(1), 1)
         record = RunRecord(
             name=self.config.name,
             method=resolved["method"],
@@ -371,19 +356,6 @@ class MethodRun:
 
     # -- training ------------------------------------------------------------------------------------------------
 
-    def _arguments(self, index: int) -> Any:
-        from transformers import TrainingArguments
-
-        try:
-            return TrainingArguments(
-                output_dir=str(self.folder.checkpoints(index)),
-                seed=self.config.seed + index,
-                remove_unused_columns=False,
-                **{"use_cpu": not torch.cuda.is_available(), **_TRAINING_DEFAULTS, **self.config.training},
-            )
-        except (ValueError, TypeError, ImportError) as error:
-            raise ConfigError(f"training: {str(error).splitlines()[0]}") from None
-
     def _trainer(self, model: Any, index: int, title: str, inputs: StageInputs) -> tuple[StageTrainer, str | None]:
         checkpoint = self.folder.last_checkpoint(index)
         trainer = StageTrainer(
@@ -392,7 +364,7 @@ class MethodRun:
             title=title,
             progress={} if checkpoint is None else checkpoint[1],
             model=model,
-            args=self._arguments(index),
+            args=training_arguments(self.config, self.folder.checkpoints(index), index),
             train_dataset=inputs.features,
             data_collator=inputs.collator,
         )
