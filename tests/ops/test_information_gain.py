@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import cit_fast
 from cit_fast.errors import CitFastError
 from cit_fast.ops.information_gain import (
     TokenGain,
