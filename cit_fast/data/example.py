@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from cit_fast.errors import DataError
@@ -27,11 +27,13 @@ class Example:
             parts that decide content, length or format of the answer (KPIG).
         messages: the whole conversation as ``(role, content)`` pairs, ending with the assistant's answer, for chat
             data of more than one turn or with a system turn; empty otherwise.
-        images: paths or addresses of images, carried through untouched.
+        images: paths or addresses of images; ``other_media``: of videos and recordings. Carried through untouched: a
+            text model does not see them (:func:`unseen_media` says so).
         source: ``file:line`` (or generator and index) the example came from, for error messages.
 
     Raises:
-        DataError: an empty instruction, no reference, or a key part that is not a span of the instruction.
+        DataError: an empty instruction, no reference, a key part that is not a span of the instruction, or text that
+            is not valid Unicode.
     """
 
     instruction: str
@@ -42,6 +44,7 @@ class Example:
     messages: tuple[tuple[str, str], ...] = ()
     images: tuple[str, ...] = ()
     source: str = ""
+    other_media: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         where = self.source or f"task {self.task!r}"
@@ -50,9 +53,11 @@ class Example:
         if not self.references or not self.references[0].strip():
             raise DataError(f"{where}: no reference answer; every example needs at least one non-empty answer")
         try:
-            "".join((self.instruction, self.input, *self.references)).encode()
+            "".join((self.instruction, self.input, *self.references, *(text for _, text in self.messages))).encode()
         except UnicodeEncodeError:
-            raise DataError(f"{where}: text with half a character (a lone surrogate, as of a cut emoji)") from None
+            raise DataError(
+                f"{where}: invalid Unicode: a lone surrogate (half of a character, as of a cut emoji)"
+            ) from None
         end_of_previous = 0
         for start, end in self.key_parts:
             if not (end_of_previous <= start < end <= len(self.instruction)):
@@ -75,6 +80,22 @@ class Example:
             pieces += [self.instruction[position:start], MASK]
             position = end
         return "".join([*pieces, self.instruction[position:]])
+
+
+def unseen_media(examples: Iterable[Example]) -> str | None:
+    """One sentence that counts the examples with images, videos or recordings; ``None`` where there are none.
+
+    For models that see only text, so that nobody takes what they learn for more than it is.
+    """
+    given = list(examples)
+    counts = {
+        "images": sum(bool(example.images) for example in given),
+        "videos or recordings": sum(bool(example.other_media) for example in given),
+    }
+    found = [f"{count} have {kind}" for kind, count in counts.items() if count]
+    if not found:
+        return None
+    return f"Of {len(given)} examples {' and '.join(found)}, which this model does not see: only their text is used."
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ format                 one record
 ``conversations``      the same as ``{"from": "human"|"gpt", "value"}`` (LLaVA, CoIN, ShareGPT)
 =====================  =================================================================================
 
-Every record may also carry ``image`` or ``images`` (a path or a list of paths, kept untouched) and
-``key_parts``: a list of substrings of the instruction or of ``[start, end]`` character spans. Texts are never
-stripped or changed.
+Every record may also carry ``image`` or ``images``, ``video(s)`` and ``audio(s)`` (paths, or objects with ``path``
+and ``bytes`` as Parquet files of the hub have them; kept by name) and ``key_parts``: a list of substrings of the
+instruction or of ``[start, end]`` character spans. Texts are never stripped or changed; numbers, truth values and dates
+are taken as they are written; NaN and null are missing values.
 
 Every error starts with where it is: ``file:line`` for JSON lines, ``file: record N`` (from 1) for JSON
 arrays.
@@ -21,7 +22,11 @@ arrays.
 
 from __future__ import annotations
 
+import datetime
+import decimal
+import hashlib
 import logging
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -47,7 +52,10 @@ _FIELDS = {
     "messages": ("messages",),
     "conversations": ("conversations", "system"),
 }
-_COMMON_FIELDS = ("key_parts", "image", "images")
+_IMAGES = ("image", "images")
+_OTHER_MEDIA = ("video", "videos", "audio", "audios")
+_COMMON_FIELDS = ("key_parts", *_IMAGES, *_OTHER_MEDIA)
+_ANSWER = {"super_ni": "output", "alpaca": "output", "prompt_completion": "completion", "trace": "answer"}
 FORMATS = tuple(_FIELDS)
 FIELDS = frozenset(_COMMON_FIELDS).union(*_FIELDS.values())
 
@@ -66,8 +74,8 @@ class ReadOptions:
         key_part_markers: an opening and a closing mark, e.g. ``("[[", "]]")``. Text between them becomes a
             key part and the marks are removed. Without this option marks are ordinary text.
         positive_examples: how many of a Super-NI file's ``Positive Examples`` to append to its definition.
-        skip_unanswered: leave out records whose answers are all empty, with a warning that counts them, instead of
-            raising an error. (Published data has such records.)
+        skip_unanswered: leave out records without an answer (absent, null, NaN, blank, or a class label of -1), with a
+            warning that counts them, instead of raising an error. (Published data has such records.)
 
     Raises:
         ConfigError: an unknown format, a column the format does not have, or unusable markers.
@@ -111,7 +119,7 @@ def read_records(records: Iterable[tuple[str, Any]], options: ReadOptions, *, wh
         DataError: no records, or one that cannot be read.
     """
     examples: list[Example] = []
-    skipped: list[str] = []
+    skipped: list[_Fields] = []
     data_format = options.format
     for source, record in records:
         if not isinstance(record, Mapping):
@@ -124,17 +132,29 @@ def read_records(records: Iterable[tuple[str, Any]], options: ReadOptions, *, wh
             if parts.references:
                 examples.append(_example(parts, one))
             elif options.skip_unanswered:
-                skipped.append(one.source)
+                skipped.append(one)
             else:
-                raise one.error(
-                    "no reference answer; every record needs at least one that is not empty "
-                    "(skip_unanswered leaves such records out)"
-                )
+                raise one.error(_no_answer(one, data_format))
+    if skipped and not examples:
+        raise skipped[0].error(
+            f"{_no_answer(skipped[0], f'{data_format}')}; nor has any other of {len(skipped)} records"
+        )
     if skipped:
-        _log.warning("%s: skipped %d records without an answer, the first %s", where, len(skipped), skipped[0])
+        _log.warning("%s: skipped %d records without an answer, the first %s", where, len(skipped), skipped[0].source)
     if not examples:
         raise DataError(f"{where}:1: no records; at least one is needed")
     return examples
+
+
+def _no_answer(fields: _Fields, data_format: str) -> str:
+    """Why a record has no answer: the field is missing, or has nothing in it."""
+    name = _ANSWER.get(data_format)
+    if name is not None and not fields.has(name):
+        return fields.missing(name)
+    return (
+        "no reference answer; every record needs at least one that is not empty (skip_unanswered leaves such records "
+        "out)"
+    )
 
 
 class _Fields:
@@ -144,8 +164,20 @@ class _Fields:
         self.record, self.options, self.source = record, options, source
 
     def get(self, name: str) -> Any:
+        """The field's value; ``None`` where it is absent or a missing value (null, NaN)."""
+        value = self._value(name)
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    def has(self, name: str) -> bool:
+        """Whether the record has such a field at all."""
+        return self._value(name) is not None or self._column(name).partition(".")[0] in self.record
+
+    def _column(self, name: str) -> str:
+        return self.options.columns.get(name, name)
+
+    def _value(self, name: str) -> Any:
         value: Any = self.record
-        column = self.options.columns.get(name, name)
+        column = self._column(name)
         if column in self.record:
             return self.record[column]
         for part in column.split("."):
@@ -157,10 +189,13 @@ class _Fields:
     def required(self, name: str) -> Any:
         value = self.get(name)
         if value is None:
-            column = self.options.columns.get(name, name)
-            there = ", ".join(map(repr, self.record)) or "none"
-            raise self.error(f"missing field {column!r}; the record has {there}")
+            raise self.error(self.missing(name))
         return value
+
+    def missing(self, name: str) -> str:
+        there = ", ".join(map(repr, self.record)) or "none"
+        empty = " with a value" if self.has(name) else ""
+        return f"missing field {self._column(name)!r}{empty}; the record has {there}"
 
     def text(self, name: str) -> str:
         return self.as_text(self.required(name), name)
@@ -168,7 +203,11 @@ class _Fields:
     def as_text(self, value: Any, name: str) -> str:
         if isinstance(value, str):
             return value
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if isinstance(value, bool):  # as JSON writes it
+            return "true" if value else "false"
+        if isinstance(value, float) and not math.isfinite(value):
+            raise self.error(f"{name!r} is {value}, which is no text; write what is meant in quotes")
+        if isinstance(value, (int, float, decimal.Decimal, datetime.date, datetime.time)):
             return str(value)
         raise self.error(f"{name!r} must be a text, not {_kind(value)}")
 
@@ -178,7 +217,31 @@ class _Fields:
         return tuple(self.as_text(one, name) for one in values)
 
     def answers(self, name: str) -> tuple[str, ...]:
-        return tuple(text for text in self.texts(name) if text.strip())
+        """The answers that say something; none where the field is absent or empty."""
+        value = self.get(name)
+        values = value if isinstance(value, list) else [value]
+        there = (one for one in values if one is not None and not (isinstance(one, float) and math.isnan(one)))
+        return tuple(text for one in there if (text := self.as_text(one, name)).strip())
+
+    def media(self, names: Iterable[str]) -> tuple[str, ...]:
+        """The names of the images, or of other media, in these fields."""
+        found: list[str] = []
+        for name in names:
+            value = self.get(name)
+            values = value if isinstance(value, list) else [value]
+            found += [self.medium(one, name) for one in values if one is not None and one != ""]
+        return tuple(found)
+
+    def medium(self, value: Any, name: str) -> str:
+        """Path or address of an image, a video or a recording; of one without, a digest of its bytes."""
+        if not isinstance(value, Mapping):
+            return self.as_text(value, name)
+        place = next((value[key] for key in ("path", "url", name) if isinstance(value.get(key), str)), None)
+        if place is None and isinstance(value.get("bytes"), bytes):
+            place = f"sha256:{hashlib.sha256(value['bytes']).hexdigest()[:32]}"
+        if place is None:
+            raise self.error(f"{name!r} must be a path, or an object with 'path' or 'bytes'")
+        return str(place)
 
     def error(self, message: str) -> DataError:
         return DataError(f"{self.source}: {message}")
@@ -193,6 +256,7 @@ class _Parts:
     input: str = ""
     messages: tuple[tuple[str, str], ...] = ()
     images: tuple[str, ...] = ()
+    other_media: tuple[str, ...] = ()
 
 
 def _detect(fields: _Fields) -> str:
@@ -215,12 +279,7 @@ def _detect(fields: _Fields) -> str:
 def _instances(fields: _Fields) -> Iterator[_Fields]:
     """The instances of one Super-NI task file as Alpaca records."""
     options = fields.options
-    instruction = "\n".join(fields.texts("Definition"))
-    shown = fields.get("Positive Examples") or []
-    for number, shot in enumerate(shown[: options.positive_examples], 1):
-        example = _Fields(shot, options, f"{fields.source}, positive example {number}")
-        answer = example.texts("output")[0]
-        instruction += f"\n\nExample {number}\nInput: {example.text('input')}\nOutput: {answer}"
+    instruction = "\n".join(fields.texts("Definition")) + _shown_examples(fields, options.positive_examples)
     instances = fields.required("Instances")
     if not isinstance(instances, list):
         raise fields.error(f"'Instances' must be a list, not {_kind(instances)}")
@@ -235,6 +294,24 @@ def _instances(fields: _Fields) -> Iterator[_Fields]:
             ReadOptions(task=options.task, key_parts=options.key_parts, key_part_markers=options.key_part_markers),
             source,
         )
+
+
+def _shown_examples(fields: _Fields, count: int) -> str:
+    """The first ``count`` of a Super-NI task's ``Positive Examples`` as text."""
+    shown = (fields.get("Positive Examples") or []) if count else []
+    if not isinstance(shown, list):
+        raise fields.error(f"'Positive Examples' must be a list, not {_kind(shown)}")
+    text = ""
+    for number, shot in enumerate(shown[:count], 1):
+        source = f"{fields.source}, positive example {number}"
+        if not isinstance(shot, Mapping):
+            raise DataError(f"{source}: must be an object with 'input' and 'output', not {_kind(shot)}")
+        example = _Fields(shot, ReadOptions(), source)
+        answers = example.answers("output")
+        if not answers:
+            raise example.error(example.missing("output"))
+        text += f"\n\nExample {number}\nInput: {example.text('input')}\nOutput: {answers[0]}"
+    return text
 
 
 def _alpaca(fields: _Fields) -> _Parts:
@@ -253,11 +330,11 @@ def _trace(fields: _Fields) -> _Parts:
 
 
 def _prompt_completion(fields: _Fields) -> _Parts:
-    prompt, completion = fields.required("prompt"), fields.required("completion")
+    prompt, completion = fields.required("prompt"), fields.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
         return _conversation(fields, prompt + completion, "role", "content")
     if isinstance(prompt, list):  # turns, answered by a plain text
-        answer = {"role": "assistant", "content": fields.text("completion")}
+        answer = {"role": "assistant", "content": next(iter(fields.answers("completion")), "")}
         return _conversation(fields, [*prompt, answer], "role", "content")
     return _Parts(fields.text("prompt"), fields.answers("completion"))
 
@@ -279,6 +356,7 @@ def _conversation(fields: _Fields, turns: Any, role_key: str, content_key: str) 
         raise fields.error(f"a conversation must be a non-empty list of turns, not {_kind(turns)}")
     messages: list[tuple[str, str]] = []
     images: list[str] = []
+    other_media: list[str] = []
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, Mapping) or role_key not in turn or content_key not in turn:
             raise fields.error(f"turn {number} must be an object with {role_key!r} and {content_key!r}")
@@ -286,7 +364,10 @@ def _conversation(fields: _Fields, turns: Any, role_key: str, content_key: str) 
         if role is None or turn.get("tool_calls"):
             what = "tool calls" if role else f"role {turn[role_key]!r}"
             raise fields.error(f"turn {number}: {what} cannot be used; roles are {', '.join(sorted(_ROLES))}")
-        messages.append((role, _content(fields, turn[content_key], number, images)))
+        content = turn[content_key]
+        if content is None and role == "assistant" and number == len(turns):
+            content = ""  # no answer, which the caller knows how to treat
+        messages.append((role, _content(fields, content, number, images, other_media)))
     if messages[-1][0] != "assistant":
         raise fields.error(f"the last turn is the {messages[-1][0]}'s; it must be the assistant's answer")
     questions = [content for role, content in messages if role == "user"]
@@ -298,11 +379,12 @@ def _conversation(fields: _Fields, turns: Any, role_key: str, content_key: str) 
         references=(messages[-1][1],) if messages[-1][1].strip() else (),
         messages=() if plain else tuple(messages),
         images=tuple(images),
+        other_media=tuple(other_media),
     )
 
 
-def _content(fields: _Fields, content: Any, number: int, images: list[str]) -> str:
-    """The text of one turn; parts that are images go to ``images``."""
+def _content(fields: _Fields, content: Any, number: int, images: list[str], other_media: list[str]) -> str:
+    """The text of one turn; the names of images go to ``images``, those of videos and recordings to ``other_media``."""
     if not isinstance(content, list):
         return fields.as_text(content, f"content of turn {number}")
     texts = []
@@ -310,12 +392,15 @@ def _content(fields: _Fields, content: Any, number: int, images: list[str]) -> s
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text":
             texts.append(fields.as_text(part.get("text"), f"text of turn {number}"))
-        elif kind == "image":
-            address = part.get("image") or part.get("url") or part.get("path")
+        elif kind in ("image", "video", "audio"):
+            address = next((part[key] for key in (kind, "url", "path") if part.get(key) is not None), None)
             if address is not None:  # a bare placeholder: the addresses are in the record's own field
-                images.append(fields.as_text(address, f"image of turn {number}"))
+                found = images if kind == "image" else other_media
+                found.append(fields.medium(address, f"{kind} of turn {number}"))
         else:
-            raise fields.error(f"turn {number}: a part of the content must be of type 'text' or 'image'")
+            raise fields.error(
+                f"turn {number}: a part of the content must be of type 'text', 'image', 'video' or 'audio'"
+            )
     return "\n".join(texts)
 
 
@@ -342,7 +427,6 @@ def _example(parts: _Parts, fields: _Fields) -> Example:
         if parts.messages and instruction != marked:
             raise fields.error("key part marks work in single instructions, not in conversations; use key_parts")
     spans += _key_parts(fields, instruction)
-    images = [name for key in ("image", "images") if fields.get(key) is not None for name in fields.texts(key)]
     return Example(
         instruction=instruction,
         input=parts.input,
@@ -350,7 +434,8 @@ def _example(parts: _Parts, fields: _Fields) -> Example:
         task=fields.options.task,
         key_parts=tuple(sorted(spans)),
         messages=parts.messages,
-        images=(*images, *parts.images),
+        images=(*fields.media(_IMAGES), *parts.images),
+        other_media=(*fields.media(_OTHER_MEDIA), *parts.other_media),
         source=fields.source,
     )
 
@@ -358,7 +443,7 @@ def _example(parts: _Parts, fields: _Fields) -> Example:
 def _key_parts(fields: _Fields, instruction: str) -> list[tuple[int, int]]:
     """Spans of the record's key parts; a text stands for its first occurrence that is not taken yet."""
     wanted = fields.get("key_parts")
-    if wanted is None:
+    if wanted is None or wanted == "":  # an empty cell of a table
         wanted = list(fields.options.key_parts)
     if not isinstance(wanted, list):
         raise fields.error(f"'key_parts' must be a list of texts or [start, end] spans, not {_kind(wanted)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
+import logging
 import random
 import re
 from collections import Counter
@@ -14,23 +14,25 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from cit_fast.data.example import Example, Task, TaskStream
+from cit_fast.data.folders import (
+    is_saved_dataset,
+    labels_file,
+    load_saved,
+    load_tables,
+    split_files,
+    tasks_below,
+    wanted,
+)
 from cit_fast.data.labels import inferred_labels
-from cit_fast.data.readers import class_names, read_dataset, read_file
+from cit_fast.data.readers import class_names, kind, read_dataset, read_file, stem
 from cit_fast.data.records import ReadOptions
 from cit_fast.errors import ConfigError, DataError
+
+_log = logging.getLogger(__name__)
 
 DEFAULT_METRIC = "rouge_l"
 CLOSED_SET_METRIC = "accuracy"
 SPLITS = ("train", "dev", "test")
-_SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "dev": ("dev", "eval", "validation", "valid", "val"),
-    "test": ("test",),
-}
-_LABELS = "labels.json"
-_SAVED = ("dataset_dict.json", "state.json")  # marks of a dataset saved by save_to_disk
-_TABLES = {".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}  # file suffix -> builder of `datasets`
-
 Limits = Mapping[str, "int | None"]
 
 
@@ -40,8 +42,9 @@ class TaskSource:
 
     Args:
         builtin: name of a built-in task.
-        path: a file (``.json``, ``.jsonl``, ``.csv``, ``.parquet``), a folder of such files, one per split
-            (``train``, ``dev``, ``test`` or their usual other names), or a dataset saved by ``save_to_disk``.
+        path: a file (``.json``, ``.jsonl``, ``.csv``, ``.tsv``, ``.parquet``), a folder of such files, one per split
+            (``train``, ``dev``, ``test`` or their usual other names) or in shards as the hub lays them out
+            (``data/train-00000-of-00002.parquet``), or a dataset saved by ``save_to_disk``.
         dataset: a dataset on the Hugging Face hub, or anything else ``datasets.load_dataset`` takes.
         name: the task's name; otherwise the built-in name or the last part of the path.
         metric: name of the metric; otherwise ``accuracy`` where the answers are a closed set, else
@@ -56,7 +59,8 @@ class TaskSource:
             ``{"train": "train", "test": "validation"}``; otherwise found by their usual names.
         subset: configuration name of the dataset; ``revision``: its branch, tag or commit.
         format, columns, instruction, key_parts, key_part_markers, positive_examples, skip_unanswered: how to
-            understand the records; see :class:`~cit_fast.data.records.ReadOptions`.
+            understand the records; see :class:`~cit_fast.data.records.ReadOptions`. ``skip_unanswered`` leaves out
+            answers that are not among the labels, too.
 
     Raises:
         ConfigError: none or several of ``builtin``, ``path`` and ``dataset``, an option that does not apply,
@@ -200,7 +204,7 @@ def find_tasks(places: Sequence[str]) -> list[TaskSource]:
         if source.path is None:
             sources.append(dataclasses.replace(source, name=source.builtin))
         else:
-            sources += [TaskSource(path=str(path), skip_unanswered=True) for path in _tasks_below(Path(source.path))]
+            sources += [TaskSource(path=str(path), skip_unanswered=True) for path in tasks_below(Path(source.path))]
     named = [source if source.name else dataclasses.replace(source, name=_name_of(source)) for source in sources]
     alike = Counter(source.name for source in named)
     if max(alike.values(), default=0) > 1:
@@ -210,29 +214,6 @@ def find_tasks(places: Sequence[str]) -> list[TaskSource]:
             twice = [source.path or "builtin" for source in named if source.name == name]
             raise DataError(f"two tasks are called {name!r}: {twice[0]} and {twice[1]}; give each task once")
     return named
-
-
-def _tasks_below(path: Path) -> list[Path]:
-    """The path itself where it is one task, else the files and folders in it that are tasks."""
-    if not path.is_dir() or _is_task_folder(path):
-        return [path]
-    inside = sorted(path.iterdir())
-    tasks = [each for each in inside if _is_data_file(each) or (each.is_dir() and _is_task_folder(each))]
-    if not tasks:
-        raise DataError(
-            f"{path}: no tasks in it: no data files (.json, .jsonl, .csv, .parquet), no folders with a train file"
-        )
-    return tasks
-
-
-def _is_data_file(path: Path) -> bool:
-    return path.is_file() and path.suffix in {".json", ".jsonl", *_TABLES} and path.name != _LABELS
-
-
-def _is_task_folder(folder: Path) -> bool:
-    known = {stem for stems in _SPLIT_NAMES.values() for stem in stems}
-    saved = any((folder / mark).exists() for mark in _SAVED)
-    return saved or any(file.stem in known for file in folder.iterdir() if _is_data_file(file))
 
 
 def _under_its_folder(source: TaskSource) -> TaskSource:
@@ -286,13 +267,20 @@ def _source_of_text(text: str) -> TaskSource:
     names = builtin_task_names()
     if text in names:
         return TaskSource(builtin=text)
-    if Path(text).exists():
+    if _exists(text):
         return TaskSource(path=text)
     if "/" in text or Path(text).suffix:
         raise DataError(f"{text}: no such file or folder")
     near = difflib.get_close_matches(text, names, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}?" if near else f"built in are {', '.join(names)}"
     raise DataError(f"{text!r} is neither a built-in task nor a file or folder; {hint}")
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:  # longer than a name can be
+        return False
 
 
 def _builtin(name: str, source: TaskSource, seed: int, limits: Limits) -> Task:
@@ -331,12 +319,14 @@ class _Opened:
 def _read(source: TaskSource, seed: int, limits: Limits) -> Task:
     name = source.name or _name_of(source)
     opened = _open(source, source.read_options(name))
+    labels = source.labels or opened.labels
+    if source.skip_unanswered:
+        opened = _answered(opened, labels, f"{source.path or source.dataset}")
     chosen = choose_examples(opened.counts, limits, f"{seed}/{name}")
     splits = {
         split: tuple(opened.read(origin, positions)) if positions else ()
         for split, (origin, positions) in chosen.items()
     }
-    labels = source.labels or opened.labels
     _check_labels(splits, labels)
     if source.infer_labels and not labels:
         every = (opened.read(split, list(range(count))) for split, count in opened.counts.items())
@@ -356,109 +346,91 @@ def _read(source: TaskSource, seed: int, limits: Limits) -> Task:
 def _name_of(source: TaskSource) -> str:
     if source.path is not None:
         path = Path(source.path).resolve()
-        text = path.name if path.is_dir() else path.stem
+        text = path.name if path.is_dir() else stem(path)
     else:
         text = f"{source.dataset}".rstrip("/").rpartition("/")[2]
     return re.sub(r"[^\w.+-]", "_", text).lstrip(".+-") or "task"
 
 
-def _check_labels(splits: Mapping[str, tuple[Example, ...]], labels: tuple[str, ...]) -> None:
+def _answered(opened: _Opened, labels: tuple[str, ...], where: str) -> _Opened:
+    """The examples that have an answer, and one of the labels where there are some; read now, for they are counted."""
+    examples = {split: opened.read(split, list(range(count))) for split, count in opened.counts.items() if count}
     if not labels:
-        return
+        return _in_memory(examples, labels)
     known = {label.strip().casefold() for label in labels}
-    for example in (example for examples in splits.values() for example in examples):
+    kept: dict[str, list[Example]] = {split: [] for split in examples}
+    outside: list[Example] = []
+    for split, found in examples.items():
+        for example in found:
+            right = tuple(answer for answer in example.references if answer.strip().casefold() in known)
+            if right:
+                kept[split].append(dataclasses.replace(example, references=right))
+            else:
+                outside.append(example)
+    if outside and not any(kept.values()):
+        raise DataError(_not_a_label(outside[0], outside[0].references[0], labels))
+    if outside:
+        first = _not_a_label(outside[0], outside[0].references[0], labels)
+        _log.warning("%s: skipped %d records, the first %s", where, len(outside), first)
+    return _in_memory(kept, labels)
+
+
+def _not_a_label(example: Example, answer: str, labels: Sequence[str]) -> str:
+    few = ", ".join(labels[:20]) + (", ..." if len(labels) > 20 else "")
+    return f"{example.source}: answer {answer!r} is not one of the labels: {few}"
+
+
+def _in_memory(examples: Mapping[str, list[Example]], labels: tuple[str, ...]) -> _Opened:
+    return _Opened(
+        counts={split: len(found) for split, found in examples.items()},
+        read=lambda split, positions: [examples[split][position] for position in positions],
+        labels=labels,
+    )
+
+
+def _check_labels(splits: Mapping[str, tuple[Example, ...]], labels: tuple[str, ...]) -> None:
+    known = {label.strip().casefold() for label in labels}
+    for example in (example for examples in splits.values() for example in examples if known):
         for reference in example.references:
             if reference.strip().casefold() not in known:
-                shown = ", ".join(labels[:20]) + (", ..." if len(labels) > 20 else "")
-                raise DataError(f"{example.source}: answer {reference!r} is not one of the labels: {shown}")
+                raise DataError(_not_a_label(example, reference, labels))
 
 
 def _open(source: TaskSource, options: ReadOptions) -> _Opened:
     if source.dataset is not None:
         return _open_dataset(_load_dataset(source.dataset, source.subset, source.revision), source, options)
     path = Path(f"{source.path}")
-    if not path.exists():
+    if not _exists(f"{path}"):
         raise DataError(f"{path}: no such file or folder")
     if not path.is_dir():
-        files = {"train": path}
-    elif any((path / mark).exists() for mark in _SAVED):
-        import datasets
-
-        return _open_dataset(datasets.load_from_disk(str(path)), source, options)
+        files, labels = {"train": [path]}, ()
+    elif is_saved_dataset(path):
+        return _open_dataset(load_saved(path), source, options, labels_file(path))
     else:
-        files = _split_files(path, source.splits)
-    suffixes = {file.suffix for file in files.values()}
-    if suffixes & set(_TABLES):
-        if len(suffixes) > 1:
-            raise DataError(f"{path}: its splits are of different kinds ({', '.join(sorted(suffixes))}); use one")
-        builder = _TABLES[suffixes.pop()]
-        named = {split: str(file) for split, file in files.items()}
+        files, labels = split_files(path, source.splits), labels_file(path)
+    kinds = {kind(file) for shards in files.values() for file in shards}
+    if kinds & {".parquet", ".arrow"}:
         plain = dataclasses.replace(source, splits={})
-        return _open_dataset(_load_dataset(builder, data_files=named), plain, options)
-    examples = {split: read_file(file, options) for split, file in files.items()}
-    return _Opened(
-        counts={split: len(found) for split, found in examples.items()},
-        read=lambda split, positions: [examples[split][position] for position in positions],
-        labels=_labels_file(path / _LABELS) if path.is_dir() else (),
-    )
+        return _open_dataset(load_tables(path, files, kinds), plain, options, labels)
+    examples = {split: [e for file in shards for e in read_file(file, options)] for split, shards in files.items()}
+    return _in_memory(examples, labels)
 
 
-def _split_files(folder: Path, splits: Mapping[str, str]) -> dict[str, Path]:
-    """Split -> its file in a folder."""
-    suffixes = {".json", ".jsonl", *_TABLES}
-    there = sorted(file for file in folder.iterdir() if file.is_file() and file.suffix in suffixes)
-    found: dict[str, Path] = {}
-    for split, stems in _wanted(splits).items():
-        matches = [file for file in there if file.stem in stems]
-        if len(matches) > 1:
-            raise DataError(
-                f"{folder}: both {matches[0].name} and {matches[1].name} could be the {split} split; "
-                "name one with splits, or remove one"
-            )
-        if matches:
-            found[split] = matches[0]
-        elif split in splits:
-            raise DataError(f"{folder}: no file {splits[split]!r} for the {split} split; {_listing(there)}")
-    if not found:
-        raise DataError(f"{folder}: no train.json, dev.json or test.json (or .jsonl); {_listing(there)}")
-    return found
-
-
-def _wanted(splits: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    return {split: (name,) for split, name in splits.items()} or dict(_SPLIT_NAMES)
-
-
-def _listing(files: Sequence[Path]) -> str:
-    return "it has " + (", ".join(file.name for file in files[:8]) or "no data files")
-
-
-def _labels_file(path: Path) -> tuple[str, ...]:
-    if not path.exists():
-        return ()
-    try:
-        labels = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}:1: broken JSON: {error}") from None
-    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise DataError(f"{path}:1: the labels must be a list of texts")
-    return tuple(labels)
-
-
-def _load_dataset(name: str, subset: str | None = None, revision: str | None = None, **options: Any) -> Any:
+def _load_dataset(name: str, subset: str | None, revision: str | None) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(name, subset, revision=revision, **options)
+        return datasets.load_dataset(name, subset, revision=revision)
     except Exception as error:  # datasets raises many kinds, all of them about what was asked for
         raise DataError(f"dataset {name}: cannot be loaded: {' '.join(str(error).split())}") from error
 
 
-def _open_dataset(opened: Any, source: TaskSource, options: ReadOptions) -> _Opened:
+def _open_dataset(opened: Any, source: TaskSource, options: ReadOptions, labels: tuple[str, ...] = ()) -> _Opened:
     """A ``Dataset`` (one split, taken for training) or a ``DatasetDict``."""
     where = source.dataset or source.path
     parts = dict(opened) if isinstance(opened, dict) else {"train": opened}
     splits = {}
-    for split, names in _wanted(source.splits).items():
+    for split, names in wanted(source.splits).items():
         name = next((name for name in names if name in parts), None)
         if name is not None:
             splits[split] = name
@@ -472,5 +444,5 @@ def _open_dataset(opened: Any, source: TaskSource, options: ReadOptions) -> _Ope
         read=lambda split, positions: read_dataset(
             parts[splits[split]], options, where=f"{where} [{splits[split]}]", indices=positions
         ),
-        labels=class_names(next(iter(parts.values()))).get(answer, ()),
+        labels=labels or class_names(next(iter(parts.values()))).get(answer, ()),
     )

@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+import datetime
+import decimal
+import gzip
 import json
+import os
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cit_fast.data import ReadOptions, read_dataset, read_file, read_records
+from cit_fast.data.example import unseen_media
 from cit_fast.errors import ConfigError, DataError
 
 
@@ -163,7 +169,7 @@ def test_conversations():
         ([{"role": "user", "content": "u"}], "the last turn is the user's"),
         ([{"role": "assistant", "content": "u"}], "has no user turn"),
         ([{"role": "user", "content": None}], "'content of turn 1' must be a text, not null"),
-        ([{"role": "user", "content": [{"type": "audio"}]}], "must be of type 'text' or 'image'"),
+        ([{"role": "user", "content": [{"type": "tool"}]}], "must be of type 'text', 'image', 'video' or 'audio'"),
         ([{"role": "user", "content": "u"}, {"role": "assistant", "content": " "}], "no reference answer"),
     ],
 )
@@ -187,7 +193,8 @@ def test_columns_and_fixed_instruction():
     ("record", "said"),
     [
         ({"instruction": "Add."}, "missing field 'output'; the record has 'instruction'"),
-        ({"instruction": "Add.", "output": True}, "'output' must be a text, not true or false"),
+        ({"instruction": "Add.", "output": float("inf")}, "'output' is inf, which is no text"),
+        ({"instruction": "Add.", "output": None}, "no reference answer; every record needs at least one"),
         ({"instruction": "Add.", "output": {"a": 1}}, "'output' must be a text, not an object"),
         ({"instruction": "Add.", "output": []}, "no reference answer"),
         ({"instruction": " ", "output": "x"}, "the instruction is empty"),
@@ -351,19 +358,120 @@ def test_dataset_rows_and_class_labels():
     first, second = read_dataset(dataset, options, where="toy [train]", indices=[1, 0])
     assert (first.input, first.references, first.source) == ("awful", ("bad",), "toy [train]: record 2")
     assert second.references == ("good",)
-    with pytest.raises(DataError, match=r"^toy \[train\]: record 3: 'label' has no label \(-1\)"):
+    with pytest.raises(DataError, match=r"^toy \[train\]: record 3: no reference answer"):
         read_dataset(dataset, options, where="toy [train]")
+    answered = read_dataset(dataset, replace(options, skip_unanswered=True), where="toy [train]")
+    assert [example.references for example in answered] == [("good",), ("bad",)]
     other = read_dataset(
         dataset, ReadOptions(columns={"input": "sentence", "output": "sentence"}, instruction="?"), where=""
     )
     assert other[2].references == ("?",)
     unknown = Dataset.from_list([{"sentence": "nice", "label": None}], features=features)
-    with pytest.raises(DataError, match="missing field 'label'"):
+    with pytest.raises(DataError, match="no reference answer"):
         read_dataset(unknown, options, where="toy")
 
 
 def test_half_a_character_names_its_line(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a \\ud83d", "output": "b"}\n')
-    with pytest.raises(DataError, match=r"a\.jsonl:2: text with half a character"):
+    with pytest.raises(DataError, match=r"a\.jsonl:2: invalid Unicode: a lone surrogate"):
         read_file(path)
+    turns = [{"role": "user", "content": "\ud83d"}, *TURNS[1:]]
+    path.write_text(json.dumps({"messages": turns}))
+    with pytest.raises(DataError, match=r"a\.jsonl:1: invalid Unicode: a lone surrogate"):
+        read_file(path)
+
+
+# ------------------------------------------------------------------------------------------- values and their absence
+
+TURNS = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+    {"role": "user", "content": "c"},
+    {"role": "assistant", "content": "d"},
+]
+
+
+@pytest.mark.parametrize("missing", ["null", "NaN", '""', '" "', "[]", "[null]", "[NaN, null]", None])
+def test_one_rule_for_no_answer(write, missing, caplog):
+    unanswered = '{"instruction": "Say it."' + (f', "output": {missing}' if missing else "") + "}"
+    path = write("t.jsonl", f'{unanswered}\n{{"instruction": "Say it.", "output": "x"}}')
+    assert [e.references for e in read_file(path, ReadOptions(skip_unanswered=True))] == [("x",)]
+    assert "skipped 1 records without an answer" in caplog.text
+    with pytest.raises(DataError, match=r"t.jsonl:1: (no reference answer|missing field 'output')"):
+        read_file(path)
+    alone = write("alone.jsonl", unanswered)
+    with pytest.raises(DataError, match=r"alone.jsonl:1: .*; nor has any other of 1 records"):
+        read_file(alone, ReadOptions(skip_unanswered=True))
+
+
+def test_an_empty_last_turn_is_no_answer():
+    unanswered = {"messages": [*TURNS[:3], {"role": "assistant", "content": None}]}
+    records = [("here:1", unanswered), ("here:2", {"messages": TURNS})]
+    (example,) = read_records(records, ReadOptions(skip_unanswered=True))
+    assert example.source == "here:2"
+
+
+def test_numbers_truth_values_and_dates_are_taken_as_they_are_written(write):
+    (example,) = read_file(
+        write("t.json", '[{"instruction": "Say it.", "input": NaN, "output": [1.50, 1e5, 7, true]}]')
+    )
+    assert (example.input, example.references) == ("", ("1.50", "1e5", "7", "true"))
+    values = [False, decimal.Decimal("2.50"), datetime.date(2026, 11, 28)]
+    assert one({"instruction": "i", "output": values}).references == ("false", "2.50", "2026-11-28")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("t.json", "[" * 100_000, ":1: cannot be read: nested too deep"),
+        ("t.jsonl", json.dumps(ROWS[0]) + "\n" + '{"a":' * 100_000, ":2: cannot be read: nested too deep"),
+        ("t.json", '[{"instruction": "a", "output": ' + "9" * 5000 + "}]", ":1: cannot be read: Exceeds the limit"),
+        ("t.json", '{"instruction": "a", "output": Infinity}', ":1: cannot be read: Infinity is no JSON value"),
+        ("t.json.gz", b"no archive", ":1: cannot be read (Not a gzipped file"),
+        ("t.json.gz", gzip.compress(b"[]" * 5000, mtime=0)[:20], ":1: cannot be read (Compressed file ended"),
+    ],
+)
+def test_files_that_cannot_be_read(write, name, content, said):
+    path = write(name, content)
+    with pytest.raises(DataError) as caught:
+        read_file(path)
+    assert str(caught.value).startswith(str(path) + said)
+
+
+def test_pipes_and_devices_are_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    for path in (tmp_path / "pipe.json", "/dev/zero"):
+        with pytest.raises(DataError, match=r":1: cannot be read \(no regular file\)"):
+            read_file(path)
+
+
+@pytest.mark.parametrize("shown", [3, "x", [3], [None], [{"input": "a"}], [{"input": "a", "output": []}]])
+def test_broken_positive_examples(shown):
+    task = {"Definition": "Do.", "Positive Examples": shown, "Instances": [{"input": "a", "output": "b"}]}
+    with pytest.raises(DataError, match=r"^here: record 1.*(must be|missing field 'output')"):
+        read_records([("here: record 1", task)], ReadOptions(positive_examples=1))
+    (example,) = read_records([("here: record 1", task)], ReadOptions())
+    assert example.instruction == "Do."
+
+
+# ------------------------------------------------------------------------------------------------------------ media
+
+
+def test_media_are_kept_by_name():
+    assert one({"instruction": "i", "output": "x", "image": {"bytes": b"x", "path": "a.png"}}).images == ("a.png",)
+    unnamed = one({"instruction": "i", "output": "x", "images": [{"bytes": b"x", "path": None}, "b.png"]})
+    assert unnamed.images == ("sha256:2d711642b726b04401627ca9fbac32f5", "b.png")
+    moving = one({"instruction": "i", "output": "x", "videos": ["a.mp4"], "audio": "b.wav"})
+    assert (moving.images, moving.other_media) == ((), ("a.mp4", "b.wav"))
+    part = {"type": "video", "video": "c.mp4"}
+    turns = [{"role": "user", "content": [part, {"type": "text", "text": "?"}]}, TURNS[1]]
+    assert one({"messages": turns}).other_media == ("c.mp4",)
+    assert "'image' must be a path, or an object" in failing({"instruction": "i", "output": "x", "image": {"a": 1}})
+
+
+def test_what_a_text_model_does_not_see_is_counted():
+    plain, picture = one({"instruction": "i", "output": "x"}), one({"instruction": "i", "output": "x", "image": "a"})
+    assert unseen_media([plain, plain]) is None
+    said = unseen_media([plain, picture, one({"instruction": "i", "output": "x", "video": "a"})])
+    assert said.startswith("Of 3 examples 1 have images and 1 have videos or recordings, which this model does not see")

@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -279,7 +281,10 @@ def test_tables(tmp_path, dataset_cache):
     assert [example.references for example in task.train + task.test] == [("1",), ("2",), ("3",)]
     assert load_task(str(folder / "train.csv")).name == "train"
     (folder / "dev.json").write_text(json.dumps(rows(1)))
-    assert "of different kinds (.csv, .json)" in failing(DataError, str(folder))
+    assert [example.input for example in load_task(str(folder)).dev] == ["x0"]
+    (folder / "dev.json").unlink()
+    pq.write_table(pa.Table.from_pylist(rows(1)), folder / "dev.parquet")
+    assert "of different kinds (.csv, .parquet)" in failing(DataError, str(folder))
 
 
 def test_dataset_that_cannot_be_loaded(dataset_cache):
