@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from cit_fast.evaluation.metrics import normalise_label
+from cit_fast.text import normalise_label
 
 _MOST_LABELS = 20
 _LEAST_REPETITIONS = 10

@@ -27,6 +27,7 @@ from cit_fast.data.labels import inferred_labels
 from cit_fast.data.readers import class_names, kind, read_dataset, read_file, stem
 from cit_fast.data.records import ReadOptions
 from cit_fast.errors import ConfigError, DataError
+from cit_fast.text import normalise_label
 
 _log = logging.getLogger(__name__)
 
@@ -357,12 +358,12 @@ def _answered(opened: _Opened, labels: tuple[str, ...], where: str) -> _Opened:
     examples = {split: opened.read(split, list(range(count))) for split, count in opened.counts.items() if count}
     if not labels:
         return _in_memory(examples, labels)
-    known = {label.strip().casefold() for label in labels}
+    known = {normalise_label(label) for label in labels}
     kept: dict[str, list[Example]] = {split: [] for split in examples}
     outside: list[Example] = []
     for split, found in examples.items():
         for example in found:
-            right = tuple(answer for answer in example.references if answer.strip().casefold() in known)
+            right = tuple(answer for answer in example.references if normalise_label(answer) in known)
             if right:
                 kept[split].append(dataclasses.replace(example, references=right))
             else:
@@ -389,10 +390,10 @@ def _in_memory(examples: Mapping[str, list[Example]], labels: tuple[str, ...]) -
 
 
 def _check_labels(splits: Mapping[str, tuple[Example, ...]], labels: tuple[str, ...]) -> None:
-    known = {label.strip().casefold() for label in labels}
+    known = {normalise_label(label) for label in labels}
     for example in (example for examples in splits.values() for example in examples if known):
         for reference in example.references:
-            if reference.strip().casefold() not in known:
+            if normalise_label(reference) not in known:
                 raise DataError(_not_a_label(example, reference, labels))
 
 

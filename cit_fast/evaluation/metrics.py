@@ -7,14 +7,15 @@
 ``token_f1``     F1 of the bags of words after SQuAD's normalisation: lower case, no ASCII punctuation, no
                  articles (Rajpurkar et al. 2016, arXiv 1606.05250; empty answers as in SQuAD 2.0)
 ``rouge_l``      ROUGE-L F-measure, lower case, Porter stems (package ``rouge-score``); ASCII text scores as
-                 there; words of other scripts count as words too, each CJK character as one
+                 there; words of other scripts count as words too (:func:`cit_fast.text.words`)
 ``bleu``         value: corpus BLEU; per example: sentence BLEU with effective order (package ``sacrebleu``,
                  13a); **case counts**, white space does not
 ``set_match``    100 if the answers, split at commas, new lines and ``|``, are equal as sets; case and white
                  space around elements do not count, nor do empty elements and repetitions
 ===============  ===========================================================================================
 
-With several references the best one counts (for corpus BLEU: sacrebleu's own multi-reference rule).
+With several references the best one counts (for corpus BLEU: sacrebleu's own multi-reference rule). Texts are compared
+in Unicode's form NFC: a letter with its accent is the same text in one character or in two.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cit_fast.errors import ConfigError, DataError
+from cit_fast.text import composed, normalise_label, words
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,9 @@ def score(
             raise DataError(
                 f"metric {metric}: example {index} needs a non-empty list of reference answers, not {answers!r}"
             )
+    if metric in METRICS:
+        predictions, labels = list(map(composed, predictions)), list(map(composed, labels))
+        references = [list(map(composed, answers)) for answers in references]
     return _checked(metric, function(predictions, references, labels), len(predictions))
 
 
@@ -151,15 +156,6 @@ def _exact_match(prediction: str, reference: str) -> float:
     return 100.0 * (" ".join(prediction.split()) == " ".join(reference.split()))
 
 
-_QUOTES = " \"'`“”‘’"
-
-
-def normalise_label(text: str) -> str:
-    """The form in which labels are compared: case-folded, single spaces, no quotes around, no final stop."""
-    text = " ".join(text.casefold().split())
-    return text.strip(_QUOTES).rstrip(".").strip(_QUOTES) or text
-
-
 def _accuracy(predictions: Sequence[str], references: Sequence[Sequence[str]], labels: Sequence[str]) -> Score:
     known: dict[str, str] = {}
     for label in labels:
@@ -196,31 +192,14 @@ def _token_f1(prediction: str, reference: str) -> float:
     return 100.0 * 2 * common / (len(predicted) + len(expected))
 
 
-_CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3"
-_WORD = re.compile(f"[{_CJK}]|[^\\W_{_CJK}]+")
-
-
-def words(text: str) -> list[str]:
-    """The words of a text, case-folded and without punctuation; each CJK character is one."""
-    return _WORD.findall(text.casefold())
-
-
-_CJK_CHARACTER = re.compile(f"[{_CJK}]")
-
-
-def word_count(text: str) -> int:
-    """How many words a text has, as white space parts them; each CJK character is one."""
-    return len(_CJK_CHARACTER.sub(" x ", text).split())
-
-
 class _Tokenizer:
-    """rouge-score's own tokenisation, extended from ``[a-z0-9]`` to letters and digits of any script."""
+    """rouge-score's own tokenisation, extended from ``[a-z0-9]`` to the words of any script."""
 
     def __init__(self, stem: Callable[[str], str]) -> None:
         self._stem = stem
 
     def tokenize(self, text: str) -> list[str]:
-        return [self._stem(word) if len(word) > 3 and word.isascii() else word for word in _WORD.findall(text.lower())]
+        return [self._stem(word) if len(word) > 3 and word.isascii() else word for word in words(text)]
 
 
 def _rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]], labels: Sequence[str]) -> Score:
@@ -233,7 +212,7 @@ def _rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]], la
     for prediction, answers in zip(predictions, references, strict=True):
         best = 100.0 * scorer.score_multi(answers, prediction)["rougeL"].fmeasure
         # An answer without a single word (such as "+") has no subsequence to share: equality decides.
-        wordless = not _WORD.search(prediction) and prediction.strip() in {a.strip() for a in answers}
+        wordless = not words(prediction) and prediction.strip() in {a.strip() for a in answers}
         per_example.append(100.0 if wordless else best)
     return Score(_mean(per_example), per_example)
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cit_fast.errors import DataError
-from cit_fast.evaluation.metrics import normalise_label, word_count, words
+from cit_fast.text import composed, normalise_label, word_count, words
 
 if TYPE_CHECKING:
     from cit_fast.data.example import Task
@@ -122,7 +122,7 @@ def violation_rates(
         raise DataError("violations: an extractive task, but an example without the input its answer is a span of")
     judges = {"WFR": _wrong_format(constraints), "OOS": _out_of_scope(constraints), "WR": _wordy(constraints)}
     examples = [
-        (prediction.strip(), answers, text or "")
+        (composed(prediction.strip()), list(map(composed, answers)), composed(text or ""))
         for prediction, answers, text in zip(predictions, references, inputs, strict=True)
     ]
     return {kind: sum(judges[kind](*example) for example in examples) / len(examples) for kind in constraints.kinds}

@@ -9,7 +9,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu import corpus_bleu, sentence_bleu
 
 from cit_fast.errors import ConfigError, DataError
-from cit_fast.evaluation.metrics import METRICS, Score, normalise_label, resolve_metric, score
+from cit_fast.evaluation.metrics import METRICS, Score, resolve_metric, score
+from cit_fast.text import normalise_label
 
 
 def first_half_right(predictions, references, labels):
@@ -54,6 +55,16 @@ NOT_A_FUNCTION = 7
         ("rouge_l", "police killed the gunman", ["police kill the gunman"], 100.0),  # stems
         ("rouge_l", "Ångström ist groß", ["ångström IST groß"], 100.0),
         ("rouge_l", "我爱你", ["我恨你"], 100 * 2 / 3),
+        ("rouge_l", "वह खाता है", ["वह खोता है"], 100 * 2 / 3),  # vowel signs belong to their word
+        ("rouge_l", "பூ", ["பா"], 0.0),
+        ("rouge_l", "كَتَبَ", ["كُتِبَ"], 0.0),
+        ("rouge_l", "ကျောင်း", ["ကျင်း"], 50.0),  # no spaces between words: each letter with its marks is one
+        ("rouge_l", "ไทย", ["ไทง"], 100 * 2 / 3),
+        ("exact_match", "caf\u00e9", ["cafe\u0301"], 100.0),
+        ("accuracy", "Caf\u00e9", ["cafe\u0301"], 100.0),
+        ("token_f1", "caf\u00e9", ["cafe\u0301"], 100.0),
+        ("set_match", "caf\u00e9, a", ["a, cafe\u0301"], 100.0),
+        ("bleu", "un caf\u00e9 au lait", ["un cafe\u0301 au lait"], 100.0),
         ("rouge_l", "+", ["-", " + "], 100.0),
         ("rouge_l", "+", ["-"], 0.0),
         ("rouge_l", "", ["word"], 0.0),
