@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 
+import regex
+
 MOST_CLAUSES = 24
 """Clauses of one instruction at most; in a longer one, neighbours go together."""
 
@@ -32,7 +34,7 @@ _CLAUSE_END = re.compile(
 )
 # Scripts written without spaces: about two characters make a word.
 _UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
-_WORD = re.compile(r"[^\W_]+")
+_WORD = regex.compile(r"[\p{L}\p{N}][\p{L}\p{N}\p{M}\u200c\u200d]*")
 
 Span = tuple[int, int]
 

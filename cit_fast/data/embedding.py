@@ -18,6 +18,7 @@ from cit_fast.data.embedding_cache import CachedEmbedder
 from cit_fast.data.embedding_weights import read_input_embeddings, read_tokenizer
 from cit_fast.data.example import Example, Task
 from cit_fast.errors import ConfigError, DataError
+from cit_fast.text import first_line
 
 SENTENCE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 WEIGHTS = ("real", "uniform")
@@ -188,7 +189,7 @@ class SentenceEmbedder:
                 model_kwargs={"use_safetensors": True},
             )
         except Exception as error:  # the library raises whatever the one below it does
-            raise ConfigError(f"embedder: {name} cannot be loaded: {_first_line(error)}") from error
+            raise ConfigError(f"embedder: {name} cannot be loaded: {first_line(error)}") from error
         self._model.eval()
         self._batch_size = batch_size
         self._name: str | None = None
@@ -378,8 +379,4 @@ def model_folder(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
     except (OSError, ValueError, HfHubHTTPError) as error:
-        raise ConfigError(f"embedder: the hub does not give {name!r}: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"embedder: the hub does not give {name!r}: {first_line(error)}") from error

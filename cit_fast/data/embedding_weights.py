@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cit_fast.errors import ConfigError
+from cit_fast.text import first_line
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _ADAPTER = "adapter_model.safetensors"
@@ -62,7 +63,7 @@ def read_tokenizer(folder: Path, find: Callable[[str], Path]) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
-        raise ConfigError(f"embedder: {folder} holds no tokenizer that can be read: {_first_line(error)}") from error
+        raise ConfigError(f"embedder: {folder} holds no tokenizer that can be read: {first_line(error)}") from error
 
 
 def _base_of_adapter(folder: Path, find: Callable[[str], Path]) -> Path:
@@ -101,7 +102,7 @@ def _name_and_shape(folder: Path) -> tuple[str, list[int]]:
         weight = model.get_input_embeddings().weight
         name = next(name for name, each in model.named_parameters() if each is weight)
     except Exception as error:  # a model's own code may raise anything for a configuration it does not like
-        raise ConfigError(f"embedder: {folder} is no model with input embeddings: {_first_line(error)}") from error
+        raise ConfigError(f"embedder: {folder} is no model with input embeddings: {first_line(error)}") from error
     return name, list(weight.shape)
 
 
@@ -120,7 +121,7 @@ def _keys(path: Path) -> list[str]:
         with safe_open(path, "pt") as file:
             return list(file.keys())
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"embedder: {path} cannot be read: {_first_line(error)}") from None
+        raise ConfigError(f"embedder: {path} cannot be read: {first_line(error)}") from None
 
 
 def _rows(path: Path, key: str) -> Tensor:
@@ -128,7 +129,7 @@ def _rows(path: Path, key: str) -> Tensor:
         with safe_open(path, "pt") as file:
             tensor: Tensor = file.get_tensor(key)
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"embedder: {path} cannot be read: {_first_line(error)}") from None
+        raise ConfigError(f"embedder: {path} cannot be read: {first_line(error)}") from None
     return tensor
 
 
@@ -136,11 +137,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"embedder: {path} cannot be read: {_first_line(error)}") from None
+        raise ConfigError(f"embedder: {path} cannot be read: {first_line(error)}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"embedder: {path} must hold a JSON object")
     return content
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

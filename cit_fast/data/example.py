@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from cit_fast.errors import DataError
+from cit_fast.text import is_file_name
 
 MASK = "[MASK]"
 ANSWER_FORMATS = ("json", "json_object", "json_list", "number", "list")
@@ -128,8 +129,11 @@ class Task:
     wordy_above: float | None = None
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[\w][\w.+-]*", self.name):
-            raise DataError(f"task name {self.name!r} cannot name a file; use letters, digits, '.', '_', '-' and '+'")
+        if not is_file_name(self.name):
+            raise DataError(
+                f"task name {self.name!r} cannot name a file; use letters, digits, '.', '_', '-' and '+', at most 200 "
+                "bytes"
+            )
         if not self.train and not self.test:
             raise DataError(f"task {self.name!r} is empty: it has neither training nor test examples")
         for split in ("train", "dev", "test"):

@@ -254,7 +254,7 @@ def _numbered(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
 
 def _dialect(text: str) -> tuple[str, bool]:
     """What stands between the cells of the header, and whether blanks follow it."""
-    header = next(line for line in text.splitlines() if line.strip())
+    header = next(line for line in text.split("\n") if line.strip())
     delimiter = max(_DELIMITERS, key=header.count)
     cells = header.split(delimiter)[1:]
     return delimiter, bool(cells) and all(cell.startswith(" ") for cell in cells)

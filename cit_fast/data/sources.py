@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import logging
 import random
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from cit_fast.data.labels import inferred_labels
 from cit_fast.data.readers import class_names, kind, read_dataset, read_file, stem
 from cit_fast.data.records import ReadOptions
 from cit_fast.errors import ConfigError, DataError
-from cit_fast.text import normalise_label
+from cit_fast.text import file_name, normalise_label
 
 _log = logging.getLogger(__name__)
 
@@ -218,7 +217,7 @@ def find_tasks(places: Sequence[str]) -> list[TaskSource]:
 
 
 def _under_its_folder(source: TaskSource) -> TaskSource:
-    parent = re.sub(r"[^\w.+-]", "_", Path(f"{source.path}").resolve().parent.name).lstrip(".+-")
+    parent = file_name(Path(f"{source.path}").resolve().parent.name)
     return dataclasses.replace(source, name=f"{parent}.{source.name}" if parent else source.name)
 
 
@@ -350,7 +349,7 @@ def _name_of(source: TaskSource) -> str:
         text = path.name if path.is_dir() else stem(path)
     else:
         text = f"{source.dataset}".rstrip("/").rpartition("/")[2]
-    return re.sub(r"[^\w.+-]", "_", text).lstrip(".+-") or "task"
+    return file_name(text) or "task"
 
 
 def _answered(opened: _Opened, labels: tuple[str, ...], where: str) -> _Opened:
@@ -403,12 +402,10 @@ def _open(source: TaskSource, options: ReadOptions) -> _Opened:
     path = Path(f"{source.path}")
     if not _exists(f"{path}"):
         raise DataError(f"{path}: no such file or folder")
-    if not path.is_dir():
-        files, labels = {"train": [path]}, ()
-    elif is_saved_dataset(path):
-        return _open_dataset(load_saved(path), source, options, labels_file(path))
-    else:
-        files, labels = split_files(path, source.splits), labels_file(path)
+    labels = labels_file(path) if path.is_dir() else ()
+    if path.is_dir() and is_saved_dataset(path):
+        return _open_dataset(load_saved(path), source, options, labels)
+    files = split_files(path, source.splits) if path.is_dir() else {"train": [path]}
     kinds = {kind(file) for shards in files.values() for file in shards}
     if kinds & {".parquet", ".arrow"}:
         plain = dataclasses.replace(source, splits={})

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from cit_fast.errors import DataError, RunError
 from cit_fast.routing import BASE
+from cit_fast.text import first_line
 
 
 class RowsLostError(Exception):
@@ -268,7 +269,7 @@ def read_adapter_config(folder: Path) -> Any:
     except FileNotFoundError:
         raise RunError(f"{path}: not there; the adapter set is damaged") from None
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise RunError(f"{path}: damaged ({_first_line(error)})") from None
+        raise RunError(f"{path}: damaged ({first_line(error)})") from None
 
 
 def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
@@ -283,7 +284,7 @@ def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise RunError(f"{path}: not there; the adapter set is damaged") from None
     except (OSError, SafetensorError, ValueError) as error:
-        raise RunError(f"{path}: damaged ({_first_line(error)})") from None
+        raise RunError(f"{path}: damaged ({first_line(error)})") from None
     if not tensors:
         raise RunError(f"{path}: damaged (it holds no weights)")
     for key, tensor in tensors.items():
@@ -299,7 +300,3 @@ def _split_key(key: str) -> tuple[str, str]:
         if key.endswith(ending):
             return key.removesuffix(ending).removeprefix("base_model.model."), kind
     return key, ""
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from cit_fast.errors import ConfigError, RunError
 from cit_fast.files import write_json
+from cit_fast.text import first_line
 
 _RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 _LONGEST_WAIT = 60.0
@@ -287,7 +288,7 @@ class LocalChat(Chat):
             tokenizer = AutoTokenizer.from_pretrained(name)
             model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{name}: no chat model can be loaded: {str(error).splitlines()[0]}") from None
+            raise ConfigError(f"{name}: no chat model can be loaded: {first_line(error)}") from None
         return cls(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, name, **options)
 
     def _answers(self, prompts: Sequence[str]) -> Iterator[tuple[str, str]]:

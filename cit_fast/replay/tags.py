@@ -14,10 +14,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
+import regex
 import simplemma
 
 from cit_fast.errors import ConfigError, DataError
 from cit_fast.replay.insinfo import tag_frequencies
+from cit_fast.text import LETTERS
 
 if TYPE_CHECKING:
     from cit_fast.data.embedding import Embedder
@@ -45,7 +47,7 @@ def normalise(tag: str) -> str:
     'summarize article'
     """
     without_endings = _ENDING.sub("", tag.lower())
-    return " ".join(_lemma(word) for word in re.findall(r"[^\W\d_]+", without_endings))
+    return " ".join(_lemma(word) for word in regex.findall(LETTERS, without_endings))
 
 
 @functools.cache
@@ -160,7 +162,7 @@ def _sentences(text: str) -> list[list[str]]:
     """Words and commas (which stand for every mark inside a sentence) of each sentence, in lower case."""
     without_endings = _ENDING.sub("", text.lower())
     sentences: list[list[str]] = [[]]
-    for token in re.findall(r"[^\W\d_]+(?:-[^\W\d_]+)*|\d+|[^\w ]|\n", without_endings):
+    for token in regex.findall(rf"{LETTERS}(?:-{LETTERS})*|\d+|[^\w ]|\n", without_endings):
         if token in _SENTENCE_END:
             sentences.append([])
         else:

@@ -17,6 +17,7 @@ from cit_fast.data.embedding import Embedder, TokenMeanEmbedder, build_embedder,
 from cit_fast.data.embedding_cache import CachedEmbedder
 from cit_fast.errors import ConfigError, DataError
 from cit_fast.routing.router import RouterContext
+from cit_fast.text import first_line
 
 _TOKENS_A_BATCH = 4096  # padded ones
 
@@ -64,7 +65,7 @@ class LastTokenFeatures:
             model = AutoModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError, ImportError) as error:
-            raise ConfigError(f"features: {name!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+            raise ConfigError(f"features: {name!r} cannot be loaded: {first_line(error)}") from None
         return cls(model.to(device), tokenizer, max_length)
 
     def embed(self, texts: Sequence[str]) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import regex
 from numpy.typing import NDArray
 from scipy import sparse
 from sklearn.feature_extraction.text import CountVectorizer
@@ -18,6 +19,9 @@ from cit_fast.data.embedding import Embedder
 SIMILARITIES = ("tfidf", "tfidf-pairwise", "embedding")
 
 Matrix = NDArray[np.float64]
+
+# scikit-learn's own tokens (two word characters or more), in which vowel signs and accents do not end a word.
+_TOKEN = regex.compile(r"\w[\w\p{M}\u200c\u200d]+")
 
 
 def tfidf(texts: Sequence[str], stored: Sequence[str]) -> Matrix:
@@ -76,7 +80,7 @@ def embedding(texts: Sequence[str], stored: Sequence[str], embedder: Embedder) -
 
 def _counts(texts: Sequence[str], stored: Sequence[str]) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
     """Words of each text, [N, V] and [M, V]."""
-    vectorizer = CountVectorizer(stop_words="english", dtype=np.float64)
+    vectorizer = CountVectorizer(tokenizer=_TOKEN.findall, token_pattern=None, stop_words="english", dtype=np.float64)
     try:
         counts = vectorizer.fit_transform([*texts, *stored])
     except ValueError:  # nothing but stop words

@@ -11,6 +11,7 @@ import torch
 from cit_fast.data.prompts import PromptEncoder
 from cit_fast.errors import ConfigError, RunError
 from cit_fast.evaluation.record import read_stages
+from cit_fast.text import first_line
 from cit_fast.training.config import ModelConfig
 from cit_fast.training.pretrained import load_model, load_tokenizer, model_identity, resolve_model
 from cit_fast.training.serving import ContinualModel
@@ -86,4 +87,4 @@ def _with_adapter(model: Any, folder: Path) -> Any:
     try:
         return PeftModel.from_pretrained(model, str(folder))
     except Exception as error:  # PEFT and safetensors raise half a dozen kinds for a damaged or foreign file
-        raise ConfigError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{folder}: cannot be loaded: {first_line(error)}") from error

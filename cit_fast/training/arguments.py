@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from cit_fast.errors import ConfigError
+from cit_fast.text import first_line
 from cit_fast.training.config import RunConfig
 
 # What TrainingArguments hold unless the configuration says otherwise.
@@ -42,4 +43,4 @@ def training_arguments(config: RunConfig, output: Path, index: int) -> Any:
             **{"use_cpu": not torch.cuda.is_available(), **_TRAINING_DEFAULTS, **config.training},
         )
     except (ValueError, TypeError, ImportError) as error:
-        raise ConfigError(f"training: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"training: {first_line(error)}") from None

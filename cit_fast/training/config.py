@@ -32,6 +32,7 @@ from pydantic import (
 from cit_fast.data.builtin import builtin_task_names
 from cit_fast.data.sources import TaskSource
 from cit_fast.errors import ConfigError
+from cit_fast.text import first_line
 
 VERSION = 1
 
@@ -420,7 +421,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f":{mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        problem = getattr(error, "problem", None) or first_line(error)
         raise ConfigError(f"{path}{place}: not valid YAML: {problem}") from None
     raw = {} if raw is None else raw
     if not isinstance(raw, dict):

@@ -12,6 +12,7 @@ from pathlib import Path
 from cit_fast.errors import ConfigError, LeftOutWarning, RunError
 from cit_fast.evaluation.mixed_batches import read_adapter_config, read_adapter_weights
 from cit_fast.files import commit_folder, write_json
+from cit_fast.text import first_line
 from cit_fast.training.model import load_adapter, load_weights
 from cit_fast.training.pretrained import load_model, load_tokenizer, resolve_model
 from cit_fast.training.serving import adapter_folders, read_trained
@@ -100,16 +101,14 @@ def export_merged(run: str | Path, out: str | Path, name: str, trust_remote_code
         try:
             model = adapted.merge_and_unload(safe_merge=True)
         except (NotImplementedError, ValueError) as error:  # a layer that PEFT cannot merge, or not without NaN
-            raise RunError(
-                f"{folders[name]}: cannot be merged: {(str(error).splitlines() or ['no reason given'])[0]}"
-            ) from error
+            raise RunError(f"{folders[name]}: cannot be merged: {first_line(error)}") from error
 
     def fill(target: Path) -> None:
         try:
             model.save_pretrained(target)
             tokenizer.save_pretrained(target)
         except ValueError as error:  # a generation configuration that transformers itself refuses to write
-            raise ConfigError(f"{folder}: cannot be saved again: {str(error).splitlines()[0]}") from None
+            raise ConfigError(f"{folder}: cannot be saved again: {first_line(error)}") from None
 
     _write(out, fill)
 

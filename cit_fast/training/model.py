@@ -18,6 +18,7 @@ from cit_fast.data.prompts import PromptEncoder
 from cit_fast.errors import ConfigError, RunError
 from cit_fast.evaluation.mixed_batches import read_adapter_config, read_adapter_weights
 from cit_fast.files import link_tree, write_json
+from cit_fast.text import first_line
 from cit_fast.training.config import RunConfig
 
 
@@ -68,7 +69,7 @@ def train_adapter(model: Any, config: RunConfig, name: str, seed: int) -> Any:
             return get_peft_model(model, adapter, adapter_name=name)
         model.add_adapter(name, adapter)
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"adapter: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"adapter: {first_line(error)}") from None
     model.set_adapter(name)
     return model
 
@@ -122,7 +123,7 @@ def load_weights(base: Any, folder: Path, trainable: bool = False) -> Any:
                 whole, dtype=base.dtype, attn_implementation=base.config._attn_implementation
             )
         except (OSError, ValueError, RuntimeError) as error:
-            raise RunError(f"{whole}: cannot be loaded: {str(error).splitlines()[0]}") from None
+            raise RunError(f"{whole}: cannot be loaded: {first_line(error)}") from None
     model: Any = base
     adapters = sorted((folder / "adapters").glob("*/adapter_config.json"))
     if not adapters:
@@ -148,5 +149,5 @@ def load_adapter(model: Any, folder: Path, trainable: bool = False) -> Any:
     except Exception as error:  # PEFT and safetensors raise half a dozen kinds for a damaged or foreign file
         if isinstance(model, PeftModel) and folder.name in model.peft_config:
             model.delete_adapter(folder.name)  # half of it is in the model
-        raise RunError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise RunError(f"{folder}: cannot be loaded: {first_line(error)}") from error
     return model

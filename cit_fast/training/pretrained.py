@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from cit_fast.data.collation import resolve_attention
 from cit_fast.errors import ConfigError
 from cit_fast.files import commit_folder, is_disk_full
+from cit_fast.text import first_line
 from cit_fast.training.config import ModelConfig
 
 
@@ -83,7 +84,7 @@ def resolve_model(config: ModelConfig) -> Path:
             raise
         # The wheel stands in for a hub that cannot be reached, never for one that says no.
         if wheel is None or not isinstance(error, LocalEntryNotFoundError):
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise ConfigError(f"model.name: {name!r} is no folder and the hub does not give it: {reason}") from error
     converted.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(converted.with_name(f".{converted.name}.lock")):
@@ -156,7 +157,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         reason = f"no key {reason}" if isinstance(error, KeyError) else reason
         raise ConfigError(f"model.name: {folder} holds no tokenizer that can be read: {reason}") from error
 
@@ -181,7 +182,7 @@ def load_model(folder: Path, config: ModelConfig) -> Any:
             trust_remote_code=config.trust_remote_code,
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"model.name: {folder} cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"model.name: {folder} cannot be loaded: {first_line(error)}") from None
 
 
 _BLOCK, _BLOCKS = 1 << 20, 64
