@@ -4,31 +4,30 @@ Training and generation see the same prompt tokens: the prompt is rendered up to
 turn and tokenised alone, and a training example is that prompt followed by the tokens of the answer and the
 token that ends the assistant's turn. Labels are -100 everywhere else.
 
-With a chat template, the user's turn is the instruction, a blank line and the input. Without one, the text is
-the instruction, the input and the answer, with a blank line after each of the first two.
+With a chat template (see :mod:`cit_fast.data.chat_template`), the user's turn is the instruction, a blank line and the
+input. Without one, the text is the instruction, the input and the answer, with a blank line after each of the first
+two.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import bisect
+import datetime
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from cit_fast.data.chat_template import ChatTemplate, Turns, asks_for_date
 from cit_fast.data.example import Example
 from cit_fast.errors import ConfigError, DataError
 
 IGNORED = -100
 Overflow = Literal["truncate", "skip", "error"]
-_PROBE = "Xyzzy42"
-_GENERATION_TAG = re.compile(r"\{%-?\s*generation\b")
 
-_Turns = list[dict[str, str]]
 _Tokens = tuple[list[int], list[int]]  # input ids, labels
-_Encode = Callable[[_Turns], _Tokens]
+_Encode = Callable[[Turns], _Tokens]
 
 
 class ExampleTooLongError(DataError):
@@ -94,10 +93,11 @@ class PromptEncoder:
         on_overflow: for an example that does not fit even with its input cut off entirely: ``"truncate"``
             raises, ``"skip"`` leaves it out and counts it. ``"error"`` raises for any example over the limit.
         template_options: further variables of the chat template, e.g. ``{"enable_thinking": False}``.
+        date: what a chat template takes for today where it writes the date; ``None``: the day on which this is made.
 
     Raises:
         ConfigError: a tokenizer without EOS token, a chat template that takes no system turn though one is
-            asked for, a limit below 1, or an unknown ``on_overflow``.
+            asked for or that leaves the question out, a limit below 1, or an unknown ``on_overflow``.
     """
 
     def __init__(
@@ -108,6 +108,7 @@ class PromptEncoder:
         system_prompt: str | None = None,
         on_overflow: Overflow = "truncate",
         template_options: Mapping[str, Any] | None = None,
+        date: datetime.date | None = None,
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise ConfigError(
@@ -123,11 +124,29 @@ class PromptEncoder:
         self.system_prompt = system_prompt
         self.on_overflow = on_overflow
         self.template_options = dict(template_options or {})
-        template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
-        self.has_template = bool(template)
-        self._marks_assistant = tokenizer.is_fast and bool(_GENERATION_TAG.search(template))
+        self.date = date or datetime.date.today()
+        self._template: ChatTemplate | None = None
+        if tokenizer.chat_template:
+            self._template = ChatTemplate(tokenizer, self._system(), self.template_options, self.date)
         self._bos = self._leading_bos()
-        self.end_of_turn_id: int = self._end_of_turn()
+        self._vocabulary: int | None = None  # of the model, once it is known
+        self.end_of_turn_id = int(tokenizer.eos_token_id if self._template is None else self._template.end_of_turn_id)
+
+    def with_limit(self, max_length: int | None, on_overflow: Overflow) -> PromptEncoder:
+        """The same encoder with another limit."""
+        return PromptEncoder(
+            self.tokenizer,
+            max_length=max_length,
+            system_prompt=self.system_prompt,
+            on_overflow=on_overflow,
+            template_options=self.template_options,
+            date=self.date,
+        )
+
+    @property
+    def writes_date(self) -> bool:
+        """Whether the prompts have a date in them."""
+        return bool(self.tokenizer.chat_template) and asks_for_date(str(self.tokenizer.get_chat_template()))
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -138,7 +157,24 @@ class PromptEncoder:
     def pad_token_id(self) -> int:
         """The tokenizer's padding token, or EOS where it has none."""
         pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        return int(eos if pad is None else pad)
+        beyond = pad is not None and self._vocabulary is not None and pad >= self._vocabulary
+        return int(eos if pad is None or beyond else pad)
+
+    def fit_to(self, model: Any) -> None:
+        """See that the model has what the tokens need; from then on a token that it lacks is an error.
+
+        A padding token that was added to the tokenizer and not to the model is replaced by EOS: padding is masked.
+
+        Args:
+            model: a causal language model of transformers, in wrappers or not.
+
+        Raises:
+            ConfigError: the model has fewer (learned) positions than ``max_length``.
+        """
+        self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
+        positions = learned_positions(model)
+        if positions is not None and (self.max_length is None or self.max_length > positions):
+            raise ConfigError(f"data.max_length: {self.max_length} tokens, but the model has {positions} positions")
 
     def prompt(self, example: Example, *, reserve: int = 0, masked: bool = False) -> list[int]:
         """Token ids up to the start of the answer, for generation.
@@ -218,54 +254,48 @@ class PromptEncoder:
 
     def _prompt(self, example: Example, reserve: int, masked: bool) -> tuple[list[int], bool]:
         limit = None if self.max_length is None else self.max_length - reserve
-        (ids, _), fitted = self._fitted(example, lambda turns: (self._render(turns, example), []), limit, masked)
+        (ids, _), fitted = self._fitted(example, lambda turns: (self._split(turns, example)[0], []), limit, masked)
         return ids, fitted is not example
 
     def _trained(self, example: Example) -> _Encode:
         """How the turns before the example's answer become the tokens and labels to train on."""
-        answer = example.references[0]
-        if example.messages and self._marks_assistant:
-            return lambda turns: self._marked([*turns, {"role": "assistant", "content": answer}], example)
-        response = [*self._tokenize(answer), self.end_of_turn_id]
+        if example.messages and self._template is not None and self._template.marks_assistant:
+            answer = {"role": "assistant", "content": example.references[0]}
+            return lambda turns: self._marked([*turns, answer], example)
 
-        def encode(turns: _Turns) -> _Tokens:
-            prompt = self._render(turns, example)
+        def encode(turns: Turns) -> _Tokens:
+            prompt, response = self._split(turns, example)
             return prompt + response, [IGNORED] * len(prompt) + response
 
         return encode
 
-    def _render(self, turns: _Turns, example: Example) -> list[int]:
-        """The turns and the start of the assistant's as tokens."""
-        if self.has_template:
-            return self._tokenize(self._apply(turns, example, add_generation_prompt=True))
+    def _split(self, turns: Turns, example: Example) -> tuple[list[int], list[int]]:
+        """The turns and the start of the assistant's as tokens, and the answer with its end."""
+        answer = example.references[0]
+        if self._template is not None:
+            prompt, answer = self._template.split(turns, answer, _where(example))
+            return self._tokenize(prompt), [*self._tokenize(answer), self.end_of_turn_id]
         text = "".join(turn["content"] + "\n\n" for turn in turns if turn["content"])
-        return self._bos + self._tokenize(text)
+        return self._bos + self._tokenize(text), [*self._tokenize(answer), self.end_of_turn_id]
 
-    def _marked(self, turns: _Turns, example: Example) -> _Tokens:
+    def _marked(self, turns: Turns, example: Example) -> _Tokens:
         """A whole conversation, labelled where the chat template says that the assistant speaks."""
-        marked = self._apply(turns, example, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        ids, mask = list(marked["input_ids"]), marked["assistant_masks"]
+        assert self._template is not None  # noqa: S101  # where there is none, nothing is marked
+        ids, mask = self._template.marked(turns, _where(example))
         if not any(mask):
             raise DataError(f"{_where(example)}: the chat template marks no token as the assistant's")
         end = len(mask) - mask[::-1].index(1)  # nothing after the last response is learned or attended to
         return ids[:end], [token if own else IGNORED for token, own in zip(ids[:end], mask[:end], strict=True)]
-
-    def _apply(self, turns: _Turns, example: Example | None, tokenize: bool = False, **options: Any) -> Any:
-        try:
-            return self.tokenizer.apply_chat_template(turns, tokenize=tokenize, **{**self.template_options, **options})
-        except TemplateError as error:
-            where = f"{_where(example)}: " if example else ""
-            raise DataError(f"{where}the chat template refuses the conversation: {error}") from None
 
     def _tokenize(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     # ----------------------------------------------------------------------------------------------- to turns
 
-    def _system(self) -> _Turns:
+    def _system(self) -> Turns:
         return [] if self.system_prompt is None else [{"role": "system", "content": self.system_prompt}]
 
-    def _turns(self, example: Example, masked: bool) -> _Turns:
+    def _turns(self, example: Example, masked: bool) -> Turns:
         """The turns before the answer."""
         instruction = example.masked_instruction if masked else example.instruction
         if not example.messages:
@@ -286,6 +316,13 @@ class PromptEncoder:
         """The example's tokens, and the example itself: another one if it had to be shortened."""
         whole = encode(self._turns(example, masked))
         length = len(whole[0])
+        outside = max(whole[0], default=0)
+        if self._vocabulary is not None and outside >= self._vocabulary:
+            token = self.tokenizer.convert_ids_to_tokens(outside)
+            raise DataError(
+                f"{_where(example)}: token {token!r} ({outside}) is not among the model's {self._vocabulary}; the "
+                "tokenizer is that of another model, or the model's embeddings were not resized"
+            )
         if limit is None or length <= limit:
             return whole, example
         if self.on_overflow != "error":
@@ -331,13 +368,14 @@ class PromptEncoder:
         """The conversation from the earliest user turn from which it fits; the system turn stays."""
         turns = example.messages
         system = turns[: turns[0][0] == "system"]
-        for start in range(len(system) + 1, len(turns)):
-            if turns[start][0] == "user":
-                candidate = replace(example, messages=system + turns[start:])
-                tokens = encode(candidate)
-                if len(tokens[0]) <= limit:
-                    return tokens, candidate
-        return None
+        starts = [start for start in range(len(system) + 1, len(turns)) if turns[start][0] == "user"]
+
+        def later(start: int) -> Example:
+            return replace(example, messages=system + turns[start:])
+
+        # The later the start, the fewer tokens: a conversation of n turns is rendered log n times.
+        first = bisect.bisect_left(starts, True, key=lambda start: len(encode(later(start))[0]) <= limit)
+        return (encode(later(starts[first])), later(starts[first])) if first < len(starts) else None
 
     def _each(
         self, examples: Iterable[Example], encode: Callable[[Example], Any]
@@ -365,25 +403,7 @@ class PromptEncoder:
     def _leading_bos(self) -> list[int]:
         """What the tokenizer puts before a plain text; chat templates write it themselves."""
         bos = self.tokenizer.bos_token_id
-        return [bos] if bos is not None and self.tokenizer(_PROBE)["input_ids"][:1] == [bos] else []
-
-    def _end_of_turn(self) -> int:
-        """The token that ends an answer in the chat template; not always EOS (Gemma: ``<end_of_turn>``)."""
-        eos = int(self.tokenizer.eos_token_id)
-        if not self.has_template:
-            return eos
-        turns = [*self._system(), {"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
-        try:
-            text: str = self._apply(turns, None)
-        except DataError as error:
-            raise ConfigError(f"system_prompt {self.system_prompt!r}: {error}") from None
-        special = {token for token, added in self.tokenizer.added_tokens_decoder.items() if added.special}
-        special.add(eos)
-        return next(iter(self._special_after_probe(text, special)), eos)
-
-    def _special_after_probe(self, text: str, special: set[int]) -> Iterator[int]:
-        _, found, tail = text.rpartition(_PROBE)
-        return (token for token in self._tokenize(tail if found else "") if token in special)
+        return [bos] if bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
 def _start_of_last_run(labels: list[int]) -> int:
@@ -396,3 +416,18 @@ def _start_of_last_run(labels: list[int]) -> int:
 
 def _where(example: Example) -> str:
     return example.source or f"an example of task {example.task!r}"
+
+
+def learned_positions(model: Any) -> int | None:
+    """How many positions the model has learned embeddings of; ``None``: it computes them, for any number."""
+    from torch import nn
+
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and ("position" in last or last == "wpe"):
+            # OPT and BART keep two rows, RoBERTa one more than its padding token's, that stand for no position.
+            unused = getattr(module, "offset", None)
+            if unused is None:
+                unused = 0 if module.padding_idx is None else module.padding_idx + 1
+            return int(module.num_embeddings - unused)
+    return None

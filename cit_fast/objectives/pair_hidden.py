@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cit_fast.data.collation import LENGTHS
-from cit_fast.data.prompts import IGNORED, Encoded
+from cit_fast.data.prompts import IGNORED, Encoded, learned_positions
 from cit_fast.errors import ConfigError
 from cit_fast.objectives.objective import unwrap
 from cit_fast.objectives.pairs import EncodedPair, PairCollator
@@ -137,6 +137,9 @@ def pair_collator(
             f"share_prefix: {type(unwrap(model)).__name__} does not honour an attention mask of four dimensions; "
             "set it to 'auto' or false"
         )
+    positions = learned_positions(model)
+    if positions is not None:  # padding must not go beyond them either
+        lengths = [*(length for length in lengths if length < positions), positions]
     return PairCollator(pad_token_id, share, packed and not share, shortest_window(model), lengths=tuple(lengths))
 
 

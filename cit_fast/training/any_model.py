@@ -43,7 +43,7 @@ def load_any_model(place: str, max_length: int | None = None) -> AnyModel:
     if (folder / "run.json").is_file():
         continual = ContinualModel.from_run(folder)
         own = continual.encoder
-        limit, system_prompt, tokenizer = max_length or own.max_length, own.system_prompt, own.tokenizer
+        encoder = own.with_limit(max_length or own.max_length, on_overflow="skip")
         model, identity = continual.model, _files_identity(folder / "stages" / f"{read_stages(folder)[-1].index:02d}")
     else:
         adapter = folder / "adapter_config.json"
@@ -57,9 +57,9 @@ def load_any_model(place: str, max_length: int | None = None) -> AnyModel:
         if adapter.is_file():
             model = _with_adapter(model, folder)
             identity = model_identity(folder, identity)
-        limit, system_prompt = max_length or 1024, None
+        encoder = PromptEncoder(tokenizer, max_length=max_length or 1024, on_overflow="skip")
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    encoder = PromptEncoder(tokenizer, max_length=limit, system_prompt=system_prompt, on_overflow="skip")
+    encoder.fit_to(model)
     return AnyModel(model, encoder, identity)
 
 

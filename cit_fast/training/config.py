@@ -6,6 +6,7 @@ Every error is one line: the file, the path of the key, what was wrong and what 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
 import functools
 import json
@@ -51,6 +52,13 @@ _RESERVED_TRAINING = {
     "save_only_model": "save_strategy (a checkpoint that cannot be resumed from is no checkpoint)",
     "push_to_hub": "the stages/*/adapters folders, which can be pushed after the run",
 }
+
+
+_RESERVED_TEMPLATE = {
+    "messages", "conversation", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "tools",
+    "documents", "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
+    "tokenizer_kwargs", "strftime_now",
+}  # fmt: skip
 
 
 class _Section(BaseModel):
@@ -137,7 +145,11 @@ class ModelConfig(_Section):
 
 
 class DataConfig(_Section):
-    """Which tasks in which order, how many examples of each, and how they become tokens."""
+    """Which tasks in which order, how many examples of each, and how they become tokens.
+
+    ``template_options`` are variables of the chat template (``enable_thinking: false``). ``date`` is what it takes for
+    today, where it writes the date; without one, the day on which the run began, also when it is resumed or serves.
+    """
 
     tasks: tuple[str | TaskSource, ...] | None = None
     train: PositiveInt | None = None
@@ -146,6 +158,18 @@ class DataConfig(_Section):
     max_length: int = Field(default=512, ge=8)
     system_prompt: str | None = None
     on_overflow: Literal["truncate", "error", "skip"] = "truncate"
+    template_options: dict[str, Any] = Field(default_factory=dict)
+    date: datetime.date = Field(default_factory=datetime.date.today)
+
+    @field_validator("template_options")
+    @classmethod
+    def _template_variables(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key in value:
+            if not key.isidentifier() or key in _RESERVED_TEMPLATE:
+                raise ValueError(
+                    f"{key}: {'set by cit-fast' if key in _RESERVED_TEMPLATE else 'no name of a variable'}"
+                )
+        return value
 
     @field_validator("tasks")
     @classmethod
@@ -188,7 +212,7 @@ class RunConfig(_Section):
     adapter: dict[str, Any] | None = Field(
         default_factory=lambda: {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
     )
-    data: DataConfig = DataConfig()
+    data: DataConfig = Field(default_factory=DataConfig)
     training: dict[str, Any] = Field(default_factory=dict)
     evaluation: EvaluationConfig = EvaluationConfig()
 

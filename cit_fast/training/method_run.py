@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import datetime
 import os
 import random
 import shutil
@@ -28,6 +29,7 @@ from cit_fast.evaluation.predictions import Prediction, write_predictions
 from cit_fast.evaluation.record import RunRecord, StageRecord, read_run, read_stages
 from cit_fast.evaluation.violations import Constraints
 from cit_fast.objectives import StageContext, StageInputs
+from cit_fast.processes import decided_by_first
 from cit_fast.replay import ReplayContext
 from cit_fast.routing import RouterContext, SharedRouter, routing_record
 from cit_fast.training.arguments import training_arguments
@@ -60,7 +62,7 @@ class MethodRun:
         held_out: Sequence[Task] = (),
     ) -> None:
         self.held_out = list(held_out)
-        self.config, self.method, self.stream, self.folder = config, method, stream, folder
+        self.config, self.method, self.stream, self.folder = _of_one_date(config, folder), method, stream, folder
         self.console = console
         self.state = PartialState()
         self.parts = {
@@ -71,7 +73,7 @@ class MethodRun:
         with self.state.main_process_first():  # one process fetches or converts, the others find it done
             self.model_path = resolve_model(config.model)
         self.tokenizer = load_tokenizer(self.model_path, config.model.trust_remote_code)
-        self.encoder = prompt_encoder(self.tokenizer, config)
+        self.encoder = prompt_encoder(self.tokenizer, self.config)
         self.identity = model_identity(self.model_path, config.model.name)
 
     # -- the run -------------------------------------------------------------------------------------------------
@@ -401,6 +403,7 @@ class MethodRun:
         """The model on this process's device, with the weights of a stage."""
         with loading_whole():
             model = load_model(self.model_path, self.config.model)
+            self.encoder.fit_to(model)
             if weights is not None:
                 model = load_weights(model, weights, trainable=True)
         return model.to(self.state.device)
@@ -410,7 +413,8 @@ class MethodRun:
     def _evaluation_key(self, tasks: Sequence[Task]) -> list[Any]:
         """Everything that decides the scores of a model: the model itself, the tokens, the tasks, the settings."""
         plain = self.config.resolved(self.method)
-        data = {k: v for k, v in plain["data"].items() if k not in {"tasks", "train", "dev", "test"}}
+        elsewhere = {"tasks", "train", "dev", "test", *(() if self.encoder.writes_date else ("date",))}
+        data = {k: v for k, v in plain["data"].items() if k not in elsewhere}
         evaluation = {
             key: value
             for key, value in plain["evaluation"].items()
@@ -465,6 +469,22 @@ class MethodRun:
             if scores or not name.startswith(" "):
                 listed = "  ".join(f"{task} [bold]{score:.1f}[/bold]" for task, score in scores.items())
                 self._say(f"  {name}: {listed}")
+
+
+def _of_one_date(config: RunConfig, folder: RunFolder) -> RunConfig:
+    """The configuration with the date of the day on which the run in ``folder`` began, unless it gives one itself."""
+
+    def date() -> datetime.date:
+        if "date" in config.data.model_fields_set or not (folder.path / "run.json").is_file():
+            return config.data.date
+        began = read_run(folder.path).config.get("data", {}).get("date")
+        try:
+            return datetime.date.fromisoformat(began)
+        except (TypeError, ValueError):
+            raise RunError(f"{folder.path / 'run.json'}: damaged (config.data.date is {began!r})") from None
+
+    data = config.data.model_copy(update={"date": decided_by_first(date)})
+    return config.model_copy(update={"data": data})
 
 
 def _write_all(path: Path, predictions: Mapping[str, list[Prediction]]) -> None:

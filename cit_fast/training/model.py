@@ -42,6 +42,8 @@ def prompt_encoder(tokenizer: Any, config: RunConfig) -> PromptEncoder:
         max_length=config.data.max_length,
         system_prompt=config.data.system_prompt,
         on_overflow=config.data.on_overflow,
+        template_options=config.data.template_options,
+        date=config.data.date,
     )
 
 

@@ -80,6 +80,7 @@ class ContinualModel:
         encoder = prompt_encoder(tokenizer, config)
         weights = run / "stages" / f"{stage.index:02d}"
         model = load_model(folder, base)
+        encoder.fit_to(model)
         if (weights / "model").is_dir():
             return cls(load_weights(model, weights).to(device), encoder)
         router = router or _router_of(record, weights)

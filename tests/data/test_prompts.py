@@ -9,6 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from cit_fast.data import Example, ExampleTooLongError, PromptEncoder
+from cit_fast.data.prompts import learned_positions
 from cit_fast.errors import ConfigError, DataError
 
 END = "<|im_end|>"
@@ -116,9 +117,9 @@ def test_system_prompt(with_template, tiny_tokenizer, system_prompt, expected):
 
 
 def test_template_options(with_template):
-    tokenizer = with_template(MARKING + "{% if add_generation_prompt and think %}{{ 'hm ' }}{% endif %}")
-    encoder = PromptEncoder(tokenizer, template_options={"think": True})
-    assert tokenizer.decode(encoder.prompt(Example("Hi", "", ("a",)))) == TURN.format("Hi") + "hm "
+    tokenizer = with_template("{% if brief %}{{ 'Be brief. ' }}{% endif %}" + MARKING)
+    encoder = PromptEncoder(tokenizer, template_options={"brief": True})
+    assert tokenizer.decode(encoder.prompt(Example("Hi", "", ("a",)))) == "Be brief. " + TURN.format("Hi")
 
 
 # ---------------------------------------------------------------------------------------------------- conversations
@@ -315,9 +316,7 @@ def test_end_of_turn_that_is_not_eos(with_template, tiny_tokenizer):
     assert encoder.example(Example("Hi", "", ("a",))).input_ids[-1] == end
 
 
-@pytest.mark.parametrize(
-    "template", ["{% for m in messages %}{{ m['content'] }}{% endfor %}", "{{ messages[0]['role'] }}"]
-)
+@pytest.mark.parametrize("template", ["{% for m in messages %}{{ m['content'] }}{% endfor %}"])
 def test_template_without_an_end_of_turn(with_template, template):
     tokenizer = with_template(template)
     encoder = PromptEncoder(tokenizer)
@@ -357,3 +356,75 @@ def test_long_texts_give_no_warning(with_template, tiny_tokenizer, caplog):
     finally:
         logger.removeHandler(caplog.handler)
     assert not caplog.records
+
+
+def test_a_long_conversation_is_not_rendered_once_per_turn(tiny_tokenizer, monkeypatch):
+    tokenizer, calls = copy.deepcopy(tiny_tokenizer), []
+    rendered = tokenizer.apply_chat_template
+    monkeypatch.setattr(tokenizer, "apply_chat_template", lambda *a, **k: calls.append(1) or rendered(*a, **k))
+    encoder = PromptEncoder(tokenizer, max_length=200)
+    long = chat(*[f"turn {n}" for n in range(2000)])
+    encoded = encoder.example(long)
+    assert encoded.truncated
+    assert 150 < len(encoded.input_ids) <= 200
+    assert len(calls) < 30
+
+
+# ------------------------------------------------------------------------------------------------- what the model has
+
+
+def model_of(rows, positions=None):
+    from torch import nn
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tokens = nn.Embedding(rows, 2)
+            if positions is not None:
+                self.embed_positions = nn.Embedding(positions, 2)
+
+        def get_input_embeddings(self):
+            return self.tokens
+
+    return Model()
+
+
+def test_tokens_and_positions_that_the_model_lacks(tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    rows = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    encoder = PromptEncoder(tokenizer, max_length=64)
+    encoder.fit_to(model_of(rows, positions=64))
+    assert encoder.pad_token_id == tokenizer.eos_token_id  # padding is masked, so any token serves
+    encoder.example(Example("Add.", "", ("3",)))
+    with pytest.raises(
+        DataError, match=r"^a:1: token '\[PAD\]' \(\d+\) is not among the model's \d+; the tokenizer is"
+    ):
+        encoder.example(Example("Add [PAD].", "", ("3",), source="a:1"))
+    with pytest.raises(ConfigError, match=r"data.max_length: 64 tokens, but the model has 63 positions"):
+        encoder.fit_to(model_of(rows, positions=63))
+    with pytest.raises(ConfigError, match="positions"):
+        PromptEncoder(tokenizer, max_length=None).fit_to(model_of(rows, positions=63))
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "positions"),
+    [
+        ("gpt2", {"n_positions": 32}, 32),
+        ("opt", {"max_position_embeddings": 32, "word_embed_proj_dim": 32, "ffn_dim": 64}, 32),
+        ("llama", {"max_position_embeddings": 32}, None),
+        ("bloom", {}, None),
+    ],
+)
+def test_learned_positions(kind, more, positions):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    small = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, **more}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, intermediate_size=64, **small))
+    assert learned_positions(model) == positions
+    if positions is not None:
+        import torch
+
+        model(input_ids=torch.ones(1, positions, dtype=torch.long))
+        with pytest.raises(IndexError):
+            model(input_ids=torch.ones(1, positions + 1, dtype=torch.long))

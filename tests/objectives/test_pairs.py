@@ -249,3 +249,12 @@ def test_a_compiled_model_is_refused(make_model, encoder, examples, monkeypatch)
     monkeypatch.setattr(model, "_orig_mod", model, raising=False)
     with pytest.raises(ConfigError, match="torch_compile"):
         pair_hidden(model, PairCollator(0)(encode_pairs(encoder, examples).pairs))
+
+
+def test_padding_stays_within_learned_positions(make_model, encoder, examples):
+    pairs = encode_pairs(encoder, examples).pairs
+    longest = max(len(one.input_ids) for pair in pairs for one in (pair.full, pair.masked))
+    model = make_model("OPT", max_position_embeddings=longest, word_embed_proj_dim=32, ffn_dim=64)
+    for share_prefix in (False, "auto"):
+        hidden = pair_hidden(model, pair_collator(model, 0, share_prefix)(pairs))
+        assert hidden.full.isfinite().all()
