@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_debug = False
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show where in the code an error comes from.")] = False,
+) -> None:
+    """Continual instruction tuning that forgets less and costs almost nothing extra."""
+    global _debug  # noqa: PLW0603  # an option of every command, read where errors are printed
+    _debug = debug
+
+
 Runs = Annotated[list[Path], typer.Argument(help="Run folders, or folders that hold run folders.", metavar="RUN...")]
 
 
@@ -55,7 +68,7 @@ def run(
         return
     report_path = write_report(folders, settings.folder / "report.html", title=settings.name)
     trainer.console.print(comparison_table(folders))
-    trainer.console.print(f"Report: {report_path}", highlight=False, soft_wrap=True)
+    trainer.console.print(f"Report: {report_path}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -70,7 +83,7 @@ def report(
     console = Console()
     path = write_report(folders, output)
     console.print(comparison_table(folders))
-    console.print(f"Report: {path}", highlight=False, soft_wrap=True)
+    console.print(f"Report: {path}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command(name="eval")
@@ -87,21 +100,24 @@ def evaluate(
     from cit_fast.evaluation import rescore
 
     console = Console()
-    disagree = 0
+    scores = violations = 0
     for folder in _run_folders(runs):
-        table = Table(title=str(folder))
+        table = Table(title=escape(str(folder)))
         for column in ("stage", "task", "metric", "recorded", "recomputed", "V", "examples"):
             table.add_column(column, justify="left" if column in {"task", "metric"} else "right")
         for entry in rescore(folder, write=write, allow_custom_metrics=allow_custom_metrics):
-            disagree += not entry.agrees
+            scores += not entry.scores_agree
+            violations += not entry.violations_agree
             shown = ["-" if value is None else f"{value:.1f}" for value in (entry.recorded, entry.recomputed)]
             table.add_row(
                 f"{entry.stage}", entry.task, entry.metric, *shown, _v_of(entry), f"{entry.examples}",
                 style=None if entry.agrees else "bold red",
             )  # fmt: skip
         console.print(table)
-    console.print("All recorded scores agree." if disagree == 0 else f"{disagree} scores differ from the record.")
-    if disagree:
+    words = {"scores": scores, "violations": violations}
+    differ = " and ".join(f"{count} {what}" for what, count in words.items() if count)
+    console.print(f"{differ} differ from the record." if differ else "All recorded scores agree.")
+    if differ:
         raise typer.Exit(1)
 
 
@@ -120,7 +136,8 @@ def _points(rates: dict[str, float] | None) -> str:
 def generate(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     prompts: Annotated[
-        Path | None, typer.Option(help="A text file, one prompt per line; otherwise standard input.")
+        Path | None,
+        typer.Option(help="A text file, one prompt per line, or .jsonl; otherwise standard input, one per line."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time, whatever their adapter sets.")] = 16,
@@ -134,22 +151,51 @@ def generate(
     """Answer prompts with the model of RUN's last stage, one answer per line."""
     from cit_fast.training.serving import ContinualModel
 
-    try:
-        text = sys.stdin.read() if prompts is None else prompts.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CitFastError(f"{prompts}: cannot be read ({error})") from None
-    lines = [line for line in text.splitlines() if line.strip()]
-    if not lines:
-        raise CitFastError(f"{prompts or 'standard input'}: no prompts; give one per line")
+    lines = _prompts(prompts)
+    asked = [line for line in lines if line.strip()]
     with _warnings_as_lines():
         model = ContinualModel.from_run(run_folder)
-    sets = model.route(lines) if model.router is not None else None
-    answers = model.generate(lines, max_new_tokens=max_new_tokens, batch_size=batch_size, adapters=sets)
-    for line, name, answer in zip(lines, sets or ["model"] * len(lines), answers, strict=True):
+    sets = model.route(asked) if model.router is not None else None
+    answers = model.generate(asked, max_new_tokens=max_new_tokens, batch_size=batch_size, adapters=sets)
+    answered = iter(zip(sets or ["model"] * len(asked), answers, strict=True))
+    for line in lines:  # a blank one has a blank answer, so that lines match
+        name, answer = next(answered) if line.strip() else ("", "")
         if as_json:
             typer.echo(json.dumps({"prompt": line, "adapter": name, "answer": answer}, ensure_ascii=False))
         else:
             typer.echo((f"{name}\t" if show_adapter else "") + answer.replace("\n", "\\n"))
+
+
+def _prompts(path: Path | None) -> list[str]:
+    """One prompt per line; of a ``.jsonl`` file a text, or the "prompt" of an object, which may have new lines."""
+    from cit_fast.data.readers import kind, text_of_file
+
+    where = path or "standard input"
+    text = sys.stdin.buffer.read() if path is None else None
+    if text is not None:
+        try:
+            lines = text.decode("utf-8-sig").split("\n")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where}: not UTF-8 ({error.reason})") from None
+    else:
+        lines = text_of_file(Path(f"{path}")).split("\n")
+    lines = [line.removesuffix("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
+    if path is not None and kind(path) == ".jsonl":
+        lines = [_prompt_of_record(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+    if not any(map(str.strip, lines)):
+        raise DataError(f"{where}: no prompts; give one per line")
+    return lines
+
+
+def _prompt_of_record(line: str, where: str) -> str:
+    try:
+        record = json.loads(line) if line.strip() else ""
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: broken JSON: {error}") from None
+    prompt = record.get("prompt") if isinstance(record, dict) else record
+    if not isinstance(prompt, str):
+        raise DataError(f"{where}: a prompt must be a text, or an object with a text under 'prompt'")
+    return prompt
 
 
 @app.command()
@@ -253,8 +299,8 @@ def distances(
     for table in distance_tables(result, console.width):
         console.print(table)
         console.print()
-    console.print(how_measured(result), highlight=False)
-    console.print(f"Page: {write_distances(result, out)}", highlight=False, soft_wrap=True)
+    console.print(how_measured(result), highlight=False, markup=False)
+    console.print(f"Page: {write_distances(result, out)}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -334,8 +380,8 @@ def score(
     for table in score_tables(result, console.width):
         console.print(table)
         console.print()
-    console.print(how_scored(result), highlight=False)
-    console.print(f"Picture: {write_scores(result, out)}", highlight=False, soft_wrap=True)
+    console.print(how_scored(result), highlight=False, markup=False)
+    console.print(f"Picture: {write_scores(result, out)}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -355,9 +401,9 @@ def doctor() -> None:
     console.print(
         f"CPU  {environment['cpu']}, {environment['cores']} cores, {environment['threads']} threads", highlight=False
     )
-    console.print(f"GPU  {environment['gpu'] or 'none that torch can use'}", highlight=False)
+    console.print(f"GPU  {environment['gpu'] or 'none that torch can use'}", highlight=False, markup=False)
     versions = "  ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    console.print(versions, highlight=False)
+    console.print(versions, highlight=False, markup=False)
 
 
 def _run_folders(paths: list[Path]) -> list[Path]:
@@ -412,7 +458,12 @@ def main() -> None:
         with _interrupt_as_our_own():
             app()
     except CitFastError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False)
+        console = Console(stderr=True, soft_wrap=True)
+        console.print(f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False)
+        if _debug:
+            traceback.print_exception(error)
+        elif error.__cause__ is not None:
+            console.print("(cit-fast --debug shows where it comes from)", style="dim", highlight=False)
         raise SystemExit(2) from None
     except _Interrupted:
         Console(stderr=True).print("Stopped. The same command goes on from the last checkpoint.")

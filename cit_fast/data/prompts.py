@@ -50,6 +50,10 @@ class Encoded:
     prompt_length: int
     truncated: bool = False
 
+    def __len__(self) -> int:
+        """T."""
+        return len(self.input_ids)
+
 
 @dataclass(frozen=True, slots=True)
 class EncodedExamples:

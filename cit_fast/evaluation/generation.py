@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -30,10 +32,12 @@ def generate(
 ) -> list[str]:
     """Answer each prompt with the most likely token at every step, until an end token or ``max_new_tokens``.
 
-    Prompts are batched by length, longest first (so that memory runs out at once or never), and padded on the
-    left; an answer depends on its prompt alone, not on the batch it is in, up to the rounding of the model's
-    dtype. The model's own generation defaults (sampling, penalties, lengths) play no part; they, and which
-    modules are in training mode, are as before afterwards. No gradients are kept.
+    Prompts are batched by length, longest first (so that memory runs out at once or never), and padded on the left; an
+    answer depends on its prompt alone, not on the batch it is in, up to the rounding of the model's dtype. A model that
+    does not skip padding (linear attention, state spaces), which is tried once, gets prompts of one length in a batch;
+    one that mixes the rows of a batch up gets them one by one. The model's own generation defaults (sampling,
+    penalties, lengths) play no part; they, and which modules are in training mode, are as before afterwards. No
+    gradients are kept.
 
     Args:
         model: a causal language model of transformers, or a PEFT model around one.
@@ -80,18 +84,69 @@ def generate(
         if progress is not None:
             progress(len(batch))
 
-    longest_first = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    lengths = list(map(len, prompts))
+    longest_first = sorted(range(len(prompts)), key=lambda index: -lengths[index])
     with _evaluating(model), _only_defaults(model, config), _contiguous_rows(model), torch.inference_mode():
+        together = "any" if batch_size == 1 or len(prompts) < 2 else _batched_together(model, prompts[0], pad_token_id)
+
+        def batches(indices: Sequence[int]) -> Iterator[Sequence[int]]:
+            if together == "any":
+                return _chunks(indices, batch_size)
+            alike = itertools.groupby(indices, key=lambda index: lengths[index])
+            size = batch_size if together == "equal" else 1
+            return itertools.chain.from_iterable(_chunks(list(group), size) for _, group in alike)
+
         if adapters is None:
-            for batch in _batches(longest_first, batch_size):
+            for batch in batches(longest_first):
                 answer(batch)
         else:
-            _answer_with_sets(model, bank, adapters, longest_first, batch_size, answer)
+            _answer_with_sets(model, bank, adapters, longest_first, batches, answer)
     return answers
 
 
-def _batches(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+_Batches = Callable[[Sequence[int]], Iterator[Sequence[int]]]
+
+
+def _chunks(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     return (indices[start : start + size] for start in range(0, len(indices), size))
+
+
+_Together = Literal["any", "equal", "none"]
+_found: weakref.WeakKeyDictionary[torch.nn.Module, _Together] = weakref.WeakKeyDictionary()
+_PADDING, _TRIED, _NEW = 3, 16, 3  # tokens
+
+
+def _batched_together(model: Any, prompt: Sequence[int], pad_token_id: int) -> _Together:
+    """Which prompts can be in one batch: any, those of equal length, or none.
+
+    Tried once per model, on the start of a prompt: alone, beside itself, and with padding before it, each must give the
+    same logits for some tokens.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if base not in _found:
+        start = list(prompt[:_TRIED])
+        config = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=_NEW,
+            pad_token_id=pad_token_id,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        with _only_defaults(model, config):
+            alone, beside, padded = (_logits(model, start, *how, config) for how in ((1, 0), (2, 0), (1, _PADDING)))
+        tolerance = 1e-3 if alone.dtype in (torch.float32, torch.float64) else 5e-2
+        near = tolerance * alone.abs().amax().clamp(min=1e-6)
+        doubles, skips = ((alone - other).abs().amax() <= near for other in (beside, padded))
+        _found[base] = "none" if not doubles else "any" if skips else "equal"
+    return _found[base]
+
+
+def _logits(model: Any, prompt: list[int], rows: int, padding: int, config: GenerationConfig) -> torch.Tensor:
+    """[new tokens, vocabulary] of the last of some equal rows."""
+    input_ids = torch.tensor([[config.pad_token_id] * padding + prompt] * rows, device=model.device)
+    attention_mask = torch.tensor([[0] * padding + [1] * len(prompt)] * rows, device=model.device)
+    output = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
+    return torch.stack([logits[-1] for logits in output.logits])
 
 
 def _answer_with_sets(
@@ -99,7 +154,7 @@ def _answer_with_sets(
     bank: AdapterBank | None,
     sets: Sequence[str],
     indices: Sequence[int],
-    batch_size: int,
+    batches: _Batches,
     answer: Callable[[Sequence[int]], None],
 ) -> None:
     """Call ``answer`` on batches of ``indices`` while each of their rows has its set."""
@@ -113,7 +168,7 @@ def _answer_with_sets(
     done = 0
     if mixed is not None:
         try:
-            for batch in _batches(indices, batch_size):
+            for batch in batches(indices):
                 with mixed.answering([sets[index] for index in batch]):
                     answer(batch)
                 done += len(batch)
@@ -123,7 +178,7 @@ def _answer_with_sets(
     for name in dict.fromkeys(sets[index] for index in left):
         own = [index for index in left if sets[index] == name]
         with _one_set(model, bank, name):
-            for batch in _batches(own, batch_size):
+            for batch in batches(own):
                 answer(batch)
 
 

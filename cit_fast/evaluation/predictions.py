@@ -101,9 +101,14 @@ class Rescored:
     @property
     def agrees(self) -> bool:
         """Whether the stored predictions give what is recorded, up to rounding in the last digits."""
+        return self.scores_agree and self.violations_agree
+
+    @property
+    def scores_agree(self) -> bool:
+        """Whether they give the recorded score."""
         if self.recorded is None or self.recomputed is None:
             return False
-        return abs(self.recorded - self.recomputed) < 1e-6 and self.violations_agree
+        return abs(self.recorded - self.recomputed) < 1e-6
 
     @property
     def violations_agree(self) -> bool:

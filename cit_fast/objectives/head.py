@@ -6,7 +6,9 @@ import weakref
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from cit_fast.errors import ConfigError
 from cit_fast.objectives.objective import unwrap
@@ -56,7 +58,7 @@ def head_of(model: nn.Module) -> Head:
     """
     base = unwrap(model)
     projection = _projection(base)
-    weight, bias = projection.weight, getattr(projection, "bias", None)
+    weight, bias = _weight(projection), getattr(projection, "bias", None)
     if base not in _checked:
         softcap, scale = _cap_and_scale(base)
         _check(base, projection, Head(weight, bias, softcap, scale, weight.shape[0]))
@@ -73,6 +75,32 @@ def _projection(base: nn.Module) -> Any:
             "language model of transformers (get_output_embeddings)"
         )
     return projection
+
+
+def _weight(projection: Any) -> Tensor:
+    """[V, d]: the projection's own, or what its adapters make of it.
+
+    Whatever the kind of adapter, it is what the projection does to each unit vector, and gradients flow into it.
+    Dropout of the adapter's input, which no weight can have, is left out.
+    """
+    weight: Tensor = projection.weight
+    if not isinstance(projection, BaseTunerLayer) or projection.merged or projection.disable_adapters:
+        return weight
+    if isinstance(weight, DTensor):
+        raise ConfigError(
+            "adapter.target_modules: the output projection has an adapter and is split over the processes; this loss "
+            "needs it whole: leave the output projection out, or use DDP"
+        )
+    training = [module for module in projection.modules() if module.training]
+    projection.eval()
+    try:
+        units = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+        columns: Tensor = projection(units)
+    finally:
+        for module in training:
+            module.training = True
+    bias = getattr(projection, "bias", None)
+    return (columns if bias is None else columns - bias).T.contiguous()
 
 
 def _cap_and_scale(base: nn.Module) -> tuple[float | None, float]:

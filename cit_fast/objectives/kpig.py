@@ -29,7 +29,7 @@ from cit_fast.objectives.cross_entropy import CrossEntropy
 from cit_fast.objectives.frozen import FrozenStates, freeze
 from cit_fast.objectives.grouping import GroupingCollator
 from cit_fast.objectives.head import Head, head_of
-from cit_fast.objectives.objective import StageContext, StageInputs
+from cit_fast.objectives.objective import StageContext, StageInputs, per_item
 from cit_fast.objectives.pair_hidden import evaluating, pair_collator, pair_hidden
 from cit_fast.objectives.pairs import EncodedPair, PairCollator, encode_pairs
 from cit_fast.objectives.run_key_parts import chat_of, check_key_parts, key_parts_for_run
@@ -162,7 +162,7 @@ class KPIG:
                 bias_frozen=before.bias,
                 **head.options,
             )
-        return loss / (max(len(every), 1) if num_items is None else num_items)
+        return per_item(loss, len(every), num_items, hidden.router_loss)
 
     def _reworded(self, context: StageContext) -> list[Example]:
         if self.instructions == "own":

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from cit_fast.errors import ConfigError
 
 if TYPE_CHECKING:
     from cit_fast.data.example import Example, Task
@@ -110,15 +112,23 @@ def _only_rows(head: nn.Module | None, rows: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-def response_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+class ResponseLogits(NamedTuple):
+    """What :func:`response_logits` finds."""
+
+    logits: Tensor
+    """[response tokens, vocabulary], in the model's dtype."""
+    targets: Tensor
+    """[response tokens] int64."""
+    router_loss: Tensor | None
+    """See :func:`router_loss`."""
+
+
+def response_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> ResponseLogits:
     """Logits and targets of the response tokens alone.
 
     The output projection is a fifth of a small model's work and most of its memory; prompts and padding do not need
     it. The model is called as a whole, so every wrapper's own work (gradient synchronisation, gathering of shards) and
     every architecture's own treatment of the logits (soft-cap, scale) happen as usual.
-
-    Returns:
-        ``logits`` [response tokens, vocabulary] in the model's dtype and ``targets`` [response tokens], int64.
     """
     labels = batch["labels"]
     rows = torch.zeros_like(labels, dtype=torch.bool)
@@ -127,5 +137,39 @@ def response_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tens
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     head = None if hasattr(model, "_orig_mod") else unwrap(model).get_output_embeddings()  # type: ignore[operator]
     with _only_rows(head, rows):
-        logits = model(**inputs, use_cache=False).logits
-    return (logits if logits.dim() == 2 else logits[rows]), targets
+        output = model(**inputs, use_cache=False)
+    logits = output.logits
+    return ResponseLogits(logits if logits.dim() == 2 else logits[rows], targets, router_loss(model, output))
+
+
+def router_loss(model: nn.Module, output: Any) -> Tensor | None:
+    """The load-balancing loss of a mixture of experts, times its coefficient, of one forward pass.
+
+    ``None`` where the model has no router, or its configuration does not ask for the loss (``output_router_logits``).
+    """
+    balance = getattr(output, "aux_loss", None)
+    if not isinstance(balance, Tensor):
+        return None
+    base: Any = unwrap(model)
+    holders = (base, base.config, base.config.get_text_config())
+    found = (getattr(holder, "router_aux_loss_coef", None) for holder in holders)
+    coefficient = next((value for value in found if value is not None), None)
+    if coefficient is None:
+        raise ConfigError(
+            f"{type(base).__name__}: has a router's loss and no router_aux_loss_coef to weigh it with; set it, or "
+            "output_router_logits: false, in the model's configuration"
+        )
+    return balance * float(coefficient)
+
+
+def per_item(total: Tensor, count: int, num_items: Tensor | int | None, router: Tensor | None) -> Tensor:
+    """A sum over ``count`` response tokens as the loss of a micro-batch.
+
+    Args:
+        total: the sum; ``count``: of how many tokens.
+        num_items: tokens of the whole accumulated batch; ``None``: of this micro-batch.
+        router: a loss per forward pass. It counts by the micro-batch's share of the tokens, so that the whole batch has
+            its mean, into however many micro-batches it is cut.
+    """
+    items: Tensor | int = max(count, 1) if num_items is None else num_items
+    return total / items if router is None else (total + router * count) / items

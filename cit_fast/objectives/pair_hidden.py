@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cit_fast.data.collation import LENGTHS
 from cit_fast.data.prompts import IGNORED, Encoded, learned_positions
 from cit_fast.errors import ConfigError
-from cit_fast.objectives.objective import unwrap
+from cit_fast.objectives.objective import router_loss, unwrap
 from cit_fast.objectives.pairs import EncodedPair, PairCollator
 
 _log = logging.getLogger(__name__)
@@ -34,13 +34,21 @@ class PairHidden(NamedTuple):
     scored: Tensor
     """[T] bool: the answer's own tokens, over which the information gain sums; of the others (end of turn, earlier
     turns of a conversation) only the cross-entropy knows. Every pair has at least one, and they are consecutive."""
+    router_loss: Tensor | None = None
+    """See :func:`cit_fast.objectives.objective.router_loss`; of both contexts together."""
 
     def only_scored(self) -> PairHidden:
         """The scored tokens alone, ``offsets`` counted anew: what ``token_gain`` and the alpha-weighted sum take."""
         kept = torch.cumsum(self.scored, 0)
         kept = torch.cat([kept.new_zeros(1), kept])
         at = self.scored.nonzero().squeeze(1)
-        return PairHidden(self.full[at], self.masked[at], self.targets[at], kept[self.offsets], self.scored[at])
+        return self._replace(
+            full=self.full[at],
+            masked=self.masked[at],
+            targets=self.targets[at],
+            offsets=kept[self.offsets],
+            scored=self.scored[at],
+        )
 
 
 _OURS = ("labels", "branch", "visible", "full_at", "masked_at", "offsets", "scored", "index")
@@ -67,14 +75,14 @@ def pair_hidden(model: nn.Module, batch: Mapping[str, Any]) -> PairHidden:
         inputs["attention_mask"] = _branch_mask(model, batch["branch"], batch["visible"])
     places = torch.cat([batch["full_at"], batch["masked_at"]])
     with _caught(unwrap(model), places) as caught:
-        logits = model(**inputs, use_cache=False).logits
+        output = model(**inputs, use_cache=False)
     if len(caught) != 1:
         raise ConfigError(f"{type(unwrap(model)).__name__}: its output projection ran {len(caught)} times, not once")
     full, masked = caught[0].chunk(2)
     if full.requires_grad:
-        full = full + logits.sum().to(full.dtype)  # the sum of nothing
+        full = full + output.logits.sum().to(full.dtype)  # the sum of nothing
     targets = batch["labels"].flatten()[batch["full_at"] + 1]
-    return PairHidden(full, masked, targets, batch["offsets"], batch["scored"])
+    return PairHidden(full, masked, targets, batch["offsets"], batch["scored"], router_loss(model, output))
 
 
 @contextmanager

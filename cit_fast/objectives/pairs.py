@@ -46,6 +46,10 @@ class EncodedPair:
     index: int
     scored: tuple[int, int]
 
+    def __len__(self) -> int:
+        """Tokens of both contexts together."""
+        return len(self.full) + (0 if self.masked is None else len(self.masked))
+
 
 class EncodedPairs(NamedTuple):
     """What :func:`encode_pairs` made of some examples."""

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from cit_fast.backends import resolve
-from cit_fast.errors import CitFastError
+from cit_fast.errors import CitFastError, ConfigError
 from cit_fast.ops.balance_ema import (
     BalanceGranularity,
     BalanceRule,
@@ -23,7 +23,7 @@ from cit_fast.ops.balance_ema import (
     flush_balance_ema_,
 )
 from cit_fast.optim.averaging import AverageOptions, AveragingOptimizer, BalanceSummary
-from cit_fast.optim.engines import is_engine, refuse_partitions
+from cit_fast.optim.engines import is_engine, refuse_partitions, steps_in_backward
 from cit_fast.optim.partitions import Partition
 from cit_fast.optim.saving import AVERAGE_BITS, StateLoading, decode, encode
 from cit_fast.optim.sharding import Reduction
@@ -101,6 +101,11 @@ class BalanceEMA(AveragingOptimizer):
         options.check("BalanceEMA")
         if rule != "fixed" and is_engine(optimizer):
             raise refuse_partitions("BalanceEMA", rule)
+        if steps_in_backward(optimizer):
+            raise ConfigError(
+                f"{type(self).__name__}: a layer-wise optimizer steps inside backward, where nothing can be averaged; "
+                "choose one that steps all layers at once (without _layerwise)"
+            )
         self.__setstate__({"optimizer": optimizer, "options": options, "attached": False})
 
     @classmethod

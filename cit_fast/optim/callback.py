@@ -87,6 +87,7 @@ class BalanceEMACallback(TrainerCallback):  # type: ignore[misc]
         self._swap = ExitStack()
         self._switch: Any = None  # the optimizer that has our eval() and train()
         self._trainer = trainer
+        self._warned = False
 
     # The Trainer's events, in their order
 
@@ -127,6 +128,7 @@ class BalanceEMACallback(TrainerCallback):  # type: ignore[misc]
             return
         summary = self.balance_ema.balance_summary()
         if summary is None:
+            self._warn_without_averages()
             return
         numbers = {
             "balance_weight_mean": summary.mean,
@@ -168,10 +170,19 @@ class BalanceEMACallback(TrainerCallback):  # type: ignore[misc]
         self._remove_switch()
         if self.balance_ema is None or self.final == "live":
             return
+        self._warn_without_averages()
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             load_averaged(kwargs["model"], Path(state.best_model_checkpoint) / EXPORT_FOLDER)
         else:
             self.balance_ema.copy_averaged_to_parameters()
+
+    def _warn_without_averages(self) -> None:
+        if self.balance_ema is not None and not self.balance_ema.has_averages() and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "BalanceEMACallback: nothing has been averaged: no step of the Trainer's optimizer has reached it",
+                stacklevel=3,
+            )
 
     # Trainer calls optimizer.eval() as an evaluation begins and optimizer.train() as a training step does.
 

@@ -72,3 +72,8 @@ def is_engine(optimizer: Any) -> bool:
             return True
         optimizer = getattr(optimizer, "__dict__", {}).get("optimizer")
     return False
+
+
+def steps_in_backward(optimizer: Any) -> bool:
+    """Whether an optimizer is transformers' stand-in for one optimizer per layer, which step as gradients arrive."""
+    return any(base.__name__ == "LayerWiseDummyOptimizer" for base in type(optimizer).__mro__)

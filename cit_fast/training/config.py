@@ -7,52 +7,25 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import difflib
 import functools
 import json
+import os
 import typing
-from collections.abc import Iterable, Mapping, Sequence
-from enum import Enum
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PositiveInt,
-    PydanticSchemaGenerationError,
-    PydanticUserError,
-    TypeAdapter,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from cit_fast.data.builtin import builtin_task_names
 from cit_fast.data.sources import TaskSource
 from cit_fast.errors import ConfigError
-from cit_fast.text import first_line
+from cit_fast.training.arguments import checked_adapter, checked_training
+from cit_fast.training.values import choices
+from cit_fast.training.yaml_file import check_plain, read_yaml, set_key
 
 VERSION = 1
-
-# Set by cit-fast itself, from the key given here; a second value would silently disagree with the first.
-_RESERVED_TRAINING = {
-    "output_dir": "output",
-    "seed": "seed",
-    "data_seed": "seed",
-    "eval_strategy": "evaluation",
-    "do_eval": "evaluation",
-    "load_best_model_at_end": "evaluation",
-    "metric_for_best_model": "evaluation",
-    "remove_unused_columns": "data",
-    "label_names": "data",
-    "resume_from_checkpoint": "output (a run resumes by itself)",
-    "save_only_model": "save_strategy (a checkpoint that cannot be resumed from is no checkpoint)",
-    "push_to_hub": "the stages/*/adapters folders, which can be pushed after the run",
-}
-
 
 _RESERVED_TEMPLATE = {
     "messages", "conversation", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "tools",
@@ -110,14 +83,14 @@ class MethodConfig(_Section):
         if not isinstance(value, Mapping):
             return value
         value = dict(value)
-        if "preset" not in value and value.get("name") in presets():
+        if "preset" not in value and isinstance(value.get("name"), str) and value["name"] in presets():
             raise ValueError(f"name: {value['name']!r} is a preset; write preset: {value['name']} instead")
         if "preset" not in value and "name" in value:
             return {key: _part_over(key, None, part) for key, part in value.items()}
         preset = value.pop("preset", "sequential")
         known = presets()
-        if preset not in known:
-            raise ValueError(f"unknown preset {preset!r}; {_choices(str(preset), known)}")
+        if not isinstance(preset, str) or preset not in known:
+            raise ValueError(f"unknown preset {preset!r}; {choices(str(preset), known)}")
         merged: dict[str, Any] = {"name": preset, **known[preset]}
         for key, part in value.items():
             merged[key] = _part_over(key, merged.get(key), part)
@@ -155,7 +128,7 @@ class DataConfig(_Section):
     train: PositiveInt | None = None
     dev: int | None = Field(default=None, ge=0)
     test: PositiveInt | None = None
-    max_length: int = Field(default=512, ge=8)
+    max_length: int = Field(default=512, ge=8, le=2**24)
     system_prompt: str | None = None
     on_overflow: Literal["truncate", "error", "skip"] = "truncate"
     template_options: dict[str, Any] = Field(default_factory=dict)
@@ -204,7 +177,7 @@ class RunConfig(_Section):
     version: int = VERSION
     name: str = Field(default="run", pattern=r"^[\w][\w.+-]*$")
     output: str | None = None
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**31)
     methods: tuple[MethodConfig, ...] = Field(
         default_factory=lambda: (MethodConfig.model_validate("sequential"),), min_length=1
     )
@@ -235,34 +208,29 @@ class RunConfig(_Section):
     @field_validator("training")
     @classmethod
     def _training_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
-        from transformers import TrainingArguments
-
-        for key in value:
-            if key in _RESERVED_TRAINING:
-                raise ValueError(f"{key}: set by cit-fast; use {_RESERVED_TRAINING[key]} instead")
-        # fsdp is declared as text and meant to be true or false.
-        switches = {key: given for key, given in value.items() if key == "fsdp" and isinstance(given, bool)}
-        others = {key: given for key, given in value.items() if key not in switches}
-        checked = {**checked_fields(TrainingArguments, others), **switches}
-        if checked.get("save_total_limit") == 1:
-            raise ValueError("save_total_limit: keep 2 or more; with 1 there are moments without a whole checkpoint")
-        return checked
+        return checked_training(value)
 
     @field_validator("adapter")
     @classmethod
     def _adapter_fields(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        if value is None:
-            return None
-        from peft import PromptLearningConfig
-        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+        return None if value is None else checked_adapter(value)
 
-        kind = str(value.get("peft_type", "LORA")).upper()
-        known = {str(getattr(name, "value", name)): config for name, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-        if kind not in known:
-            raise ValueError(f"peft_type: unknown adapter {kind!r}; {_choices(kind, known)}")
-        if issubclass(known[kind], PromptLearningConfig):
-            raise ValueError(f"peft_type: {kind} adds tokens to every prompt, which our loss cannot align")
-        return {**checked_fields(known[kind], value), "peft_type": kind}
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_values(cls, value: Any) -> Any:
+        try:
+            check_plain(value, "")
+        except ConfigError as error:
+            raise ValueError(f"{error}".removeprefix(": ")) from None
+        return value
+
+    @field_validator("output")
+    @classmethod
+    def _usable_path(cls, value: str | None) -> str | None:
+        for part in Path(value or "").parts:
+            if len(os.fsencode(part)) > 255:
+                raise ValueError(f"the name {part[:20]!r}... is longer than a file's name can be (255 bytes)")
+        return value
 
     @model_validator(mode="after")
     def _room_to_answer(self) -> RunConfig:
@@ -292,64 +260,6 @@ def presets() -> dict[str, dict[str, Any]]:
     return typing.cast("dict[str, dict[str, Any]]", yaml.safe_load(text))
 
 
-def _choices(given: str, known: Iterable[str]) -> str:
-    names = sorted(known)
-    near = difflib.get_close_matches(given, names, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
-
-
-def checked_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` checked against the fields of dataclass ``kind``: names known, types right (``"1e-4"`` is a number).
-
-    Raises:
-        ValueError: one line that starts with the key.
-    """
-    hints = typing.get_type_hints(kind)
-    fields = {field.name: hints[field.name] for field in dataclasses.fields(kind) if field.init}
-    return {key: checked_value(key, value, fields) for key, value in values.items()}
-
-
-def checked_value(key: str, value: Any, hints: Mapping[str, Any]) -> Any:
-    """``value`` as ``hints[key]`` wants it.
-
-    Raises:
-        ValueError: an unknown key or a wrong type, in one line that starts with the key.
-    """
-    if key not in hints:
-        raise ValueError(f"{key}: unknown key; {_choices(key, hints)}")
-    try:
-        adapter = TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True))
-    except (PydanticSchemaGenerationError, PydanticUserError, TypeError):
-        return value  # a hint only its own library understands: that library will check it
-    except ValueError:
-        return value
-    for reading in (value, _number(value)):
-        if reading is None:
-            continue
-        try:
-            read = adapter.validate_python(reading)
-        except ValidationError as error:
-            problem = error.errors()[0]["msg"]
-            continue
-        # What the field wants (true, not "n"), where it is a plain value; else as it was given.
-        wants_number = not isinstance(reading, str) or not isinstance(read, str) or _number(value) is None
-        if wants_number or _accepts_text(hints[key]):
-            return read if isinstance(read, (bool, int, float, str)) and not isinstance(read, Enum) else value
-    raise ValueError(f"{key}: {problem} (it is {value!r})")
-
-
-def _number(value: Any) -> float | None:
-    """YAML reads 1e-4 as text: the number it is, or ``None`` for what is no such text."""
-    try:
-        return float(value) if isinstance(value, str) else None
-    except ValueError:
-        return None
-
-
-def _accepts_text(hint: Any) -> bool:
-    return hint is Any or hint is str or any(_accepts_text(inner) for inner in typing.get_args(hint))
-
-
 def describe(error: ValidationError, where: str) -> str:
     """A pydantic error as one line: ``where: key.path: what was wrong``."""
     # A union (a task is a name or a mapping) reports once per member: a mapping was meant unless it is no mapping.
@@ -360,7 +270,7 @@ def describe(error: ValidationError, where: str) -> str:
     path = [str(part) for part in first["loc"] if part not in {"str", "TaskSource"}]
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
-        message = f"unknown key; {_choices(path[-1], _keys_at(path[:-1]))}"
+        message = f"unknown key; {choices(path[-1], _keys_at(path[:-1]))}"
     elif first["type"] == "missing":
         message = "missing"
     elif first["type"] != "value_error":
@@ -389,37 +299,11 @@ def _keys_at(path: Sequence[str]) -> list[str]:
     return [field.name for field in dataclasses.fields(TaskSource)]
 
 
-def _set(raw: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"--set {override}: write it as key.path=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {key}: {text!r} is no YAML value") from None
-    target: Any = raw
-    *parents, last = key.split(".")
-    for depth, part in enumerate(parents):
-        if isinstance(target, list) and part.isdigit() and int(part) < len(target):
-            if isinstance(target[int(part)], str):  # a method or a task given by name alone
-                text = target[int(part)]
-                builtin = "builtin" if text in builtin_task_names() else "path"
-                target[int(part)] = {"preset" if parents[0] == "methods" else builtin: text}
-            target = target[int(part)]
-        elif isinstance(target, dict):
-            if isinstance(target.get(part), str) and depth > 0:
-                target[part] = {"name": target[part]}
-            target = target.setdefault(part, {})
-        else:
-            raise ConfigError(f"--set {key}: there is no {'.'.join(parents[: depth + 1])} to set a key of")
-        if target is None:
-            raise ConfigError(f"--set {key}: {'.'.join(parents[: depth + 1])} is null")
-    if isinstance(target, list) and last.isdigit() and int(last) < len(target):
-        target[int(last)] = value
-    elif isinstance(target, dict):
-        target[last] = value
-    else:
-        raise ConfigError(f"--set {key}: there is no such place in the configuration")
+def _spelt_out(first_key: str, text: str) -> dict[str, Any]:
+    """The mapping that a method or a task given by its name alone stands for."""
+    if first_key == "methods":
+        return {"preset": text}
+    return {"builtin" if text in builtin_task_names() else "path": text}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -434,25 +318,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: a missing file, broken YAML, an unknown key, a wrong type or another version, in one line.
     """
     path = Path(path)
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path}: a folder; give the YAML file") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f":{mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or first_line(error)
-        raise ConfigError(f"{path}{place}: not valid YAML: {problem}") from None
-    raw = {} if raw is None else raw
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: a mapping of keys was expected, not {type(raw).__name__}")
+    raw = read_yaml(path)
     for override in overrides:
-        _set(raw, override)
+        set_key(raw, override, _spelt_out)
+    return validated(raw, str(path))
+
+
+def validated(raw: Mapping[str, Any], where: str) -> RunConfig:
+    """The configuration that a mapping of keys is.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type or another version, in one line that starts with ``where``.
+    """
     try:
-        return RunConfig.model_validate(raw)
+        return RunConfig.model_validate(dict(raw))
     except ValidationError as error:
-        raise ConfigError(describe(error, str(path))) from None
+        raise ConfigError(describe(error, where)) from None

@@ -12,18 +12,21 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from pydantic import ValidationError
 from rich.console import Console
 
 from cit_fast.data import Task, TaskStream, load_stream
 from cit_fast.data.builtin import builtin_task_names
 from cit_fast.errors import ConfigError, DataError, RunError
 from cit_fast.files import is_disk_full
-from cit_fast.training.config import RunConfig, describe, load_config
+from cit_fast.training.arguments import training_arguments
+from cit_fast.training.config import RunConfig, load_config, validated
 from cit_fast.training.method_run import MethodRun
-from cit_fast.training.parts import PARTS, build_part
+from cit_fast.training.model import loading_whole, prompt_encoder
+from cit_fast.training.parts import build_part, parts_of
+from cit_fast.training.pretrained import load_tokenizer, resolve_model
 from cit_fast.training.run_folder import RunFolder
 from cit_fast.training.tasks import check_held_out, check_task, load_held_out
+from cit_fast.training.trial import skeleton, try_adapter, try_arguments, try_batches
 
 
 class ContinualTrainer:
@@ -57,17 +60,14 @@ class ContinualTrainer:
         if isinstance(config, (str, Path)):
             config = load_config(config)
         elif not isinstance(config, RunConfig):
-            try:
-                config = RunConfig.model_validate(dict(config))
-            except ValidationError as error:
-                raise ConfigError(describe(error, "configuration")) from None
+            config = validated(config, "configuration")
         self.config = config
         given = {"router": router, "replay": replay, "objective": objective, "update": update}
         self._parts = {kind: part for kind, part in given.items() if part is not None}
         for method in config.methods:  # a misspelt part should not wait for the methods before it
-            for kind in PARTS:
+            for kind, part in parts_of(config, method).items():
                 if kind not in self._parts:
-                    build_part(kind, getattr(method, kind), method.name)
+                    build_part(kind, part, method.name)
             if config.adapter is None and method.router.name != "shared":
                 raise ConfigError(
                     f"method {method.name!r}: router: {method.router.name!r} grows adapter sets, and adapter: null "
@@ -95,6 +95,7 @@ class ContinualTrainer:
         Raises:
             RunError: a folder is in use, belongs to another configuration, or the disk is full.
         """
+        self._try()
         folders = []
         for method in self.config.methods:
             folder = self.config.folder / method.name
@@ -104,6 +105,27 @@ class ContinualTrainer:
                 ).run()
             folders.append(folder)
         return folders
+
+    def _try(self) -> None:
+        """See that the run can be set up, before anything is written.
+
+        Raises:
+            ConfigError: PEFT or transformers refuse what the configuration gives them, or the model lacks tokens.
+        """
+        config = self.config
+        with self._state.main_process_first():  # one process fetches or converts, the others find it done
+            folder = resolve_model(config.model)
+        encoder = prompt_encoder(load_tokenizer(folder, config.model.trust_remote_code), config)
+        with loading_whole():
+            bare = skeleton(folder, config.model)
+            if bare is not None:
+                encoder.fit_to(bare)
+                if config.adapter is not None:
+                    try_adapter(bare, config.adapter)
+        arguments = training_arguments(config.training, config.seed, config.folder)
+        try_arguments(arguments)
+        if any(method.schedule != "joint" for method in config.methods):
+            try_batches(arguments, list(self.stream))
 
 
 @contextlib.contextmanager

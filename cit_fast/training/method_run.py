@@ -24,7 +24,7 @@ from rich.markup import escape
 import cit_fast
 from cit_fast.data import TaskStream, choose_collator
 from cit_fast.data.example import Example, Task
-from cit_fast.errors import ConfigError, DataError, RunError
+from cit_fast.errors import CitFastError, ConfigError, DataError, RunError
 from cit_fast.evaluation.predictions import Prediction, write_predictions
 from cit_fast.evaluation.record import RunRecord, StageRecord, read_run, read_stages
 from cit_fast.evaluation.violations import Constraints
@@ -32,12 +32,13 @@ from cit_fast.objectives import StageContext, StageInputs
 from cit_fast.processes import decided_by_first
 from cit_fast.replay import ReplayContext
 from cit_fast.routing import RouterContext, SharedRouter, routing_record
+from cit_fast.text import first_line
 from cit_fast.training.arguments import training_arguments
 from cit_fast.training.config import MethodConfig, RunConfig
 from cit_fast.training.environment import describe_environment
 from cit_fast.training.evaluate import Evaluated, evaluate
 from cit_fast.training.model import load_weights, loading_whole, prompt_encoder, save_weights, train_adapter
-from cit_fast.training.parts import PARTS, build_part
+from cit_fast.training.parts import PARTS, build_part, parts_of
 from cit_fast.training.plain import as_json, digest, plain_options, task_digest
 from cit_fast.training.pretrained import cache_folder, load_model, load_tokenizer, model_identity, resolve_model
 from cit_fast.training.run_folder import RunFolder
@@ -67,8 +68,8 @@ class MethodRun:
         self.state = PartialState()
         self.parts = {
             # A copy: what a part remembers of one method must not reach the next.
-            kind: copy.deepcopy(parts[kind]) if kind in parts else build_part(kind, getattr(method, kind), method.name)
-            for kind in PARTS
+            kind: copy.deepcopy(parts[kind]) if kind in parts else build_part(kind, part, method.name)
+            for kind, part in parts_of(config, method).items()
         }
         with self.state.main_process_first():  # one process fetches or converts, the others find it done
             self.model_path = resolve_model(config.model)
@@ -126,7 +127,7 @@ class MethodRun:
             name = self._part_name(kind)
             if name != resolved["method"][kind]["name"]:
                 resolved["method"][kind] = {"name": name, "options": plain_options(vars(self.parts[kind]))}
-        arguments = training_arguments(self.config, self.folder.checkpoints(1), 1)
+        arguments = self._arguments(1)
         record = RunRecord(
             name=self.config.name,
             method=resolved["method"],
@@ -229,9 +230,8 @@ class MethodRun:
             raise DataError(f"task {group[0].name!r}: no training example fits data.max_length; every one was skipped")
         # TensorBoard's default is inside the checkpoints, which go when the stage is committed.
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.folder.path / "logs" / f"{index:02d}")
-        trainer, checkpoint = self._trainer(model, index, title, inputs)
         self.parts["objective"].begin_stage(model)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer = self._trained(model, index, title, inputs)
         train_seconds = trainer.record.seconds + inputs.seconds
         self.parts["update"].finish(trainer.optimizer)
         model = self._unwrapped(trainer, index, adapter)
@@ -356,7 +356,30 @@ class MethodRun:
         record = routing_record(trained_by, found.answered_by)
         return {**as_json(routing.decided, "router"), **record, "seconds": found.routing_seconds}
 
+    def _arguments(self, index: int) -> Any:
+        return training_arguments(self.config.training, self.config.seed + index, self.folder.checkpoints(index))
+
     # -- training ------------------------------------------------------------------------------------------------
+
+    def _trained(self, model: Any, index: int, title: str, inputs: StageInputs) -> StageTrainer:
+        """The trainer, when the stage is trained; what it refuses before the first batch is an error of the set-up."""
+        trainer: StageTrainer | None = None
+        checkpoint: str | None = None
+        try:
+            trainer, checkpoint = self._trainer(model, index, title, inputs)
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except CitFastError:
+            raise
+        except Exception as error:
+            if trainer is not None and trainer.record.begun:
+                raise
+            if checkpoint is not None:
+                raise RunError(
+                    f"{checkpoint}: cannot be gone on from: {first_line(error)}; without it the stage goes on from an "
+                    "earlier checkpoint, or from its beginning"
+                ) from error
+            raise ConfigError(f"training: stage {index} cannot be set up: {first_line(error)}") from error
+        return trainer
 
     def _trainer(self, model: Any, index: int, title: str, inputs: StageInputs) -> tuple[StageTrainer, str | None]:
         checkpoint = self.folder.last_checkpoint(index)
@@ -366,7 +389,7 @@ class MethodRun:
             title=title,
             progress={} if checkpoint is None else checkpoint[1],
             model=model,
-            args=training_arguments(self.config, self.folder.checkpoints(index), index),
+            args=self._arguments(index),
             train_dataset=inputs.features,
             data_collator=inputs.collator,
         )

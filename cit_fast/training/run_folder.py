@@ -68,6 +68,8 @@ class RunFolder:
     def begin(self, record: RunRecord) -> RunRecord:
         """Write a new run's record, or take up the one that is there.
 
+        A run of another configuration that never trained anything gives way: so a corrected file is accepted at once.
+
         Raises:
             RunError: the folder holds a run of another configuration, or something that is no run.
         """
@@ -81,6 +83,11 @@ class RunFolder:
             return record
         found = read_run(self.path)
         changed = list(_differences(found.config, record.config))
+        if changed and not self._has_trained():
+            for name in ("stages", "checkpoints", "replay", "logs"):
+                shutil.rmtree(self.path / name, ignore_errors=True)
+            self.write(record)
+            return record
         if changed:
             raise RunError(
                 f"{self.path}: holds a run of another configuration ({'; '.join(changed[:3])}"
@@ -89,6 +96,11 @@ class RunFolder:
         for leftover in [*self.path.glob("stages/.*"), *self.path.glob(".*.tmp"), *self.path.glob("replay/.*.tmp")]:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         return found
+
+    def _has_trained(self) -> bool:
+        """Whether a stage was trained, or some of its steps are in a checkpoint."""
+        trained = any(path.parent.name.strip("0") for path in self.path.glob("stages/[0-9]*/stage.json"))
+        return trained or any(self.path.glob(f"checkpoints/*/checkpoint-*/{_MARKER}"))
 
     def write(self, record: RunRecord) -> None:
         """Write ``run.json``."""

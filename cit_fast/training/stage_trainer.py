@@ -52,6 +52,13 @@ class StageTrainer(Trainer):  # type: ignore[misc]
             self.optimizer = self.update.wrap(made)
         return self.optimizer
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """The Trainer's own; for one that goes by length, in the form in which it looks for lengths."""
+        features = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy not in ("group_by_length", "batch_rebalance"):
+            return super()._get_train_sampler(features)
+        return super()._get_train_sampler([{"input_ids": range(len(feature))} for feature in features])
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Of a family of adapters only the one in training goes into a checkpoint; the others are in the last stage."""
         if not isinstance(self.model, PeftModel):
@@ -96,6 +103,7 @@ class _StageRecorder(TrainerCallback):  # type: ignore[misc]
         self._seconds_before = float(progress.get("train_seconds", 0.0))
         self._started = time.perf_counter()
         self._bar: tqdm[Any] | None = None
+        self.begun = False  # whether a batch has reached the model
 
     @property
     def seconds(self) -> float:
@@ -107,6 +115,10 @@ class _StageRecorder(TrainerCallback):  # type: ignore[misc]
         self._started = time.perf_counter()
         if state.is_world_process_zero:
             self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.title, unit="step", leave=True)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The set-up is over."""
+        self.begun = True
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep the step's balance weights; gradients are still there, the step count is not yet raised.

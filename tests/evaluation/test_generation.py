@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from cit_fast.errors import DataError
-from cit_fast.evaluation.generation import generate
+from cit_fast.evaluation.generation import _batched_together, generate
 
 PAD, BOS, EOS = 0, 1, 2
 VOCABULARY = 32
@@ -166,3 +166,35 @@ def test_the_output_projection_gets_one_block_of_memory_and_keeps_no_hook(tiny_m
     assert contiguous
     assert all(contiguous)
     assert len(head._forward_pre_hooks) == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "together"),
+    [
+        ("llama", {}, "any"),
+        ("minimax", {"layer_types": ["linear_attention", "full_attention"], "num_local_experts": 4}, "equal"),
+        ("rwkv", {"attention_hidden_size": 32}, "none"),
+    ],
+)
+def test_models_that_do_not_skip_padding(kind, more, together):
+    """An answer depends on its prompt alone, whatever the architecture does with padding and rows."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "head_dim": 8,
+    }
+    config = AutoConfig.for_model(kind, vocab_size=VOCABULARY, num_key_value_heads=2, **small, **more)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        other = AutoModelForCausalLM.from_config(config).eval()
+        with torch.no_grad():
+            for parameter in other.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(0, 0.25)
+    alone = [answer(other, [prompt], max_new_tokens=8)[0] for prompt in PROMPTS]
+    assert answer(other, PROMPTS, max_new_tokens=8, batch_size=7) == alone
+    assert _batched_together(other, PROMPTS[0], PAD) == together

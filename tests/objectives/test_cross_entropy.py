@@ -48,7 +48,7 @@ def test_two_micro_batches_normalised_together_equal_one(model, batch):
 def test_only_response_rows_reach_the_output_projection(model, batch):
     seen = []
     handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
-    logits, targets = response_logits(model, batch)
+    logits, targets, _ = response_logits(model, batch)
     handle.remove()
     assert logits.shape == (5, model.config.vocab_size)
     assert targets.tolist() == [7, 8, 9, 11, 12]
@@ -67,10 +67,10 @@ def test_a_batch_without_a_response_gives_a_zero_loss(model, batch):
 
 def test_a_head_whose_inputs_are_already_rows_is_left_alone(model, batch, monkeypatch):
     """A compiled model keeps its full logits; the rows are taken afterwards."""
-    expected, _ = response_logits(model, batch)
+    expected = response_logits(model, batch).logits
     monkeypatch.setattr(model, "_orig_mod", model, raising=False)
     with torch.no_grad():
-        logits, _ = response_logits(model, batch)
+        logits = response_logits(model, batch).logits
     torch.testing.assert_close(logits, expected)
 
 

@@ -322,3 +322,25 @@ def test_bad_options(tmp_path: Path, tiny_model_folder: Path) -> None:
     )
     with pytest.raises(ConfigError, match="needs export=True"):
         trainer.train()
+
+
+def test_layer_wise_optimizers_are_refused() -> None:
+    from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
+
+    dummy = LayerWiseDummyOptimizer(optimizer_dict={})
+    for make in (BalanceEMA, BalanceEMA.attach):
+        with pytest.raises(ConfigError, match="a layer-wise optimizer steps inside backward"):
+            make(dummy)
+
+
+def test_an_optimizer_that_never_steps_is_told(tmp_path: Path, tiny_model_folder: Path) -> None:
+    class Elsewhere(torch.optim.SGD):
+        """Takes its steps in a way that no hook sees."""
+
+        def __init__(self, params: Any, lr: float) -> None:
+            super().__init__([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+
+    callback = BalanceEMACallback(export=False)
+    trainer = make_trainer(tmp_path, tiny_model_folder, callback, optimizer=(Elsewhere, {"lr": 0.1}))
+    with pytest.warns(UserWarning, match="nothing has been averaged"):
+        trainer.train()

@@ -96,7 +96,8 @@ def test_quickstart_loads_and_overrides_apply():
         ("methods.9.replay=none", "there is no methods.9"),
         ("seed.x.y=1", "there is no seed"),
         ("methods.9=joint", "there is no such place"),
-        ("seed=[1", "is no YAML value"),
+        ("seed=[1", "--set seed=[1:1: not valid YAML: expected"),
+        ("seed=.nan", "--set seed: configuration: nan is no finite number"),
         ("adapter.r=1", "adapter is null"),
     ],
 )
