@@ -114,9 +114,9 @@ def evaluate(
                 style=None if entry.agrees else "bold red",
             )  # fmt: skip
         console.print(table)
-    words = {"scores": scores, "violations": violations}
-    differ = " and ".join(f"{count} {what}" for what, count in words.items() if count)
-    console.print(f"{differ} differ from the record." if differ else "All recorded scores agree.")
+    counts = {"scores": scores, "V-scores": violations}
+    differ = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    console.print(f"Not as recorded: {differ}." if differ else "All recorded scores agree.")
     if differ:
         raise typer.Exit(1)
 
@@ -171,15 +171,13 @@ def _prompts(path: Path | None) -> list[str]:
     from cit_fast.data.readers import kind, text_of_file
 
     where = path or "standard input"
-    text = sys.stdin.buffer.read() if path is None else None
-    if text is not None:
-        try:
-            lines = text.decode("utf-8-sig").split("\n")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{where}: not UTF-8 ({error.reason})") from None
-    else:
-        lines = text_of_file(Path(f"{path}")).split("\n")
-    lines = [line.removesuffix("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
+    try:
+        text = text_of_file(path) if path is not None else sys.stdin.read().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 ({error.reason})") from None
+    lines = text.split("\n")
+    lines = lines[:-1] if lines[-1] == "" else lines
+    lines = [line.removesuffix("\r") for line in lines]
     if path is not None and kind(path) == ".jsonl":
         lines = [_prompt_of_record(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
     if not any(map(str.strip, lines)):

@@ -66,17 +66,31 @@ def test_run_report_eval_generate(config, monkeypatch, capsys, tmp_path):
     record["scores"]["units"] += 1
     stage.write_text(json.dumps(record))
     assert call(monkeypatch, "eval", tmp_path / "runs" / "sequential") == 1
-    assert "1 scores differ" in capsys.readouterr().out
+    assert "Not as recorded: 1 scores." in capsys.readouterr().out
     record["scores"]["units"] -= 1
     record["violations"]["units"] = {"WFR": 0.125, "WR": 0.125}
     stage.write_text(json.dumps(record))
     assert call(monkeypatch, "eval", tmp_path / "runs" / "sequential") == 1
-    assert "12.5 ≠ " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "12.5 ≠ " in printed
+    assert "Not as recorded: 1 V-scores." in printed
 
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("Convert: 2 km\n\nConvert: 3 kg\n")
-    assert call(monkeypatch, "generate", tmp_path / "runs/sequential", "--prompts", prompts, "--max-new-tokens", 3) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 2
+    prompts.write_bytes(b"\xef\xbb\xbfConvert: 2 km\r\n\r\nConvert:\xe2\x80\xa83\x0ckg\r\n")
+    generate = ["generate", tmp_path / "runs/sequential", "--max-new-tokens", 3, "--json", "--prompts"]
+    assert call(monkeypatch, *generate, prompts) == 0
+    answered = [json.loads(line) for line in capsys.readouterr().out.strip().split("\n")]
+    assert [each["prompt"] for each in answered] == ["Convert: 2 km", "", "Convert:\u20283\x0ckg"]
+    assert answered[1]["answer"] == ""
+    listed = tmp_path / "prompts.jsonl"
+    listed.write_text('"Convert:\\n\\n2 km"\n{"prompt": "Convert: 3 kg"}\n')
+    assert call(monkeypatch, *generate, listed) == 0
+    answered = [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()]
+    assert answered == ["Convert:\n\n2 km", "Convert: 3 kg"]
+    for line, said in (("{}", "a prompt must be a text"), ("[", "broken JSON"), ("[" * 9999, "broken JSON")):
+        listed.write_text(line)
+        assert call(monkeypatch, *generate, listed) == 2
+        assert f"{listed}:1: {said}" in capsys.readouterr().err
     monkeypatch.setattr(sys, "stdin", io.StringIO("Convert: 2 km\n"))
     assert call(monkeypatch, "generate", tmp_path / "runs/sequential", "--max-new-tokens", 3) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1
@@ -95,7 +109,7 @@ def test_run_report_eval_generate(config, monkeypatch, capsys, tmp_path):
         (["run", "CONFIG", "--set", "version=7"], "version: configuration version 7"),
         (["report", "nowhere"], "run.json: not there"),
         (["eval", "nowhere"], "run.json: not there"),
-        (["generate", "nowhere", "--prompts", "missing.txt"], "missing.txt: cannot be read"),
+        (["generate", "nowhere", "--prompts", "missing.txt"], "missing.txt:1: no such file"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(config, monkeypatch, capsys, tmp_path, arguments, message):

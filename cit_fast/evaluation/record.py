@@ -57,6 +57,7 @@ class StageRecord:
         violations: task, held-out or not -> kind of violation that applies to it -> share of its answers, in [0, 1]
             (:mod:`cit_fast.evaluation.violations`); of every task that was evaluated, empty for one that declares no
             constraint.
+        notes: sentences for whoever reads the record: media that were not seen, layers that did not move.
     """
 
     index: int
@@ -79,6 +80,7 @@ class StageRecord:
     test_skipped: int = 0
     held_out: dict[str, float] = field(default_factory=dict)
     violations: dict[str, dict[str, float]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -139,7 +141,7 @@ def _read(path: Path, kind: type[_Record]) -> _Record:
     if unknown:
         raise RunError(f"{path}: unknown key {unknown[0]!r}")
     lists, objects = (
-        {"tasks", "trained", "held_out_tasks"},
+        {"tasks", "trained", "held_out_tasks", "notes"},
         {"metrics", "method", "config", "environment", "experts", "scores", "held_out", "violations", "constraints"},
     )
     for key in sorted(lists | objects | {"replayed", "replay", "objective", "routing"}):

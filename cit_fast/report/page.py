@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from cit_fast.errors import RunError
 from cit_fast.evaluation.predictions import Prediction, predictions_path, read_predictions
+from cit_fast.evaluation.record import StageRecord
 from cit_fast.evaluation.violations import KINDS, TaskSetScores
 from cit_fast.files import write_file, write_json
 from cit_fast.report import figures
@@ -279,21 +280,10 @@ def _section(view: RunView, runs: Runs, album: _Album) -> dict[str, Any]:
         "view": view,
         "pictures": pictures,
         "rows": rows,
-        "replay_notes": [
-            (name, note)
-            for name, stage in zip(view.stage_names, view.trained, strict=True)
-            for note in stage.replay.get("notes", [])
-        ],
-        "objective_notes": [
-            (name, note)
-            for name, stage in zip(view.stage_names, view.trained, strict=True)
-            for note in stage.objective.get("notes", [])
-        ],
-        "routing_notes": [
-            (name, note)
-            for name, stage in zip(view.stage_names, view.trained, strict=True)
-            for note in stage.routing.get("notes", [])
-        ],
+        "stage_notes": _stage_notes(view, lambda stage: stage.notes),
+        "replay_notes": _stage_notes(view, lambda stage: stage.replay.get("notes", [])),
+        "objective_notes": _stage_notes(view, lambda stage: stage.objective.get("notes", [])),
+        "routing_notes": _stage_notes(view, lambda stage: stage.routing.get("notes", [])),
         "ranking": _ranking(view),
         "answers_by_task": _answers_by_task(view),
         "routing": decisions(view) if has_routing(view) else [],
@@ -304,6 +294,12 @@ def _section(view: RunView, runs: Runs, album: _Album) -> dict[str, Any]:
         "config": _yaml({"method": view.record.method, **view.record.config}),
         "environment": _yaml(view.record.environment),
     }
+
+
+def _stage_notes(view: RunView, notes: Callable[[StageRecord], list[str]]) -> list[tuple[str, str]]:
+    """The name of each stage with each of its notes."""
+    named = zip(view.stage_names, view.trained, strict=True)
+    return [(name, note) for name, stage in named for note in notes(stage)]
 
 
 def _ranking(view: RunView) -> dict[str, Any] | None:

@@ -52,7 +52,7 @@ _RANGES: dict[str, tuple[float, bool, float]] = {
     "gradient_accumulation_steps": (1, True, 2**20),
     "num_train_epochs": (0, False, 1e6),
     "max_steps": (-1, True, 2**40),
-    "learning_rate": (0, True, 1e6),
+    "learning_rate": (0, True, 1e38),
     "weight_decay": (0, True, 1e6),
     "adam_beta1": (0, True, 1),
     "adam_beta2": (0, True, 1),
@@ -89,9 +89,15 @@ _RESERVED_ADAPTER = {
     "revision": "cit-fast, from model.revision",
     "peft_version": "PEFT",
     "auto_mapping": "PEFT",
+    "layer_replication": "nobody: it makes another base model, which no other adapter set fits",
 }
 # Kinds and initialisations that need calls of their own before or between the steps, and are something else without.
-_LEFT_OUT_KINDS = {"ADALORA": "moves its ranks between the steps, which no Trainer does by itself"}
+_LEFT_OUT_KINDS = {
+    "ADALORA": "moves its ranks between the steps, which no Trainer does by itself; it would train something else",
+    "POLY": "wants a task's number with every batch, which a prompt does not have",
+    "SHADOW": "hands something else than hidden states to the output projection, which our loss reads",
+    "XLORA": "mixes adapters that are there already; it does not learn a task",
+}
 _LEFT_OUT_INITS = ("eva", "corda", "loftq", "lora_ga")
 
 
@@ -143,7 +149,7 @@ def checked_adapter(value: Mapping[str, Any]) -> dict[str, Any]:
     if issubclass(known[kind], PromptLearningConfig):
         raise ValueError(f"peft_type: {kind} adds tokens to every prompt, which our loss cannot align")
     if kind in _LEFT_OUT_KINDS:
-        raise ValueError(f"peft_type: {kind} {_LEFT_OUT_KINDS[kind]}; it would be trained as something else")
+        raise ValueError(f"peft_type: {kind} {_LEFT_OUT_KINDS[kind]}")
     for key in value:
         if key in _RESERVED_ADAPTER:
             raise ValueError(f"{key}: set by {_RESERVED_ADAPTER[key]}")

@@ -23,7 +23,7 @@ from rich.markup import escape
 
 import cit_fast
 from cit_fast.data import TaskStream, choose_collator
-from cit_fast.data.example import Example, Task
+from cit_fast.data.example import Example, Task, unseen_media
 from cit_fast.errors import CitFastError, ConfigError, DataError, RunError
 from cit_fast.evaluation.predictions import Prediction, write_predictions
 from cit_fast.evaluation.record import RunRecord, StageRecord, read_run, read_stages
@@ -37,10 +37,12 @@ from cit_fast.training.arguments import training_arguments
 from cit_fast.training.config import MethodConfig, RunConfig
 from cit_fast.training.environment import describe_environment
 from cit_fast.training.evaluate import Evaluated, evaluate
+from cit_fast.training.guards import FrozenWeights, TrainedWeights
 from cit_fast.training.model import load_weights, loading_whole, prompt_encoder, save_weights, train_adapter
 from cit_fast.training.parts import PARTS, build_part, parts_of
 from cit_fast.training.plain import as_json, digest, plain_options, task_digest
 from cit_fast.training.pretrained import cache_folder, load_model, load_tokenizer, model_identity, resolve_model
+from cit_fast.training.rewritten_base import RewrittenBase, refuse_sharded, rewrites_base
 from cit_fast.training.run_folder import RunFolder
 from cit_fast.training.stage_trainer import StageTrainer
 from cit_fast.training.update import PlainUpdate
@@ -113,8 +115,9 @@ class MethodRun:
                 self._take_up_router(index - 1, model)
             routing = self._router_context(model, index)
             adapter = self._assigned(group[0], routing)
-            model = train_adapter(model, self.config, adapter, self.config.seed)
-            model = self._stage(model, index, len(groups), group, adapter, routing)
+            frozen = FrozenWeights(model)
+            model, rewritten = train_adapter(model, self.config, adapter, self.config.seed)
+            model = self._stage(model, index, len(groups), group, adapter, routing, frozen, rewritten)
         if self.config.evaluation.experts and not record.experts:
             record.experts = self._experts()
         record.status = "finished"
@@ -211,7 +214,15 @@ class MethodRun:
         return read_stages(cached.path)[0], cached.stage_path(0)
 
     def _stage(
-        self, model: Any, index: int, count: int, group: list[Task], adapter: str, routing: RouterContext
+        self,
+        model: Any,
+        index: int,
+        count: int,
+        group: list[Task],
+        adapter: str,
+        routing: RouterContext,
+        frozen: FrozenWeights,
+        rewritten: RewrittenBase | None,
     ) -> Any:
         joint = self.method.schedule == "joint"
         seen = [] if joint else list(self.stream)[: index - 1]
@@ -225,16 +236,24 @@ class MethodRun:
             decided = self._decided("replay", decided)
         new = [example for task in group for example in task.train]
         title = f"{self.method.name} [{index}/{count}] {'all tasks' if joint else group[0].name}"
+        notes = [note for note in [unseen_media([*new, *replayed])] if note is not None]
         inputs, said = self._inputs(model, index, [*new, *replayed], [*group, *seen])
         if not inputs.features:
             raise DataError(f"task {group[0].name!r}: no training example fits data.max_length; every one was skipped")
         # TensorBoard's default is inside the checkpoints, which go when the stage is committed.
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.folder.path / "logs" / f"{index:02d}")
         self.parts["objective"].begin_stage(model)
+        before = TrainedWeights(model)
         trainer = self._trained(model, index, title, inputs)
         train_seconds = trainer.record.seconds + inputs.seconds
         self.parts["update"].finish(trainer.optimizer)
         model = self._unwrapped(trainer, index, adapter)
+        notes += before.notes(model)
+        if rewritten is not None:
+            rewritten.undo(model, adapter)
+        frozen.check(model, f"{self.folder.path}: stage {index} ({group[0].name})")
+        for note in notes:
+            self._say(f"  {escape(note)}")
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and not parameter.isfinite().all():
                 raise RunError(
@@ -268,6 +287,7 @@ class MethodRun:
             skipped=len(inputs.skipped),
             test_truncated=found.truncated,
             test_skipped=found.skipped,
+            notes=notes,
         )
         self._commit(stage, model, found.predictions)
         self._say_scores(title, stage)
@@ -393,6 +413,8 @@ class MethodRun:
             train_dataset=inputs.features,
             data_collator=inputs.collator,
         )
+        if (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled) and rewrites_base(self.config.adapter):
+            raise refuse_sharded()
         if trainer.is_deepspeed_enabled:
             gather = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
             engine = trainer.args.hf_deepspeed_config
@@ -419,8 +441,7 @@ class MethodRun:
         self.state.wait_for_everyone()
         trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = None
         accelerator.free_memory()
-        model = self._load(gathered)
-        return train_adapter(model, self.config, adapter, self.config.seed)
+        return train_adapter(self._load(gathered), self.config, adapter, self.config.seed)[0]
 
     def _load(self, weights: Path | None) -> Any:
         """The model on this process's device, with the weights of a stage."""

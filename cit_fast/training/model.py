@@ -20,6 +20,7 @@ from cit_fast.evaluation.mixed_batches import read_adapter_config, read_adapter_
 from cit_fast.files import link_tree, write_json
 from cit_fast.text import first_line
 from cit_fast.training.config import RunConfig
+from cit_fast.training.rewritten_base import RewrittenBase, rewrites_base
 
 
 @contextlib.contextmanager
@@ -47,13 +48,16 @@ def prompt_encoder(tokenizer: Any, config: RunConfig) -> PromptEncoder:
     )
 
 
-def train_adapter(model: Any, config: RunConfig, name: str, seed: int) -> Any:
+def train_adapter(model: Any, config: RunConfig, name: str, seed: int) -> tuple[Any, RewrittenBase | None]:
     """``model`` ready to train adapter set ``name``: made when new, the only one with gradients.
 
     Without an adapter configuration the model itself is trained.
+
+    Returns:
+        The model; and what undoes the set's initialisation after the stage, where that rewrites the base model.
     """
     if config.adapter is None:
-        return model
+        return model, None
     from peft import get_peft_config, get_peft_model
     from transformers import set_seed
 
@@ -63,17 +67,21 @@ def train_adapter(model: Any, config: RunConfig, name: str, seed: int) -> Any:
         )
     if isinstance(model, PeftModel) and name in model.peft_config:
         model.set_adapter(name)
-        return model
+        return model, None
+    rewritten = RewrittenBase(model) if rewrites_base(config.adapter) else None
     set_seed(seed)  # a new set starts from the same numbers in a resumed run
     try:
         adapter = get_peft_config({"task_type": "CAUSAL_LM", **config.adapter})
-        if not isinstance(model, PeftModel):
-            return get_peft_model(model, adapter, adapter_name=name)
-        model.add_adapter(name, adapter)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"adapter: {first_line(error)}") from None
+        if isinstance(model, PeftModel):
+            model.add_adapter(name, adapter)
+        else:
+            model = get_peft_model(model, adapter, adapter_name=name)
+    except Exception as error:  # whatever PEFT thinks of the options, in a dozen kinds
+        raise ConfigError(f"adapter: {first_line(error)}") from error
     model.set_adapter(name)
-    return model
+    if rewritten is not None:
+        rewritten.added(model, name)
+    return model, rewritten
 
 
 def save_weights(
