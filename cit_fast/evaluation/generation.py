@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 
 from cit_fast.errors import DataError
 from cit_fast.evaluation.mixed_batches import AdapterBank, RowsLostError
+from cit_fast.objectives.objective import evaluating
 from cit_fast.routing import BASE
 
 
@@ -86,7 +87,7 @@ def generate(
 
     lengths = list(map(len, prompts))
     longest_first = sorted(range(len(prompts)), key=lambda index: -lengths[index])
-    with _evaluating(model), _only_defaults(model, config), _contiguous_rows(model), torch.inference_mode():
+    with evaluating(model), _only_defaults(model, config), _contiguous_rows(model), torch.inference_mode():
         together = "any" if batch_size == 1 or len(prompts) < 2 else _batched_together(model, prompts[0], pad_token_id)
 
         def batches(indices: Sequence[int]) -> Iterator[Sequence[int]]:
@@ -222,18 +223,6 @@ def _new_tokens(model: Any, prompts: Sequence[Sequence[int]], config: Generation
         generation_config=config,
     )
     return output[:, width:].tolist()  # type: ignore[no-any-return]
-
-
-@contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode inside; afterwards exactly those modules train that trained before."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextlib.contextmanager

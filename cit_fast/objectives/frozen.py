@@ -28,7 +28,8 @@ from cit_fast.errors import RunError
 from cit_fast.files import replacing
 from cit_fast.objectives.grouping import GroupingCollator, alike_together
 from cit_fast.objectives.head import Head, head_of
-from cit_fast.objectives.pair_hidden import evaluating, pair_hidden
+from cit_fast.objectives.objective import evaluating
+from cit_fast.objectives.pair_hidden import pair_hidden
 from cit_fast.objectives.pairs import EncodedPair, PairCollator
 from cit_fast.ops import key_part_information_gain, token_gain
 from cit_fast.processes import rank_and_count, wait_for_all

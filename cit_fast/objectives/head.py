@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from cit_fast.errors import ConfigError
-from cit_fast.objectives.objective import unwrap
+from cit_fast.objectives.objective import evaluating, unwrap
 
 # What the configurations of transformers call the cap and the factor of the logits.
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma; RecurrentGemma; xLSTM
@@ -91,14 +91,9 @@ def _weight(projection: Any) -> Tensor:
             "adapter.target_modules: the output projection has an adapter and is split over the processes; this loss "
             "needs it whole: leave the output projection out, or use DDP"
         )
-    training = [module for module in projection.modules() if module.training]
-    projection.eval()
-    try:
-        units = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+    units = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+    with evaluating(projection):
         columns: Tensor = projection(units)
-    finally:
-        for module in training:
-            module.training = True
     bias = getattr(projection, "bias", None)
     return (columns if bias is None else columns - bias).T.contiguous()
 
@@ -122,7 +117,8 @@ def _check(base: nn.Module, projection: nn.Module, head: Head) -> None:
     handle = projection.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     tokens = torch.arange(min(4, head.vocabulary), device=head.weight.device)[None]
     try:
-        logits = base(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
+        with evaluating(base):
+            logits = base(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
     finally:
         handle.remove()
     wide = torch.promote_types(logits.dtype, torch.float32)

@@ -29,8 +29,8 @@ from cit_fast.objectives.cross_entropy import CrossEntropy
 from cit_fast.objectives.frozen import FrozenStates, freeze
 from cit_fast.objectives.grouping import GroupingCollator
 from cit_fast.objectives.head import Head, head_of
-from cit_fast.objectives.objective import StageContext, StageInputs, per_item
-from cit_fast.objectives.pair_hidden import evaluating, pair_collator, pair_hidden
+from cit_fast.objectives.objective import StageContext, StageInputs, evaluating, per_item
+from cit_fast.objectives.pair_hidden import pair_collator, pair_hidden
 from cit_fast.objectives.pairs import EncodedPair, PairCollator, encode_pairs
 from cit_fast.objectives.run_key_parts import chat_of, check_key_parts, key_parts_for_run
 from cit_fast.ops import linear_cross_entropy, masked_jsd

@@ -95,6 +95,18 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards exactly those modules train that trained before."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
 def _only_rows(head: nn.Module | None, rows: Tensor) -> Iterator[None]:
     """Let the output projection see only the hidden states at ``rows`` [batch, length], as one [rows, d] matrix."""
 

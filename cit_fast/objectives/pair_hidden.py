@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cit_fast.data.collation import LENGTHS
 from cit_fast.data.prompts import IGNORED, Encoded, learned_positions
 from cit_fast.errors import ConfigError
-from cit_fast.objectives.objective import router_loss, unwrap
+from cit_fast.objectives.objective import evaluating, router_loss, unwrap
 from cit_fast.objectives.pairs import EncodedPair, PairCollator
 
 _log = logging.getLogger(__name__)
@@ -219,15 +219,3 @@ def shortest_window(model: nn.Module) -> int | None:
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards exactly those modules train that trained before."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

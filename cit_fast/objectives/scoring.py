@@ -14,7 +14,8 @@ from cit_fast.data.prompts import PromptEncoder
 from cit_fast.errors import ConfigError, DataError
 from cit_fast.objectives.grouping import GroupingCollator, alike_together
 from cit_fast.objectives.head import Head, head_of
-from cit_fast.objectives.pair_hidden import PairHidden, evaluating, pair_collator, pair_hidden
+from cit_fast.objectives.objective import evaluating
+from cit_fast.objectives.pair_hidden import PairHidden, pair_collator, pair_hidden
 from cit_fast.objectives.pairs import EncodedPair, encode_pairs, name_of
 from cit_fast.ops import key_part_information_gain, token_gain
 

@@ -6,12 +6,12 @@ The model is a skeleton without memory (device "meta"), so a trial costs a fract
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import regex
 import torch
 
 from cit_fast.data.example import Task
@@ -47,9 +47,8 @@ def try_adapter(bare: Any, adapter: Mapping[str, Any]) -> None:
     """
     from peft import get_peft_config, get_peft_model
 
-    names = [name for name, _ in bare.named_modules()]
     for key in _PATTERNS:
-        _try_pattern(key, adapter.get(key), names)
+        _try_pattern(key, adapter.get(key))
     dropout = adapter.get("lora_dropout", 0.0)
     if not 0 <= dropout < 1:
         raise ConfigError(f"adapter.lora_dropout: {dropout}; expected a probability below 1")
@@ -72,20 +71,13 @@ def try_adapter(bare: Any, adapter: Mapping[str, Any]) -> None:
         raise ConfigError("adapter: leaves nothing to train in this model")
 
 
-def _try_pattern(key: str, pattern: Any, names: Sequence[str]) -> None:
-    """See that a regular expression is one, and does not take for ever on the names of the model's modules."""
-    for one in pattern if isinstance(pattern, (list, tuple)) else [pattern]:
-        if not isinstance(one, str):
-            continue
+def _try_pattern(key: str, pattern: Any) -> None:
+    """See that what PEFT takes for a regular expression is one; in a list, they are names."""
+    if isinstance(pattern, str):
         try:
-            compiled = regex.compile(one)
-            for name in names:
-                compiled.fullmatch(name, timeout=1.0)
-        except regex.error as error:
-            if not isinstance(pattern, (list, tuple)):  # names in a list are no expressions
-                raise ConfigError(f"adapter.{key}: {one!r} is no regular expression: {error}") from None
-        except TimeoutError:
-            raise ConfigError(f"adapter.{key}: {one!r} takes too long on the names of the modules") from None
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(f"adapter.{key}: {pattern!r} is no regular expression: {error}") from None
 
 
 def try_arguments(arguments: Any) -> None:
@@ -101,6 +93,7 @@ def try_arguments(arguments: Any) -> None:
 
     model = torch.nn.Sequential(torch.nn.Linear(1, 1))
     trials: dict[str, Callable[[], Any]] = {
+        "log_level": arguments.get_process_log_level,
         "report_to": lambda: [kind() for kind in get_reporting_integration_callbacks(arguments.report_to)],
         "optim": lambda: _try_optimizer(Trainer.get_optimizer_cls_and_kwargs(arguments, model), model),
         "lr_scheduler_type": lambda: get_scheduler(
@@ -118,13 +111,8 @@ def try_arguments(arguments: Any) -> None:
             trial()
         except Exception as error:  # whatever a package that is missing or an argument that is unknown raises
             raise ConfigError(f"training.{key}: {first_line(error)}") from error
-    if str(getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type)) in _BY_EVALUATION:
-        raise ConfigError("training.lr_scheduler_type: follows evaluations during the training, and there are none")
     if arguments.use_liger_kernel and not is_liger_kernel_available():
         raise ConfigError("training.use_liger_kernel: the package liger-kernel is not installed")
-
-
-_BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")
 
 
 def _try_optimizer(made: tuple[Any, dict[str, Any]], model: torch.nn.Module) -> None:

@@ -6,6 +6,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from cit_fast.data import PaddingCollator
+from cit_fast.errors import ConfigError
 from cit_fast.objectives import CrossEntropy
 from cit_fast.objectives.objective import response_logits, unwrap
 
@@ -80,3 +81,13 @@ def test_unwrap_goes_through_parallel_and_peft_wrappers(model):
     wrapped = nn.Module()
     wrapped.module = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
     assert unwrap(wrapped) is model
+
+
+def test_label_smoothing_is_that_of_the_trainer(model, batch):
+    from transformers.trainer_pt_utils import LabelSmoother
+
+    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    expected = LabelSmoother(epsilon=0.3)(output, batch["labels"], shift_labels=True)
+    torch.testing.assert_close(CrossEntropy(label_smoothing=0.3)(model, batch, None), expected)
+    with pytest.raises(ConfigError, match=r"label_smoothing: 1 is outside \[0, 1\)"):
+        CrossEntropy(label_smoothing=1)

@@ -114,3 +114,32 @@ def test_a_head_that_is_not_understood(make_model):
         head_of(model)
     with pytest.raises(ConfigError, match="no output projection"):
         head_of(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "bias"),
+    [({}, False), ({"use_rslora": True, "lora_alpha": 7}, True), ({"use_dora": True}, False)],
+    ids=["lora", "rslora with a bias", "dora"],
+)
+def test_the_head_is_what_its_adapter_makes_of_it(make_model, adapter, bias):
+    """Whatever the adapter: the model's logits, and the same gradients."""
+    from peft import LoraConfig, get_peft_model
+
+    model = make_model("Phi", num_key_value_heads=4) if bias else make_model("Llama")
+    settings = LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False, lora_dropout=0.5, **adapter)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        adapted = get_peft_model(model, settings).train()
+    head = head_of(adapted)
+    assert adapted.get_base_model().lm_head.lora_dropout["default"].training
+    adapted.eval()
+    ids = torch.tensor([[5, 17, 300]])
+    logits = adapted(ids).logits
+    hidden = adapted.get_base_model().model(ids).last_hidden_state
+    ours = hidden @ head.weight.T + (0 if head.bias is None else head.bias)
+    torch.testing.assert_close(ours, logits, atol=1e-4, rtol=1e-4)
+    factors = [p for name, p in adapted.named_parameters() if p.requires_grad]
+    for one, other in zip(*(torch.autograd.grad(z.square().sum(), factors) for z in (ours, logits)), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-2, rtol=1e-3)
+    with adapted.disable_adapter():
+        assert torch.equal(head_of(adapted).weight, model.lm_head.base_layer.weight)

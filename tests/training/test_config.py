@@ -50,13 +50,35 @@ def write(tmp_path, text):
         ("training: {save_only_model: true}", "training.save_only_model: set by cit-fast"),
         ("adapter: {peft_type: PROMPT_TUNING}", "adapter.peft_type: PROMPT_TUNING adds tokens to every prompt"),
         ("- 1", "a mapping of keys was expected, not list"),
+        ("data: &a {tasks: *a}", "data.tasks.tasks.tasks.tasks.tasks: nested too deep"),
+        ("data: " + "[" * 5000, "not valid YAML: nested too deep"),
+        ("seed: " + "9" * 5000, "not valid YAML: Exceeds the limit"),
+        ("seed: 4294967296", "seed: input should be less than 2147483648"),
+        ("seed: 1" + "0" * 30, "seed: a number of 100 bits; 63 are the most"),
+        ("seed: 1\nseed: 2", ":1: not valid YAML: key 'seed' is given twice"),
+        ("seed: .inf", "seed: inf is no finite number"),
+        ("data: {1: 2}", "data.1: a key must be a text, not int"),
+        ("data: {null: 2}", "data.None: a key must be a text, not NoneType"),
+        ("data: !!set {a}", "data: a set is no value of a configuration"),
+        ("data: 2026-11-28 10:00:00", "data: a datetime is no value of a configuration"),
+        ("name: !!binary aGk=", "name: a bytes is no value of a configuration"),
+        ('output: "a\\0b"', "output: a null character"),
+        ('output: "a\\ud83d"', "output: invalid Unicode: a lone surrogate"),
+        (f"output: {'x' * 300}", "output: the name 'xxxxxxxxxxxxxxxxxxxx'... is longer than a file's name can be"),
+        ("methods: [[sequential]]", "methods.0: "),
+        ("methods: [{preset: [a]}]", "methods.0: unknown preset ['a']"),
+        ("methods: [{preset: {a: b}}]", "methods.0: unknown preset {'a': 'b'}"),
+        ("methods: [{name: {a: b}}]", "methods.0.name: "),
+        ("training: {learning_rate: null}", "training.learning_rate: Input should be a valid number"),
+        ("data: {template_options: {messages: x}}", "data.template_options.messages: set by cit-fast"),
+        ("data: {date: tomorrow}", "data.date: "),
     ],
 )
 def test_a_wrong_key_is_one_line_with_its_path(tmp_path, text, message):
     path = write(tmp_path, text)
     with pytest.raises(ConfigError) as caught:
         load_config(path)
-    assert str(caught.value).startswith(f"{path}: {message}")
+    assert str(caught.value).startswith((f"{path}: {message}", f"{path}{message}"))
     assert "\n" not in str(caught.value)
 
 
@@ -107,6 +129,33 @@ def test_bad_overrides(tmp_path, override, message):
     assert message in str(caught.value)
 
 
+def test_null_is_validated_like_any_value(tmp_path):
+    text = "training: {save_total_limit: null}\nadapter: {target_modules: null, layers_to_transform: null}"
+    config = load_config(write(tmp_path, text))
+    assert config.training == {"save_total_limit": None}
+    assert config.adapter == {"target_modules": None, "layers_to_transform": None, "peft_type": "LORA"}
+
+
+def test_anchors_that_multiply_are_refused_at_once(tmp_path):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 10)}]" for k in range(1, 12)]
+    with pytest.raises(ConfigError, match="more values than a configuration can have"):
+        load_config(write(tmp_path, "\n".join(lines)))
+
+
+def test_files_that_are_no_text(tmp_path):
+    import os
+
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="no regular file; give the YAML file"):
+        load_config(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / ("x" * 300))
+    (tmp_path / "run.yaml").write_bytes(b"name: \xff")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(tmp_path / "run.yaml")
+
+
 def test_a_number_written_as_text_by_yaml_is_a_number(tmp_path):
     config = load_config(write(tmp_path, "training: {learning_rate: 1e-3, weight_decay: 1e-2}"))
     assert config.training == {"learning_rate": 1e-3, "weight_decay": 1e-2}
@@ -150,6 +199,13 @@ def test_options_without_a_name_refine_the_presets_part():
         ("replay", "rondom", "replay: unknown name 'rondom'; did you mean 'random'?"),
         ("replay", "no.such.module.Policy", "'no.such.module.Policy' cannot be imported"),
         ("replay", "cit_fast.replay.Missing", "cannot be imported"),
+        ("replay", ".relative.Policy", "'.relative.Policy' is no dotted path"),
+        ("replay", "cit_fast.replay.", "is no dotted path"),
+        ("replay", "os.path", "'os.path' is a module, not a class"),
+        ("replay", "sys.maxsize", "'sys.maxsize' is a int, not a class"),
+        ("replay", "os.getcwd", "makes a str, which is no replay: it has no select()"),
+        ("replay", "builtins.int", "makes a int, which is no replay"),
+        ("router", "cit_fast.replay.NoReplay", "makes a NoReplay, which is no router: it has no assign()"),
         ("replay", {"name": "random", "ratio": 1}, "replay.ratio: unknown key"),
         ("replay", {"name": "random", "fraction": 2}, "replay.fraction: 2"),
         ("replay", {"name": "random", "per_task": 0}, "replay.per_task: 0"),
