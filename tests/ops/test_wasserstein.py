@@ -453,3 +453,14 @@ def test_a_failed_simplex_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_wasserstein_native, "PATHS_ENTRIES", 0)
     with pytest.raises(CitFastError, match=r"exact transport between clouds 0 and 1 failed: .*use method='sinkhorn'"):
         wasserstein_matrix(random_clouds((20, 30)))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_masses_below_the_simplexs_epsilon_are_carried(turned: bool) -> None:
+    """Where all else is free, a mass of 1e-30 is the distance."""
+    clouds = [torch.tensor([[0.0, 1.0], [0.0, 0.0]]), torch.tensor([[0.0, 0.0]])]
+    weights = [torch.tensor([1e-30, 1.0]), torch.tensor([1.0])]
+    order = (1, 0) if turned else (0, 1)
+    with backend("reference"):
+        found = wasserstein_matrix([clouds[k] for k in order], [weights[k] for k in order], metric="euclidean")
+    assert found.distances[0, 1] == pytest.approx(1e-30, rel=1e-6)
