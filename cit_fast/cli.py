@@ -100,7 +100,7 @@ def evaluate(
     from cit_fast.evaluation import rescore
 
     console = Console()
-    scores = violations = 0
+    scores = violations = changed = 0
     for folder in _run_folders(runs):
         table = Table(title=escape(str(folder)))
         for column in ("stage", "task", "metric", "recorded", "recomputed", "V", "examples"):
@@ -108,13 +108,14 @@ def evaluate(
         for entry in rescore(folder, write=write, allow_custom_metrics=allow_custom_metrics):
             scores += not entry.scores_agree
             violations += not entry.violations_agree
+            changed += not entry.intact
             shown = ["-" if value is None else f"{value:.1f}" for value in (entry.recorded, entry.recomputed)]
             table.add_row(
                 f"{entry.stage}", entry.task, entry.metric, *shown, _v_of(entry), f"{entry.examples}",
                 style=None if entry.agrees else "bold red",
             )  # fmt: skip
         console.print(table)
-    counts = {"scores": scores, "V-scores": violations}
+    counts = {"scores": scores, "V-scores": violations, "files of predictions": changed}
     differ = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
     console.print(f"Not as recorded: {differ}." if differ else "All recorded scores agree.")
     if differ:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,95 @@ def write_json(path: Path, value: Any) -> None:
     write_file(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+_CHECKSUM = "checksum"
+
+
+def write_checked_json(path: Path, value: Mapping[str, Any]) -> None:
+    """:func:`write_json` of an object, with a checksum of the rest under ``checksum``."""
+    write_json(path, {**value, _CHECKSUM: _checksum(value)})
+
+
+def read_checked_json(path: Path, *, check: bool = True) -> dict[str, Any]:
+    """What :func:`write_checked_json` wrote. An object without a checksum is taken as it is.
+
+    Args:
+        check: whether a checksum that does not match is an error.
+
+    Raises:
+        FileNotFoundError: no such file.
+        RunError: it cannot be read, is no JSON object, or is not what was written.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{path}: damaged ({str(error) or 'nested too deep'})") from None
+    if not isinstance(value, dict):
+        raise RunError(f"{path}: damaged (a JSON object was expected, not {type(value).__name__})")
+    written = value.pop(_CHECKSUM, None)
+    if check and written is not None and written != _checksum(value):
+        raise RunError(
+            f"{path}: damaged (its checksum is that of another content; where it was changed on purpose, remove the "
+            f"key {_CHECKSUM!r})"
+        )
+    return value
+
+
+def _checksum(value: Mapping[str, Any]) -> str:
+    plain = json.dumps(value, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(json.dumps(json.loads(plain), sort_keys=True).encode()).hexdigest()
+
+
+def file_checksum(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def tree_checksums(folder: Path, known: Mapping[str, tuple[Path, str]] | None = None) -> dict[str, str]:
+    """The checksum of every file below ``folder``, by its path there with ``/`` between the names.
+
+    Args:
+        known: files elsewhere with their checksums, by the same paths; where one is the same file as ours (a hard
+            link), its checksum is taken over, so that damage since then still shows.
+    """
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            name = path.relative_to(folder).as_posix()
+            other, checksum = (known or {}).get(name, (path, ""))
+            same = checksum and other.is_file() and path.samefile(other)
+            found[name] = checksum if same else file_checksum(path)
+    return found
+
+
+def damaged_files(folder: Path, checksums: Mapping[str, str], below: str = "") -> dict[str, str]:
+    """Which files are not what was written, by their paths in ``folder``, with the reason.
+
+    Args:
+        checksums: as :func:`tree_checksums` gives them; where there are none, nothing is known to be damaged.
+        below: look only at paths that start with this.
+    """
+    found = {}
+    for name, checksum in checksums.items():
+        if not name.startswith(below):
+            continue
+        try:
+            if file_checksum(folder / name) != checksum:
+                found[name] = "its content has changed"
+        except FileNotFoundError:
+            found[name] = "it is not there"
+        except OSError as error:
+            found[name] = error.strerror or str(error)
+    return found
+
+
 def sync_tree(folder: Path) -> None:
     """Flush every file below ``folder`` to the disk."""
     for path in sorted(folder.rglob("*")):
@@ -96,6 +187,36 @@ def link_tree(source: Path, target: Path) -> None:
         return other
 
     shutil.copytree(source, target, copy_function=link)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary neighbour of ``path`` to fill; it appears under that name, whole, when the block is left.
+
+    What killed processes left of their own such folders is removed: each is locked by who fills it.
+    """
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        with contextlib.suppress(OSError), _locked(leftover):
+            shutil.rmtree(leftover)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        with _locked(temporary):
+            yield temporary
+            commit_folder(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a folder until the block is left or the process ends; OSError where another process holds it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 def commit_folder(temporary: Path, final: Path) -> None:

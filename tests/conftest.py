@@ -104,3 +104,17 @@ def tiny_model_folder(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory:
     model.save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def edit_record():
+    """``edit_record(path, key=value, ...)``: change a run's record by hand, as its error says: without its checksum."""
+    import json
+
+    def edit(path: Path, **changes: object) -> dict[str, object]:
+        record = {**json.loads(path.read_text(encoding="utf-8")), **changes}
+        record.pop("checksum", None)
+        path.write_text(json.dumps(record), encoding="utf-8")
+        return record
+
+    return edit

@@ -41,7 +41,7 @@ def call(monkeypatch, *arguments) -> int:
     return ended.value.code or 0
 
 
-def test_run_report_eval_generate(config, monkeypatch, capsys, tmp_path):
+def test_run_report_eval_generate(edit_record, config, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("COLUMNS", "200")
     assert call(monkeypatch, "run", config, "--set", "seed=3") == 0
     printed = capsys.readouterr().out
@@ -63,13 +63,11 @@ def test_run_report_eval_generate(config, monkeypatch, capsys, tmp_path):
     assert "All recorded scores agree." in capsys.readouterr().out
     stage = tmp_path / "runs/sequential/stages/02/stage.json"
     record = json.loads(stage.read_text())
-    record["scores"]["units"] += 1
-    stage.write_text(json.dumps(record))
+    edit_record(stage, scores={**record["scores"], "units": record["scores"]["units"] + 1})
     assert call(monkeypatch, "eval", tmp_path / "runs" / "sequential") == 1
     assert "Not as recorded: 1 scores." in capsys.readouterr().out
-    record["scores"]["units"] -= 1
-    record["violations"]["units"] = {"WFR": 0.125, "WR": 0.125}
-    stage.write_text(json.dumps(record))
+    violations = {**record["violations"], "units": {"WFR": 0.125, "WR": 0.125}}
+    edit_record(stage, scores=record["scores"], violations=violations)
     assert call(monkeypatch, "eval", tmp_path / "runs" / "sequential") == 1
     printed = capsys.readouterr().out
     assert "12.5 ≠ " in printed

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from cit_fast.errors import DataError, RunError
 from cit_fast.evaluation.metrics import METRICS, score
-from cit_fast.evaluation.record import RunRecord, StageRecord, read_run, read_stages
+from cit_fast.evaluation.record import RunRecord, StageRecord, read_run, read_stages, write_record
 from cit_fast.evaluation.violations import Constraints, violation_rates
-from cit_fast.files import write_file, write_json
+from cit_fast.files import damaged_files, file_checksum, write_file
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ def read_predictions(path: Path) -> list[Prediction]:
 def _prediction(line: str, where: str) -> Prediction:
     try:
         raw = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise RunError(f"{where}: broken JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{where}: broken JSON ({error})") from None
     kinds = {"prompt": str, "prediction": str, "references": list, "score": (int, float)}
     if not isinstance(raw, dict) or set(raw) - {"input"} != set(kinds):
         raise RunError(f"{where}: an object with the keys {', '.join(kinds)} was expected")
@@ -86,7 +86,7 @@ class Rescored:
 
     Either is ``None`` where it is missing: nothing recorded, or no predictions stored (``examples`` is 0).
     ``violations`` and ``violations_again`` are the task's rates, as recorded and as recomputed; ``None`` where missing,
-    or where the run is older than they are.
+    or where the run is older than they are. ``intact``: whether the predictions are those that were written.
     """
 
     stage: int
@@ -97,11 +97,12 @@ class Rescored:
     examples: int
     violations: dict[str, float] | None = None
     violations_again: dict[str, float] | None = None
+    intact: bool = True
 
     @property
     def agrees(self) -> bool:
         """Whether the stored predictions give what is recorded, up to rounding in the last digits."""
-        return self.scores_agree and self.violations_agree
+        return self.scores_agree and self.violations_agree and self.intact
 
     @property
     def scores_agree(self) -> bool:
@@ -138,7 +139,8 @@ def rescore(run_folder: Path, *, write: bool = False, allow_custom_metrics: bool
     run_folder = Path(run_folder)
     run = read_run(run_folder)
     results = []
-    for stage in read_stages(run_folder):
+    for stage in read_stages(run_folder, check=False):  # what it says is what is looked at here
+        folder = run_folder / "stages" / f"{stage.index:02d}"
         again: dict[str, _Again] = {}
         recorded_scores = stage.scores | stage.held_out
         for task in run.every_task:
@@ -158,9 +160,9 @@ def rescore(run_folder: Path, *, write: bool = False, allow_custom_metrics: bool
             if stored or recorded is not None:
                 found = again.get(task, _Again(None, None, []))
                 was = stage.violations.get(task)
-                results.append(
-                    Rescored(stage.index, task, metric, recorded, found.score, len(stored), was, found.violations)
-                )
+                values = (recorded, found.score, len(stored), was, found.violations)
+                intact = not damaged_files(folder, stage.files, path.relative_to(folder).as_posix())
+                results.append(Rescored(stage.index, task, metric, *values, intact))
         if write and again:
             _update(run_folder, stage, again, set(run.held_out_tasks))
     return results
@@ -206,6 +208,7 @@ def judged(constraints: Constraints, predictions: Sequence[Prediction]) -> dict[
 
 
 def _update(run_folder: Path, stage: StageRecord, again: dict[str, _Again], held_out: set[str]) -> None:
+    folder = run_folder / "stages" / f"{stage.index:02d}"
     # Predictions first: were the process killed in between, the next call would find the difference and go
     # on.
     for task, found in again.items():
@@ -217,5 +220,10 @@ def _update(run_folder: Path, stage: StageRecord, again: dict[str, _Again], held
         scores=stage.scores | {task: value for task, value in scores.items() if task not in held_out},
         held_out=stage.held_out | {task: value for task, value in scores.items() if task in held_out},
         violations=stage.violations | violations,
+        files=stage.files
+        | {
+            path.relative_to(folder).as_posix(): file_checksum(path)
+            for path in (predictions_path(run_folder, stage.index, task) for task in again)
+        },
     )
-    write_json(run_folder / "stages" / f"{stage.index:02d}" / "stage.json", dataclasses.asdict(changed))
+    write_record(folder / "stage.json", changed)

@@ -5,18 +5,19 @@
     <run>/stages/01/stage.json ...          StageRecord after each training stage, in order
     <run>/stages/NN/predictions/<task>.jsonl  one object per test example: prompt, prediction, references, score
 
-A stage folder is committed by one rename, so a stage that exists is whole.
+A stage folder is committed by one rename, so a stage that exists is whole. Records carry a checksum of themselves, and
+a stage's record those of its files: what has changed since is an error that names it, never another result.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from cit_fast.errors import RunError
+from cit_fast.files import damaged_files, read_checked_json, write_checked_json
 
 FORMAT_VERSION = 1
 _Record = TypeVar("_Record")
@@ -58,6 +59,7 @@ class StageRecord:
             (:mod:`cit_fast.evaluation.violations`); of every task that was evaluated, empty for one that declares no
             constraint.
         notes: sentences for whoever reads the record: media that were not seen, layers that did not move.
+        files: path of every other file in the stage's folder -> its SHA-256, filled in when the stage is committed.
     """
 
     index: int
@@ -81,6 +83,7 @@ class StageRecord:
     held_out: dict[str, float] = field(default_factory=dict)
     violations: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -124,15 +127,11 @@ class RunRecord:
         return str(self.method["name"])
 
 
-def _read(path: Path, kind: type[_Record]) -> _Record:
+def _read(path: Path, kind: type[_Record], check: bool = True) -> _Record:
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_checked_json(path, check=check)
     except FileNotFoundError:
         raise RunError(f"{path}: not there; is {path.parent} the folder of a cit-fast run?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RunError(f"{path}: damaged ({error})") from None
-    if not isinstance(raw, dict):
-        raise RunError(f"{path}: damaged (a JSON object was expected, not {type(raw).__name__})")
     version = raw.get("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
         raise RunError(f"{path}: written in format version {version}; this cit-fast reads version {FORMAT_VERSION}")
@@ -142,8 +141,19 @@ def _read(path: Path, kind: type[_Record]) -> _Record:
         raise RunError(f"{path}: unknown key {unknown[0]!r}")
     lists, objects = (
         {"tasks", "trained", "held_out_tasks", "notes"},
-        {"metrics", "method", "config", "environment", "experts", "scores", "held_out", "violations", "constraints"},
-    )
+        {
+            "metrics",
+            "method",
+            "config",
+            "environment",
+            "experts",
+            "scores",
+            "held_out",
+            "violations",
+            "constraints",
+            "files",
+        },
+    )  # fmt: skip
     for key in sorted(lists | objects | {"replayed", "replay", "objective", "routing"}):
         wanted = list if key in lists else dict
         if key in raw and not isinstance(raw[key], wanted):
@@ -163,11 +173,32 @@ def read_run(folder: Path) -> RunRecord:
     return _read(Path(folder) / "run.json", RunRecord)
 
 
-def read_stages(folder: Path) -> list[StageRecord]:
+def read_stages(folder: Path, *, check: bool = True) -> list[StageRecord]:
     """Read every committed stage of a run, in order; stage 0 is the untrained model.
+
+    Args:
+        check: whether a record that has changed since it was written is an error.
 
     Raises:
         RunError: a damaged stage file.
     """
     paths = [path for path in Path(folder).glob("stages/*/stage.json") if path.parent.name.isdigit()]
-    return [_read(path, StageRecord) for path in sorted(paths, key=lambda path: int(path.parent.name))]
+    return [_read(path, StageRecord, check) for path in sorted(paths, key=lambda path: int(path.parent.name))]
+
+
+def write_record(path: Path, record: RunRecord | StageRecord) -> None:
+    """Write a record with its checksum, atomically."""
+    write_checked_json(path, dataclasses.asdict(record))
+
+
+def check_files(folder: Path, stage: StageRecord, below: str = "") -> None:
+    """See that the files of a stage are what was written.
+
+    Args:
+        folder: the stage's. ``below``: look only at paths that start with this.
+
+    Raises:
+        RunError: the first that is not.
+    """
+    for name, reason in damaged_files(folder, stage.files, below).items():
+        raise RunError(f"{folder / name}: damaged ({reason})")

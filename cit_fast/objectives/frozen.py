@@ -12,7 +12,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -92,7 +92,7 @@ def freeze(
     rank, world = rank_and_count()
     key = _key(model, pairs, alpha, context, batch_size, world)
     path = _path(folder, rank, world)
-    if _read(path, key) is None:
+    if _read(path, key, check=True) is None:
         _write(path, key, _pass(model, pairs, batches[rank::world], collate, alpha, context))
     wait_for_all()
     shards = []
@@ -174,22 +174,41 @@ def _joined(shards: Sequence[dict[str, Tensor]]) -> FrozenStates:
 # ------------------------------------------------------------------------------------------------------- on disk
 
 
+_TENSORS = ("states", "index", "tokens", "gain", "seconds")
+
+
 def _path(folder: Path, rank: int, world: int) -> Path:
     return folder / f"frozen-{rank:05d}-of-{world:05d}.safetensors"
 
 
 def _write(path: Path, key: str, tensors: dict[str, Tensor]) -> None:
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"key": key})
+        save_file(tensors, temporary, metadata={"key": key, "content": _content(tensors)})
 
 
-def _read(path: Path, key: str) -> dict[str, Tensor] | None:
-    """The tensors, mapped from the file; ``None``: no file, a damaged one, or one of something else."""
+def _content(tensors: Mapping[str, Tensor]) -> str:
+    """Digest of all tensors' bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in _TENSORS:
+        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _read(path: Path, key: str, check: bool = False) -> dict[str, Tensor] | None:
+    """The tensors, mapped from the file; ``None``: no file, a damaged one, or one of something else.
+
+    Args:
+        check: compare what is there with what was written; for a file that this process did not write itself.
+    """
     try:
         with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("key") != key:
+            written = file.metadata() or {}
+            if written.get("key") != key:
                 return None
-            return {name: file.get_tensor(name) for name in ("states", "index", "tokens", "gain", "seconds")}
+            tensors = {name: file.get_tensor(name) for name in _TENSORS}
+            if check and _content(tensors) != written.get("content"):
+                raise SafetensorError("its content has changed")
+            return tensors
     except FileNotFoundError:
         return None
     except (OSError, SafetensorError) as error:

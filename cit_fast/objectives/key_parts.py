@@ -20,8 +20,8 @@ from torch import nn
 from cit_fast.data.clauses import Span, clauses
 from cit_fast.data.example import Example
 from cit_fast.data.prompts import ExampleTooLongError, PromptEncoder
-from cit_fast.errors import ConfigError, DataError
-from cit_fast.files import write_json
+from cit_fast.errors import ConfigError, DataError, RunError
+from cit_fast.files import read_checked_json, write_checked_json
 from cit_fast.objectives.pairs import EncodedPair, encode_pair, name_of
 from cit_fast.objectives.scoring import pair_gains
 
@@ -271,17 +271,17 @@ class _Kept:
         if self._folder is None:
             return None
         try:
-            found = json.loads(self._path(self._folder, text).read_text(encoding="utf-8"))
+            found = read_checked_json(self._path(self._folder, text))
             spans = tuple((int(start), int(end)) for start, end in found["key_parts"])
             Example(text, references=("-",), key_parts=spans)
-        except (OSError, ValueError, KeyError, TypeError, DataError):
+        except (OSError, RunError, ValueError, KeyError, TypeError, DataError):
             return None
         return spans if found["instruction"] == text else None
 
     def write(self, text: str, spans: Sequence[Span], gains: Sequence[tuple[Span, float]]) -> None:
         if self._folder is not None:
             clauses_and_gains = [{"span": list(span), "text": text[slice(*span)], "gain": gain} for span, gain in gains]
-            write_json(
+            write_checked_json(
                 self._path(self._folder, text),
                 {
                     "instruction": text,

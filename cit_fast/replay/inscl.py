@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from cit_fast.data.embedding import Embedder, build_embedder, task_clouds
 from cit_fast.data.example import Example, Task
-from cit_fast.errors import ConfigError
-from cit_fast.files import write_json
+from cit_fast.errors import ConfigError, RunError
+from cit_fast.files import read_checked_json, write_checked_json
 from cit_fast.ops import wasserstein_matrix
 from cit_fast.replay.allocation import Budget, allocate
 from cit_fast.replay.insinfo import draw_by_insinfo, insinfo
@@ -120,7 +120,7 @@ class InsCLReplay:
         pairs = [(earlier, len(context.seen)) for earlier in range(len(context.seen))]
         row: list[float] = wasserstein_matrix(clouds, weights, method=self.distance, pairs=pairs).distances.tolist()
         if path is not None:
-            write_json(path, {"key": key, "distances": row})
+            write_checked_json(path, {"key": key, "distances": row})
         return row
 
     # -- instructions --------------------------------------------------------------------------------------------
@@ -216,8 +216,8 @@ def _read_row(path: Path | None, key: str, count: int) -> list[float] | None:
     if path is None:
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_checked_json(path)
         row = [float(value) for value in found["distances"]] if found["key"] == key else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, RunError, ValueError, KeyError, TypeError):
         return None
     return row if row is not None and len(row) == count and all(map(math.isfinite, row)) else None

@@ -23,7 +23,7 @@ from filelock import FileLock
 from tqdm.auto import tqdm
 
 from cit_fast.errors import ConfigError, RunError
-from cit_fast.files import write_json
+from cit_fast.files import read_checked_json, write_checked_json
 from cit_fast.text import first_line
 
 _RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
@@ -90,15 +90,16 @@ class Chat(ABC):
         if self.cache is None:
             return None
         try:
-            found = json.loads(self._path(self.cache, prompt).read_text(encoding="utf-8"))
+            found = read_checked_json(self._path(self.cache, prompt))
             answer = found["answer"] if found["prompt"] == prompt else None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, RunError, KeyError):
             return None  # not there, or damaged: asked again
         return answer if isinstance(answer, str) else None
 
     def _keep(self, prompt: str, answer: str) -> None:
         if self.cache is not None:
-            write_json(self._path(self.cache, prompt), {"model": self.identity, "prompt": prompt, "answer": answer})
+            kept = {"model": self.identity, "prompt": prompt, "answer": answer}
+            write_checked_json(self._path(self.cache, prompt), kept)
 
 
 class ChatEndpoint(Chat):

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from cit_fast.errors import RunError
 from cit_fast.evaluation.predictions import Prediction, predictions_path, read_predictions
-from cit_fast.evaluation.record import StageRecord
+from cit_fast.evaluation.record import StageRecord, check_files
 from cit_fast.evaluation.violations import KINDS, TaskSetScores
 from cit_fast.files import write_file, write_json
 from cit_fast.report import figures
@@ -327,10 +327,13 @@ def _examples(view: RunView) -> tuple[list[tuple[str, list[dict[str, Any]]]], st
     """
     found, problem = [], ""
     for task in view.record.every_task if view.stages else []:
-        path = predictions_path(view.folder, view.stages[-1].index, task)
-        if not path.exists():
+        stage = view.stages[-1]
+        path = predictions_path(view.folder, stage.index, task)
+        name = f"predictions/{path.name}"
+        if not path.exists() and name not in stage.files:
             continue
         try:
+            check_files(path.parents[1], stage, name)
             predictions = read_predictions(path)
         except RunError as error:
             problem = str(error)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,12 +20,13 @@ from cit_fast.evaluation.mixed_batches import (
     read_adapter_config,
     read_adapter_weights,
 )
-from cit_fast.files import commit_folder, write_json
+from cit_fast.evaluation.record import check_files
+from cit_fast.files import new_folder, write_json
 from cit_fast.text import first_line
 from cit_fast.training.config import ModelConfig
 from cit_fast.training.model import load_adapter, load_weights
 from cit_fast.training.pretrained import load_model, load_tokenizer, resolve_model
-from cit_fast.training.serving import adapter_folders, read_trained
+from cit_fast.training.serving import adapter_folders, damaged_sets, read_trained
 
 
 def export_adapters(run: str | Path, out: str | Path) -> list[str]:
@@ -50,8 +50,10 @@ def export_adapters(run: str | Path, out: str | Path) -> list[str]:
     weights = run / "stages" / f"{stage.index:02d}"
     if (weights / "model").is_dir():
         raise RunError(f"{run}: trained the whole model, so it has no adapters; {weights / 'model'} is the model")
-    folders, gone = adapter_folders(weights), dict[str, str]()
+    folders, gone = adapter_folders(weights), damaged_sets(weights, stage)
     for name, folder in folders.items():
+        if name in gone:
+            continue
         try:
             read_adapter_config(folder)
             read_adapter_weights(folder)
@@ -104,7 +106,10 @@ def export_merged(run: str | Path, out: str | Path, name: str, trust_remote_code
         folders = adapter_folders(weights)
         if name not in folders:
             raise RunError(f"{run}: has no adapter set {name!r}; there are {', '.join(folders)}")
+        check_files(weights, stage, f"adapters/{name}/")
         read_adapter_config(folders[name])
+    else:
+        check_files(weights, stage, "model/")
     folder = resolve_model(base)
     tokenizer, model = load_tokenizer(folder, trust_remote_code), load_model(folder, base)
     if whole:
@@ -207,12 +212,8 @@ def _check_free(out: Path) -> None:
 
 def _write(out: Path, fill: Callable[[Path], None]) -> None:
     _check_free(out)
-    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        temporary.mkdir(parents=True)
-        fill(temporary)
-        commit_folder(temporary, out)
+        with new_folder(out) as temporary:
+            fill(temporary)
     except OSError as error:
         raise RunError(f"{out}: cannot be written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

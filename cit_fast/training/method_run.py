@@ -26,7 +26,7 @@ from cit_fast.data import TaskStream, choose_collator
 from cit_fast.data.example import Example, Task, unseen_media
 from cit_fast.errors import CitFastError, ConfigError, DataError, RunError
 from cit_fast.evaluation.predictions import Prediction, write_predictions
-from cit_fast.evaluation.record import RunRecord, StageRecord, read_run, read_stages
+from cit_fast.evaluation.record import RunRecord, StageRecord, check_files, read_run, read_stages
 from cit_fast.evaluation.violations import Constraints
 from cit_fast.objectives import StageContext, StageInputs
 from cit_fast.processes import decided_by_first
@@ -111,7 +111,7 @@ class MethodRun:
             if index < len(stages):
                 continue
             if model is None:
-                model = self._load(self.folder.stage_path(index - 1) if index > 1 else None)
+                model = self._load(self._checked(stages[index - 1]) if index > 1 else None)
                 self._take_up_router(index - 1, model)
             routing = self._router_context(model, index)
             adapter = self._assigned(group[0], routing)
@@ -211,7 +211,9 @@ class MethodRun:
                 if self.state.is_main_process:
                     cached.commit(stage, lambda path: _write_all(path, found.predictions))
             self.state.wait_for_everyone()
-        return read_stages(cached.path)[0], cached.stage_path(0)
+        stage, folder = read_stages(cached.path)[0], cached.stage_path(0)
+        check_files(folder, stage)
+        return stage, folder
 
     def _stage(
         self,
@@ -442,6 +444,13 @@ class MethodRun:
         trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = None
         accelerator.free_memory()
         return train_adapter(self._load(gathered), self.config, adapter, self.config.seed)[0]
+
+    def _checked(self, stage: StageRecord) -> Path:
+        """The folder of a committed stage to go on from, when its files have been looked at."""
+        folder = self.folder.stage_path(stage.index)
+        for below in ("adapters/", "model/", "router/"):
+            check_files(folder, stage, below)
+        return folder
 
     def _load(self, weights: Path | None) -> Any:
         """The model on this process's device, with the weights of a stage."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,9 +12,17 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from cit_fast.errors import RunError
-from cit_fast.evaluation.record import RunRecord, StageRecord, read_run, read_stages
-from cit_fast.files import commit_folder, sync_tree, write_json
+from cit_fast.evaluation.record import RunRecord, StageRecord, read_run, read_stages, write_record
+from cit_fast.files import (
+    commit_folder,
+    damaged_files,
+    read_checked_json,
+    sync_tree,
+    tree_checksums,
+    write_checked_json,
+)
 
+_log = logging.getLogger(__name__)
 _MARKER = "complete.json"
 
 
@@ -73,6 +80,7 @@ class RunFolder:
         Raises:
             RunError: the folder holds a run of another configuration, or something that is no run.
         """
+        self._tidy()
         if not (self.path / "run.json").exists():
             strangers = [entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")]
             if strangers:
@@ -93,9 +101,19 @@ class RunFolder:
                 f"{self.path}: holds a run of another configuration ({'; '.join(changed[:3])}"
                 f"{'; ...' if len(changed) > 3 else ''}); choose another output, or delete the folder"
             )
-        for leftover in [*self.path.glob("stages/.*"), *self.path.glob(".*.tmp"), *self.path.glob("replay/.*.tmp")]:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         return found
+
+    def _tidy(self) -> None:
+        """Remove what a killed process left: half-written files, and checkpoints of stages that are committed."""
+        for leftover in [*self.path.glob("stages/.*"), *self.path.glob(".*.tmp"), *self.path.glob("replay/**/.*.tmp")]:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        for stage in self.path.glob("stages/[0-9]*/stage.json"):
+            shutil.rmtree(self.path / "checkpoints" / stage.parent.name, ignore_errors=True)
+        self._remove_empty()
+
+    def _remove_empty(self) -> None:
+        with contextlib.suppress(OSError):  # not there, or not empty
+            (self.path / "checkpoints").rmdir()
 
     def _has_trained(self) -> bool:
         """Whether a stage was trained, or some of its steps are in a checkpoint."""
@@ -104,7 +122,7 @@ class RunFolder:
 
     def write(self, record: RunRecord) -> None:
         """Write ``run.json``."""
-        write_json(self.path / "run.json", dataclasses.asdict(record))
+        write_record(self.path / "run.json", record)
 
     def stages(self) -> list[StageRecord]:
         """The committed stages, in order.
@@ -129,31 +147,48 @@ class RunFolder:
         temporary.mkdir(parents=True)
         try:
             fill(temporary)
-            write_json(temporary / "stage.json", dataclasses.asdict(record))
+            record.files = tree_checksums(temporary, self._checksums_of(record.index - 1))
+            write_record(temporary / "stage.json", record)
             commit_folder(temporary, self.stage_path(record.index))
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(self.checkpoints(record.index), ignore_errors=True)
+        self._remove_empty()
+
+    def _checksums_of(self, index: int) -> dict[str, tuple[Path, str]]:
+        """The files of a committed stage with their checksums."""
+        folder = self.stage_path(index)
+        stages = [stage for stage in read_stages(self.path) if stage.index == index]
+        return {name: (folder / name, checksum) for stage in stages for name, checksum in stage.files.items()}
 
     def checkpoints(self, index: int) -> Path:
         """Where the Trainer keeps its checkpoints of the stage being trained."""
         return self.path / "checkpoints" / f"{index:02d}"
 
     def last_checkpoint(self, index: int) -> tuple[Path, dict[str, Any]] | None:
-        """The newest whole checkpoint of a stage with what its marker says; half-written ones are removed."""
+        """The newest whole checkpoint of a stage with what its marker says; others are removed.
+
+        A checkpoint without its marker was not written to its end, and one whose files have changed since is damaged.
+        """
         found: tuple[int, Path, dict[str, Any]] | None = None
         for folder in self.checkpoints(index).glob("checkpoint-*"):
             try:
-                progress = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
-            except (OSError, json.JSONDecodeError):
+                progress = read_checked_json(folder / _MARKER)
+                step, damaged = int(progress["step"]), damaged_files(folder, progress["files"])
+            except (OSError, RunError, KeyError, TypeError, ValueError, AttributeError):
                 shutil.rmtree(folder, ignore_errors=True)
                 continue
-            if found is None or int(progress["step"]) > found[0]:
-                found = int(progress["step"]), folder, progress
+            if damaged:
+                name, reason = next(iter(damaged.items()))
+                _log.warning("%s: damaged (%s); the stage goes on from before it", folder / name, reason)
+                shutil.rmtree(folder, ignore_errors=True)
+            elif found is None or step > found[0]:
+                found = step, folder, progress
         return None if found is None else found[1:]
 
 
 def mark_complete(checkpoint: Path, progress: dict[str, Any]) -> None:
     """Declare a checkpoint whole, once all of its files are on the disk."""
     sync_tree(checkpoint)
-    write_json(checkpoint / _MARKER, progress)
+    (checkpoint / _MARKER).unlink(missing_ok=True)
+    write_checked_json(checkpoint / _MARKER, {**progress, "files": tree_checksums(checkpoint)})

@@ -16,7 +16,8 @@ from cit_fast.data.prompts import PromptEncoder
 from cit_fast.errors import DataError, LeftOutWarning, RunError
 from cit_fast.evaluation.generation import generate
 from cit_fast.evaluation.mixed_batches import AdapterBank, NotPlainLoraError
-from cit_fast.evaluation.record import RunRecord, StageRecord, read_run, read_stages
+from cit_fast.evaluation.record import RunRecord, StageRecord, check_files, read_run, read_stages
+from cit_fast.files import damaged_files
 from cit_fast.routing import BASE, Router, RouterContext, SharedRouter, load_router
 from cit_fast.training.config import RunConfig, describe
 from cit_fast.training.model import load_adapter, load_weights, prompt_encoder
@@ -82,13 +83,18 @@ class ContinualModel:
         model = load_model(folder, base)
         encoder.fit_to(model)
         if (weights / "model").is_dir():
+            check_files(weights, stage, "model/")
             return cls(load_weights(model, weights).to(device), encoder)
+        check_files(weights, stage, "router/")
         router = router or _router_of(record, weights)
         folders = adapter_folders(weights, router.sets)
-        bank, gone = _read_bank(model.to(device), folders)
+        damaged = damaged_sets(weights, stage)
+        whole = {name: folder for name, folder in folders.items() if name not in damaged}
+        bank, gone = _read_bank(model.to(device), whole)
         if bank is None:
-            model, gone = _load_with_peft(model, folders)
+            model, gone = _load_with_peft(model, whole)
             model.to(device)
+        gone = {name: reason for name in folders if (reason := (damaged | gone).get(name))}
         sets = [name for name in folders if name not in gone]
         if not sets:
             raise RunError(f"{run}: no adapter set can answer: {next(iter(gone.values()))}")
@@ -179,6 +185,12 @@ def adapter_folders(weights: Path, expected: Sequence[str] = ()) -> dict[str, Pa
         knows = f", and its router knows {', '.join(expected)}" if expected else ""
         raise RunError(f"{weights}: holds neither adapters nor a model{knows}; the stage is damaged")
     return {name: weights / "adapters" / name for name in sorted(found | set(expected))}
+
+
+def damaged_sets(weights: Path, stage: StageRecord) -> dict[str, str]:
+    """The adapter sets of a stage folder whose files are not what was written, with the reason."""
+    damaged = damaged_files(weights, stage.files, "adapters/")
+    return {name.split("/")[1]: f"{weights / name}: damaged ({reason})" for name, reason in damaged.items()}
 
 
 def _router_of(record: RunRecord, weights: Path) -> Router:

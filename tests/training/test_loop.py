@@ -316,10 +316,9 @@ def test_a_file_in_the_way(settings, stream):
         run(settings, stream, methods=["sequential"])
 
 
-def test_a_run_of_another_format_version(settings, stream):
+def test_a_run_of_another_format_version(settings, stream, edit_record):
     folder = run(settings, stream, methods=["sequential"])["sequential"]
-    record = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps({**record, "format_version": 99}))
+    edit_record(folder / "run.json", format_version=99)
     with pytest.raises(RunError, match="written in format version 99"):
         run(settings, stream, methods=["sequential"])
 
@@ -397,18 +396,17 @@ def test_a_stage_without_its_weights_is_damaged(settings, stream):
         ContinualModel.from_run(folder)
 
 
-def test_a_runs_own_record_cannot_ask_for_foreign_code(settings, stream, monkeypatch):
+def test_a_runs_own_record_cannot_ask_for_foreign_code(settings, stream, monkeypatch, edit_record):
     folder = run(settings, stream, methods=["sequential"])["sequential"]
-    record = json.loads((folder / "run.json").read_text())
-    record["config"]["model"]["trust_remote_code"] = True
-    (folder / "run.json").write_text(json.dumps(record))
+    config = json.loads((folder / "run.json").read_text())["config"]
+    config["model"]["trust_remote_code"] = True
+    edit_record(folder / "run.json", config=config)
     asked = []
     load = serving.load_model
     monkeypatch.setattr(serving, "load_model", lambda path, config: asked.append(config) or load(path, config))
     ContinualModel.from_run(folder, device="cpu")
     assert [config.trust_remote_code for config in asked] == [False]
-    record["config"]["version"] = 9
-    (folder / "run.json").write_text(json.dumps(record))
+    edit_record(folder / "run.json", config={**config, "version": 9})
     with pytest.raises(RunError, match=r"run.json: config: version: configuration version 9"):
         ContinualModel.from_run(folder)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import shutil
 
 import pytest
@@ -48,12 +47,11 @@ def prompts_of(folder):
     return {entry.prompt.partition("\n")[0] for path in paths for entry in read_predictions(path)}
 
 
-def test_a_run_has_one_date(dated, stream, today):
+def test_a_run_has_one_date(dated, stream, today, edit_record):
     (folder,) = ContinualTrainer(dated, stream=stream).run()
     assert prompts_of(folder) == {"2026-11-27 brief"}
     shutil.rmtree(folder / "stages" / "03")
-    record = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps({**record, "status": "running"}))
+    edit_record(folder / "run.json", status="running")
     today.day = 28
     assert configuration.DataConfig().date.day == 28
     ContinualTrainer(dated, stream=stream).run()

@@ -23,7 +23,7 @@ def adapter(folder: Path, stage: int) -> dict[str, torch.Tensor]:
 
 
 def start(settings, stream):
-    ContinualTrainer(settings, stream=stream, console=Console(quiet=True)).run()
+    return ContinualTrainer(settings, stream=stream, console=Console(quiet=True)).run()
 
 
 def die(*_args, **_kwargs):
@@ -165,3 +165,15 @@ def test_other_errors_keep_their_name(settings, stream, monkeypatch):
     monkeypatch.setattr(method_run, "save_weights", broken)
     with pytest.raises(RuntimeError, match="something else"):
         start({**settings, "methods": ["sequential"]}, stream)
+
+
+def test_what_a_killed_run_left_is_cleared_up(settings, stream, edit_record):
+    (folder,) = start({**settings, "methods": ["sequential"]}, stream)
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "run.json", "stages"]
+    (folder / "checkpoints/02/checkpoint-4").mkdir(parents=True)  # killed between a commit and their removal
+    (folder / "checkpoints/02/checkpoint-4/optimizer.pt").write_bytes(b"x")
+    (folder / ".run.json.0123abcd.tmp").write_text("{")
+    (folder / "stages/.03.tmp").mkdir()
+    start({**settings, "methods": ["sequential"]}, stream)
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "run.json", "stages"]
+    assert sorted(path.name for path in (folder / "stages").iterdir()) == ["00", "01", "02", "03"]

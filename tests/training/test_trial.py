@@ -12,6 +12,7 @@ from cit_fast import ContinualTrainer, cli
 from cit_fast.errors import ConfigError, RunError
 from cit_fast.evaluation import read_run, read_stages
 from cit_fast.training import method_run
+from cit_fast.training.run_folder import mark_complete
 
 
 def start(settings, stream, **more):
@@ -133,7 +134,7 @@ def test_what_was_trained_never_gives_way(settings, stream, monkeypatch):
     start(settings, stream)
 
 
-def test_a_checkpoint_that_cannot_be_gone_on_from_is_named(settings, stream, monkeypatch):
+def test_a_checkpoint_that_cannot_be_gone_on_from_is_named(settings, stream, monkeypatch, caplog):
     class Killed(BaseException):
         pass
 
@@ -149,12 +150,13 @@ def test_a_checkpoint_that_cannot_be_gone_on_from_is_named(settings, stream, mon
             start(settings, stream)
     (checkpoint,) = (Path(settings["output"]) / "sequential/checkpoints/01").glob("checkpoint-*")
     (checkpoint / "trainer_state.json").write_text("{")
+    mark_complete(checkpoint, {"step": 2, "train_seconds": 0.0, "balance_weights": []})  # as if written so
     with pytest.raises(RunError, match=rf"{checkpoint}: cannot be gone on from: .*; without it the stage goes on"):
         start(settings, stream)
-    import shutil
-
-    shutil.rmtree(checkpoint)
-    assert len(read_stages(start(settings, stream)[0])) == 4
+    (checkpoint / "trainer_state.json").write_text("[")  # changed since: not taken for a checkpoint
+    folder = start(settings, stream)[0]
+    assert "trainer_state.json: damaged (its content has changed); the stage goes on from before it" in caplog.text
+    assert len(read_stages(folder)) == 4
 
 
 # -------------------------------------------------------------------------------------------------------- --debug
