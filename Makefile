@@ -12,7 +12,7 @@ TESTS := $(VENV)/.tests
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint bench gpu sanitize clean setup
+.PHONY: demo test fuzz lint bench gpu sanitize clean setup
 setup: $(SETUP)
 
 # An editable install finds new modules by itself, but not new packages: hence their __init__.py.
@@ -41,6 +41,13 @@ $(TESTS): $(SETUP)
 
 test: $(TESTS)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --cov --cov-report=term $(PYTEST_ARGS)
+
+# New examples at every call: of the property tests, then of the three fuzzers (tests/fuzz). MINUTES=60 for longer.
+SEED ?= $(shell date +%s)
+MINUTES ?= 5
+fuzz: $(TESTS)
+	HYPOTHESIS_PROFILE=fuzz OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m hypothesis --hypothesis-seed=$(SEED) $(PYTEST_ARGS)
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) --seed $(SEED)
 
 lint: $(SETUP)
 	$(BIN)/pip install --quiet -e '.[dev]'

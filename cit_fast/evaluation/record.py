@@ -131,7 +131,10 @@ def _read(path: Path, kind: type[_Record], check: bool = True) -> _Record:
     try:
         raw = read_checked_json(path, check=check)
     except FileNotFoundError:
-        raise RunError(f"{path}: not there; is {path.parent} the folder of a cit-fast run?") from None
+        what = (
+            "the stage is damaged" if path.name == "stage.json" else f"is {path.parent} the folder of a cit-fast run?"
+        )
+        raise RunError(f"{path}: not there; {what}") from None
     version = raw.get("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
         raise RunError(f"{path}: written in format version {version}; this cit-fast reads version {FORMAT_VERSION}")
@@ -182,8 +185,13 @@ def read_stages(folder: Path, *, check: bool = True) -> list[StageRecord]:
     Raises:
         RunError: a damaged stage file.
     """
-    paths = [path for path in Path(folder).glob("stages/*/stage.json") if path.parent.name.isdigit()]
-    return [_read(path, StageRecord, check) for path in sorted(paths, key=lambda path: int(path.parent.name))]
+    found = [path for path in Path(folder).glob("stages/*") if path.name.isdigit() and path.is_dir()]
+    folders = sorted(found, key=lambda path: int(path.name))
+    stages = [_read(path / "stage.json", StageRecord, check) for path in folders]
+    for path, stage in zip(folders, stages, strict=True):
+        if stage.index != int(path.name):
+            raise RunError(f"{path / 'stage.json'}: damaged (it is the record of stage {stage.index})")
+    return stages
 
 
 def write_record(path: Path, record: RunRecord | StageRecord) -> None:

@@ -1,0 +1,50 @@
+"""``python -m tests.fuzz [configurations|data|runs ...] [--cases N | --minutes M] [--seed S]``: 1 on a fault."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+os.environ.update(
+    HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+)  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
+    parser.add_argument("which", nargs="*", choices=["configurations", "data", "runs", []], default=[])
+    parser.add_argument("--cases", type=int, default=100)
+    parser.add_argument("--minutes", type=float, default=None, help="of each fuzzer, instead of a number of cases")
+    parser.add_argument("--first", type=int, default=0, help="number of the first case, to make one again")
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
+        os.environ["CIT_FAST_CACHE"], os.environ["HF_DATASETS_CACHE"] = f"{scratch}/cache", f"{scratch}/datasets"
+        import torch
+
+        from tests.fuzz import configurations, data_files, models, run_folders
+        from tests.fuzz.runner import numbers, run
+
+        torch.set_num_threads(1)
+        warnings.simplefilter("ignore")
+        model = models.model_folder(Path(scratch) / "model")
+        makers = {
+            "configurations": lambda: configurations.maker(model),
+            "data": data_files.maker,
+            "runs": lambda: run_folders.maker(Path(scratch) / "runs", model),
+        }
+        faults = 0
+        for name in arguments.which or makers:
+            cases = (number + arguments.first for number in numbers(arguments.cases, arguments.minutes))
+            faults += run(name, makers[name](), cases, arguments.seed)
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
