@@ -5,8 +5,8 @@ import dataclasses
 import io
 import json
 import math
-import shutil
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pytest
