@@ -339,6 +339,7 @@ def score(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from cit_fast.data import find_tasks, load_task
+    from cit_fast.data.example import unseen_media
     from cit_fast.report.score import check_options, how_scored, score_tables, score_tasks, write_scores
     from cit_fast.training.any_model import load_any_model
     from cit_fast.training.pretrained import cache_folder
@@ -380,6 +381,9 @@ def score(
         console.print(table)
         console.print()
     console.print(how_scored(result), highlight=False, markup=False)
+    unseen = unseen_media(example for task in tasks for example in task.train)
+    if unseen is not None:
+        console.print(unseen, highlight=False)
     console.print(f"Picture: {write_scores(result, out)}", highlight=False, markup=False, soft_wrap=True)
 
 

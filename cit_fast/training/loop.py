@@ -20,6 +20,7 @@ from cit_fast.errors import ConfigError, DataError, RunError
 from cit_fast.files import is_disk_full
 from cit_fast.training.arguments import training_arguments
 from cit_fast.training.config import RunConfig, load_config, validated
+from cit_fast.training.memory import release_memory
 from cit_fast.training.method_run import MethodRun
 from cit_fast.training.model import loading_whole, prompt_encoder
 from cit_fast.training.parts import build_part, parts_of
@@ -104,6 +105,7 @@ class ContinualTrainer:
                     self.config, method, self._parts, self.stream, RunFolder(folder), self.console, self.held_out
                 ).run()
             folders.append(folder)
+            release_memory()  # the next method has a model of its own
         return folders
 
     def _try(self) -> None:

@@ -38,6 +38,7 @@ from cit_fast.training.config import MethodConfig, RunConfig
 from cit_fast.training.environment import describe_environment
 from cit_fast.training.evaluate import Evaluated, evaluate
 from cit_fast.training.guards import FrozenWeights, TrainedWeights
+from cit_fast.training.memory import release_memory
 from cit_fast.training.model import load_weights, loading_whole, prompt_encoder, save_weights, train_adapter
 from cit_fast.training.parts import PARTS, build_part, parts_of
 from cit_fast.training.plain import as_json, digest, plain_options, task_digest
@@ -292,6 +293,8 @@ class MethodRun:
             notes=notes,
         )
         self._commit(stage, model, found.predictions)
+        del trainer, inputs, before, found
+        release_memory()
         self._say_scores(title, stage)
         if stage.skipped or stage.test_skipped:
             self._say(f"  left out for their length: {stage.skipped} training and {stage.test_skipped} test examples")
