@@ -41,7 +41,7 @@ def main() -> None:
 
     sides = {}
     for name in ("cross-entropy", "KPIG"):
-        model = train_adapter(load_model(folder, config.model), config, "shared", config.seed).train()
+        model = train_adapter(load_model(folder, config.model), config, "shared", config.seed)[0].train()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
         sides[name] = model, optimizer, []
     model = sides["KPIG"][0]
