@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 
 from bench.ceilings import record
-from cit_fast.data import choose_collator, load_stream
-from cit_fast.objectives import KPIG, CrossEntropy, StageContext
-from cit_fast.training.config import load_config
-from cit_fast.training.model import prompt_encoder, train_adapter
-from cit_fast.training.pretrained import load_model, load_tokenizer, resolve_model
+from cit_fast.data import load_stream
+from cit_fast.methods.objectives import KPIG, CrossEntropy, StageContext
+from cit_fast.models.adapters import prompt_encoder, train_adapter
+from cit_fast.models.collation import choose_collator
+from cit_fast.models.pretrained import load_model, load_tokenizer, resolve_model
+from cit_fast.run.config import load_config
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart.yaml"
 
@@ -35,7 +36,7 @@ def main() -> None:
     options = parser.parse_args()
     config = load_config(QUICKSTART)
     folder = resolve_model(config.model)
-    encoder = prompt_encoder(load_tokenizer(folder, False), config)
+    encoder = prompt_encoder(load_tokenizer(folder, False), config.data)
     stream = load_stream(config.data.tasks, seed=config.seed, train=config.data.train, dev=0, test=config.data.test)
     size = config.training["per_device_train_batch_size"]
 

@@ -21,14 +21,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from bench.ceilings import RESULTS, record
-from cit_fast.data import PromptEncoder, find_tasks, load_task
-from cit_fast.data.clauses import clauses
-from cit_fast.objectives import PairCollator, encode_pair, encode_pairs, pair_hidden
-from cit_fast.objectives.grouping import GroupingCollator, alike_together
-from cit_fast.objectives.key_parts import find_key_parts
-from cit_fast.objectives.pairs import shared_prefix
-from cit_fast.training.config import ModelConfig
-from cit_fast.training.pretrained import cache_folder, load_model, load_tokenizer, model_identity, resolve_model
+from cit_fast.data import find_tasks, load_task
+from cit_fast.key_parts.clauses import clauses
+from cit_fast.key_parts.hidden import pair_hidden
+from cit_fast.key_parts.layout import GroupingCollator, alike_together
+from cit_fast.key_parts.pairs import PairCollator, encode_pair, encode_pairs, shared_prefix
+from cit_fast.key_parts.sources import find_key_parts
+from cit_fast.models.config import ModelConfig
+from cit_fast.models.pretrained import cache_folder, load_model, load_tokenizer, model_identity, resolve_model
+from cit_fast.models.prompts import PromptEncoder
 
 DTYPES = ("float32", "bfloat16")
 

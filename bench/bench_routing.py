@@ -28,16 +28,18 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from cit_fast.data import PromptEncoder, Task, load_stream
+from cit_fast.data import Task, load_stream
 from cit_fast.data.builtin import builtin_task_names
-from cit_fast.data.embedding_cache import CachedEmbedder
 from cit_fast.data.sources import TaskSource
+from cit_fast.embeddings.cache import CachedEmbedder
 from cit_fast.errors import CitFastError
-from cit_fast.routing import BASE, PerTaskRouter, RouterContext, SwitchRouter
-from cit_fast.routing.features import LastTokenFeatures
-from cit_fast.training.config import ModelConfig
-from cit_fast.training.environment import describe_environment
-from cit_fast.training.pretrained import cache_folder, load_model, load_tokenizer, resolve_model
+from cit_fast.methods.routing import PerTaskRouter, RouterContext, SwitchRouter
+from cit_fast.methods.routing.features import LastTokenFeatures
+from cit_fast.models.adapter_bank import BASE
+from cit_fast.models.config import ModelConfig
+from cit_fast.models.pretrained import cache_folder, load_model, load_tokenizer, resolve_model
+from cit_fast.models.prompts import PromptEncoder
+from cit_fast.run.environment import describe_environment
 
 FRACTIONS = (0.005, 0.01, 0.02, 0.05, 0.2, 1.0)
 

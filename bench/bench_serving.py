@@ -27,13 +27,14 @@ from safetensors.torch import load_file, save_file
 from bench.ceilings import record
 from cit_fast.data import Example, Task
 from cit_fast.data.builtin import builtin_stream
-from cit_fast.evaluation.generation import _batches
-from cit_fast.evaluation.mixed_batches import AdapterBank
-from cit_fast.routing import LCIARouter, RouterContext, SwitchRouter
-from cit_fast.routing.features import LastTokenFeatures
-from cit_fast.training.config import ModelConfig, RunConfig
-from cit_fast.training.model import prompt_encoder
-from cit_fast.training.pretrained import load_model, load_tokenizer, resolve_model
+from cit_fast.methods.routing import LCIARouter, RouterContext, SwitchRouter
+from cit_fast.methods.routing.features import LastTokenFeatures
+from cit_fast.models.adapter_bank import AdapterBank
+from cit_fast.models.adapters import prompt_encoder
+from cit_fast.models.config import ModelConfig
+from cit_fast.models.generation import _batches
+from cit_fast.models.pretrained import load_model, load_tokenizer, resolve_model
+from cit_fast.run.config import RunConfig
 
 SETS, BATCH, PEFT_SETS = 100, 16, 16
 
@@ -84,7 +85,7 @@ def main() -> None:
     options = parser.parse_args()
     config = RunConfig.model_validate({"model": {"dtype": options.dtype}})
     folder = resolve_model(ModelConfig())
-    encoder = prompt_encoder(load_tokenizer(folder), config)
+    encoder = prompt_encoder(load_tokenizer(folder), config.data)
     stream = builtin_stream(seed=0, train=160, dev=0, test=8)
     examples = [example for task in stream for example in task.test]
     examples = examples[:: max(1, len(examples) // options.prompts)][: options.prompts]

@@ -369,7 +369,7 @@ def _seconds(run: Callable[[], object]) -> float:
 
 def real_part(options: argparse.Namespace) -> dict[str, Any]:
     """A task of Super-NI is the cloud of its definition with each of its first distinct inputs."""
-    from cit_fast.data.embedding import TokenMeanEmbedder
+    from cit_fast.embeddings.token_mean import TokenMeanEmbedder
 
     embedder = TokenMeanEmbedder.from_pretrained(options.model)
     rows = {}

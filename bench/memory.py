@@ -20,7 +20,7 @@ from rich.console import Console
 from bench.ceilings import record
 from cit_fast import ContinualTrainer
 from cit_fast.data.builtin import builtin_task_names
-from cit_fast.training import memory, method_run
+from cit_fast.run import memory, method_run
 
 
 def megabytes(field: str) -> int:

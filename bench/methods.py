@@ -42,7 +42,7 @@ from cit_fast.data.sources import TaskSource
 from cit_fast.errors import CitFastError, DataError
 from cit_fast.evaluation import continual_metrics, read_run, read_stages, task_set_scores
 from cit_fast.evaluation.metrics import normalise_label
-from cit_fast.training.config import presets
+from cit_fast.methods.config import presets
 
 # The two orders that continual-learning papers use on these fifteen tasks, by the number in the folder's name.
 ORDERS = {

@@ -9,12 +9,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from cit_fast.backends import available_backends, backend
+from cit_fast.ops.backends import available_backends, backend
 
 if TYPE_CHECKING:
-    from cit_fast.training.config import RunConfig
-    from cit_fast.training.loop import ContinualTrainer
-    from cit_fast.training.serving import ContinualModel
+    from cit_fast.inference.continual_model import ContinualModel
+    from cit_fast.run.config import RunConfig
+    from cit_fast.run.loop import ContinualTrainer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,9 +28,9 @@ __all__ = [
 
 # transformers and peft take seconds to import; a user of the ops or the optimizer should not wait for them.
 _LAZY = {
-    "ContinualModel": "cit_fast.training.serving",
-    "ContinualTrainer": "cit_fast.training.loop",
-    "RunConfig": "cit_fast.training.config",
+    "ContinualModel": "cit_fast.inference.continual_model",
+    "ContinualTrainer": "cit_fast.run.loop",
+    "RunConfig": "cit_fast.run.config",
 }
 
 

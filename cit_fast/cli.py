@@ -58,8 +58,8 @@ def run(
 ) -> None:
     """Train every method of CONFIG on its stream of tasks, or go on where an earlier call stopped."""
     from cit_fast.report import comparison_table, write_report
-    from cit_fast.training.config import load_config
-    from cit_fast.training.loop import ContinualTrainer
+    from cit_fast.run.config import load_config
+    from cit_fast.run.loop import ContinualTrainer
 
     settings = load_config(config, overrides or [])
     trainer = ContinualTrainer(settings)
@@ -150,7 +150,7 @@ def generate(
     ] = False,
 ) -> None:
     """Answer prompts with the model of RUN's last stage, one answer per line."""
-    from cit_fast.training.serving import ContinualModel
+    from cit_fast.inference.continual_model import ContinualModel
 
     lines = _prompts(prompts)
     asked = [line for line in lines if line.strip()]
@@ -206,7 +206,7 @@ def export(
     ] = None,
 ) -> None:
     """Write RUN's adapter sets as PEFT folders OUT/SET or, merged, as the transformers model OUT."""
-    from cit_fast.training.export import export_adapters, export_merged
+    from cit_fast.inference.export import export_adapters, export_merged
 
     console = Console(soft_wrap=True)
     with _warnings_as_lines():
@@ -253,16 +253,12 @@ def distances(
     """Measure how far instruction sets are from each other: a table, a clustered heat map, CSV and Parquet."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from cit_fast.data import build_embedder, find_tasks, load_task
-    from cit_fast.report.distances import (
-        check_options,
-        distance_tables,
-        how_measured,
-        measure_distances,
-        write_distances,
-    )
-    from cit_fast.training.config import ModelConfig
-    from cit_fast.training.pretrained import cache_folder, resolve_model
+    from cit_fast.analysis.distances import check_options, how_measured, measure_distances
+    from cit_fast.data import find_tasks, load_task
+    from cit_fast.embeddings import build_embedder
+    from cit_fast.models.config import ModelConfig
+    from cit_fast.models.pretrained import cache_folder, resolve_model
+    from cit_fast.report.distances import distance_tables, write_distances
 
     check_options(weights, metric, method)
     if out.exists() and not out.is_dir():
@@ -338,11 +334,12 @@ def score(
     """Measure how far a model's answers depend on the words that define each task: a table, a histogram, JSONL."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from cit_fast.analysis.key_part_gains import check_options, how_scored, score_tasks
     from cit_fast.data import find_tasks, load_task
     from cit_fast.data.example import unseen_media
-    from cit_fast.report.score import check_options, how_scored, score_tables, score_tasks, write_scores
-    from cit_fast.training.any_model import load_any_model
-    from cit_fast.training.pretrained import cache_folder
+    from cit_fast.inference.load_any import load_any_model
+    from cit_fast.models.pretrained import cache_folder
+    from cit_fast.report.key_part_gains import score_tables, write_scores
 
     source = check_options(key_parts, alpha, threshold)
     if out.exists() and not out.is_dir():
@@ -390,8 +387,8 @@ def score(
 @app.command()
 def doctor() -> None:
     """Say which backends exist on this machine, and why the others do not."""
-    from cit_fast.backends import available_backends
-    from cit_fast.training.environment import describe_environment
+    from cit_fast.ops.backends import available_backends
+    from cit_fast.run.environment import describe_environment
 
     console = Console()
     environment = describe_environment()

@@ -58,3 +58,17 @@ def file_name(text: str) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, or its kind where it says nothing."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def cut(text: str, most: int = 80) -> str:
+    """The text in one line of at most ``most`` characters, with an ellipsis where there were more."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[: most - 1]}…"
+
+
+def short_name(name: str, most: int) -> str:
+    """A name of at most ``most`` characters, cut in the middle: endings tell tasks apart, too."""
+    if len(name) <= most:
+        return name
+    tail = (most - 1) // 2
+    return f"{name[: most - 1 - tail]}…{name[len(name) - tail :]}"

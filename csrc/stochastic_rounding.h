@@ -1,5 +1,5 @@
 // The random bits of stochastic rounding: a hash of seed, tensor and element, so that every backend draws the same ones
-// in any order. The definition is stochastic_bfloat16 in cit_fast/reference/balance_ema.py.
+// in any order. The definition is stochastic_bfloat16 in cit_fast/ops/balance_ema/reference.py.
 //
 // Only for words without a sign; everything has internal linkage (see cpu/simd.h).
 #pragma once

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 from hypothesis import settings
+
+# Fixtures of more than one room.
+sys.path.insert(0, str(Path(__file__).with_name("support")))
+pytest_plugins = ["chat_server", "toy_models", "toy_runs"]
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -44,6 +49,9 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "cit-fast"))
 def one_torch_thread() -> None:
     """Tiny tensors run fastest, and always with the same bits, on one thread."""
     torch.set_num_threads(1)
+    # Autograd starts its threads at the first backward pass, for the devices that there are. Fake tensors (opcheck,
+    # torch.compile) register one that is not there; threads started after that would forbid forked children to train.
+    torch.ones((), requires_grad=True).backward()
 
 
 @pytest.fixture(scope="session")

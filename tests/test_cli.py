@@ -183,7 +183,7 @@ def test_distances(tasks, tiny_model_folder, monkeypatch, capsys, tmp_path):
         (["DATA/one.jsonl"], "only one task (one); distances need at least two"),
         (["DATA", "unitz"], "did you mean units"),
         (["DATA/none.jsonl", "DATA"], "none.jsonl: no such file or folder"),
-        (["DATA", "--embedder", "tokenz"], "'tokenz' is neither 'tokens', 'sentence', a folder, nor a hub name"),
+        (["DATA", "--embedder", "tokenz"], "embedder (tokens, sentence or a model): no folder 'tokenz'"),
         (["DATA", "--weights", "equal"], "weights: 'equal' is unknown"),
         (["DATA", "--method", "emd"], "method: 'emd' is unknown; expected one of auto, exact, sinkhorn"),
         (["DATA", "--metric", "l1"], "metric: 'l1' is unknown"),
@@ -224,6 +224,6 @@ def test_interrupt_is_not_a_stack_trace(monkeypatch, capsys):
     def interrupted(*_):
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("cit_fast.training.environment.describe_environment", interrupted)
+    monkeypatch.setattr("cit_fast.run.environment.describe_environment", interrupted)
     assert call(monkeypatch, "doctor") == 130
     assert "goes on from the last checkpoint" in capsys.readouterr().err

@@ -46,6 +46,6 @@ def test_every_file_that_is_named_exists():
 
 
 def test_every_preset_is_in_the_readme():
-    from cit_fast.training.config import presets
+    from cit_fast.methods.config import presets
 
     assert not [name for name in presets() if f"`{name}`" not in README + GUIDE]

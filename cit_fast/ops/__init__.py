@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from cit_fast.ops._balance_ema_cuda import adamw_balance_ema_capturable_
 from cit_fast.ops.balance_ema import (
     BALANCE_GRANULARITIES,
     BALANCE_RULES,
@@ -15,6 +14,7 @@ from cit_fast.ops.balance_ema import (
     balance_weights,
     flush_balance_ema_,
 )
+from cit_fast.ops.balance_ema.cuda import adamw_balance_ema_capturable_
 from cit_fast.ops.information_gain import (
     TokenGain,
     key_part_information_gain,

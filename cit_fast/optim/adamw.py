@@ -12,9 +12,8 @@ from torch._compile import _disable_dynamo
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
-from cit_fast.backends import resolve
 from cit_fast.errors import CitFastError
-from cit_fast.ops._balance_ema_checks import check_adamw
+from cit_fast.ops.backends import resolve
 from cit_fast.ops.balance_ema import (
     BalanceGranularity,
     BalanceRule,
@@ -22,6 +21,7 @@ from cit_fast.ops.balance_ema import (
     balance_weights,
     flush_balance_ema_,
 )
+from cit_fast.ops.balance_ema.checks import check_adamw
 from cit_fast.optim.averaging import AverageOptions, AveragingOptimizer, check_dtype
 from cit_fast.optim.partitions import Partition
 from cit_fast.optim.saving import StateLoading

@@ -11,8 +11,8 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from cit_fast.backends import resolve
 from cit_fast.errors import CitFastError, ConfigError
+from cit_fast.ops.backends import resolve
 from cit_fast.ops.balance_ema import (
     BalanceGranularity,
     BalanceRule,

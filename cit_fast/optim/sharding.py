@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from cit_fast.reference.balance_ema import row_count
+from cit_fast.ops.balance_ema.reference import row_count
 
 
 class Reduction(NamedTuple):

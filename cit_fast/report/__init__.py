@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from cit_fast.report.page import write_report
-from cit_fast.report.table import comparison_table, matrix_table
+from cit_fast.report.table import comparison_table
 
-__all__ = ["comparison_table", "matrix_table", "write_report"]
+__all__ = ["comparison_table", "write_report"]

@@ -1,234 +1,83 @@
-"""All distances between tasks: measured, ordered, and written as CSV, Parquet, a picture and a page."""
+"""Distances between tasks as tables for a terminal, and as files: CSV, Parquet, a picture and a page."""
 
 from __future__ import annotations
 
 import csv
-import functools
 import io
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from cit_fast.data.embedding import WEIGHTS, Embedder, instruction_measure, task_clouds
-from cit_fast.data.example import Task
-from cit_fast.errors import ConfigError, DataError
+from cit_fast.analysis.distances import TaskDistances, extremes
 from cit_fast.files import write_file
-from cit_fast.ops import wasserstein_matrix
-from cit_fast.reference.wasserstein import METRICS
-from cit_fast.report.figures import _short
+from cit_fast.report.distances_page import NEIGHBOURS, draw_distances
+from cit_fast.report.table import plain_table
+from cit_fast.text import short_name
 
-METHODS = ("auto", "exact", "sinkhorn")
-NEIGHBOURS = 3
 MOST_IN_A_MATRIX = 8
 """Tasks whose matrix still fits a terminal; more are told by their neighbours."""
 
 _NAME_ROOM = 26  # characters within which most task names can be told apart
-_BLOCKS = 10  # the progress bar moves about 50 times; each call reads only the clouds of two blocks
-_MOST_ORDERED = 600  # tasks up to which the order of the leaves is the best one and not merely one that fits the tree
 
-# Within a thousandth of the exact distance, for all but a few stubborn pairs, in less time than exact takes.
-_CERTIFIED: dict[str, Any] = {"gap": 1e-3, "max_iterations": 10_000}
-
-Matrix = NDArray[np.float64]
-Progress = Callable[[str, int, int], object]
+# -- the terminal --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class TaskDistances:
-    """Wasserstein distances between tasks, and how they were measured.
+def distance_tables(result: TaskDistances, width: int = 80) -> list[Table]:
+    """The matrix of a few tasks; of many, the neighbours of each, one line a task, and the extremes.
 
     Args:
-        names: of the tasks, in the order they were given.
-        instructions, examples: distinct instructions, and examples, of each task.
-        distances, lower, upper: [tasks, tasks]; the exact distance lies between the last two.
-        iterations, marginal_error: [tasks, tasks], as :class:`cit_fast.ops.Wasserstein` has them.
-        metric, method, weights, embedder: what was asked for; ``method`` is exact or sinkhorn.
+        width: characters of the terminal; a wider one shows more neighbours.
     """
-
-    names: tuple[str, ...]
-    instructions: tuple[int, ...]
-    examples: tuple[int, ...]
-    distances: Matrix
-    lower: Matrix
-    upper: Matrix
-    iterations: NDArray[np.int64]
-    marginal_error: Matrix
-    metric: str
-    method: str
-    weights: str
-    embedder: str
-
-    @functools.cached_property
-    def pairs(self) -> list[tuple[int, int]]:
-        """Every pair of different tasks once, the closest first."""
-        i, j = np.triu_indices(len(self.names), k=1)
-        order = np.argsort(self.distances[i, j], kind="stable")
-        return list(zip(i[order].tolist(), j[order].tolist(), strict=True))
-
-    @functools.cached_property
-    def mean(self) -> Matrix:
-        """[tasks]: the mean distance of each task to the others."""
-        means: Matrix = self.distances.sum(axis=1) / (len(self.names) - 1)
-        return means
-
-    @property
-    def widest(self) -> float:
-        """The largest gap between the bounds, as a share of the upper one; 0 for exact distances."""
-        gap = self.upper - self.lower
-        return float(np.max(np.divide(gap, self.upper, out=np.zeros_like(gap), where=self.upper > 0)))
-
-    @functools.cached_property
-    def tree(self) -> Matrix:
-        """Hierarchical clustering by average linkage, as SciPy's [tasks - 1, 4], leaves in an order that puts close
-        tasks side by side.
-        """
-        from scipy.cluster.hierarchy import linkage
-        from scipy.spatial.distance import squareform
-
-        flat = squareform(self.distances, checks=False)
-        tree: Matrix = linkage(flat, method="average", optimal_ordering=len(self.names) <= _MOST_ORDERED)
-        return tree
-
-    @functools.cached_property
-    def order(self) -> list[int]:
-        """The tasks as the leaves of :attr:`tree` from first to last."""
-        count, leaves = len(self.names), []
-        waiting = [2 * count - 2]
-        while waiting:  # no recursion: a tree can be as deep as there are tasks
-            node = waiting.pop()
-            if node < count:
-                leaves.append(node)
-            else:
-                waiting += [int(self.tree[node - count, 1]), int(self.tree[node - count, 0])]
-        return leaves
-
-    def neighbours(self, task: int) -> list[int]:
-        """The other tasks, the closest first."""
-        order = np.argsort(self.distances[task], kind="stable").tolist()
-        return [other for other in order if other != task]
-
-    def number(self, value: float) -> str:
-        """A distance with as many decimals as tell the distances of this set apart."""
-        return f"{value:.{self._decimals}f}"
-
-    @functools.cached_property
-    def _decimals(self) -> int:
-        values = self.distances[np.triu_indices(len(self.names), k=1)]
-        spread = float(values.max() - values.min()) or float(values.max()) or 1.0
-        return int(np.clip(2 - np.floor(np.log10(spread)), 0, 9))
+    if len(result.names) <= MOST_IN_A_MATRIX:
+        return [_matrix(result)]
+    return [_neighbours(result, width), _extremes(result)]
 
 
-def check_options(weights: str, metric: str, method: str) -> None:
-    """Refuse an option that :func:`measure_distances` does not know, before anything is loaded.
-
-    Raises:
-        ConfigError: the option and what it may be.
-    """
-    for name, value, known in (("weights", weights, WEIGHTS), ("metric", metric, METRICS), ("method", method, METHODS)):
-        if value not in known:
-            raise ConfigError(f"{name}: {value!r} is unknown; expected one of {', '.join(known)}")
-
-
-def measure_distances(
-    tasks: Sequence[Task],
-    embedder: Embedder,
-    *,
-    weights: str = "real",
-    metric: str = "cosine",
-    method: str = "auto",
-    progress: Progress = lambda what, done, total: None,
-) -> TaskDistances:
-    """The Wasserstein distance of every pair of tasks, each a measure over its embedded instructions (InsCL).
-
-    Args:
-        tasks: at least two, with training examples.
-        embedder: makes points of instructions.
-        weights: ``"real"``: an instruction counts by its share of the examples; ``"uniform"``.
-        metric: of the instructions: cosine, euclidean or sqeuclidean.
-        method: ``"exact"``; ``"sinkhorn"``, with bounds on the exact distance; ``"auto"``: exact unless it would take
-            more than about a minute on one core.
-        progress: called with what is going on, how much of it is done and how much there is.
-
-    Raises:
-        DataError: fewer than two tasks, or one without training examples.
-        ConfigError: an unknown option.
-    """
-    check_options(weights, metric, method)
-    if len(tasks) < 2:
-        raise DataError(f"only {len(tasks)} task ({', '.join(t.name for t in tasks)}): distances need at least two")
-    clouds, shares = task_clouds(
-        tasks, embedder, weights, progress=lambda done, total: progress("Embedding instructions", done, total)
-    )
-    for task, cloud in zip(tasks, clouds, strict=True):
-        usable = cloud.isfinite().all(dim=1) & ((cloud != 0).any(dim=1) | torch.tensor(metric != "cosine"))
-        if not usable.all():  # the op would say so too, but of a cloud and a point by number
-            text = instruction_measure(task, weights)[0][int((~usable).nonzero()[0])]
-            raise DataError(f"task {task.name!r}: the embedding of {text[:60]!r} is all zero or not finite")
-    sizes = np.array([len(cloud) for cloud in clouds], dtype=np.float64)
-    if method == "auto":
-        method = "exact" if _seconds_of_exact(sizes) <= 60 else "sinkhorn"
-    options = {} if method == "exact" else _CERTIFIED
-    count = len(tasks)
-    matrices = [np.zeros((count, count)) for _ in range(5)]
-    done, total = 0, count * (count - 1) // 2
-    for some, pairs in _blocks(count):
-        result = wasserstein_matrix(
-            [clouds[k] for k in some],
-            [shares[k] for k in some],
-            metric=metric,
-            method=method,
-            pairs=torch.tensor(pairs),
-            **options,
-        )
-        i, j = np.array(some)[np.array(pairs).T]
-        for matrix, values in zip(matrices, result[:5], strict=True):
-            matrix[i, j] = matrix[j, i] = values.numpy()
-        done += len(pairs)
-        progress("Distances", done, total)
-    distances, lower, upper, iterations, marginal_error = matrices
-    return TaskDistances(
-        names=tuple(task.name for task in tasks),
-        instructions=tuple(len(cloud) for cloud in clouds),
-        examples=tuple(len(task.train) for task in tasks),
-        distances=distances,
-        lower=lower,
-        upper=upper,
-        iterations=iterations.astype(np.int64),
-        marginal_error=marginal_error,
-        metric=metric,
-        method=method,
-        weights=weights,
-        embedder=embedder.name,
-    )
+def _matrix(result: TaskDistances) -> Table:
+    table = plain_table("Distances between tasks")
+    table.add_column("Task", overflow="fold", min_width=12)
+    for position in range(1, len(result.names) + 1):
+        table.add_column(f"{position}", justify="right", no_wrap=True)
+    for rank, i in enumerate(result.order, 1):
+        cells = ["-" if i == j else result.number(result.distances[i, j]) for j in result.order]
+        table.add_row(Text(f"{rank} {result.names[i]}"), *cells)
+    return table
 
 
-def _seconds_of_exact(sizes: Matrix) -> float:
-    """About how long the network simplex takes for all pairs: 0.1 ms each and 0.1 microseconds an entry of the cost
-    (PERFORMANCE.md section 3.2, one core).
-    """
-    entries = (sizes.sum() ** 2 - (sizes**2).sum()) / 2
-    return float(1e-4 * len(sizes) * (len(sizes) - 1) / 2 + 1e-7 * entries)
+def _neighbours(result: TaskDistances, width: int) -> Table:
+    number = 2 + max(len(result.number(float(value))) for value in (result.distances.max(), result.mean.max()))
+    room = width - 8 - number  # without the columns of instructions and means; a gap is two wide
+    shown = max(1, min(NEIGHBOURS, (room - _NAME_ROOM) // (_NAME_ROOM + number)))
+    room = max(_NAME_ROOM // 2, min(48, (room - shown * number) // (1 + shown) - 2))
+    table = plain_table("Nearest tasks of each; close tasks side by side")
+    table.add_column("Task", no_wrap=True)
+    table.add_column("Instr.", justify="right", no_wrap=True)
+    table.add_column("Mean", justify="right", no_wrap=True)
+    for rank in range(shown):
+        table.add_column(("Nearest", "Second", "Third")[rank], no_wrap=True)
+        table.add_column("", justify="right", no_wrap=True)
+    for i in result.order:
+        cells: list[str | Text] = [
+            Text(short_name(result.names[i], room)),
+            f"{result.instructions[i]:,}",
+            result.number(result.mean[i]),
+        ]
+        for j in result.neighbours(i)[:shown]:
+            cells += [Text(short_name(result.names[j], room)), result.number(result.distances[i, j])]
+        table.add_row(*cells)
+    return table
 
 
-def _blocks(count: int) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
-    """All pairs in tiles: the tasks of a tile, and its pairs as positions among them."""
-    size = max(2, -(-count // _BLOCKS))
-    blocks = [list(range(start, min(start + size, count))) for start in range(0, count, size)]
-    for first, rows in enumerate(blocks):
-        for second in range(first, len(blocks)):
-            some = rows if first == second else rows + blocks[second]
-            others = range(len(rows)) if first == second else range(len(rows), len(some))
-            pairs = [(i, j) for i in range(len(rows)) for j in others if i < j]
-            if pairs:
-                yield some, pairs
+def _extremes(result: TaskDistances) -> Table:
+    table = plain_table("Extremes")
+    table.add_column("", no_wrap=True)
+    table.add_column("Distance", justify="right", no_wrap=True)
+    table.add_column("Tasks", overflow="fold")
+    for what, distance, names in extremes(result):
+        table.add_row(what, distance, Text(names))
+    return table
 
 
 # -- files ---------------------------------------------------------------------------------------------------------
@@ -242,8 +91,6 @@ def write_distances(result: TaskDistances, folder: Path) -> Path:
     Raises:
         RunError: the folder cannot be written.
     """
-    from cit_fast.report.distances_page import draw_distances
-
     write_file(folder / "distances.csv", _csv(result))
     write_file(folder / "distances.parquet", _parquet(result))
     html, picture = draw_distances(result)
@@ -282,111 +129,3 @@ def _parquet(result: TaskDistances) -> bytes:
     buffer = io.BytesIO()
     parquet.write_table(table, buffer)
     return buffer.getvalue()
-
-
-# -- the terminal --------------------------------------------------------------------------------------------------
-
-
-def distance_tables(result: TaskDistances, width: int = 80) -> list[Table]:
-    """The matrix of a few tasks; of many, the neighbours of each, one line a task, and the extremes.
-
-    Args:
-        width: characters of the terminal; a wider one shows more neighbours.
-    """
-    if len(result.names) <= MOST_IN_A_MATRIX:
-        return [_matrix(result)]
-    return [_neighbours(result, width), _extremes(result)]
-
-
-def _matrix(result: TaskDistances) -> Table:
-    table = _table("Distances between tasks")
-    table.add_column("Task", overflow="fold", min_width=12)
-    for position in range(1, len(result.names) + 1):
-        table.add_column(f"{position}", justify="right", no_wrap=True)
-    for rank, i in enumerate(result.order, 1):
-        cells = ["-" if i == j else result.number(result.distances[i, j]) for j in result.order]
-        table.add_row(Text(f"{rank} {result.names[i]}"), *cells)
-    return table
-
-
-def _neighbours(result: TaskDistances, width: int) -> Table:
-    number = 2 + max(len(result.number(float(value))) for value in (result.distances.max(), result.mean.max()))
-    room = width - 8 - number  # without the columns of instructions and means; a gap is two wide
-    shown = max(1, min(NEIGHBOURS, (room - _NAME_ROOM) // (_NAME_ROOM + number)))
-    room = max(_NAME_ROOM // 2, min(48, (room - shown * number) // (1 + shown) - 2))
-    table = _table("Nearest tasks of each; close tasks side by side")
-    table.add_column("Task", no_wrap=True)
-    table.add_column("Instr.", justify="right", no_wrap=True)
-    table.add_column("Mean", justify="right", no_wrap=True)
-    for rank in range(shown):
-        table.add_column(("Nearest", "Second", "Third")[rank], no_wrap=True)
-        table.add_column("", justify="right", no_wrap=True)
-    for i in result.order:
-        cells: list[str | Text] = [
-            Text(_short(result.names[i], room)),
-            f"{result.instructions[i]:,}",
-            result.number(result.mean[i]),
-        ]
-        for j in result.neighbours(i)[:shown]:
-            cells += [Text(_short(result.names[j], room)), result.number(result.distances[i, j])]
-        table.add_row(*cells)
-    return table
-
-
-def _extremes(result: TaskDistances) -> Table:
-    table = _table("Extremes")
-    table.add_column("", no_wrap=True)
-    table.add_column("Distance", justify="right", no_wrap=True)
-    table.add_column("Tasks", overflow="fold")
-    for what, distance, names in extremes(result):
-        table.add_row(what, distance, Text(names))
-    return table
-
-
-def extremes(result: TaskDistances) -> list[tuple[str, str, str]]:
-    """The closest and the farthest pairs, and the tasks nearest to and farthest from all others: what, how far, who."""
-    pairs = result.pairs
-    shown = min(5, len(pairs))
-    rows = [("closest", pair) for pair in pairs[:shown]]
-    rows += [("farthest", pair) for pair in pairs[: -shown - 1 : -1] if len(pairs) > 1]
-    found = [
-        (what, result.number(result.distances[i, j]), f"{result.names[i]} and {result.names[j]}")
-        for what, (i, j) in rows
-    ]
-    by_mean = np.argsort(result.mean, kind="stable").tolist()
-    for what, task in (("most central", by_mean[0]), ("most apart", by_mean[-1])):
-        found.append((what, result.number(float(result.mean[task])), f"{result.names[task]} (mean to the others)"))
-    return found
-
-
-def how_measured(result: TaskDistances) -> str:
-    """One sentence on what the numbers are and how far they can be off."""
-    sure = "exact" if result.method == "exact" else f"at most {100 * result.widest:.2g} % above the exact one"
-    counted = "counted by their examples" if result.weights == "real" else "counted alike"
-    return (
-        f"{len(result.names):,} tasks, {len(result.pairs):,} pairs; Wasserstein distance ({sure}) between distinct "
-        f"instructions, {counted}; {result.metric} distance of their embeddings."
-    )
-
-
-def _table(title: str) -> Table:
-    return Table(
-        title=title,
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        padding=(0, 1, 0, 0),
-        title_style="bold",
-    )
-
-
-__all__ = [
-    "METHODS",
-    "TaskDistances",
-    "check_options",
-    "distance_tables",
-    "extremes",
-    "how_measured",
-    "measure_distances",
-    "write_distances",
-]

@@ -15,14 +15,15 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
+from cit_fast.analysis.distances import Matrix, TaskDistances, extremes, how_measured
 from cit_fast.report import figures
-from cit_fast.report.distances import NEIGHBOURS, Matrix, TaskDistances, extremes, how_measured
 
 _TEMPLATE = Path(__file__).with_name("distances.html.j2")
 _SCRIPT = Path(__file__).with_name("distances.js")
 
 _WHOLE = 7.0, 14.0, 40.0  # inches of the heat map: of a few tasks, of a hundred, and the most that can be drawn
 _CELL = 0.16, 0.095  # inches of a cell up to a hundred tasks, and the smallest whose name can still be read
+NEIGHBOURS = 3
 _MOST_WRITTEN = 20  # tasks whose distances are written into the cells
 _MOST_BELOW = 60  # tasks that are named below the columns too; beyond, the order of the rows must do
 _MOST_IN_TABLE = 60  # tasks whose matrix the page has as a table too

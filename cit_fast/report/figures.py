@@ -27,6 +27,7 @@ from cit_fast.evaluation.continual import Matrix
 from cit_fast.evaluation.record import StageRecord
 from cit_fast.report.collect import COLUMNS, RunView, number
 from cit_fast.report.routing import confusion
+from cit_fast.text import short_name
 
 DPI = 150
 _LEAST_ROOM = 11  # characters; a name cut shorter than that says nothing
@@ -376,8 +377,5 @@ def _legend(figure: Figure, views: Sequence[RunView], theme: Theme) -> None:
 
 
 def _short(name: str, most: int) -> str:
-    """A name that fits, cut in the middle (endings tell tasks apart too), and never read as a formula."""
-    if len(name) > most:
-        tail = (most - 1) // 2
-        name = f"{name[: most - 1 - tail]}…{name[len(name) - tail :]}"
-    return name.replace("$", r"\$")
+    """A name that fits, and is never read as a formula."""
+    return short_name(name, most).replace("$", r"\$")

@@ -9,8 +9,8 @@ import numpy as np
 
 from cit_fast.evaluation.continual import Matrix
 from cit_fast.evaluation.record import StageRecord
+from cit_fast.models.adapter_bank import BASE
 from cit_fast.report.collect import RunView
-from cit_fast.routing import BASE
 
 BASE_NAME = "base model"
 _MOST_SCORES = 2  # more make the table wider than a page

@@ -1,4 +1,4 @@
-"""The comparison and the score matrix as tables for the terminal."""
+"""The comparison of runs as a table for the terminal."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from cit_fast.report.collect import COLUMNS, Runs, RunView, collect, coverage, number
-
-_MOST_NAMED_COLUMNS = 6
+from cit_fast.report.collect import COLUMNS, Runs, RunView, collect, coverage
 
 
 def comparison_table(runs: Sequence[Path]) -> RenderableType:
@@ -58,7 +56,7 @@ class _Comparison:
 
     def _table(self, shown: Sequence[bool], caption: Text | None, arrow: str = "") -> Table:
         # A line break before the arrow: rich itself takes single letters off any column.
-        table = _table(None, caption)
+        table = plain_table(None, caption)
         table.add_column("Method", overflow="fold", min_width=13)
         for column in itertools.compress(COLUMNS, shown):
             table.add_column(
@@ -98,40 +96,12 @@ def comparison_rows(runs: Runs) -> list[tuple[RunView, list[tuple[str, bool]]]]:
     return rows
 
 
-def matrix_table(run: Path) -> Table:
-    """The score matrix of one run: a row per stage, the untrained model first, a column per task; points 0 to
-    100.
-
-    The scores of the task(s) a stage has just trained are bold, in brackets. With more than six tasks the columns
-    are numbered, in the order of ``run.json``, and the rows carry the numbers.
-
-    Raises:
-        RunError: no run there, or damaged records.
-    """
-    view = collect([run]).views[0]
-    caption = Text(view.incomplete) if view.incomplete else None
-    table = _table(Text(f"{view.label}: score after each stage"), caption)
-    # Many names do not fit side by side: then columns carry the numbers of the rows.
-    numbered = len(view.record.tasks) > _MOST_NAMED_COLUMNS
-    table.add_column("After", no_wrap=True, max_width=24 if numbered else None)
-    for position, task in enumerate(view.record.tasks, start=1):
-        table.add_column(f"{position}" if numbered else Text(task), justify="right", overflow="fold", min_width=6)
-    table.add_row("untrained", *(number(value) for value in view.untrained))
-    for row, (stage, name) in enumerate(zip(view.trained, view.stage_names, strict=True)):
-        cells = [
-            Text(f"[{number(value)}]", "bold") if task in stage.trained else Text(number(value))
-            for task, value in zip(view.record.tasks, view.matrix[row], strict=True)
-        ]
-        order = f"{view.record.tasks.index(stage.trained[0]) + 1} " if numbered and not view.is_joint else ""
-        table.add_row(Text(order + name), *cells)
-    return table
-
-
-def _table(title: Text | None, caption: Text | None) -> Table:
-    # No vertical rules, narrow gaps, headers that wrap: the comparison fits a terminal of 80 columns.
+def plain_table(title: str | None, caption: Text | None = None) -> Table:
+    """An empty table without vertical rules, with narrow gaps and headers that wrap: it fits 80 columns."""
     return Table(
         title=title,
         title_justify="left",
+        title_style="bold",
         box=box.SIMPLE_HEAD,
         show_edge=False,
         padding=(0, 1, 0, 0),

@@ -5,7 +5,7 @@
 //   alpha = released: 2 (1 + b) / (a c)    paper: 1 - (1 + b) / (a c)    fixed: 1 - decay
 //   e <- e + alpha (p - e),  g_prev <- g
 //
-// The definition that this is tested against is cit_fast/reference/balance_ema.py. Sums: 16 float lanes over each chunk
+// The definition that this is tested against is cit_fast/ops/balance_ema/reference.py. Sums: 16 float lanes over each chunk
 // of 16 Ki elements of a row, then double over the chunks in order, so the number of threads never changes a bit.
 #pragma once
 
@@ -16,7 +16,7 @@
 
 namespace cit {
 
-// The values are the positions in BALANCE_RULES of cit_fast/ops/_balance_ema_checks.py.
+// The values are the positions in BALANCE_RULES of cit_fast/ops/balance_ema/checks.py.
 enum class Rule : std::int64_t { kReleased = 0, kPaper = 1, kFixed = 2 };
 
 struct RuleOptions {

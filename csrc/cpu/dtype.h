@@ -5,7 +5,7 @@
 
 namespace cit {
 
-// The values are part of the contract with cit_fast/ops/_balance_ema_native.py.
+// The values are part of the contract with cit_fast/ops/balance_ema/native.py.
 enum class DType : std::int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 struct Array {

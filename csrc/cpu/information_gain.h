@@ -1,6 +1,6 @@
 // Key-part information gain and the losses of KPIG from hidden states, without the logits.
 //
-// The definitions that this is tested against are in cit_fast/reference/information_gain.py. A token's logits exist for
+// The definitions that this is tested against are in cit_fast/ops/information_gain/reference.py. A token's logits exist for
 // kChunkRows vocabulary entries at a time where only statistics are wanted (token_gain), and for a few tokens at a time
 // where a gradient needs normalised probabilities (masked_jsd, linear_cross_entropy): a stored logit costs less than
 // computing it again.

@@ -1,5 +1,5 @@
 // Optimal transport of many pairs of weighted point clouds on the CPU: entropic, with bounds on the exact value, and
-// exact. The definition is cit_fast/reference/wasserstein.py.
+// exact. The definition is cit_fast/ops/wasserstein/reference.py.
 #pragma once
 
 #include <cstddef>

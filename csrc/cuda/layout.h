@@ -21,7 +21,7 @@ constexpr int kGroup = 8;      // neighbouring elements that a thread takes at o
 // that finding its work costs a block little.
 constexpr std::uint32_t kPiece = 8192;
 
-// The numbers are part of the contract with cit_fast/ops/_balance_ema_cuda.py: the order of the lists of addresses.
+// The numbers are part of the contract with cit_fast/ops/balance_ema/cuda.py: the order of the lists of addresses.
 enum Stream { kParam, kAverage, kGrad, kPreviousGrad, kExpAvg, kExpAvgSq, kStreams };
 
 struct Shape {

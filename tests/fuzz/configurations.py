@@ -18,9 +18,11 @@ from transformers import TrainingArguments
 
 from cit_fast import ContinualTrainer
 from cit_fast.data import TaskSource
+from cit_fast.methods.config import presets
+from cit_fast.methods.registry import PARTS
+from cit_fast.models.config import DataConfig, ModelConfig
 from cit_fast.report import write_report
-from cit_fast.training.config import DataConfig, EvaluationConfig, ModelConfig, RunConfig, load_config, presets
-from cit_fast.training.parts import PARTS
+from cit_fast.run.config import EvaluationConfig, RunConfig, load_config
 from tests.fuzz.values import plausible, value
 
 # Slow, and right to be: a user may ask for them.

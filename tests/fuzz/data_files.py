@@ -16,8 +16,9 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cit_fast.data import PromptEncoder, TaskSource, find_tasks, load_task
+from cit_fast.data import TaskSource, find_tasks, load_task
 from cit_fast.data.records import FORMATS
+from cit_fast.models.prompts import PromptEncoder
 from tests.fuzz.values import value
 
 TURNS = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yo"}]

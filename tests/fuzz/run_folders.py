@@ -17,9 +17,9 @@ from rich.console import Console
 from cit_fast import ContinualModel, ContinualTrainer
 from cit_fast.errors import LeftOutWarning
 from cit_fast.evaluation import read_stages, rescore
+from cit_fast.inference.export import export_adapters
 from cit_fast.report import write_report
-from cit_fast.training import stage_trainer
-from cit_fast.training.export import export_adapters
+from cit_fast.run import stage_trainer
 from tests.fuzz.configurations import base
 from tests.fuzz.runner import in_a_process
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cit_fast import available_backends, backend, reference
+from cit_fast import available_backends, backend
 from cit_fast.errors import BackendError, CitFastError
 from cit_fast.ops import (
     BALANCE_RULES,
@@ -23,7 +23,8 @@ from cit_fast.ops import (
     balance_norms_,
     flush_balance_ema_,
 )
-from cit_fast.reference.balance_ema import balance_weight, row_count
+from cit_fast.ops.balance_ema import reference
+from cit_fast.ops.balance_ema.reference import balance_weight, row_count
 
 pytestmark = [
     pytest.mark.gpu,
@@ -433,8 +434,8 @@ def test_what_a_graph_would_freeze_is_refused() -> None:
 
 
 def test_without_force_the_cuda_kernels_stay_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cit_fast import backends
-    from cit_fast.ops import _balance_ema_cuda as kernels
+    from cit_fast.ops import backends
+    from cit_fast.ops.balance_ema import cuda as kernels
 
     monkeypatch.setattr(backends, "forced_backend", lambda: None)
     assert backends.resolve("balance_ema_", torch.device("cuda")) is not kernels._balance_ema

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from cit_fast import backend
 from cit_fast.errors import BackendError
-from cit_fast.ops import _balance_ema_triton as glue
 from cit_fast.ops import adamw_balance_ema_, balance_ema_, flush_balance_ema_
+from cit_fast.ops.balance_ema import triton as glue
 
 pytest.importorskip("triton")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from cit_fast import backend
-from cit_fast.ops import _information_gain_triton as glue
 from cit_fast.ops import linear_cross_entropy, masked_jsd, token_gain
 from cit_fast.ops.information_gain import TokenGain
+from cit_fast.ops.information_gain import triton as glue
 
 pytest.importorskip("triton")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

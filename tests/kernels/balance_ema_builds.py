@@ -17,7 +17,7 @@ from cit_fast.kernels import balance_ema as kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cit_fast.ops import _balance_ema_triton as glue
+from cit_fast.ops.balance_ema import triton as glue
 
 ARCHITECTURES = (80, 90)
 REGISTERS = 65536  # of a processor

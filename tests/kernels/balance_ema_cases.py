@@ -305,7 +305,7 @@ def test_values_that_are_not_finite_stay_out_of_the_average() -> None:
 
 def test_offsets_beyond_2_31() -> None:
     """The last chunk of a tensor of more than 2^31 elements, alone: the rest of its memory is never touched."""
-    from cit_fast.ops import _balance_ema_triton as glue
+    from cit_fast.ops.balance_ema import triton as glue
 
     chunk = 1 << 17
     numel = chunk * glue._CHUNK + 24

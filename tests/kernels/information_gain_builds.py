@@ -17,7 +17,7 @@ from cit_fast.kernels import information_gain, information_gain_rows
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cit_fast.ops import _information_gain_triton as glue
+from cit_fast.ops.information_gain import triton as glue
 
 REGISTERS = 65536  # of a processor
 SHARED = {"any": 99 << 10, "sm_80": 163 << 10, "sm_90": 227 << 10}  # that a program may have

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from cit_fast import backend
 from cit_fast.errors import BackendError, DataError
-from cit_fast.ops import _information_gain_triton as glue
 from cit_fast.ops import (
     linear_cross_entropy,
     masked_jsd,
@@ -28,6 +27,7 @@ from cit_fast.ops import (
     token_gain_statistics,
 )
 from cit_fast.ops.information_gain import TokenGain
+from cit_fast.ops.information_gain import triton as glue
 
 # The interpreter is numpy, which warns of arithmetic with infinities.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -12,11 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cit_fast import backends
-from cit_fast.backends import Backend, backend
 from cit_fast.errors import BackendError
-from cit_fast.ops import _information_gain_triton as glue
-from cit_fast.ops import token_gain
+from cit_fast.ops import backends, token_gain
+from cit_fast.ops.backends import Backend, backend
+from cit_fast.ops.information_gain import triton as glue
 
 HERE = Path(__file__).parent
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

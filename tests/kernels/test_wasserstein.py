@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cit_fast import backends
-from cit_fast.backends import Backend, backend
-from cit_fast.ops import _wasserstein_cuda, _wasserstein_triton
+from cit_fast.ops import backends
+from cit_fast.ops.backends import Backend, backend
+from cit_fast.ops.wasserstein import cuda as _wasserstein_cuda
+from cit_fast.ops.wasserstein import triton as _wasserstein_triton
 
 HERE = Path(__file__).parent
 CUDA = torch.device("cuda")

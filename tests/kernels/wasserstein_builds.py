@@ -17,7 +17,7 @@ from cit_fast.kernels import wasserstein as kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cit_fast.ops import _wasserstein_triton as glue
+from cit_fast.ops.wasserstein import triton as glue
 
 ARCHITECTURES = (80, 90)
 REGISTERS = 65536  # of a processor

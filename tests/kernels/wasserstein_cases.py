@@ -19,8 +19,11 @@ from torch import Tensor
 import cit_fast
 from cit_fast import backend
 from cit_fast.errors import BackendError, DataError
-from cit_fast.ops import _wasserstein_cuda, _wasserstein_device, _wasserstein_triton, wasserstein_matrix
+from cit_fast.ops import wasserstein_matrix
 from cit_fast.ops.wasserstein import METRICS, Wasserstein
+from cit_fast.ops.wasserstein import cuda as _wasserstein_cuda
+from cit_fast.ops.wasserstein import device as _wasserstein_device
+from cit_fast.ops.wasserstein import triton as _wasserstein_triton
 
 # The interpreter is numpy, which warns of arithmetic with infinities.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cit_fast import _native, backend, reference
+from cit_fast import _native, backend
 from cit_fast.ops import adamw_balance_ema_, balance_ema_, flush_balance_ema_
+from cit_fast.ops.balance_ema import reference
 
 # Every kind of length: empty, shorter than a vector, around a vector, a conversion block and a chunk; long rows too.
 SHAPES = [(1,), (0,), (), (3, 5), (16,), (1023,), (1025,), (4, 4, 17), (16384,), (16385,), (0, 7), (7, 0), (300, 500),

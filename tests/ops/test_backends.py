@@ -11,10 +11,9 @@ import pytest
 import torch
 
 import cit_fast
-from cit_fast import backends
-from cit_fast.backends import Backend, BackendStatus, available_backends, backend, forced_backend, register, resolve
 from cit_fast.errors import BackendError
-from cit_fast.ops import balance_ema_
+from cit_fast.ops import backends, balance_ema_
+from cit_fast.ops.backends import Backend, BackendStatus, available_backends, backend, forced_backend, register, resolve
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

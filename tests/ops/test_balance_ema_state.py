@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from cit_fast import backend
 from cit_fast.errors import BackendError
 from cit_fast.ops import BALANCE_GRANULARITIES, balance_ema_, flush_balance_ema_
-from cit_fast.reference.balance_ema import stochastic_bfloat16
+from cit_fast.ops.balance_ema.reference import stochastic_bfloat16
 
 ADAMW = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 SIGMAS = 5  # one in a million by chance, and the draws are fixed

@@ -20,10 +20,10 @@ import pytest
 import torch
 
 from cit_fast import available_backends, backend
-from cit_fast.backends import resolve
 from cit_fast.errors import BackendError, CitFastError
-from cit_fast.ops import _balance_ema_cuda as kernels
 from cit_fast.ops import adamw_balance_ema_capturable_
+from cit_fast.ops.backends import resolve
+from cit_fast.ops.balance_ema import cuda as kernels
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
@@ -151,7 +151,7 @@ def test_without_a_device_forcing_it_is_an_error() -> None:
 
 
 def test_cuda_tensors_get_the_cuda_kernels_only_when_forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cit_fast import backends
+    from cit_fast.ops import backends
 
     monkeypatch.setattr(backends, "_status", lambda which: backends.BackendStatus(True, "pretended"))
     device = torch.device("cuda")

@@ -21,8 +21,7 @@ from cit_fast.ops import (
     token_gain_from_statistics,
     token_gain_statistics,
 )
-from cit_fast.ops.information_gain import TokenGain
-from cit_fast.reference import information_gain as reference
+from cit_fast.ops.information_gain import TokenGain, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Around a group of 16 tokens, a tile of 8 and a chunk of 96 entries, a piece of 960 and of 1920; odd and even widths

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from cit_fast import backend
 from cit_fast.errors import CitFastError, ConfigError, DataError
-from cit_fast.ops import _wasserstein_native
-from cit_fast.ops.wasserstein import METHODS, METRICS, WarmStart, Wasserstein, wasserstein_matrix
-from cit_fast.reference import wasserstein as reference
+from cit_fast.ops.wasserstein import METHODS, METRICS, WarmStart, Wasserstein, reference, wasserstein_matrix
+from cit_fast.ops.wasserstein import native as _wasserstein_native
 
 ENTROPIC = ("sinkhorn", "sinkhorn-divergence")
 ROUNDING = 1e-12

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cit_fast import _native, backend
-from cit_fast.ops import _wasserstein_native, wasserstein_matrix
+from cit_fast.ops import wasserstein_matrix
 from cit_fast.ops.wasserstein import METRICS, Wasserstein
+from cit_fast.ops.wasserstein import native as _wasserstein_native
 
 ENTROPIC = ("sinkhorn", "sinkhorn-divergence")
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, AdamW, Optimizer
 
 import cit_fast
-from cit_fast import reference
 from cit_fast.errors import CitFastError
+from cit_fast.ops.balance_ema import reference
 from cit_fast.optim import BalanceEMA
 
 RULES = ("released", "paper", "fixed")

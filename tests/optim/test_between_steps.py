@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW
 
-from cit_fast import reference
 from cit_fast.errors import CitFastError
+from cit_fast.ops.balance_ema import reference
 from cit_fast.optim import AdamWBalanceEMA, BalanceEMA
 
 KINDS: dict[str, Any] = {

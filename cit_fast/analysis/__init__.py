@@ -1,0 +1,1 @@
+"""Measuring instruction sets and models: distances between tasks, information gain of key parts."""

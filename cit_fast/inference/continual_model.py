@@ -1,0 +1,231 @@
+"""A run as a model that answers prompts, each by the adapter set that its router chooses."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from pydantic import ValidationError
+
+from cit_fast.data.example import Example
+from cit_fast.errors import DataError, LeftOutWarning, RunError
+from cit_fast.evaluation.record import RunRecord, StageRecord, check_files, read_run, read_stages
+from cit_fast.files import damaged_files
+from cit_fast.methods.routing import Router, RouterContext, SharedRouter, load_router
+from cit_fast.models.adapter_bank import BASE, AdapterBank, NotPlainLoraError
+from cit_fast.models.adapters import load_adapter, load_weights, prompt_encoder
+from cit_fast.models.generation import generate
+from cit_fast.models.pretrained import load_model, load_tokenizer, resolve_model
+from cit_fast.models.prompts import PromptEncoder
+from cit_fast.run.config import RunConfig, describe
+
+
+class ContinualModel:
+    """A finished (or running) run as a model that answers prompts.
+
+    Example::
+
+        model = ContinualModel.from_run("runs/quickstart/random-replay")
+        model.generate(["Write the number in words.\\n\\n42"])
+
+    Args:
+        model: the base model with its sets in ``bank``; else a PEFT model, or one trained whole.
+        sets: the adapter sets that can answer. ``gone``: those that cannot, with the reason.
+        router: which set answers a prompt; without one, whatever is active in ``model``.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        encoder: PromptEncoder,
+        bank: AdapterBank | None = None,
+        router: Router | None = None,
+        sets: Sequence[str] = (),
+        gone: Mapping[str, str] | None = None,
+    ) -> None:
+        self.model, self.encoder, self.bank, self.router = model, encoder, bank, router
+        self.sets, self.gone = tuple(sets), dict(gone or {})
+
+    @classmethod
+    def from_run(
+        cls,
+        run: str | Path,
+        device: str | None = None,
+        trust_remote_code: bool = False,
+        router: Router | None = None,
+    ) -> ContinualModel:
+        """Load the base model, once, and the adapter sets and the router of the last committed stage.
+
+        A set that cannot be used is left out with a warning that names it; its prompts go to the best of the others, or
+        to the base model where none fits.
+
+        Args:
+            run: a run folder.
+            device: where to put it; the GPU where there is one.
+            trust_remote_code: run code that comes with the base model; what the run's own record says does not count.
+            router: instead of the run's; one of a class of your own must be given, from its ``load``.
+
+        Raises:
+            RunError: no run there, no stage trained yet, a damaged router, or not one set that can answer.
+        """
+        run = Path(run)
+        record, config, stage = read_trained(run)
+        base = config.model.model_copy(update={"trust_remote_code": trust_remote_code})
+        folder = resolve_model(base)
+        tokenizer = load_tokenizer(folder, trust_remote_code)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        encoder = prompt_encoder(tokenizer, config.data)
+        weights = run / "stages" / f"{stage.index:02d}"
+        model = load_model(folder, base)
+        encoder.fit_to(model)
+        if (weights / "model").is_dir():
+            check_files(weights, stage, "model/")
+            return cls(load_weights(model, weights).to(device), encoder)
+        check_files(weights, stage, "router/")
+        router = router or _router_of(record, weights)
+        folders = adapter_folders(weights, router.sets)
+        damaged = damaged_sets(weights, stage)
+        whole = {name: folder for name, folder in folders.items() if name not in damaged}
+        bank, gone = _read_bank(model.to(device), whole)
+        if bank is None:
+            model, gone = _load_with_peft(model, whole)
+            model.to(device)
+        gone = {name: reason for name in folders if (reason := (damaged | gone).get(name))}
+        sets = [name for name in folders if name not in gone]
+        if not sets:
+            raise RunError(f"{run}: no adapter set can answer: {next(iter(gone.values()))}")
+        for name, reason in gone.items():
+            warnings.warn(
+                f"adapter set {name!r} is gone: {reason}; the others answer its prompts", LeftOutWarning, stacklevel=2
+            )
+        return cls(model, encoder, bank, router, sets, gone)
+
+    def route(self, prompts: Sequence[str | Example]) -> list[str]:
+        """Name of the adapter set that answers each prompt, ``"__base__"`` for the base model alone.
+
+        Raises:
+            DataError: an empty prompt, or a model that was trained whole and has no sets.
+        """
+        if self.router is None:
+            raise DataError("route: the run trained the whole model; there are no adapter sets to choose from")
+        return self._route(_examples(prompts))
+
+    def _route(self, examples: Sequence[Example]) -> list[str]:
+        if self.router is None or not examples:
+            return [BASE] * len(examples)
+        context = RouterContext(self.model, self.encoder, gone=frozenset(self.gone))
+        chosen = self.router.answer(examples, context)
+        # A router of the user's own may not know of sets that are gone.
+        return [BASE if name in self.gone else name for name in chosen]
+
+    def generate(
+        self,
+        prompts: Sequence[str | Example],
+        max_new_tokens: int = 64,
+        batch_size: int = 16,
+        adapters: Sequence[str] | None = None,
+    ) -> list[str]:
+        """Greedy answers.
+
+        Args:
+            prompts: texts (instruction and input together) or examples.
+            max_new_tokens: longest answer; ``batch_size``: prompts at a time, whatever their sets.
+            adapters: the set of each prompt, as :meth:`route` gives them; routed where not given.
+
+        Raises:
+            DataError: an empty prompt, or a set that is not there.
+        """
+        examples = _examples(prompts)
+        if adapters is None and self.router is not None:
+            adapters = self._route(examples)
+        for name in adapters or ():
+            if name in self.gone:
+                raise DataError(f"adapter set {name!r} is gone: {self.gone[name]}")
+        return generate(
+            self.model,
+            [self.encoder.prompt(example) for example in examples],
+            tokenizer=self.encoder.tokenizer,
+            pad_token_id=self.encoder.pad_token_id,
+            eos_token_ids=self.encoder.stop_token_ids,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            adapters=adapters,
+            bank=self.bank,
+        )
+
+
+def read_trained(run: Path) -> tuple[RunRecord, RunConfig, StageRecord]:
+    """A run's record, its configuration and its last stage.
+
+    Raises:
+        RunError: no run there, a damaged record, or no stage trained yet.
+    """
+    record, stages = read_run(run), read_stages(run)
+    if not stages or stages[-1].index == 0:
+        raise RunError(f"{run}: no stage has been trained yet")
+    try:
+        config = RunConfig.model_validate({k: v for k, v in record.config.items() if k in RunConfig.model_fields})
+    except ValidationError as error:
+        raise RunError(describe(error, f"{run / 'run.json'}: config")) from None
+    return record, config, stages[-1]
+
+
+def adapter_folders(weights: Path, expected: Sequence[str] = ()) -> dict[str, Path]:
+    """The adapter sets of a stage folder by name, and those that should be there.
+
+    Raises:
+        RunError: there are none.
+    """
+    found = {path.name for path in (weights / "adapters").glob("*") if path.is_dir()}
+    if not found:
+        knows = f", and its router knows {', '.join(expected)}" if expected else ""
+        raise RunError(f"{weights}: holds neither adapters nor a model{knows}; the stage is damaged")
+    return {name: weights / "adapters" / name for name in sorted(found | set(expected))}
+
+
+def damaged_sets(weights: Path, stage: StageRecord) -> dict[str, str]:
+    """The adapter sets of a stage folder whose files are not what was written, with the reason."""
+    damaged = damaged_files(weights, stage.files, "adapters/")
+    return {name.split("/")[1]: f"{weights / name}: damaged ({reason})" for name, reason in damaged.items()}
+
+
+def _router_of(record: RunRecord, weights: Path) -> Router:
+    if not (weights / "router").exists() and record.method.get("router", {}).get("name") == "shared":
+        return SharedRouter()  # a run older than the folder, which for this router says nothing
+    return load_router(weights / "router")
+
+
+def _read_bank(base: Any, folders: Mapping[str, Path]) -> tuple[AdapterBank | None, dict[str, str]]:
+    """The sets that can be read, and why the others cannot; no bank where one of them is not plain LoRA."""
+    bank, gone = AdapterBank(), dict[str, str]()
+    for name, folder in folders.items():
+        try:
+            bank.read(base, name, folder)
+        except NotPlainLoraError:
+            return None, {}
+        except RunError as error:
+            gone[name] = str(error)
+    return bank, gone
+
+
+def _load_with_peft(model: Any, folders: Mapping[str, Path]) -> tuple[Any, dict[str, str]]:
+    gone: dict[str, str] = {}
+    for name, folder in folders.items():
+        try:
+            model = load_adapter(model, folder)
+        except RunError as error:
+            gone[name] = str(error)
+    if isinstance(model, PeftModel):
+        model.set_adapter(next(name for name in folders if name not in gone))
+    return model, gone
+
+
+def _examples(prompts: Sequence[str | Example]) -> list[Example]:
+    for index, prompt in enumerate(prompts):
+        if isinstance(prompt, str) and not prompt.strip():
+            raise DataError(f"prompt {index} is empty")
+    return [Example(each, references=("-",)) if isinstance(each, str) else each for each in prompts]

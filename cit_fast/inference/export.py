@@ -1,0 +1,219 @@
+"""A run's weights in the formats of PEFT and transformers, for use without this package."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cit_fast.errors import ConfigError, LeftOutWarning, RunError
+from cit_fast.evaluation.record import check_files
+from cit_fast.files import new_folder, write_json
+from cit_fast.inference.continual_model import adapter_folders, damaged_sets, read_trained
+from cit_fast.models.adapter_bank import (
+    AdapterBank,
+    NotPlainLoraError,
+    read_adapter_config,
+    read_adapter_weights,
+)
+from cit_fast.models.adapters import load_adapter, load_weights
+from cit_fast.models.config import ModelConfig
+from cit_fast.models.pretrained import load_model, load_tokenizer, resolve_model
+from cit_fast.text import first_line
+
+
+def export_adapters(run: str | Path, out: str | Path) -> list[str]:
+    """Write each adapter set of a run's last stage as the PEFT folder ``out/<set>``.
+
+    ``PeftModel.from_pretrained(base, "out/<set>")`` loads it, which is tried before anything appears: one set of each
+    kind must give the logits that it gives here. A set that cannot be read is left out with a warning.
+
+    Args:
+        run: a run folder.
+        out: a folder that does not exist yet, or is empty; it appears whole or not at all.
+
+    Returns:
+        Names of the sets written.
+
+    Raises:
+        RunError: no trained stage, not one readable set, a run that trained the whole model, or ``out`` is in use.
+    """
+    run, out = Path(run), Path(out)
+    _, config, stage = read_trained(run)
+    weights = run / "stages" / f"{stage.index:02d}"
+    if (weights / "model").is_dir():
+        raise RunError(f"{run}: trained the whole model, so it has no adapters; {weights / 'model'} is the model")
+    folders, gone = adapter_folders(weights), damaged_sets(weights, stage)
+    for name, folder in folders.items():
+        if name in gone:
+            continue
+        try:
+            read_adapter_config(folder)
+            read_adapter_weights(folder)
+        except RunError as error:
+            gone[name] = str(error)
+    names = [name for name in folders if name not in gone]
+    if not names:
+        raise RunError(f"{run}: no adapter set can be exported: {next(iter(gone.values()))}")
+
+    def fill(target: Path) -> None:
+        for name in names:
+            shutil.copytree(folders[name], target / name)
+            path = target / name / "adapter_config.json"
+            # A folder's name must find it from anywhere; a hub's name does already.
+            base = str(Path(config.model.name).resolve()) if Path(config.model.name).is_dir() else config.model.name
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            write_json(path, {**settings, "base_model_name_or_path": base, "revision": config.model.revision})
+
+        _check_exported(target, folders, names, config.model.model_copy(update={"trust_remote_code": False}))
+
+    _write(out, fill)
+    for reason in gone.values():
+        warnings.warn(f"left out: {reason}", LeftOutWarning, stacklevel=2)
+    return names
+
+
+def export_merged(run: str | Path, out: str | Path, name: str, trust_remote_code: bool = False) -> None:
+    """Write the base model with adapter set ``name`` merged into its weights, and the tokenizer, as ``out``.
+
+    ``AutoModelForCausalLM.from_pretrained("out")`` loads it, which is tried before anything appears: the logits must be
+    the adapter's. Where the adapter is on one of two embeddings that share their weights, they no longer do
+    (``tie_word_embeddings: false``). The weights keep the base model's dtype, so in bfloat16 an
+    answer may differ from the adapter's by rounding.
+
+    Args:
+        run, out: as in :func:`export_adapters`.
+        name: one of the run's sets; of a run that trained the whole model, anything.
+        trust_remote_code: run code that comes with the base model.
+
+    Raises:
+        RunError: as :func:`export_adapters`, no such set, a damaged one, or a kind that cannot be merged.
+    """
+    run, out = Path(run), Path(out)
+    _check_free(out)
+    _, config, stage = read_trained(run)
+    weights = run / "stages" / f"{stage.index:02d}"
+    base = config.model.model_copy(update={"trust_remote_code": trust_remote_code})
+    whole = (weights / "model").is_dir()
+    if not whole:
+        folders = adapter_folders(weights)
+        if name not in folders:
+            raise RunError(f"{run}: has no adapter set {name!r}; there are {', '.join(folders)}")
+        check_files(weights, stage, f"adapters/{name}/")
+        read_adapter_config(folders[name])
+    else:
+        check_files(weights, stage, "model/")
+    folder = resolve_model(base)
+    tokenizer, model = load_tokenizer(folder, trust_remote_code), load_model(folder, base)
+    if whole:
+        model = load_weights(model, weights)
+        expected = _few_logits(model)
+    else:
+        _untie(model, read_adapter_weights(folders[name]))
+        adapted = load_adapter(model, folders[name])
+        expected = _few_logits(adapted)
+        if not hasattr(adapted, "merge_and_unload"):  # prompt and prefix tuning: tokens, not weights
+            kind = adapted.peft_config[name].peft_type.value
+            raise RunError(f"{folders[name]}: cannot be merged: {kind} has no weights to merge")
+        try:
+            model = adapted.merge_and_unload(safe_merge=True)
+        except (NotImplementedError, ValueError) as error:  # a layer that PEFT cannot merge, or not without NaN
+            raise RunError(f"{folders[name]}: cannot be merged: {first_line(error)}") from error
+
+    def fill(target: Path) -> None:
+        try:
+            model.save_pretrained(target)
+            tokenizer.save_pretrained(target)
+        except ValueError as error:  # a generation configuration that transformers itself refuses to write
+            raise ConfigError(f"{folder}: cannot be saved again: {first_line(error)}") from None
+        again = _few_logits(load_model(target, base))
+        _check_alike(expected, again, f"{out}: the merged model, loaded again")
+
+    _write(out, fill)
+
+
+def _untie(model: Any, adapter: Mapping[str, Tensor]) -> None:
+    """Give the output projection weights of its own where it shares the embeddings' and an adapter is on either."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or embeddings is None or head.weight is not embeddings.weight:
+        return
+    paths = [path for path, module in model.named_modules() if module is head or module is embeddings]
+    if not any(f".{path}." in f".{key}" for path in paths for key in adapter):
+        return
+    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}  # what save_pretrained leaves out
+
+
+_TOKENS = 16
+_ROUNDING = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2}
+
+
+@torch.no_grad()
+def _few_logits(model: Any) -> Tensor:
+    """[16, V] for tokens from all over the vocabulary."""
+    tokens = torch.linspace(0, model.get_input_embeddings().weight.shape[0] - 1, _TOKENS).long()[None]
+    logits: Tensor = model.eval()(input_ids=tokens.to(model.device), use_cache=False).logits[0]
+    return logits.cpu()
+
+
+def _check_alike(expected: Tensor, found: Tensor, what: str) -> None:
+    """See that two models give the same logits, up to the rounding of merged weights.
+
+    Raises:
+        RunError: they do not.
+    """
+    size, apart = expected.float().abs().amax(), (expected.float() - found.float()).abs().amax()
+    if not apart <= _ROUNDING.get(expected.dtype, 5e-2) * size:
+        raise RunError(
+            f"{what}, does not answer as the adapter does here (logits of up to {size:.3g} differ by {apart:.3g}); "
+            "nothing was written"
+        )
+
+
+def _check_exported(target: Path, folders: Mapping[str, Path], names: Sequence[str], base: ModelConfig) -> None:
+    """See that PEFT makes of the folders in ``target`` what answers here; of sets that differ in weights alone, of one.
+
+    Raises:
+        RunError: it does not.
+    """
+    try:
+        model = load_model(resolve_model(base), base)
+    except ConfigError as error:  # adapters can be taken elsewhere without their base model
+        warnings.warn(f"not tried with the base model: {error}", LeftOutWarning, stacklevel=4)
+        return
+    kinds = {(target / name / "adapter_config.json").read_text(encoding="utf-8"): name for name in reversed(names)}
+    expected: dict[str, Tensor] = {}
+    for name in kinds.values():
+        bank = AdapterBank()
+        with contextlib.suppress(NotPlainLoraError):
+            bank.read(model, name, folders[name])
+            with bank.answering([name]):
+                expected[name] = _few_logits(model)
+    for name in kinds.values():
+        model = load_adapter(model, target / name)
+        model.set_adapter(name)
+        logits = _few_logits(model)
+        _check_alike(expected.get(name, logits), logits, f"{target / name}: the adapter, loaded by PEFT")
+
+
+def _check_free(out: Path) -> None:
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise RunError(f"{out}: there is something already; choose another folder")
+
+
+def _write(out: Path, fill: Callable[[Path], None]) -> None:
+    _check_free(out)
+    try:
+        with new_folder(out) as temporary:
+            fill(temporary)
+    except OSError as error:
+        raise RunError(f"{out}: cannot be written ({error.strerror or error})") from error

@@ -1,0 +1,189 @@
+"""Pairs in fewer places: rows that share what sequences begin with, where that is less work than rows of their own.
+
+The examples of a task begin with the same template and often with the same instruction, full ones with full ones and
+masked ones with masked ones. A row then holds that beginning once and, after it, what each sequence has of its own::
+
+    [ common beginning | rest of sequence 1 | rest of sequence 2 | ... ]
+      0 ........ P-1     P ......... A-1      P ......... B-1           position_ids
+
+with the attention mask of :class:`~cit_fast.key_parts.pairs.PairCollator`: a rest sees the beginning and itself. A task
+whose one instruction is long costs less in this way, both contexts together, than its plain rows without any masking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+
+from cit_fast.key_parts.pairs import EncodedPair, PairCollator, shared_prefix
+from cit_fast.models.collation import padded_length
+from cit_fast.models.prompts import IGNORED, Encoded
+
+_LIMITS = (0, 128, 256, 512, 1024)
+# Attention over a row of so many places costs as much as everything else a place goes through; roughly, for any model.
+_ATTENTION = 1024
+
+
+class _Sequence(NamedTuple):
+    ids: list[int]
+    labels: list[int]
+    first: int
+    """Place of the first labelled token: the one before it, which predicts it, must not be shared."""
+
+
+@dataclass(frozen=True)
+class GroupingCollator:
+    """Makes the batches of ``pairs``, in the layout that takes least work.
+
+    Three are weighed: a row for each sequence, a row for each pair, and rows of common beginnings.
+
+    Args:
+        pairs: the collator of the model; one that does not share prefixes is left as it is.
+    """
+
+    pairs: PairCollator
+
+    def __call__(self, features: Sequence[EncodedPair]) -> dict[str, Any]:
+        """Collate E pairs; what comes back is that of :class:`PairCollator`."""
+        longest = max(len(one.input_ids) for pair in features for one in (pair.full, pair.masked) if one is not None)
+        window = self.pairs.window
+        if not self.pairs.share_prefix or (window is not None and longest > window):
+            return self.pairs(features)
+        sequences: list[_Sequence] = []
+        numbers: list[tuple[int, int]] = []  # of each pair's two sequences
+        before: EncodedPair | None = None
+        for pair in features:
+            if before is not None and pair.full is before.full:  # another masking of the same example
+                full = numbers[-1][0]
+            else:
+                full = len(sequences)
+                sequences.append(_Sequence(pair.full.input_ids, pair.full.labels, _first_label(pair.full)))
+            masked = full
+            if pair.masked is not None:
+                masked = len(sequences)
+                ids = pair.masked.input_ids
+                sequences.append(_Sequence(ids, [IGNORED] * len(ids), _first_label(pair.masked)))
+            numbers.append((full, masked))
+            before = pair
+        lengths = self.pairs.lengths
+        plans = [_rows(sequences, limit) for limit in _LIMITS]
+        costs = [_cost([_places(sequences, *row) for row in plan], lengths) for plan in plans]
+        least = min(costs)
+        if _cost([joint_length(pair) for pair in features], lengths) <= least:
+            return self.pairs(features)
+        plan = plans[costs.index(least)]
+        if len(plan) == len(sequences):
+            return replace(self.pairs, share_prefix=False)(features)
+        return self._laid_out(features, sequences, numbers, plan)
+
+    def _laid_out(
+        self,
+        features: Sequence[EncodedPair],
+        sequences: Sequence[_Sequence],
+        numbers: Sequence[tuple[int, int]],
+        plan: Sequence[tuple[list[int], int]],
+    ) -> dict[str, Any]:
+        width = padded_length(max(_places(sequences, *row) for row in plan), self.pairs.lengths)
+        fill = {
+            "input_ids": self.pairs.pad_token_id, "labels": IGNORED, "position_ids": 0, "branch": -1, "visible": 0
+        }  # fmt: skip
+        columns: dict[str, list[list[int]]] = {name: [] for name in fill}
+        starts = [0] * len(sequences)  # the flat place where token 0 of a sequence would be
+        for number, (members, common) in enumerate(plan):
+            row = {
+                "input_ids": sequences[members[0]].ids[:common],
+                "labels": [IGNORED] * common,
+                "position_ids": list(range(common)),
+                "branch": [0] * common,
+                "visible": [0] * common,
+            }
+            for branch, member in enumerate(members, start=1):
+                one = sequences[member]
+                rest = len(one.ids) - common
+                starts[member] = number * width + len(row["input_ids"]) - common
+                row["input_ids"] = row["input_ids"] + one.ids[common:]
+                row["labels"] += one.labels[common:]
+                row["position_ids"] += range(common, len(one.ids))
+                row["branch"] += [branch] * rest
+                row["visible"] += [common] * rest
+            for name, value in fill.items():
+                columns[name].append(row[name] + [value] * (width - len(row[name])))
+        full_at: list[int] = []
+        masked_at: list[int] = []
+        scored: list[bool] = []
+        offsets = [0]
+        for pair, (full, masked) in zip(features, numbers, strict=True):
+            labelled = [k for k, label in enumerate(pair.full.labels) if label != IGNORED]
+            of_masked = pair.full.labels if pair.masked is None else pair.masked.labels
+            full_at += [starts[full] + k - 1 for k in labelled]
+            masked_at += [starts[masked] + k - 1 for k, label in enumerate(of_masked) if label != IGNORED]
+            scored += [pair.scored[0] <= k < pair.scored[1] for k in labelled]
+            offsets.append(len(full_at))
+        return {
+            **{name: torch.tensor(rows) for name, rows in columns.items()},
+            "full_at": torch.tensor(full_at),
+            "masked_at": torch.tensor(masked_at),
+            "offsets": torch.tensor(offsets),
+            "scored": torch.tensor(scored, dtype=torch.bool),
+            "index": torch.tensor([pair.index for pair in features]),
+        }
+
+
+def alike_together(pairs: Sequence[EncodedPair], size: int, share_prefix: bool) -> list[list[int]]:
+    """Numbers of the pairs in batches of ``size``, the longest batch first: memory runs out at once or never.
+
+    With ``share_prefix`` those that begin alike are together, else those of like length.
+    """
+
+    def alike(number: int) -> Any:
+        return pairs[number].full.input_ids if share_prefix else -len(pairs[number].full.input_ids)
+
+    order = sorted(range(len(pairs)), key=alike)
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    return sorted(batches, key=lambda batch: -max(len(pairs[number].full.input_ids) for number in batch))
+
+
+def _first_label(one: Encoded) -> int:
+    return next(k for k, label in enumerate(one.labels) if label != IGNORED)
+
+
+def joint_length(pair: EncodedPair) -> int:
+    """Places of a pair that shares the beginning of its own two sequences."""
+    full = len(pair.full.input_ids)
+    if pair.masked is None:
+        return full
+    return full + len(pair.masked.input_ids) - shared_prefix(pair.full.input_ids, pair.masked.input_ids)
+
+
+def _rows(sequences: Sequence[_Sequence], limit: int) -> list[tuple[list[int], int]]:
+    """Rows of at most ``limit`` places (a longer sequence has its own) as ``(sequences, common tokens)``.
+
+    In the order of their tokens, neighbours begin alike; each joins the row before it if that takes no more places
+    than a row of its own.
+    """
+    rows: list[tuple[list[int], int]] = []
+    places = 0
+    for number in sorted(range(len(sequences)), key=lambda k: sequences[k].ids):
+        one = sequences[number]
+        if rows:
+            members, common = rows[-1]
+            shared = min(common, one.first - 1, shared_prefix(sequences[members[-1]].ids, one.ids))
+            joined = _places(sequences, [*members, number], shared)
+            if joined <= min(limit, places + len(one.ids)):
+                rows[-1], places = ([*members, number], shared), joined
+                continue
+        rows.append(([number], one.first - 1))
+        places = len(one.ids)
+    return rows
+
+
+def _places(sequences: Sequence[_Sequence], members: Sequence[int], common: int) -> int:
+    return common + sum(len(sequences[member].ids) - common for member in members)
+
+
+def _cost(places: Sequence[int], lengths: Sequence[int]) -> float:
+    width = padded_length(max(places), lengths)
+    return len(places) * width * (1 + width / _ATTENTION)

@@ -1,0 +1,243 @@
+"""What the model of the stage before says about a stage's examples, worked out once and kept with the stage.
+
+KPIG compares the live model with M_{t-1}, which no longer changes: one pass without gradients gives the final hidden
+states that predict each example's answer, and the information gain of its key parts. Hidden states, because they are
+what the losses take: d numbers a token where logits are V.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from cit_fast.errors import RunError
+from cit_fast.files import replacing
+from cit_fast.key_parts.head import Head, head_of
+from cit_fast.key_parts.hidden import pair_hidden
+from cit_fast.key_parts.layout import GroupingCollator, alike_together
+from cit_fast.key_parts.pairs import EncodedPair, PairCollator
+from cit_fast.models.forward import evaluating
+from cit_fast.models.prompts import IGNORED
+from cit_fast.ops import key_part_information_gain, token_gain
+from cit_fast.processes import rank_and_count, wait_for_all
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FrozenStates:
+    """Hidden states and information gains of M_{t-1}, by the pairs' ``index``.
+
+    Args:
+        states: per process that worked on them, [tokens, d]; read from the disk as they are needed.
+        places: index -> (which of ``states``, first token, number of tokens).
+        gains: index -> G, in [-alpha / (1 - alpha), alpha / (1 - alpha)].
+        seconds: what the pass took, on the slowest process.
+    """
+
+    states: tuple[Tensor, ...]
+    places: dict[int, tuple[int, int, int]]
+    gains: dict[int, float]
+    seconds: float
+
+    def rows(self, index: int) -> Tensor:
+        """[tokens, d], in the model's dtype, on the CPU."""
+        which, start, count = self.places[index]
+        return self.states[which][start : start + count]
+
+
+def freeze(
+    model: nn.Module,
+    pairs: Sequence[EncodedPair],
+    collate: PairCollator,
+    *,
+    alpha: float,
+    context: Literal["masked", "full"] = "masked",
+    batch_size: int = 16,
+    folder: Path | None = None,
+) -> FrozenStates:
+    """Pass every pair through the model as it is now.
+
+    Several processes share the work and read each other's files. What an earlier part of the run left in ``folder`` is
+    taken up, if it is of the same weights, tokens and options.
+
+    Args:
+        model: a causal language model, whole on this process.
+        pairs: all of them with a masked sequence.
+        collate: of the model, see :func:`cit_fast.key_parts.hidden.pair_collator`.
+        alpha: of the information gain.
+        context: whose hidden states are kept.
+        batch_size: pairs at a time.
+        folder: where the states are kept, the same for all processes; ``None``: in memory, of this process alone.
+
+    Raises:
+        RunError: the states cannot be written, or those of another process cannot be read.
+    """
+    batches = alike_together(pairs, batch_size, collate.share_prefix)
+    if folder is None:
+        return _joined([_pass(model, pairs, batches, collate, alpha, context)])
+    rank, world = rank_and_count()
+    key = _key(model, pairs, alpha, context, batch_size, world)
+    path = _path(folder, rank, world)
+    if _read(path, key, check=True) is None:
+        _write(path, key, _pass(model, pairs, batches[rank::world], collate, alpha, context))
+    wait_for_all()
+    shards = []
+    for other in range(world):
+        shard = _read(_path(folder, other, world), key)
+        if shard is None:
+            raise RunError(
+                f"{_path(folder, other, world)}: process {other} left no hidden states of this stage there; "
+                "all processes need the same output folder"
+            )
+        shards.append(shard)
+    return _joined(shards)
+
+
+# ------------------------------------------------------------------------------------------------------ the pass
+
+
+@torch.no_grad()
+def _pass(
+    model: nn.Module,
+    pairs: Sequence[EncodedPair],
+    batches: Sequence[Sequence[int]],
+    collate: PairCollator,
+    alpha: float,
+    context: str,
+) -> dict[str, Tensor]:
+    """``states`` [tokens, d], and per pair ``index``, ``tokens`` and ``gain``; in the order of the batches."""
+    started = time.perf_counter()
+    order = [number for batch in batches for number in batch]
+    counts = [_labelled(pairs[number]) for number in order]
+    gains: list[float] = []
+    done = 0
+    group = GroupingCollator(collate)
+    with evaluating(model):
+        head = head_of(model)
+        device = head.weight.device
+        states = torch.empty(sum(counts), head.weight.shape[1], dtype=head.weight.dtype)
+        for batch in tqdm(batches, desc="the model before this stage", unit="batch", leave=False, disable=None):
+            tensors = group([pairs[number] for number in batch])
+            hidden = pair_hidden(model, {k: v.to(device) if isinstance(v, Tensor) else v for k, v in tensors.items()})
+            kept = hidden.masked if context == "masked" else hidden.full
+            states = states.to(kept.dtype) if done == 0 else states
+            states[done : done + len(kept)] = kept.cpu()
+            done += len(kept)
+            gains += _gains(head, hidden.only_scored(), alpha)
+    return {
+        "states": states,
+        "index": torch.tensor([pairs[number].index for number in order], dtype=torch.int64),
+        "tokens": torch.tensor(counts, dtype=torch.int64),
+        "gain": torch.tensor(gains, dtype=torch.float64),
+        "seconds": torch.tensor(time.perf_counter() - started, dtype=torch.float64),
+    }
+
+
+def _gains(head: Head, hidden: Any, alpha: float) -> list[float]:
+    compared = token_gain(hidden.full, hidden.masked, head.weight, hidden.targets, bias=head.bias, **head.options)
+    gains: list[float] = key_part_information_gain(compared, hidden.offsets, alpha).tolist()
+    return gains
+
+
+def _labelled(pair: EncodedPair) -> int:
+    return sum(label != IGNORED for label in pair.full.labels)
+
+
+def _joined(shards: Sequence[dict[str, Tensor]]) -> FrozenStates:
+    places: dict[int, tuple[int, int, int]] = {}
+    gains: dict[int, float] = {}
+    for which, shard in enumerate(shards):
+        counts = shard["tokens"].tolist()
+        starts = itertools.accumulate(counts, initial=0)
+        for index, start, count, gain in zip(
+            shard["index"].tolist(), starts, counts, shard["gain"].tolist(), strict=False
+        ):
+            places[index], gains[index] = (which, start, count), gain
+    seconds = max(float(shard["seconds"]) for shard in shards)
+    return FrozenStates(tuple(shard["states"] for shard in shards), places, gains, seconds)
+
+
+# ------------------------------------------------------------------------------------------------------- on disk
+
+
+_TENSORS = ("states", "index", "tokens", "gain", "seconds")
+
+
+def _path(folder: Path, rank: int, world: int) -> Path:
+    return folder / f"frozen-{rank:05d}-of-{world:05d}.safetensors"
+
+
+def _write(path: Path, key: str, tensors: dict[str, Tensor]) -> None:
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"key": key, "content": _content(tensors)})
+
+
+def _content(tensors: Mapping[str, Tensor]) -> str:
+    """Digest of all tensors' bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in _TENSORS:
+        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _read(path: Path, key: str, check: bool = False) -> dict[str, Tensor] | None:
+    """The tensors, mapped from the file; ``None``: no file, a damaged one, or one of something else.
+
+    Args:
+        check: compare what is there with what was written; for a file that this process did not write itself.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            written = file.metadata() or {}
+            if written.get("key") != key:
+                return None
+            tensors = {name: file.get_tensor(name) for name in _TENSORS}
+            if check and _content(tensors) != written.get("content"):
+                raise SafetensorError("its content has changed")
+            return tensors
+    except FileNotFoundError:
+        return None
+    except (OSError, SafetensorError) as error:
+        _log.warning("%s: damaged, made anew (%s)", path, error)
+        return None
+
+
+def _key(model: nn.Module, pairs: Sequence[EncodedPair], alpha: float, context: str, size: int, world: int) -> str:
+    """Digest of all that decides the states and the files they are in."""
+    digest = hashlib.blake2b(f"{alpha}/{context}/{size}/{world}".encode(), digest_size=16)
+    for pair in pairs:
+        masked = None if pair.masked is None else pair.masked.input_ids
+        digest.update(repr((pair.index, pair.full.input_ids, masked, pair.scored)).encode())
+        digest.update(repr(pair.full.labels).encode())
+    digest.update(fingerprint(model).encode())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> str:
+    """Digest that changes when weights are trained: of each tensor its name, dtype, sum and norm."""
+    digest = hashlib.blake2b(digest_size=16)
+    names, numbers = [], []
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_floating_point():
+            names.append(f"{name}/{tensor.dtype}/{tuple(tensor.shape)}")
+            wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+            numbers += [tensor.sum(dtype=torch.float64), torch.linalg.vector_norm(tensor, dtype=wide).double()]
+    digest.update("\n".join(names).encode())
+    values = torch.stack([number.to(numbers[0].device) for number in numbers]).tolist() if numbers else []
+    digest.update(repr(["nan" if math.isnan(value) else value for value in values]).encode())
+    return digest.hexdigest()

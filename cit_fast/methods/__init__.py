@@ -1,0 +1,1 @@
+"""Methods: a method is a choice of four parts, router, replay policy, objective and update, made for each stage."""

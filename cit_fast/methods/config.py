@@ -1,0 +1,90 @@
+"""The section ``methods`` of a configuration: a method is a choice of four parts, most often a preset."""
+
+from __future__ import annotations
+
+import functools
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from cit_fast.values import Section, choices
+
+
+class Part(Section):
+    """One of the four parts of a method: a built-in name or a dotted path, and its options."""
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_yaml(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, Mapping) and "options" not in value:
+            return {
+                "name": value.get("name", ""),
+                "options": {key: option for key, option in value.items() if key != "name"},
+            }
+        return value
+
+
+class MethodConfig(Section):
+    """A method: a preset, or parts of one's own over a preset."""
+
+    name: str = Field(pattern=r"^[\w][\w.+-]*$")
+    schedule: Literal["sequential", "joint"] = "sequential"
+    router: Part = Part(name="shared")
+    replay: Part = Part(name="none")
+    objective: Part = Part(name="cross-entropy")
+    update: Part = Part(name="plain")
+
+    @model_validator(mode="after")
+    def _joint_replays_nothing(self) -> MethodConfig:
+        if self.schedule == "joint" and self.replay.name != "none":
+            raise ValueError("replay: a joint run trains all tasks at once, so there is nothing to replay")
+        if self.schedule == "joint" and self.router.name != "shared":
+            raise ValueError("router: a joint run trains all tasks at once, so there is one adapter set")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _over_preset(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"preset": value}
+        if not isinstance(value, Mapping):
+            return value
+        value = dict(value)
+        if "preset" not in value and isinstance(value.get("name"), str) and value["name"] in presets():
+            raise ValueError(f"name: {value['name']!r} is a preset; write preset: {value['name']} instead")
+        if "preset" not in value and "name" in value:
+            return {key: _part_over(key, None, part) for key, part in value.items()}
+        preset = value.pop("preset", "sequential")
+        known = presets()
+        if not isinstance(preset, str) or preset not in known:
+            raise ValueError(f"unknown preset {preset!r}; {choices(str(preset), known)}")
+        merged: dict[str, Any] = {"name": preset, **known[preset]}
+        for key, part in value.items():
+            merged[key] = _part_over(key, merged.get(key), part)
+        return merged
+
+
+def _part_over(key: str, base: Any, given: Any) -> Any:
+    """``given`` over the preset's part: options without a name refine the preset's own part."""
+    if key in {"router", "replay", "objective", "update"} and isinstance(given, Mapping) and "name" not in given:
+        if base is None:
+            raise ValueError(f"{key}: give the part's name, for example {key}: {{name: ...}}")
+        base = {"name": base} if isinstance(base, str) else dict(base)
+        return {**base, **given}
+    return given
+
+
+@functools.cache
+def presets() -> dict[str, dict[str, Any]]:
+    """The presets that cit-fast ships: name -> parts."""
+    text = Path(__file__).with_name("presets.yaml").read_text(encoding="utf-8")
+    return typing.cast("dict[str, dict[str, Any]]", yaml.safe_load(text))

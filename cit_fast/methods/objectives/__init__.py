@@ -1,0 +1,7 @@
+"""Objectives: how the loss of a batch is computed from the model."""
+
+from cit_fast.methods.objectives.cross_entropy import CrossEntropy
+from cit_fast.methods.objectives.kpig import KPIG
+from cit_fast.methods.objectives.objective import Objective, StageContext, StageInputs
+
+__all__ = ["KPIG", "CrossEntropy", "Objective", "StageContext", "StageInputs"]

@@ -1,0 +1,274 @@
+"""KPIG: cross-entropy on the full instruction, and a masked one that must go on reading like the earlier model.
+
+    L    = L_CE(d) + lambda * L_JSD( p_t(d^m) || p_{t-1}(d^m) )    at temperature beta, per example
+    beta = 2 - min(G(d, d^m), 1)
+
+G is the information gain of the example's key parts under M_{t-1}, the model as the previous stage left it (of the
+first stage: the base model). The more an answer depends on the key parts, the sharper the comparison.
+
+Source: He et al., ACL 2025, arXiv 2403.10056. Its L_JSD divides p by beta; here the logits are divided, the logarithms
+are base 2, and the mean is over response tokens, the end of the turn included, as in the cross-entropy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from cit_fast.data.example import Example
+from cit_fast.errors import ConfigError, DataError
+from cit_fast.key_parts.head import Head, head_of
+from cit_fast.key_parts.hidden import pair_collator, pair_hidden
+from cit_fast.key_parts.layout import GroupingCollator
+from cit_fast.key_parts.of_run import chat_of, check_key_parts, key_parts_for_run
+from cit_fast.key_parts.pairs import EncodedPair, PairCollator, encode_pairs
+from cit_fast.key_parts.teacher import FrozenStates, freeze
+from cit_fast.key_parts.wordings import chat_pools, data_pools, draw_wordings
+from cit_fast.methods.objectives.cross_entropy import CrossEntropy
+from cit_fast.methods.objectives.objective import StageContext, StageInputs
+from cit_fast.models.collation import choose_collator
+from cit_fast.models.forward import evaluating, per_item
+from cit_fast.ops import linear_cross_entropy, masked_jsd
+
+
+class KPIG:
+    """The loss of KPIG; one forward pass for both instructions, and no logits.
+
+    Examples without key parts are trained by cross-entropy alone; the stage's record says how many there were.
+
+    Args:
+        lambda_: weight of the divergence, >= 0.
+        alpha: decay of the information gain per answer token, in (0, 1].
+        temperature: ``"gain"`` for 2 - min(G, 1) per example, or one positive number for all.
+        masked: compare the models on the masked instruction; without it on the full one, G being what it was (the
+            paper's ablation without mask).
+        jsd: with the divergence; without it the loss is plain cross-entropy (the paper's ablation without JSD).
+        key_parts: where key parts come from: ``"auto"`` (the data, else discovery), or a source of
+            :func:`cit_fast.key_parts.sources.find_key_parts`.
+        instructions: which wording an example is trained with: ``"own"``, the one it has; ``"data"``, one drawn from
+            those that its task has in the data; or a chat model's options, to draw from a pool that it makes. See
+            :func:`cit_fast.key_parts.wordings.with_other_wordings`.
+        share_prefix: see :func:`cit_fast.key_parts.hidden.pair_collator`.
+        batch_size: examples at a time in the pass of the earlier model.
+
+    Raises:
+        ConfigError: an option out of range or unknown.
+    """
+
+    def __init__(
+        self,
+        lambda_: float = 0.02,
+        alpha: float = 0.3,
+        temperature: Literal["gain"] | float = "gain",
+        masked: bool = True,
+        jsd: bool = True,
+        key_parts: str | dict[str, Any] = "auto",
+        instructions: str | dict[str, Any] = "own",
+        share_prefix: bool | Literal["auto"] = "auto",
+        batch_size: int = 16,
+    ) -> None:
+        if not (lambda_ >= 0 and math.isfinite(lambda_)):
+            raise ConfigError(f"lambda_: {lambda_} is negative or not finite")
+        if not 0 < alpha <= 1:
+            raise ConfigError(f"alpha: {alpha} is outside (0, 1]")
+        if temperature != "gain" and not (
+            isinstance(temperature, (int, float)) and temperature > 0 and math.isfinite(temperature)
+        ):
+            raise ConfigError(f"temperature: {temperature!r} is neither 'gain' nor a positive number")
+        if batch_size < 1:
+            raise ConfigError(f"batch_size: {batch_size} is below 1")
+        check_key_parts(key_parts)
+        if isinstance(instructions, Mapping):
+            if "local" not in instructions:
+                chat_of(instructions, None)  # what is wrong with its options should not wait until a stage begins
+        elif instructions not in {"own", "data"}:
+            raise ConfigError(
+                f"instructions: {instructions!r} is unknown; expected 'own', 'data' or a chat model like "
+                "{base_url: ...}"
+            )
+        self.lambda_, self.alpha, self.temperature, self.masked, self.jsd = lambda_, alpha, temperature, masked, jsd
+        self.key_parts, self.instructions = key_parts, instructions
+        self.share_prefix, self.batch_size = share_prefix, batch_size
+        self._frozen_head: Head | None = None
+
+    def begin_stage(self, model: nn.Module) -> None:
+        """Nothing left to prepare, see :meth:`stage_inputs`."""
+
+    def stage_inputs(self, model: nn.Module, context: StageContext) -> StageInputs:
+        """The stage's examples as pairs, and what M_{t-1} says about them.
+
+        Raises:
+            DataError: key parts that cannot be found, or that cover a whole instruction.
+            ConfigError: a model whose head is not understood.
+        """
+        examples = self._reworded(context)
+        if not (self.jsd and self.lambda_):
+            return _plain_inputs(model, context, examples)
+        examples = key_parts_for_run(
+            examples,
+            self.key_parts,
+            model,
+            context.encoder,
+            alpha=self.alpha,
+            run=context.run,
+            cache=context.cache,
+        )
+        encoded = encode_pairs(context.encoder, examples)
+        masked = [pair for pair in encoded.pairs if pair.masked is not None]
+        collate = pair_collator(model, context.encoder.pad_token_id, self.share_prefix)
+        with evaluating(model):
+            head = head_of(model)  # which tries the model: before anything is wrapped around it
+        self._frozen_head = _copied(head) if _trains(head) else None
+        frozen = freeze(
+            model,
+            masked,
+            collate,
+            alpha=self.alpha,
+            context="masked" if self.masked else "full",
+            batch_size=self.batch_size,
+            folder=context.folder,
+        )
+        _report(context, examples, frozen, len(encoded.pairs) - len(masked))
+        features = encoded.pairs if self.masked else [replace(pair, masked=None) for pair in encoded.pairs]
+        temperature = None if self.temperature == "gain" else float(self.temperature)
+        collator = FrozenPairCollator(GroupingCollator(collate), frozen, temperature, head.weight.shape[1])
+        return StageInputs(features, collator, encoded.truncated, encoded.skipped, frozen.seconds)
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Any], num_items: Tensor | int | None) -> Tensor:
+        """See :class:`cit_fast.methods.objectives.Objective`; both terms are sums over response tokens."""
+        if "frozen" not in batch:
+            return CrossEntropy()(model, batch, num_items)
+        tensors = dict(batch)
+        frozen, temperature, compared = (tensors.pop(name) for name in FrozenPairCollator.ADDED)
+        hidden = pair_hidden(model, tensors)
+        head = _whole(head_of(model), hidden.full.shape[1])
+        before = self._frozen_head or head
+        every = torch.ones(len(hidden.targets), device=hidden.full.device)
+        loss = linear_cross_entropy(hidden.full, head.weight, hidden.targets, every, bias=head.bias, **head.options)
+        if len(compared):
+            loss = loss + self.lambda_ * masked_jsd(
+                hidden.masked if len(compared) == len(every) else hidden.masked[compared],
+                frozen.to(hidden.masked.dtype),
+                head.weight,
+                before.weight,
+                temperature,
+                every[: len(compared)],
+                bias_live=head.bias,
+                bias_frozen=before.bias,
+                **head.options,
+            )
+        return per_item(loss, len(every), num_items, hidden.router_loss)
+
+    def _reworded(self, context: StageContext) -> list[Example]:
+        if self.instructions == "own":
+            return list(context.examples)
+        known = [example for task in context.tasks for example in task.train]
+        if isinstance(self.instructions, Mapping):
+            pools = chat_pools(known, chat_of(self.instructions, context.cache))
+        else:
+            pools = data_pools(known)
+        if not pools:
+            raise DataError(
+                "instructions: no task has wordings that can stand for one another (each example needs an input beside "
+                "its instruction); use instructions: own"
+            )
+        context.decided["wordings"] = {task: len(pool) for task, pool in pools.items()}
+        return draw_wordings(context.examples, pools, context.rng)
+
+
+@dataclass(frozen=True)
+class FrozenPairCollator:
+    """Pairs with what M_{t-1} said about them.
+
+    Args:
+        pairs: makes the batch of the pairs themselves.
+        frozen: has every pair that is to be compared.
+        temperature: one for all; ``None``: 2 - min(G, 1) of each example.
+        width: of the hidden states, for a batch in which nothing is compared.
+    """
+
+    ADDED = ("frozen", "temperature", "compared")
+
+    pairs: PairCollator | GroupingCollator
+    frozen: FrozenStates
+    temperature: float | None
+    width: int
+
+    def __call__(self, features: Sequence[EncodedPair]) -> dict[str, Any]:
+        """A batch of :class:`PairCollator`, and of its T labelled tokens those C that are compared.
+
+        Returns:
+            Beside the pairs' own tensors ``compared`` [C] int64, their places among the T; ``frozen`` [C, d], the
+            hidden states of M_{t-1} in its dtype; ``temperature`` [C] float32.
+        """
+        batch = self.pairs(features)
+        offsets = batch["offsets"].tolist()
+        rows: list[Tensor] = []
+        temperatures: list[Tensor] = []
+        compared: list[Tensor] = []
+        for feature, start, end in zip(features, offsets[:-1], offsets[1:], strict=True):
+            if feature.index not in self.frozen.places:
+                continue
+            rows.append(self.frozen.rows(feature.index))
+            beta = 2 - min(self.frozen.gains[feature.index], 1.0) if self.temperature is None else self.temperature
+            temperatures.append(torch.full((end - start,), beta, dtype=torch.float32))
+            compared.append(torch.arange(start, end))
+        if not rows:
+            none = torch.zeros(0)
+            rows, temperatures, compared = [torch.zeros(0, self.width)], [none], [none.long()]
+        added = dict(zip(self.ADDED, (rows, temperatures, compared), strict=True))
+        return {**batch, **{name: torch.cat(parts) for name, parts in added.items()}}
+
+
+def _plain_inputs(model: Any, context: StageContext, examples: Sequence[Example]) -> StageInputs:
+    encoded = context.encoder.encode_all(examples)
+    collator = choose_collator(
+        model.config._attn_implementation,
+        model.device,
+        pad_token_id=context.encoder.pad_token_id,
+        max_length=context.encoder.max_length,
+    )
+    return StageInputs(encoded.encoded, collator, encoded.truncated, encoded.skipped)
+
+
+def _trains(head: Head) -> bool:
+    return head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
+
+
+def _whole(head: Head, width: int) -> Head:
+    """The head, gathered where FSDP has its rows on several devices."""
+    if isinstance(head.weight, DTensor):
+        bias = head.bias.full_tensor() if isinstance(head.bias, DTensor) else head.bias
+        return head._replace(weight=head.weight.full_tensor(), bias=bias)
+    if head.weight.dim() != 2 or head.weight.shape[1] != width:
+        raise ConfigError(
+            "objective kpig: the output projection is split over the processes (ZeRO-3), and its loss needs all of it; "
+            "use ZeRO-2, FSDP or DDP"
+        )
+    return head
+
+
+def _copied(head: Head) -> Head:
+    bias = None if head.bias is None else head.bias.detach().clone()
+    return head._replace(weight=head.weight.detach().clone(), bias=bias)
+
+
+def _report(context: StageContext, examples: Sequence[Example], frozen: FrozenStates, without: int) -> None:
+    """What the stage's record says."""
+    by_task: dict[str, list[float]] = {}
+    for index, gain in sorted(frozen.gains.items()):
+        by_task.setdefault(examples[index].task, []).append(gain)
+    decided = context.decided
+    decided["gains"] = {task: sum(gains) / len(gains) for task, gains in by_task.items()}
+    decided["compared"], decided["without_key_parts"] = len(frozen.gains), without
+    decided["seconds"] = frozen.seconds
+    if without:
+        decided["notes"] = [
+            f"{without} of {without + len(frozen.gains)} examples have no key parts: cross-entropy alone trains them."
+        ]

@@ -1,0 +1,125 @@
+"""The four parts of a method, by name or by dotted path."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from cit_fast.errors import CitFastError, ConfigError
+from cit_fast.methods.config import MethodConfig, Part
+from cit_fast.text import first_line
+from cit_fast.values import checked_value, choices
+
+PARTS: dict[str, dict[str, str]] = {
+    "router": {
+        "shared": "cit_fast.methods.routing.SharedRouter",
+        "oracle": "cit_fast.methods.routing.OracleRouter",
+        "per-task": "cit_fast.methods.routing.PerTaskRouter",
+        "lcia": "cit_fast.methods.routing.LCIARouter",
+        "switch": "cit_fast.methods.routing.SwitchRouter",
+    },
+    "replay": {
+        "none": "cit_fast.methods.replay.NoReplay",
+        "random": "cit_fast.methods.replay.RandomReplay",
+        "inscl": "cit_fast.methods.replay.InsCLReplay",
+        "prototype-data": "cit_fast.methods.replay.PrototypeDataReplay",
+        "prototype-instruction": "cit_fast.methods.replay.PrototypeInstructionReplay",
+        "diverse-instruction": "cit_fast.methods.replay.DiverseInstructionReplay",
+        "kpig": "cit_fast.methods.replay.KPIGReplay",
+    },
+    "objective": {
+        "cross-entropy": "cit_fast.methods.objectives.CrossEntropy",
+        "kpig": "cit_fast.methods.objectives.KPIG",
+    },
+    "update": {
+        "plain": "cit_fast.methods.updates.PlainUpdate",
+        "balance-ema": "cit_fast.methods.updates.BalanceEMAUpdate",
+    },
+}
+
+
+def parts_of(method: MethodConfig, training: Mapping[str, Any]) -> dict[str, Part]:
+    """The four parts of a method by kind, with what the TrainingArguments mean for them.
+
+    Raises:
+        ConfigError: label smoothing for an objective that does not smooth.
+    """
+    parts: dict[str, Part] = {kind: getattr(method, kind) for kind in PARTS}
+    smoothing, objective = training.get("label_smoothing_factor", 0.0), parts["objective"]
+    if smoothing:
+        if objective.name != "cross-entropy":
+            raise ConfigError(
+                f"training.label_smoothing_factor: method {method.name!r} has the objective {objective.name!r}, which "
+                "does not smooth labels; leave it out"
+            )
+        parts["objective"] = Part(name=objective.name, options={"label_smoothing": smoothing, **objective.options})
+    return parts
+
+
+METHODS = {
+    "router": ("assign", "learn", "answer", "save"),
+    "replay": ("select",),
+    "objective": ("begin_stage", "__call__"),
+    "update": ("wrap", "finish", "summary"),
+}
+"""What an object must be able to do to be a part of each kind."""
+
+
+def build_part(kind: str, part: Part, method: str) -> Any:
+    """Make one part of a method.
+
+    Args:
+        kind: router, replay, objective or update.
+        part: its name (one of :data:`PARTS`, or ``package.module.Class``) and options.
+        method: the method's name, for messages.
+
+    Raises:
+        ConfigError: an unknown name, a path that cannot be imported, or an option the part does not take.
+    """
+    where = f"method {method!r}: {kind}"
+    dotted = PARTS[kind].get(part.name, part.name)
+    module_name, _, class_name = dotted.replace(":", ".").rpartition(".")
+    if not module_name:
+        raise ConfigError(
+            f"{where}: unknown name {part.name!r}; {choices(part.name, PARTS[kind])} "
+            "(your own class: package.module.Class)"
+        )
+    factory = _factory(part.name, module_name, class_name, where)
+    try:
+        signature = inspect.signature(factory)
+        hints = typing.get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
+    except (NameError, TypeError, ValueError):
+        signature, hints = inspect.Signature(), {}
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values())
+    options = {name: hints.get(name, Any) for name in signature.parameters}
+    try:
+        values = {
+            key: value if takes_any and key not in options else checked_value(key, value, options)
+            for key, value in part.options.items()
+        }
+        made = factory(**values)
+    except (ValueError, TypeError, CitFastError) as error:
+        raise ConfigError(f"{where}.{first_line(error)}") from error
+    except Exception as error:  # of a class of the user's own
+        raise ConfigError(f"{where}: {part.name!r}: {type(error).__name__}: {first_line(error)}") from error
+    for method_name in METHODS[kind]:
+        if not callable(getattr(made, method_name, None)):
+            raise ConfigError(
+                f"{where}: {part.name!r} makes a {type(made).__name__}, which is no {kind}: it has no {method_name}()"
+            )
+    return made
+
+
+def _factory(name: str, module_name: str, class_name: str, where: str) -> Any:
+    if not all(word.isidentifier() for word in (*module_name.split("."), class_name)):
+        raise ConfigError(f"{where}: {name!r} is no dotted path; write package.module.Class")
+    try:
+        factory = getattr(importlib.import_module(module_name), class_name)
+    except Exception as error:  # whatever a module of the user's own raises when it is imported
+        raise ConfigError(f"{where}: {name!r} cannot be imported: {first_line(error)}") from error
+    if not callable(factory) or inspect.ismodule(factory):
+        raise ConfigError(f"{where}: {name!r} is a {type(factory).__name__}, not a class")
+    return factory

@@ -1,0 +1,22 @@
+"""Replay: which earlier examples come back when a new task is trained."""
+
+from cit_fast.methods.replay.baselines import DiverseInstructionReplay, PrototypeDataReplay, PrototypeInstructionReplay
+from cit_fast.methods.replay.inscl import InsCLReplay
+from cit_fast.methods.replay.kpig import KPIGReplay
+from cit_fast.methods.replay.policy import NoReplay, RandomReplay, ReplayContext, ReplayPolicy
+from cit_fast.methods.replay.tags import LLMTagger, OfflineTagger, Tagger
+
+__all__ = [
+    "DiverseInstructionReplay",
+    "InsCLReplay",
+    "KPIGReplay",
+    "LLMTagger",
+    "NoReplay",
+    "OfflineTagger",
+    "PrototypeDataReplay",
+    "PrototypeInstructionReplay",
+    "RandomReplay",
+    "ReplayContext",
+    "ReplayPolicy",
+    "Tagger",
+]

@@ -1,0 +1,225 @@
+"""InsCL: tasks far from the new one come back more, and of each task the instructions that say most.
+
+Source: Wang et al., NAACL 2024, arXiv 2403.11435.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from cit_fast.data.example import Example, Task
+from cit_fast.embeddings.build import build_embedder
+from cit_fast.embeddings.embedder import Embedder
+from cit_fast.embeddings.measure import task_clouds
+from cit_fast.errors import ConfigError, RunError
+from cit_fast.files import read_checked_json, write_checked_json
+from cit_fast.methods.replay.allocation import Budget, allocate
+from cit_fast.methods.replay.insinfo import draw_by_insinfo, insinfo
+from cit_fast.methods.replay.policy import ReplayContext
+from cit_fast.methods.replay.tags import LLMTagger, OfflineTagger, Tagger, merge_similar
+from cit_fast.models.chat import build_chat
+from cit_fast.ops import wasserstein_matrix
+
+_RECORDED = 50  # instructions in a stage's record
+_RECORDED_LENGTH = 300
+
+
+class InsCLReplay:
+    """Replay by Wasserstein distances between tasks, and by InsInfo within them.
+
+    When task i arrives, task j < i gets the share W_j,i / sum_k W_k,i of the budget, where W is the Wasserstein
+    distance between the tasks' measures over their distinct instructions. Within a task the budget goes to its
+    instructions by InsInfo: the rarer an instruction's tags among those of all tasks so far, the more of its instances.
+
+    Args:
+        fraction: size of the replay, as a share of every earlier task's training examples, in (0, 1]; the total is that
+            of :class:`RandomReplay`, and only its distribution differs.
+        per_task: examples per earlier task on average, instead of a fraction (200 in the paper).
+        weights: mass of an instruction: ``"real"``, the share of the task's training examples that carry it, or
+            ``"uniform"``.
+        insinfo: draw by InsInfo; without it, at random within each task.
+        embedder: makes instructions and tags points: ``"tokens"``, the mean of the training model's token embeddings;
+            ``"sentence"``, all-MiniLM-L6-v2; or a model's folder or hub name.
+        distance: ``"exact"``, or ``"sinkhorn"`` for tasks of many thousand instructions.
+        tagger: ``"offline"``; or a chat model, ``{base_url, model, ...}`` with the options of
+            :class:`~cit_fast.models.chat.ChatEndpoint` or ``{local: folder or hub name}`` with those of
+            :class:`~cit_fast.models.chat.LocalChat`, beside them ``unusable`` (see
+            :class:`~cit_fast.methods.replay.tags.LLMTagger`); or a tagger of your own.
+        eps, min_samples: of the clustering that merges tags, see :func:`~cit_fast.methods.replay.tags.merge_similar`.
+
+    Raises:
+        ConfigError: an option out of range or unknown.
+    """
+
+    def __init__(
+        self,
+        fraction: float = 0.1,
+        per_task: int | None = None,
+        weights: Literal["real", "uniform"] = "real",
+        insinfo: bool = True,
+        embedder: str = "tokens",
+        distance: Literal["exact", "sinkhorn"] = "exact",
+        tagger: str | dict[str, Any] | Tagger = "offline",
+        eps: float = 0.1,
+        min_samples: int = 5,
+    ) -> None:
+        Budget(fraction, per_task)
+        for name, value, known in (
+            ("weights", weights, ("real", "uniform")),
+            ("distance", distance, ("exact", "sinkhorn")),
+        ):
+            if value not in known:
+                raise ConfigError(f"{name}: {value!r} is unknown; expected one of {', '.join(known)}")
+        if isinstance(tagger, str) and tagger != "offline":
+            raise ConfigError(f"tagger: {tagger!r} is unknown; expected 'offline' or a chat model like {{local: ...}}")
+        if isinstance(tagger, Mapping):
+            _check_chat(tagger)
+        if not (eps > 0 and min_samples >= 1):
+            raise ConfigError(f"eps, min_samples: {eps}, {min_samples}; expected above 0, at least 1")
+        self.fraction, self.per_task, self.weights, self.insinfo = fraction, per_task, weights, insinfo
+        self.embedder, self.distance, self.tagger = embedder, distance, tagger
+        self.eps, self.min_samples = eps, min_samples
+        self._loaded: dict[str, Any] = {}
+
+    def select(self, context: ReplayContext) -> list[Example]:
+        """Examples of every earlier task, in order; what decided goes into ``context.decided``."""
+        seen, decided = context.seen, context.decided
+        if not seen:
+            return []
+        embedder = self._embedder(context)
+        distances = self._distances(context, embedder)
+        sizes = [len(task.train) for task in seen]
+        wanted = sum(Budget(self.fraction, self.per_task).wanted(size) for size in sizes)
+        names = [task.name for task in seen]
+        allocation = allocate(distances, wanted, sizes, names)
+        decided["distances"] = dict(zip(names, distances, strict=True))
+        decided["budgets"] = dict(zip(names, allocation.shares, strict=True))
+        decided["notes"] = list(allocation.notes)
+        if not self.insinfo:
+            drawn = [
+                context.rng.sample(range(size), share) for size, share in zip(sizes, allocation.shares, strict=True)
+            ]
+        else:
+            drawn = self._by_insinfo(context, embedder, allocation.shares)
+        return [task.train[k] for task, own in zip(seen, drawn, strict=True) for k in own]
+
+    # -- distances -----------------------------------------------------------------------------------------------
+
+    def _distances(self, context: ReplayContext, embedder: Embedder) -> list[float]:
+        """W of each earlier task to the new one: one row, kept with the run so that it is computed once."""
+        tasks = [*context.seen, context.task]
+        path = None if context.folder is None else context.folder / f"distances-{len(context.seen) + 1:02d}.json"
+        key = _digest([embedder.name, self.weights, self.distance, [[e.instruction for e in t.train] for t in tasks]])
+        kept = _read_row(path, key, len(context.seen))
+        if kept is not None:
+            return kept
+        clouds, weights = task_clouds(tasks, embedder, self.weights)
+        pairs = [(earlier, len(context.seen)) for earlier in range(len(context.seen))]
+        row: list[float] = wasserstein_matrix(clouds, weights, method=self.distance, pairs=pairs).distances.tolist()
+        if path is not None:
+            write_checked_json(path, {"key": key, "distances": row})
+        return row
+
+    # -- instructions --------------------------------------------------------------------------------------------
+
+    def _by_insinfo(self, context: ReplayContext, embedder: Embedder, shares: Sequence[int]) -> list[list[int]]:
+        by_task = [instances_by_instruction(task) for task in context.seen]
+        # The new task's instructions count, too: what they share with earlier ones is no longer rare.
+        every = [text for own in by_task for text in own] + list(context.task.instructions)
+        tagger = self._tagger(context)
+        tags = merge_similar(tagger.tags(every), embedder, eps=self.eps, min_samples=self.min_samples)
+        replaced = getattr(tagger, "replaced", 0)
+        if replaced:
+            context.decided["notes"].append(
+                f"{replaced} of {len(set(every))} instructions got their tags offline: "
+                "the chat model's answers held none."
+            )
+        scores = insinfo(tags)
+        drawn: list[list[int]] = []
+        ranking: list[dict[str, Any]] = []
+        start = 0
+        for task, instances, share in zip(context.seen, by_task, shares, strict=True):
+            own = slice(start, start + len(instances))
+            drawn.append(draw_by_insinfo(list(instances.values()), scores[own], share, context.rng))
+            taken = set(drawn[-1])
+            for (text, places), score, with_tags in zip(instances.items(), scores[own], tags[own], strict=True):
+                ranking.append(
+                    {
+                        "task": task.name,
+                        "instruction": text[:_RECORDED_LENGTH] + ("…" if len(text) > _RECORDED_LENGTH else ""),
+                        "insinfo": score,
+                        "tags": with_tags,
+                        "drawn": sum(place in taken for place in places),
+                        "available": len(places),
+                    }
+                )
+            start += len(instances)
+        context.decided["instructions"] = sorted(ranking, key=lambda entry: -entry["insinfo"])[:_RECORDED]
+        context.decided["instruction_count"] = len(ranking)
+        return drawn
+
+    # -- models, loaded once -------------------------------------------------------------------------------------
+
+    def _embedder(self, context: ReplayContext) -> Embedder:
+        return embedder_for(self.embedder, context, self._loaded)
+
+    def _tagger(self, context: ReplayContext) -> Tagger:
+        if isinstance(self.tagger, str):
+            return OfflineTagger()
+        if not isinstance(self.tagger, Mapping):
+            return self.tagger
+        if "tagger" not in self._loaded:
+            options = dict(self.tagger)
+            unusable = options.pop("unusable", "error")
+            chat = build_chat(options, None if context.cache is None else context.cache / "chat")
+            self._loaded["tagger"] = LLMTagger(chat, unusable)
+        tagger: Tagger = self._loaded["tagger"]
+        return tagger
+
+
+def embedder_for(spec: str, context: ReplayContext, loaded: dict[str, Any]) -> Embedder:
+    """The embedder that ``spec`` names; that of the training model anew for every task, as training may change it."""
+    if spec == "tokens":
+        return build_embedder(spec, model=context.model, tokenizer=context.encoder.tokenizer)
+    if "embedder" not in loaded:
+        cache = None if context.cache is None else context.cache / "embeddings"
+        loaded["embedder"] = build_embedder(spec, cache=cache)
+    embedder: Embedder = loaded["embedder"]
+    return embedder
+
+
+def instances_by_instruction(task: Task) -> dict[str, list[int]]:
+    """Distinct instruction -> places of its training examples, in order of first appearance."""
+    instances: dict[str, list[int]] = {}
+    for place, example in enumerate(task.train):
+        instances.setdefault(example.instruction, []).append(place)
+    return instances
+
+
+def _check_chat(spec: Mapping[str, Any]) -> None:
+    """What is wrong with a chat model's options should not wait until the second task arrives."""
+    options = {key: value for key, value in spec.items() if key != "unusable"}
+    LLMTagger(None, spec.get("unusable", "error"))  # type: ignore[arg-type]  # for its check alone
+    if "local" not in options:
+        build_chat(options, None)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
+
+
+def _read_row(path: Path | None, key: str, count: int) -> list[float] | None:
+    """The row that an earlier part of this run computed; ``None`` if there is none, of other data, or damaged."""
+    if path is None:
+        return None
+    try:
+        found = read_checked_json(path)
+        row = [float(value) for value in found["distances"]] if found["key"] == key else None
+    except (OSError, RunError, ValueError, KeyError, TypeError):
+        return None
+    return row if row is not None and len(row) == count and all(map(math.isfinite, row)) else None

@@ -1,0 +1,155 @@
+"""KPIG's replay: the tasks that the model half-listens to come back.
+
+Of every earlier task a few random instances are scored by the information gain that their key parts have under the
+model as it is now (M_{t-1}). A low gain means that the model answers as if the words that define the task were not
+there; the tasks with the lowest mean gain are replayed. It is decided anew for every task.
+
+Source: He et al., ACL 2025, arXiv 2403.10056.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from cit_fast.data.example import Example
+from cit_fast.errors import ConfigError, DataError
+from cit_fast.key_parts.gain import information_gain
+from cit_fast.key_parts.of_run import check_key_parts, key_parts_for_run
+from cit_fast.methods.replay.allocation import Budget, allocate
+from cit_fast.methods.replay.policy import ReplayContext
+from cit_fast.processes import shared_out
+
+
+class KPIGReplay:
+    """Replay of the M tasks with the lowest mean information gain.
+
+    By default the replay is as large as that of :class:`RandomReplay`, which gives every earlier task the same share
+    of its examples: here the whole budget goes in equal parts to the M tasks with the lowest gain; where they do not
+    have enough examples, to the task with the next lowest as well. ``tasks=10, instances=10`` is the paper's setting.
+
+    Args:
+        fraction: size of the replay, as a share of every earlier task's training examples, in (0, 1].
+        per_task: examples per earlier task on average, instead of a fraction.
+        tasks: M, how many tasks are replayed (all, where there are fewer); ``None``: half of the earlier ones, rounded
+            up.
+        instances: N, examples of each replayed task, instead of a budget.
+        scored: random instances of each task that are scored, >= 1; they are the first to be replayed.
+        alpha: decay of the information gain per answer token, in (0, 1].
+        key_parts: where key parts come from, as in :class:`cit_fast.methods.objectives.KPIG`.
+        share_prefix: see :func:`cit_fast.key_parts.hidden.pair_collator`.
+        batch_size: instances scored at a time.
+
+    Raises:
+        ConfigError: an option out of range or unknown.
+    """
+
+    def __init__(
+        self,
+        fraction: float = 0.1,
+        per_task: int | None = None,
+        tasks: int | None = None,
+        instances: int | None = None,
+        scored: int = 10,
+        alpha: float = 0.3,
+        key_parts: str | dict[str, Any] = "auto",
+        share_prefix: bool | Literal["auto"] = "auto",
+        batch_size: int = 16,
+    ) -> None:
+        Budget(fraction, per_task)
+        for name, value in (("tasks", tasks), ("instances", instances), ("scored", scored), ("batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}: {value} is below 1")
+        if not 0 < alpha <= 1:
+            raise ConfigError(f"alpha: {alpha} is outside (0, 1]")
+        check_key_parts(key_parts)
+        self.fraction, self.per_task, self.tasks, self.instances = fraction, per_task, tasks, instances
+        self.scored, self.alpha, self.key_parts = scored, alpha, key_parts
+        self.share_prefix, self.batch_size = share_prefix, batch_size
+
+    def select(self, context: ReplayContext) -> list[Example]:
+        """Examples of the tasks with the lowest gain, task by task in order; gains go into ``context.decided``.
+
+        Raises:
+            DataError: a task of whose instances none has key parts, or none fits.
+        """
+        if not context.seen:
+            return []
+        # The draw does not depend on what is scored: as many are scored, the same examples come first.
+        orders = [_shuffled(len(task.train), context.rng) for task in context.seen]
+        drawn = [[task.train[k] for k in own[: self.scored]] for task, own in zip(context.seen, orders, strict=True)]
+        gains = self._mean_gains(context, drawn)
+        shares = self._shares(gains, [len(task.train) for task in context.seen])
+        names = [task.name for task in context.seen]
+        decided = context.decided
+        decided["gains"] = dict(zip(names, gains, strict=True))
+        decided["scored"] = {name: len(own) for name, own in zip(names, drawn, strict=True)}
+        decided["budgets"] = dict(zip(names, shares, strict=True))
+        return [
+            task.train[k]
+            for task, own, share in zip(context.seen, orders, shares, strict=True)
+            for k in sorted(own[:share])
+        ]
+
+    def _mean_gains(self, context: ReplayContext, drawn: Sequence[Sequence[Example]]) -> list[float]:
+        """Mean G of each task's drawn instances under the model as it is."""
+        flat = key_parts_for_run(
+            [example for own in drawn for example in own],
+            self.key_parts,
+            context.model,
+            context.encoder,
+            alpha=self.alpha,
+            run=context.folder,
+            cache=context.cache,
+        )
+        numbered = [(k, example) for k, example in enumerate(flat) if example.key_parts]
+        numbered.sort(key=lambda entry: -len(entry[1].instruction) - len(entry[1].input))
+
+        def score(mine: Sequence[tuple[int, Example]]) -> list[tuple[int, float]]:
+            found = information_gain(
+                context.model,
+                context.encoder,
+                [example for _, example in mine],
+                alpha=self.alpha,
+                batch_size=self.batch_size,
+                share_prefix=self.share_prefix,
+            )
+            return [(mine[each.index][0], each.gain) for each in found if each.gain is not None]
+
+        by_number: Mapping[int, float] = dict(shared_out(numbered, score))
+        means = []
+        start = 0
+        for task, own in zip(context.seen, drawn, strict=True):
+            gains = [by_number[k] for k in range(start, start + len(own)) if k in by_number]
+            start += len(own)
+            if not gains:
+                raise DataError(
+                    f"replay kpig: none of the {len(own)} instances drawn from task {task.name!r} can be scored: they "
+                    "have no key parts, or do not fit; mark key parts in the data, or use key_parts: auto"
+                )
+            means.append(sum(gains) / len(gains))
+        return means
+
+    def _shares(self, gains: Sequence[float], sizes: Sequence[int]) -> list[int]:
+        """Examples of each task: those with the lowest gain share the budget."""
+        lowest = sorted(range(len(gains)), key=lambda task: gains[task])  # stable: the earlier of equals
+        count = min(self.tasks or (len(gains) + 1) // 2, len(gains))
+        shares = [0] * len(gains)
+        if self.instances is not None:
+            for task in lowest[:count]:
+                shares[task] = min(self.instances, sizes[task])
+            return shares
+        budget = Budget(self.fraction, self.per_task)
+        total = min(sum(budget.wanted(size) for size in sizes), sum(sizes))
+        while sum(sizes[task] for task in lowest[:count]) < total:
+            count += 1
+        chosen = sorted(lowest[:count])
+        equal = allocate([1.0] * count, total, [sizes[task] for task in chosen])
+        for task, share in zip(chosen, equal.shares, strict=True):
+            shares[task] = share
+        return shares
+
+
+def _shuffled(size: int, rng: random.Random) -> list[int]:
+    return rng.sample(range(size), size)

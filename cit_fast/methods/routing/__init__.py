@@ -1,0 +1,22 @@
+"""Routing: which adapter set a task trains, and which one answers a prompt."""
+
+from cit_fast.methods.routing.confusion import routing_record
+from cit_fast.methods.routing.grouping import LCIARouter, PerTaskRouter
+from cit_fast.methods.routing.load import load_router
+from cit_fast.methods.routing.router import OracleRouter, Router, RouterContext, SharedRouter, routing_text
+from cit_fast.methods.routing.switch import SwitchNetwork, SwitchRouter, train_switch
+
+__all__ = [
+    "LCIARouter",
+    "OracleRouter",
+    "PerTaskRouter",
+    "Router",
+    "RouterContext",
+    "SharedRouter",
+    "SwitchNetwork",
+    "SwitchRouter",
+    "load_router",
+    "routing_record",
+    "routing_text",
+    "train_switch",
+]

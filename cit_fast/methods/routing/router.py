@@ -1,0 +1,251 @@
+"""The protocol of a router, what every router shares, and the two that need no model."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
+
+from cit_fast.data.example import Example, Task
+from cit_fast.errors import ConfigError, DataError, RunError
+from cit_fast.files import write_json
+from cit_fast.models.adapter_bank import BASE
+from cit_fast.models.prompts import PromptEncoder
+
+FORMAT_VERSION = 1
+Reads = Literal["prompt", "instruction"]
+_Self = TypeVar("_Self", bound="SavedRouter")
+
+
+@dataclass(frozen=True)
+class RouterContext:
+    """What a router may look at.
+
+    Args:
+        model: the model as it is now, with every adapter set so far; a router that reads features from it takes the
+            base model's own, adapters off. ``encoder``: whose tokenizer is the model's.
+        rng: the only source of chance; seeded by run and stage, so a resumed run decides alike.
+        cache: where what is found by its content may be kept for all runs; ``None``: nowhere.
+        decided: what ``assign`` and ``learn`` have to say about a stage, filled in by them; plain JSON values. The
+            report knows the keys named in :class:`cit_fast.evaluation.StageRecord`.
+        gone: adapter sets that cannot answer, for their weights are damaged: the best of the others does.
+    """
+
+    model: Any = None
+    encoder: PromptEncoder | None = None
+    rng: random.Random = field(default_factory=lambda: random.Random(0))  # noqa: S311  # a seed, not a secret
+    cache: Path | None = None
+    decided: dict[str, Any] = field(default_factory=dict)
+    gone: frozenset[str] = frozenset()
+
+
+class Router(Protocol):
+    """Decides which adapter set a new task trains (reuse or expand), and which one answers a prompt.
+
+    What it remembers is saved with each stage. A resumed run, and serving, load it from there: ``assign`` and
+    ``learn`` see every task once, however often the run was interrupted before the stage was committed.
+    """
+
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """Names of the adapter sets that ``assign`` has given so far, in order."""
+
+    def assign(self, task: Task, context: RouterContext) -> str:
+        """Name of the adapter set that ``task`` trains; a name not given before means a new set.
+
+        Letters, digits, ``_`` and ``-``; a new set starts from the base model.
+        """
+
+    def learn(self, task: Task, context: RouterContext) -> None:
+        """Called once ``task`` has trained its set, before anything is answered with it."""
+
+    def answer(self, examples: Sequence[Example], context: RouterContext) -> list[str]:
+        """For each example the name of the set that answers it: one of ``sets``, or :data:`BASE` for none of them."""
+
+    def save(self, folder: Path) -> None:
+        """Write everything that :meth:`load` needs into ``folder``, made as needed; safetensors and JSON only."""
+
+    @classmethod
+    def load(cls, folder: Path) -> Router:
+        """The router that :meth:`save` left there, options and all.
+
+        Raises:
+            RunError: a missing or damaged file.
+        """
+
+
+class SavedRouter:
+    """Saving and loading for a router whose options are its constructor's arguments, kept under the same names.
+
+    Subclasses say what they remember by :meth:`state` and take it back by :meth:`restore`.
+    """
+
+    name: ClassVar[str] = ""
+
+    def learn(self, task: Task, context: RouterContext) -> None:
+        """Nothing to learn."""
+
+    def state(self) -> dict[str, Any]:
+        """What is remembered, as plain JSON values."""
+        return {}
+
+    def restore(self, state: dict[str, Any], folder: Path) -> None:
+        """Take back what :meth:`state` gave; a ``KeyError``, ``TypeError`` or ``ValueError`` means a damaged file."""
+
+    def save(self, folder: Path) -> None:
+        """Write ``router.json``."""
+        options = {key: getattr(self, key) for key in inspect.signature(type(self)).parameters}
+        saved = {"format_version": FORMAT_VERSION, "router": self.name, "options": options, "state": self.state()}
+        write_json(Path(folder) / "router.json", saved)
+
+    @classmethod
+    def load(cls: type[_Self], folder: Path) -> _Self:
+        """Read ``router.json``.
+
+        Raises:
+            RunError: a missing or damaged file, another kind of router, or another format version.
+        """
+        path = Path(folder) / "router.json"
+        saved = read_router(folder)
+        if saved["router"] != cls.name:
+            raise RunError(f"{path}: holds the router {saved['router']!r}, not {cls.name!r}")
+        try:
+            router = cls(**saved["options"])
+            router.restore(saved["state"], Path(folder))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise RunError(f"{path}: damaged ({error!r})") from None
+        return router
+
+
+def read_router(folder: Path) -> dict[str, Any]:
+    """The content of a ``router.json``, checked for its shape.
+
+    Raises:
+        RunError: a missing or damaged file, or another format version.
+    """
+    path = Path(folder) / "router.json"
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise RunError(f"{path}: not there; it says which adapter set answers what, and belongs to a stage") from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: damaged ({error})") from None
+    kinds = {"format_version": int, "router": str, "options": dict, "state": dict}
+    if not isinstance(saved, dict):
+        raise RunError(f"{path}: damaged (a JSON object was expected, not {type(saved).__name__})")
+    for key, kind in kinds.items():
+        if not isinstance(saved.get(key), kind):
+            raise RunError(f"{path}: damaged ({key} is missing or no {kind.__name__})")
+    if saved["format_version"] != FORMAT_VERSION:
+        raise RunError(
+            f"{path}: written in format version {saved['format_version']}; this cit-fast reads {FORMAT_VERSION}"
+        )
+    return saved
+
+
+def routing_text(example: Example, reads: Reads = "prompt") -> str:
+    """What a router reads of an example.
+
+    Args:
+        example: of a conversation, the user's turns count.
+        reads: ``"prompt"``: instruction and input, which is all there is where a prompt is plain text;
+            ``"instruction"``: the instruction alone.
+
+    Raises:
+        DataError: there is nothing to read.
+    """
+    if example.messages:
+        text = "\n\n".join(content for role, content in example.messages[:-1] if role == "user")
+    elif reads == "prompt" and example.input.strip():
+        text = f"{example.instruction}\n\n{example.input}"
+    else:
+        text = example.instruction
+    if not text.strip():
+        raise DataError(f"{example.source or f'task {example.task!r}'}: an empty prompt cannot be routed")
+    return text
+
+
+def check_reads(reads: str) -> None:
+    """Refuse what :func:`routing_text` does not know.
+
+    Raises:
+        ConfigError: neither ``"prompt"`` nor ``"instruction"``.
+    """
+    if reads not in ("prompt", "instruction"):
+        raise ConfigError(f"reads: {reads!r} is unknown; expected 'prompt' or 'instruction'")
+
+
+def set_name(task: Task, taken: Sequence[str]) -> str:
+    """A name for the adapter set of ``task``, unlike any in ``taken``.
+
+    PEFT tells the parameters of adapters apart by ``.name.`` in their keys; with its prefix, no name can be that of a
+    module.
+    """
+    plain = f"task-{re.sub(r'[^A-Za-z0-9_-]+', '-', task.name)}"
+    name, count = plain, 1
+    # Folders carry the names, and not every file system tells upper from lower case.
+    while name.lower() in {each.lower() for each in taken}:
+        count += 1
+        name = f"{plain}-{count}"
+    return name
+
+
+class SharedRouter(SavedRouter):
+    """One adapter set for all tasks."""
+
+    name = "shared"
+    sets = ("shared",)
+
+    def assign(self, task: Task, context: RouterContext) -> str:
+        """Always the same set."""
+        return "shared"
+
+    def answer(self, examples: Sequence[Example], context: RouterContext) -> list[str]:
+        """Always the same set."""
+        return ["shared"] * len(examples)
+
+
+class OracleRouter(SavedRouter):
+    """A set per task, and each example tells its task: the upper bound of what any router can reach."""
+
+    name = "oracle"
+
+    def __init__(self) -> None:
+        self._set_of: dict[str, str] = {}
+
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """One per task."""
+        return tuple(self._set_of.values())
+
+    def assign(self, task: Task, context: RouterContext) -> str:
+        """A new set."""
+        self._set_of[task.name] = set_name(task, self.sets)
+        return self._set_of[task.name]
+
+    def answer(self, examples: Sequence[Example], context: RouterContext) -> list[str]:
+        """The set of each example's task; the base model for a task that has trained none.
+
+        Raises:
+            DataError: an example that does not name its task.
+        """
+        for index, example in enumerate(examples):
+            if not example.task:
+                raise DataError(
+                    f"prompt {index}: the oracle router must be told the task; give Example(..., task=...), one of "
+                    f"{', '.join(self._set_of)}"
+                )
+        return [self._set_of.get(example.task, BASE) for example in examples]
+
+    def state(self) -> dict[str, Any]:
+        """Which set belongs to which task."""
+        return {"set_of": self._set_of}
+
+    def restore(self, state: dict[str, Any], folder: Path) -> None:
+        """Take it back."""
+        self._set_of = {str(task): str(name) for task, name in state["set_of"].items()}

@@ -1,0 +1,311 @@
+"""SwitchCIT's switch network: a small classifier over a frozen language model's features picks the adapter.
+
+Source: Wu et al., arXiv 2407.11780; METHODS.md section 4.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+from torch.nn import functional as F
+
+from cit_fast.data.example import Example, Task
+from cit_fast.embeddings.embedder import Embedder
+from cit_fast.errors import ConfigError, RunError
+from cit_fast.files import write_file
+from cit_fast.methods.routing.familiarity import Familiarity
+from cit_fast.methods.routing.features import build_features
+from cit_fast.methods.routing.rejection import Rejection
+from cit_fast.methods.routing.router import Reads, RouterContext, SavedRouter, check_reads, routing_text, set_name
+from cit_fast.models.adapter_bank import BASE
+
+_TENSORS = "switch.safetensors"
+
+
+@dataclass(frozen=True)
+class SwitchNetwork:
+    """Two layers with a ReLU between them: features [N, d] to scores of C classes [N, C].
+
+    Features are first brought to mean 0 and variance 1 as they were over the training set. All float32 on the CPU.
+
+    Args:
+        mean, scale: [d]; ``hidden_weight``: [H, d]; ``hidden_bias``: [H]; ``weight``: [C, H]; ``bias``: [C].
+    """
+
+    mean: Tensor
+    scale: Tensor
+    hidden_weight: Tensor
+    hidden_bias: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """[N, d] to [N, C]."""
+        hidden = F.linear((features - self.mean) / self.scale, self.hidden_weight, self.hidden_bias).relu()
+        return F.linear(hidden, self.weight, self.bias)
+
+
+def train_switch(
+    features: Tensor,
+    labels: Tensor,
+    classes: int,
+    *,
+    seed: int,
+    hidden: int = 256,
+    learning_rate: float = 1e-3,
+    epochs: int = 20,
+    batch_size: int = 32,
+    balanced: bool = True,
+) -> SwitchNetwork:
+    """A switch network trained from its random start by Adam on the cross-entropy.
+
+    The same arguments give the same bits; torch's own random state is neither used nor changed.
+
+    Args:
+        features: [N, d] float32; ``labels``: [N] int64 in [0, classes), each class at least once.
+        seed: of start and order; ``hidden``: units of the hidden layer.
+        learning_rate, epochs, batch_size: as usual; an epoch is N draws.
+        balanced: draw every class equally often, however many of its examples were retained; otherwise each example
+            once an epoch.
+    """
+    chance = torch.Generator().manual_seed(seed)
+    sizes = (hidden, features.shape[1]), (classes, hidden)
+    parameters = [  # as torch.nn.Linear starts
+        torch.empty(shape).uniform_(-(columns**-0.5), columns**-0.5, generator=chance).requires_grad_()
+        for rows, columns in sizes
+        for shape in ((rows, columns), (rows,))
+    ]
+    mean = features.mean(0)
+    scale = features.var(0, correction=0).sqrt().clamp_min(1e-6)
+    network = SwitchNetwork(mean, scale, *parameters)
+    per_class = torch.bincount(labels, minlength=classes)
+    weights = (1.0 / per_class)[labels]
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+    for _ in range(epochs):
+        if balanced:
+            order = torch.multinomial(weights, len(labels), replacement=True, generator=chance)
+        else:
+            order = torch.randperm(len(labels), generator=chance)
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            optimizer.zero_grad()
+            with torch.enable_grad():
+                loss = F.cross_entropy(network(features[batch]), labels[batch])
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    return SwitchNetwork(mean, scale, *(each.detach() for each in parameters))
+
+
+class SwitchRouter(SavedRouter):
+    """A set per task, trained on that task alone; a switch network sends each prompt to its task's set.
+
+    When a task has been trained, the network is trained anew on the features of all of its prompts and of the retained
+    few of every earlier task. Features are kept, never texts.
+
+    A prompt goes to the base model if its features are too far from those of every task: its score is
+    :class:`~cit_fast.methods.routing.familiarity.Familiarity`, and the threshold is set as
+    :class:`~cit_fast.methods.routing.rejection.Rejection` says.
+
+    Args:
+        features: ``"tokens"``: the mean of the base model's token embeddings, which costs next to nothing and told
+            tasks apart best where we measured it; ``"base"``: last-token states of the base model, adapters off, as in
+            the paper; ``"sentence"``: all-MiniLM-L6-v2; else a folder or hub name of a sentence-transformers model or
+            of any causal language model (OPT-125M in the paper).
+        retained: share of a task's prompts whose features are kept, in (0, 1].
+        at_least: so many are kept of a small task, >= 1.
+        max_length: tokens of a prompt that a model reads for its last-token state, the middle of a longer one left out.
+        hidden, learning_rate, epochs, batch_size, balanced: of the network, see :func:`train_switch`.
+        reads: what of a prompt is read, ``"prompt"`` (instruction and input, as a plain text has them) or
+            ``"instruction"``.
+        reject: share of the known prompts that may go to the base model, in [0, 1); 0: every prompt goes to some set.
+        held_out: tasks that are never trained (built-in names, files, folders), whose prompts the threshold must keep
+            out; without any, it follows from known prompts alone.
+
+    Raises:
+        ConfigError: an option out of range or unknown.
+    """
+
+    name = "switch"
+
+    def __init__(
+        self,
+        features: str = "tokens",
+        retained: float = 0.05,
+        at_least: int = 20,
+        max_length: int = 128,
+        hidden: int = 256,
+        learning_rate: float = 1e-3,
+        epochs: int = 20,
+        batch_size: int = 32,
+        balanced: bool = True,
+        reads: Reads = "prompt",
+        reject: float = 0.01,
+        held_out: Sequence[str] = (),
+    ) -> None:
+        if not 0 < retained <= 1:
+            raise ConfigError(f"retained: {retained}; expected a share of a task's prompts in (0, 1]")
+        for key, value in (("at_least", at_least), ("hidden", hidden), ("epochs", epochs), ("batch_size", batch_size)):
+            if value < 1:
+                raise ConfigError(f"{key}: {value}; expected at least 1")
+        if max_length < 2:
+            raise ConfigError(f"max_length: {max_length}; expected at least 2 tokens")
+        if not learning_rate > 0:
+            raise ConfigError(f"learning_rate: {learning_rate}; expected above 0")
+        check_reads(reads)
+        self.features, self.retained, self.at_least = features, retained, at_least
+        self.max_length, self.reads = max_length, reads
+        self.hidden, self.learning_rate, self.epochs = hidden, learning_rate, epochs
+        self.batch_size, self.balanced = batch_size, balanced
+        self._rejection = Rejection(reject, held_out)
+        self.reject, self.held_out = self._rejection.reject, self._rejection.held_out
+        self._set_of: dict[str, str] = {}
+        self._kept: list[Tensor] = []  # of each learned task, in the order of the sets: [n, d]
+        self._known: list[Tensor] = []  # the same of prompts that were not learned from, for the threshold
+        self._familiarity = Familiarity()
+        self._network: SwitchNetwork | None = None
+        self._extractor: Embedder | None = None
+
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """One per task."""
+        return tuple(self._set_of.values())
+
+    def assign(self, task: Task, context: RouterContext) -> str:
+        """A new set."""
+        self._rejection.unknown_prompts()  # what cannot be read is better known before anything is trained
+        self._set_of[task.name] = set_name(task, self.sets)
+        return self._set_of[task.name]
+
+    def learn(self, task: Task, context: RouterContext) -> None:
+        """Train the switch network anew, now that ``task`` has a set.
+
+        Raises:
+            DataError: a prompt without text.
+        """
+        new = self._read(task.train, context)
+        if context.decided["truncated"]:
+            context.decided["notes"] = [
+                f"{context.decided['truncated']} prompts are longer than {self.max_length} tokens; "
+                "their middle was not read."
+            ]
+        examples = torch.cat([*self._kept, new])
+        labels = torch.tensor([label for label, own in enumerate([*self._kept, new]) for _ in own])
+        network = train_switch(
+            examples,
+            labels,
+            len(self._kept) + 1,
+            seed=context.rng.getrandbits(62),
+            hidden=self.hidden,
+            learning_rate=self.learning_rate,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            balanced=self.balanced,
+        )
+        self._network = network
+        count = min(max(self.at_least, round(self.retained * len(new))), len(new))
+        self._kept.append(new[sorted(context.rng.sample(range(len(new)), count))].clone())
+        aside = self._rejection.known_prompts(task)
+        self._known.append(self._read(aside, context))
+        # Without a dev split they are training prompts, and must not make themselves familiar.
+        self._familiarity.learn(new if task.dev or len(new) == len(aside) else new[len(aside) :])
+        known, unknown = torch.cat(self._known), self._read(self._rejection.unknown_prompts(), context)
+        context.decided["reject_below"] = self._rejection.learn(
+            self._familiarity(known).tolist(), self._familiarity(unknown).tolist() if len(unknown) else []
+        )
+        right = network(known).argmax(1) == torch.tensor([n for n, own in enumerate(self._known) for _ in own])
+        accuracy = float(right.float().mean())
+        context.decided.update(
+            switch_examples=len(examples), retained=sum(map(len, self._kept)), switch_accuracy=accuracy
+        )
+
+    def answer(self, examples: Sequence[Example], context: RouterContext) -> list[str]:
+        """The set of the most likely task of each prompt, or the base model.
+
+        Raises:
+            DataError: an empty prompt.
+            RunError: nothing was learned yet.
+        """
+        if self._network is None:
+            raise RunError("router switch: no task has been learned yet, so there is no set to choose")
+        if not examples:
+            return []
+        features = self._read(examples, context)
+        logits = self._network(features)
+        if set(self.sets) <= context.gone:
+            return [BASE] * len(examples)
+        logits[:, [label for label, name in enumerate(self.sets) if name in context.gone]] = -torch.inf
+        chosen = logits.argmax(1).tolist()
+        below = self._rejection.below
+        sure = [True] * len(chosen)
+        if below is not None:
+            sure = (self._familiarity(features) >= below).tolist()
+        return [self.sets[label] if trusted else BASE for label, trusted in zip(chosen, sure, strict=True)]
+
+    # -- features ------------------------------------------------------------------------------------------------
+
+    def _read(self, examples: Sequence[Example], context: RouterContext) -> Tensor:
+        """Features [examples, d]; equal texts are read once."""
+        texts = [routing_text(example, self.reads) for example in examples]
+        position = {text: index for index, text in enumerate(dict.fromkeys(texts))}
+        extractor = self._features(context)
+        before = getattr(extractor, "truncated", 0)
+        features = extractor.embed(list(position))
+        context.decided.setdefault("truncated", getattr(extractor, "truncated", 0) - before)
+        return features[[position[text] for text in texts]]
+
+    def _features(self, context: RouterContext) -> Embedder:
+        if self.features in ("base", "tokens"):  # of a model that is another object after every stage
+            return build_features(self.features, context, self.max_length)
+        if self._extractor is None:
+            self._extractor = build_features(self.features, context, self.max_length)
+        return self._extractor
+
+    # -- memory --------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """The sets, and the threshold."""
+        return {"set_of": self._set_of, "learned": len(self._kept), "reject_below": self._rejection.below}
+
+    def save(self, folder: Path) -> None:
+        """Write ``router.json``, and network and retained features as ``switch.safetensors``."""
+        tensors = {f"kept.{n:04d}": own for n, own in enumerate(self._kept)}
+        tensors.update({f"known.{n:04d}": own for n, own in enumerate(self._known)})
+        tensors.update({f"familiarity.{key}": value for key, value in self._familiarity.tensors().items()})
+        if self._network is not None:
+            tensors.update({f"network.{key}": value for key, value in vars(self._network).items()})
+        write_file(Path(folder) / _TENSORS, save(tensors))
+        super().save(folder)
+
+    def restore(self, state: dict[str, Any], folder: Path) -> None:
+        """Take them back.
+
+        Raises:
+            RunError: the tensors are missing or damaged.
+        """
+        self._set_of = {str(task): str(name) for task, name in state["set_of"].items()}
+        self._rejection.below = None if state["reject_below"] is None else float(state["reject_below"])
+        path = folder / _TENSORS
+        try:
+            tensors = load(path.read_bytes())
+            count = int(state["learned"])
+            self._kept, self._known = ([tensors[f"{kind}.{n:04d}"] for n in range(count)] for kind in ("kept", "known"))
+            own = {key.removeprefix("familiarity."): value for key, value in tensors.items()}
+            self._familiarity = Familiarity.from_tensors(own)
+            if count:
+                fields = {field.name: tensors[f"network.{field.name}"] for field in dataclasses.fields(SwitchNetwork)}
+                self._network = SwitchNetwork(**fields)
+        except FileNotFoundError:
+            raise RunError(f"{path}: not there; it holds the switch network") from None
+        except (OSError, SafetensorError, KeyError) as error:
+            raise RunError(f"{path}: damaged ({error})") from None
+        classes = len(self._network.bias) if self._network is not None else 0
+        if not len(self._set_of) >= count == classes == len(self._familiarity.counts):
+            raise RunError(f"{path}: damaged (it tells {classes} tasks apart, and router.json {len(self._set_of)})")

@@ -1,0 +1,1 @@
+"""Language models: loaded, prompted, batched, called, asked, and given adapter sets."""

@@ -1,0 +1,166 @@
+"""A language model with its adapter sets: made for training, saved with a stage, and taken up again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers.integrations import unset_hf_deepspeed_config
+
+from cit_fast.errors import ConfigError, RunError
+from cit_fast.files import link_tree, write_json
+from cit_fast.models.adapter_bank import read_adapter_config, read_adapter_weights
+from cit_fast.models.config import DataConfig
+from cit_fast.models.prompts import PromptEncoder
+from cit_fast.models.rewritten_base import RewrittenBase, rewrites_base
+from cit_fast.text import first_line
+
+
+@contextlib.contextmanager
+def loading_whole() -> Iterator[None]:
+    """Keep transformers from loading shards only, as it does where FSDP or ZeRO-3 is configured."""
+    unset_hf_deepspeed_config()  # the next TrainingArguments set it again
+    name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    before = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[name] = before
+
+
+def prompt_encoder(tokenizer: Any, config: DataConfig) -> PromptEncoder:
+    """The encoder that a configuration's section ``data`` describes."""
+    return PromptEncoder(
+        tokenizer,
+        max_length=config.max_length,
+        system_prompt=config.system_prompt,
+        on_overflow=config.on_overflow,
+        template_options=config.template_options,
+        date=config.date,
+    )
+
+
+def train_adapter(
+    model: Any, adapter: Mapping[str, Any] | None, name: str, seed: int
+) -> tuple[Any, RewrittenBase | None]:
+    """``model`` ready to train adapter set ``name``: made when new, the only one with gradients.
+
+    Args:
+        adapter: fields of a PEFT configuration; ``None``: the model itself is trained.
+
+    Returns:
+        The model; and what undoes the set's initialisation after the stage, where that rewrites the base model.
+    """
+    if adapter is None:
+        return model, None
+    from peft import get_peft_config, get_peft_model
+    from transformers import set_seed
+
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name == "default":
+        raise ConfigError(
+            f"router: {name!r} cannot name an adapter set; use letters, digits, '_' and '-' ('default' is PEFT's own)"
+        )
+    if isinstance(model, PeftModel) and name in model.peft_config:
+        model.set_adapter(name)
+        return model, None
+    rewritten = RewrittenBase(model) if rewrites_base(adapter) else None
+    set_seed(seed)  # a new set starts from the same numbers in a resumed run
+    try:
+        config = get_peft_config({"task_type": "CAUSAL_LM", **adapter})
+        if isinstance(model, PeftModel):
+            model.add_adapter(name, config)
+        else:
+            model = get_peft_model(model, config, adapter_name=name)
+    except Exception as error:  # whatever PEFT thinks of the options, in a dozen kinds
+        raise ConfigError(f"adapter: {first_line(error)}") from error
+    model.set_adapter(name)
+    if rewritten is not None:
+        rewritten.added(model, name)
+    return model, rewritten
+
+
+def save_weights(
+    model: Any,
+    folder: Path,
+    base_name: str,
+    state_dict: dict[str, Any] | None = None,
+    *,
+    before: Path | None = None,
+    trained: str | None = None,
+) -> None:
+    """Write what training changed: ``adapters/<name>`` as plain PEFT folders, or the whole model as ``model``.
+
+    Args:
+        state_dict: the model's weights, where the model itself holds only shards of them.
+        before: the folder of an earlier stage whose adapter sets, all but ``trained``, have not changed: they are the
+            same files under another name (copies where the file system has no hard links), so a family of a hundred
+            adapters costs a stage the time and the space of one.
+        trained: the adapter set that has changed.
+    """
+    if not isinstance(model, PeftModel):
+        model.save_pretrained(folder / "model", state_dict=state_dict)
+        return
+    names = list(model.peft_config)
+    same = [name for name in names if before is not None and name != trained and (before / "adapters" / name).is_dir()]
+    written = [name for name in names if name not in same]
+    model.save_pretrained(folder / "adapters", selected_adapters=written, state_dict=state_dict)
+    for name in written:
+        path = folder / "adapters" / name / "adapter_config.json"
+        # The folder the base was loaded from means nothing on another machine; its name does. Modules are a set.
+        config = {**json.loads(path.read_text(encoding="utf-8")), "base_model_name_or_path": base_name}
+        if isinstance(config.get("target_modules"), list):
+            config["target_modules"] = sorted(config["target_modules"])
+        write_json(path, config)
+    for name in same:
+        link_tree(typing.cast("Path", before) / "adapters" / name, folder / "adapters" / name)
+
+
+def load_weights(base: Any, folder: Path, trainable: bool = False) -> Any:
+    """``base`` with the weights that :func:`save_weights` left in a stage folder.
+
+    Raises:
+        RunError: a missing or damaged file, or an adapter of another base model.
+    """
+    whole = folder / "model"
+    if whole.is_dir():
+        try:
+            return type(base).from_pretrained(
+                whole, dtype=base.dtype, attn_implementation=base.config._attn_implementation
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise RunError(f"{whole}: cannot be loaded: {first_line(error)}") from None
+    model: Any = base
+    adapters = sorted((folder / "adapters").glob("*/adapter_config.json"))
+    if not adapters:
+        raise RunError(f"{folder}: holds neither adapters nor a model; the stage is damaged")
+    for path in adapters:
+        model = load_adapter(model, path.parent, trainable)
+    return model
+
+
+def load_adapter(model: Any, folder: Path, trainable: bool = False) -> Any:
+    """``model``, bare or with adapters, with the one in a PEFT folder, under the folder's name.
+
+    Raises:
+        RunError: a missing or damaged file, weights that are not finite, or an adapter of another base model.
+    """
+    read_adapter_config(folder)
+    read_adapter_weights(folder)
+    try:
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(folder), folder.name, is_trainable=trainable)
+        else:
+            model = PeftModel.from_pretrained(model, str(folder), adapter_name=folder.name, is_trainable=trainable)
+    except Exception as error:  # PEFT and safetensors raise half a dozen kinds for a damaged or foreign file
+        if isinstance(model, PeftModel) and folder.name in model.peft_config:
+            model.delete_adapter(folder.name)  # half of it is in the model
+        raise RunError(f"{folder}: cannot be loaded: {first_line(error)}") from error
+    return model

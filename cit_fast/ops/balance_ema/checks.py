@@ -1,0 +1,133 @@
+"""What the balance-weight EMA ops ask of their arguments: one clear line before anything is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cit_fast.errors import CitFastError
+from cit_fast.ops.balance_ema.reference import row_count
+
+BalanceRule = Literal["released", "paper", "fixed"]
+BALANCE_RULES: tuple[BalanceRule, ...] = ("released", "paper", "fixed")
+"""The rules by name; the position is the number that csrc/cpu/balance_ema.h gives the rule."""
+
+BalanceGranularity = Literal["tensor", "row"]
+BALANCE_GRANULARITIES: tuple[BalanceGranularity, ...] = ("tensor", "row")
+"""What has a weight of its own: a tensor, or each row of a tensor of two or more dimensions."""
+
+_FLOAT_DTYPES = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
+
+
+def check_rule(op: str, rule: str, decay: float, fallback: float) -> None:
+    """Raise CitFastError that starts with ``op`` unless the three options are as :func:`balance_ema_` says."""
+    if rule not in BALANCE_RULES:
+        raise CitFastError(f"{op}: rule={rule!r} is unknown; accepted: {', '.join(BALANCE_RULES)}")
+    if not 0 <= decay < 1:
+        raise CitFastError(f"{op}: decay={decay} must be in [0, 1)")
+    if not 0 < fallback <= 1:
+        raise CitFastError(f"{op}: fallback={fallback} must be in (0, 1]")
+
+
+def check_granularity(op: str, granularity: str) -> None:
+    """Raise CitFastError that starts with ``op`` unless ``granularity`` is one of ``BALANCE_GRANULARITIES``."""
+    if granularity not in BALANCE_GRANULARITIES:
+        accepted = ", ".join(BALANCE_GRANULARITIES)
+        raise CitFastError(f"{op}: granularity={granularity!r} is unknown; accepted: {accepted}")
+
+
+def check_adamw(op: str, step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    """Raise CitFastError that starts with ``op`` unless AdamW can run with these options."""
+    if step < 1 or step % 1 != 0:
+        raise CitFastError(f"{op}: step={step} must be a whole number, 1 for the first step")
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        if not 0 <= value < math.inf:  # math.isfinite would break the graph of torch.compile
+            raise CitFastError(f"{op}: {name}={value} must be finite and not negative")
+    if len(betas) != 2:
+        raise CitFastError(f"{op}: betas={tuple(betas)} must be two numbers")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise CitFastError(f"{op}: betas={tuple(betas)} must both be in [0, 1)")
+
+
+def adamw_writes(store_grads: bool) -> tuple[str, ...]:
+    """The lists that AdamW with the average writes."""
+    always = ("params", "exp_avgs", "exp_avg_sqs", "averages")
+    return (*always, "previous_grads") if store_grads else always
+
+
+def check_lists(
+    op: str, lists: dict[str, Sequence[Tensor]], *, written: Sequence[str], previous_optional: bool = False
+) -> None:
+    """Raise CitFastError unless all lists hold dense floating-point tensors of the parameters' shapes and device.
+
+    In the lists named by ``written`` every element has memory of its own, and no tensor appears twice.
+    """
+    params = lists["params"]
+    device = getattr(params[0], "device", None) if params else None
+    shapes = [getattr(param, "shape", None) for param in params]
+    for name, tensors in lists.items():
+        if previous_optional and name == "previous_grads" and not tensors:
+            continue
+        if len(tensors) != len(params):
+            raise CitFastError(f"{op}: {name} holds {len(tensors)} tensors, params holds {len(params)}")
+        if not _all_fit(tensors, shapes, device):
+            for i, (param, tensor) in enumerate(zip(params, tensors, strict=True)):
+                if problem := _mismatch(tensor, param, device, written=name in written):
+                    raise CitFastError(f"{op}: {name}[{i}] {problem}")
+        if name in written and len(set(map(id, tensors))) < len(tensors):
+            identities = [id(tensor) for tensor in tensors]
+            i = next(i for i, identity in enumerate(identities) if identity in identities[:i])
+            first = identities.index(identities[i])
+            raise CitFastError(f"{op}: {name}[{i}] is the very tensor {name}[{first}], and would be updated twice")
+
+
+def _all_fit(tensors: Sequence[Tensor], shapes: list[torch.Size | None], device: torch.device | None) -> bool:
+    """All at once, for lists of hundreds of small tensors. False: look at each."""
+    try:
+        return (
+            [tensor.shape for tensor in tensors] == shapes
+            and {tensor.dtype for tensor in tensors} <= _FLOAT_DTYPES
+            and all(tensor.device == device for tensor in tensors)
+            and all(tensor.is_contiguous() for tensor in tensors)  # and so dense
+        )
+    except AttributeError:  # not a tensor
+        return False
+
+
+def _mismatch(tensor: Tensor | None, param: Tensor, device: torch.device | None, written: bool) -> str | None:
+    if not isinstance(tensor, Tensor):
+        return f"is {type(tensor).__name__}, not a tensor"
+    if tensor.layout != torch.strided:
+        return f"has layout {tensor.layout}; only dense (strided) tensors are accepted"
+    if tensor.shape != param.shape:
+        return f"has shape {tuple(tensor.shape)}, its parameter {tuple(param.shape)}"
+    if tensor.device != device:
+        return f"is on {tensor.device}, params[0] on {device}; one call takes one device"
+    if tensor.dtype not in _FLOAT_DTYPES:
+        return f"is {tensor.dtype}; accepted: float32, bfloat16, float16, float64"
+    if written and any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        return "is expanded: elements that share memory cannot be written; clone() it"
+    return None
+
+
+def check_alphas(op: str, alphas: Tensor, params: Sequence[Tensor], granularity: str) -> None:
+    """Raise CitFastError unless ``alphas`` is contiguous float32 with one entry for each row of the parameters."""
+    expected = (sum(row_count(param, granularity) for param in params),)
+    right = alphas.dtype == torch.float32 and alphas.device == params[0].device and alphas.is_contiguous()
+    if tuple(alphas.shape) != expected or not right:
+        raise CitFastError(
+            f"{op}: alphas must be contiguous float32 of shape {expected} on {params[0].device}, not "
+            f"{alphas.dtype} of shape {tuple(alphas.shape)} on {alphas.device}"
+        )
+
+
+def check_norms(op: str, norms: Tensor) -> None:
+    """Raise CitFastError unless ``norms`` is what :func:`balance_norms_` returns."""
+    if norms.dim() != 2 or norms.shape[1] != 3 or norms.dtype != torch.float64:
+        raise CitFastError(
+            f"{op}: norms must be float64 of shape [rows, 3], not {norms.dtype} of shape {tuple(norms.shape)}"
+        )

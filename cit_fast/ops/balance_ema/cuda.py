@@ -1,0 +1,374 @@
+"""The balance-weight EMA by the CUDA kernels of csrc/cuda: built, never run on a GPU yet, so used only when forced.
+
+Nothing here waits for the GPU. A call uploads a table of addresses, once for each list and again when an address has
+changed (new gradient tensors), and launches one kernel (norms with weights, or AdamW with everything) or two (the
+averages are moved as well). See :class:`_Plan`.
+
+CUDA graphs. Every op can be captured. During a capture the table is part of the graph: it is uploaded from the graph's
+own memory at each replay, so nothing has to outlive the capture but the tensors themselves, and calls outside the graph
+do not disturb it. What a replay needs:
+
+* one call outside the capture first (``cit_fast.available_backends()`` is enough): it loads the kernels;
+* every tensor stays at its address: parameters, averages, moments, previous gradients and ``alphas`` are made before
+  the capture; gradients either too, kept by ``zero_grad(set_to_none=False)``, or made by a backward pass in the graph;
+* ``adamw_balance_ema_`` counts steps on the host, which a graph would freeze: capture
+  :func:`adamw_balance_ema_capturable_` instead, with step and learning rate in device memory;
+* bfloat16 averages are rounded with random bits that follow from ``seed``, which a graph would freeze as well: only
+  :func:`adamw_balance_ema_capturable_` takes them, its bits follow from the step.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cit_fast.errors import BackendError, CitFastError
+from cit_fast.ops.backends import Backend, available_backends, register
+from cit_fast.ops.balance_ema.checks import (
+    BalanceGranularity,
+    BalanceRule,
+    adamw_writes,
+    check_adamw,
+    check_alphas,
+    check_granularity,
+    check_lists,
+    check_rule,
+)
+from cit_fast.ops.balance_ema.native import DTYPES, RULES, empty_weights, kernels_cannot
+from cit_fast.ops.balance_ema.reference import BalanceWeights, row_count
+
+_dtype = attrgetter("dtype")
+_shape = attrgetter("shape")
+
+
+@register("balance_norms_", Backend.CUDA, only_when_forced=True)
+def _balance_norms(
+    params: list[Tensor],
+    averages: list[Tensor],
+    grads: list[Tensor],
+    previous_grads: list[Tensor],
+    granularity: str,
+    store_grads: bool,
+) -> Tensor:
+    from cit_fast import _native_cuda
+
+    norms = empty_weights(params, granularity).norms
+    with _prepared(granularity, params, averages, grads, previous_grads) as plan:
+        _native_cuda.balance_norms(**plan.launch, norms=norms.data_ptr(), store_grads=store_grads)
+    return norms
+
+
+@register("balance_ema_", Backend.CUDA, only_when_forced=True)
+def _balance_ema(
+    params: list[Tensor],
+    averages: list[Tensor],
+    grads: list[Tensor],
+    previous_grads: list[Tensor],
+    rule: str,
+    decay: float,
+    fallback: float,
+    granularity: str,
+    store_grads: bool,
+    seed: int,
+) -> BalanceWeights:
+    from cit_fast import _native_cuda
+
+    _check_seed_may_be_frozen("balance_ema_", averages)
+    weights = empty_weights(params, granularity)
+    outcome = _outcome(weights, rule, decay, fallback, store_grads)
+    with _prepared(granularity, params, averages, grads, previous_grads) as plan:
+        _native_cuda.balance_ema(**plan.launch, **outcome, seed=seed)
+    return weights
+
+
+@register("adamw_balance_ema_", Backend.CUDA, only_when_forced=True)
+def _adamw_balance_ema(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    averages: list[Tensor],
+    previous_grads: list[Tensor],
+    alphas: Tensor,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    rule: str,
+    decay: float,
+    fallback: float,
+    granularity: str,
+    store_grads: bool,
+    seed: int,
+) -> BalanceWeights:
+    from cit_fast import _native_cuda
+
+    if torch.cuda.is_current_stream_capturing():
+        raise CitFastError(
+            "adamw_balance_ema_: a CUDA graph would repeat this very step count and learning rate at each replay; "
+            "capture adamw_balance_ema_capturable_, which reads both from device memory"
+        )
+    weights = empty_weights(params, granularity)._replace(alphas=alphas)
+    outcome = _outcome(weights, rule, decay, fallback, store_grads)
+    with _prepared(granularity, params, averages, grads, previous_grads, exp_avgs, exp_avg_sqs) as plan:
+        _native_cuda.adamw_balance_ema(
+            **plan.launch,
+            **outcome,
+            seed=seed,
+            step=step,
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decay=weight_decay,
+        )
+    return weights
+
+
+@register("flush_balance_ema_", Backend.CUDA, only_when_forced=True)
+def _flush_balance_ema(
+    params: list[Tensor], averages: list[Tensor], alphas: Tensor, granularity: str, seed: int
+) -> None:
+    from cit_fast import _native_cuda
+
+    _check_seed_may_be_frozen("flush_balance_ema_", averages)
+    with _prepared(granularity, params, averages) as plan:
+        _native_cuda.flush_balance_ema(**plan.launch, alphas=alphas.data_ptr(), seed=seed)
+
+
+@torch.no_grad()
+def adamw_balance_ema_capturable_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    averages: Sequence[Tensor],
+    previous_grads: Sequence[Tensor],
+    alphas: Tensor,
+    *,
+    step: Tensor,
+    lr: Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    rule: BalanceRule = "released",
+    decay: float = 0.99,
+    fallback: float = 0.01,
+    granularity: BalanceGranularity = "tensor",
+    store_grads: bool = True,
+    seed: int = 0,
+) -> BalanceWeights:
+    """:func:`cit_fast.ops.adamw_balance_ema_` for a CUDA graph: step count and learning rate from device memory.
+
+    At step ``k`` the result is that of ``adamw_balance_ema_(..., step=k, seed=seed + k)``. The returned tensors, but
+    for ``alphas``, belong to the graph when captured. What a replay needs is at the top of this file. It has never run
+    on a GPU yet, so no optimizer of ours uses it.
+
+    Args:
+        params, grads, exp_avgs, exp_avg_sqs, averages, previous_grads, alphas, betas, eps, weight_decay, rule, decay,
+            fallback, granularity, store_grads: As in :func:`cit_fast.ops.adamw_balance_ema_`; CUDA tensors.
+        step: One element, float32 or int64, on the same device: 1 for the first step; counted up by the caller,
+            ``step += 1`` in the graph.
+        lr: One element, float32 or float64, on the same device. Read as it is: not checked.
+        seed: Any integer, of which the lowest 32 bits count.
+
+    Raises:
+        CitFastError: As in :func:`cit_fast.ops.adamw_balance_ema_`.
+        BackendError: The CUDA kernels are not available or do not take these tensors.
+    """
+    op = "adamw_balance_ema_capturable_"
+    check_rule(op, rule, decay, fallback)
+    check_granularity(op, granularity)
+    check_adamw(op, 1, 0.0, betas, eps, weight_decay)
+    lists: dict[str, Sequence[Tensor]] = {
+        "params": params,
+        "grads": grads,
+        "exp_avgs": exp_avgs,
+        "exp_avg_sqs": exp_avg_sqs,
+        "averages": averages,
+        "previous_grads": previous_grads,
+    }
+    if not params:
+        raise CitFastError(f"{op}: params is empty")
+    written = adamw_writes(store_grads)
+    check_lists(op, lists, written=written, previous_optional=rule == "fixed")
+    check_alphas(op, alphas, params, granularity)
+    _check_scalar(op, "step", step, params[0], (torch.float32, torch.int64))
+    _check_scalar(op, "lr", lr, params[0], (torch.float32, torch.float64))
+    _check_kernels(op, lists, granularity)
+    from cit_fast import _native_cuda
+
+    weights = empty_weights(params, granularity)._replace(alphas=alphas)
+    outcome = _outcome(weights, rule, decay, fallback, store_grads)
+    prepared = torch.empty(_native_cuda.STEP_BYTES, dtype=torch.uint8, device=params[0].device)
+    with _prepared(granularity, params, averages, grads, previous_grads, exp_avgs, exp_avg_sqs) as plan:
+        _native_cuda.step_on_device(
+            prepared.data_ptr(),
+            step=step.data_ptr(),
+            step_is_float=step.dtype == torch.float32,
+            lr=lr.data_ptr(),
+            lr_is_float=lr.dtype == torch.float32,
+            beta1=betas[0],
+            beta2=betas[1],
+            eps=eps,
+            weight_decay=weight_decay,
+            seed=seed & 0xFFFFFFFF,
+            device=plan.launch["device"],
+            stream=plan.launch["stream"],
+        )
+        _native_cuda.adamw_balance_ema(**plan.launch, **outcome, step_on_device=prepared.data_ptr())
+    for tensors in (*(lists[name] for name in written), [alphas]):
+        torch.autograd.graph.increment_version(tensors)
+    return weights
+
+
+def _outcome(weights: BalanceWeights, rule: str, decay: float, fallback: float, store_grads: bool) -> dict[str, Any]:
+    return {
+        "norms": weights.norms.data_ptr(),
+        "alphas": weights.alphas.data_ptr(),
+        "fallbacks": weights.fallbacks.data_ptr(),
+        "rule": RULES[rule],
+        "decay": decay,
+        "fallback": fallback,
+        "store_grads": store_grads,
+    }
+
+
+# Plans: what a list needs in device memory.
+
+
+class _Place(NamedTuple):
+    """What tells plans apart in the cache: a list by its first address and which of its streams there are."""
+
+    device: int
+    stream: int  # a plan serves one stream, whose order keeps an upload away from the kernels before it
+    granularity: str
+    tensors: int
+    first: int
+    streams: tuple[bool, ...]
+
+
+class _Plan:
+    """The table of one list in device memory, and the slots for its sums.
+
+    Args:
+        place: Where it runs.
+        params: The parameters, for their shapes.
+        dtypes: Of all tensors, list after list.
+    """
+
+    def __init__(self, place: _Place, params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> None:
+        from cit_fast import _native_cuda
+
+        rows = [row_count(param, place.granularity) for param in params]
+        row_sizes = [param.numel() // n if n else 0 for param, n in zip(params, rows, strict=True)]
+        codes = [0] * place.tensors
+        present = [stream for stream, there in enumerate(place.streams) if there]
+        for at, dtype in enumerate(dtypes):
+            codes[at % place.tensors] |= DTYPES[dtype] << 8 * present[at // place.tensors]
+        self.shapes, _, slots, blocks = _native_cuda.layout(rows, row_sizes, codes)
+        self.addresses: list[int] = []
+        device = params[0].device
+        self.table = torch.empty(
+            _native_cuda.STREAMS * place.tensors + len(self.shapes), dtype=torch.int64, device=device
+        )
+        self.slots = torch.zeros(slots, _native_cuda.SLOT_BYTES, dtype=torch.uint8, device=device)
+        self.launch: dict[str, Any] = {
+            "table": self.table.data_ptr(),
+            "count": place.tensors,
+            "blocks": blocks,
+            "slots": self.slots.data_ptr(),
+            "device": place.device,
+            "stream": place.stream,
+        }
+
+    def upload(self, addresses: list[int]) -> None:
+        """Make the table hold these addresses, list after list, 0 for a list that is not there."""
+        from cit_fast import _native_cuda
+
+        if addresses == self.addresses:
+            return
+        words = addresses if self.addresses else addresses + self.shapes
+        target = {name: self.launch[name] for name in ("device", "stream")}
+        _native_cuda.upload(self.launch["table"], words, **target)
+        self.addresses = addresses
+
+
+_PLANS = 32  # lists in use at a time: parameter groups, each with a table for steps and one for flushes
+_plans: OrderedDict[_Place, tuple[tuple[object, ...], _Plan]] = OrderedDict()
+_lock = threading.Lock()  # from the upload to the launch
+
+
+@contextmanager
+def _prepared(granularity: str, *lists: Sequence[Tensor]) -> Iterator[_Plan]:
+    """A plan whose table holds these tensors, in the order of csrc/cuda/layout.h; to be launched inside the block."""
+    device = lists[0][0].device
+    with torch.cuda.device(device), _lock:
+        yield _plan(granularity, lists, torch.cuda.current_stream(device))
+
+
+def _plan(granularity: str, lists: tuple[Sequence[Tensor], ...], stream: torch.cuda.Stream) -> _Plan:
+    from cit_fast import _native_cuda
+
+    params, n = lists[0], len(lists[0])
+    addresses: list[int] = []
+    for tensors in lists:
+        addresses += map(Tensor.data_ptr, tensors) if tensors else [0] * n
+    addresses += [0] * (_native_cuda.STREAMS * n - len(addresses))
+    there = tuple(map(bool, lists))
+    place = _Place(stream.device_index, stream.cuda_stream, granularity, n, addresses[0], there)
+    dtypes = tuple(map(_dtype, chain(*lists)))
+    if torch.cuda.is_current_stream_capturing():
+        plan = _Plan(place, params, dtypes)  # in the memory of the graph, which uploads at each replay
+        plan.upload(addresses)
+        return plan
+    # An address may have come to belong to a tensor of another kind.
+    signature = (dtypes, tuple(map(_shape, params)))
+    known = _plans.pop(place, None)
+    plan = known[1] if known and known[0] == signature else _Plan(place, params, dtypes)
+    plan.upload(addresses)
+    _plans[place] = (signature, plan)
+    if len(_plans) > _PLANS:
+        _plans.popitem(last=False)
+    return plan
+
+
+# Checks
+
+
+def _check_seed_may_be_frozen(op: str, averages: Sequence[Tensor]) -> None:
+    if torch.cuda.is_current_stream_capturing() and any(each.dtype == torch.bfloat16 for each in averages):
+        raise CitFastError(
+            f"{op}: a CUDA graph would round bfloat16 averages with the same random bits at each replay, and they "
+            "would stall; keep them in float32, or capture adamw_balance_ema_capturable_"
+        )
+
+
+def _check_scalar(op: str, name: str, scalar: Tensor, param: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if scalar.numel() != 1 or scalar.dtype not in dtypes or scalar.device != param.device:
+        accepted = " or ".join(str(each).removeprefix("torch.") for each in dtypes)
+        raise CitFastError(
+            f"{op}: {name} must be one {accepted} on {param.device}, not {scalar.dtype} of shape "
+            f"{tuple(scalar.shape)} on {scalar.device}"
+        )
+
+
+def _check_kernels(op: str, lists: dict[str, Sequence[Tensor]], granularity: str) -> None:
+    status = available_backends()["cuda"]
+    reason = None if status.available else status.reason
+    if lists["params"][0].device.type != "cuda":
+        reason = f"it does not run on {lists['params'][0].device.type} tensors"
+    state = [*lists["averages"], *lists["exp_avgs"], *lists["exp_avg_sqs"]]
+    reason = reason or kernels_cannot(state, *lists.values(), granularity=granularity).get(Backend.CUDA)
+    if reason:
+        raise BackendError(f"{op}: the CUDA kernels cannot serve: {reason}")

@@ -1,0 +1,138 @@
+"""Scores of a model on tasks: prompts shared out over the processes, answers gathered, each task by its own metric."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from peft import PeftModel
+from tqdm.auto import tqdm
+
+from cit_fast.data.example import Example, Task
+from cit_fast.errors import ConfigError, DataError
+from cit_fast.evaluation.metrics import score
+from cit_fast.evaluation.predictions import Prediction, judged
+from cit_fast.evaluation.violations import Constraints
+from cit_fast.methods.routing import Router, RouterContext
+from cit_fast.models.adapter_bank import BASE
+from cit_fast.models.generation import generate
+from cit_fast.models.pretrained import cache_folder
+from cit_fast.models.prompts import PromptEncoder
+from cit_fast.run.config import EvaluationConfig
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What :func:`evaluate` found.
+
+    Args:
+        scores: task name -> score in [0, 100]; ``violations``: task name -> rates, as a StageRecord has them.
+        predictions: task name -> its predictions, in the order of its examples.
+        truncated: prompts whose input was shortened to fit; ``skipped``: examples left out because they cannot fit.
+        answered_by: task name -> adapter set -> how many of its prompts the router sent there, :data:`BASE` for none
+            of the sets; empty without a router. ``routing_seconds``: wall time the router took.
+    """
+
+    scores: dict[str, float]
+    predictions: dict[str, list[Prediction]]
+    truncated: int
+    skipped: int
+    violations: dict[str, dict[str, float]] = field(default_factory=dict)
+    answered_by: dict[str, dict[str, int]] = field(default_factory=dict)
+    routing_seconds: float = 0.0
+
+
+def evaluate(
+    model: Any,
+    encoder: PromptEncoder,
+    tasks: Sequence[Task],
+    config: EvaluationConfig,
+    router: Router | None = None,
+    title: str = "",
+) -> Evaluated:
+    """Answer every example of the tasks' split, each with the adapter set its router names, and score the answers.
+
+    Raises:
+        DataError: no example of a task fits.
+    """
+    asked: list[tuple[Task, Example]] = []
+    prompts: list[list[int]] = []
+    truncated = skipped = 0
+    for task in tasks:
+        split = getattr(task, config.split)
+        encoded = encoder.encode_prompts(split, reserve=config.max_new_tokens)
+        if not encoded.prompts:
+            raise DataError(f"task {task.name!r}: every {config.split} example is longer than data.max_length allows")
+        asked += [(task, split[index]) for index in encoded.indices]
+        prompts += encoded.prompts
+        truncated, skipped = truncated + encoded.truncated, skipped + len(encoded.skipped)
+    started = time.perf_counter()
+    sets = _routed(model, encoder, [example for _, example in asked], router)
+    routing_seconds = time.perf_counter() - started
+    answers = _answers(model, encoder, sets, prompts, config, title)
+    scores: dict[str, float] = {}
+    predictions: dict[str, list[Prediction]] = {}
+    answered_by: dict[str, dict[str, int]] = {}
+    for task in tasks:
+        own = [index for index, (of, _) in enumerate(asked) if of is task]
+        references = [asked[index][1].references for index in own]
+        result = score(task.metric, [answers[index] for index in own], references, labels=task.labels)
+        scores[task.name] = result.value
+        inputs = [asked[index][1].input if task.extractive else None for index in own]
+        if sets is not None:
+            answered_by[task.name] = dict(Counter(sets[index] for index in own))
+        predictions[task.name] = [
+            Prediction(encoder.tokenizer.decode(prompts[index]), answers[index], right, points, text)
+            for index, right, points, text in zip(own, references, result.per_example, inputs, strict=True)
+        ]
+    violations = {task.name: judged(Constraints.of(task), predictions[task.name]) for task in tasks}
+    return Evaluated(scores, predictions, truncated, skipped, violations, answered_by, routing_seconds)
+
+
+def _routed(model: Any, encoder: PromptEncoder, examples: Sequence[Example], router: Router | None) -> list[str] | None:
+    """For each example the adapter set that answers it; ``None`` where there is nothing to choose from."""
+    if router is None or not isinstance(model, PeftModel):
+        return None
+    sets = [router.answer(examples, RouterContext(model, encoder, cache=cache_folder()))]
+    broadcast_object_list(sets)  # one process decides: others may differ in a last bit, and wait for another's prompts
+    unknown = set(sets[0]) - {*model.peft_config, BASE}
+    if unknown:
+        raise ConfigError(f"router: answers with the adapter set {min(unknown)!r}, which no task has trained yet")
+    return sets[0]
+
+
+def _answers(
+    model: Any,
+    encoder: PromptEncoder,
+    sets: Sequence[str] | None,
+    prompts: Sequence[list[int]],
+    config: EvaluationConfig,
+    title: str,
+) -> list[str]:
+    """The answers in the order of the prompts, which are shared out over the processes."""
+    state = PartialState()
+    bar = tqdm(
+        total=len(prompts), desc=f"{title}: answering", unit="prompt", leave=False, disable=not state.is_main_process
+    )
+
+    def advance(count: int) -> None:
+        bar.update(count * state.num_processes)
+
+    with bar, state.split_between_processes(list(range(len(prompts)))) as mine:
+        found = generate(
+            model,
+            [prompts[index] for index in mine],
+            tokenizer=encoder.tokenizer,
+            pad_token_id=encoder.pad_token_id,
+            eos_token_ids=encoder.stop_token_ids,
+            max_new_tokens=config.max_new_tokens,
+            batch_size=config.batch_size,
+            progress=advance,
+            adapters=None if sets is None else [sets[index] for index in mine],
+        )
+    return gather_object(found) if state.num_processes > 1 else found

@@ -1,0 +1,204 @@
+"""The configuration of a run: YAML in, validated and typed sections out.
+
+Every error is one line: the file, the path of the key, what was wrong and what would be right.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, PositiveInt, ValidationError, field_validator, model_validator
+
+from cit_fast.data.builtin import builtin_task_names
+from cit_fast.data.sources import TaskSource
+from cit_fast.errors import ConfigError
+from cit_fast.methods.config import MethodConfig
+from cit_fast.models.config import DataConfig, ModelConfig
+from cit_fast.run.arguments import checked_adapter, checked_training
+from cit_fast.run.yaml_file import check_plain, read_yaml, set_key
+from cit_fast.values import Section, choices
+
+VERSION = 1
+
+
+class EvaluationConfig(Section):
+    """What is measured after every stage. Tasks of ``held_out`` are answered but never trained: by the untrained model
+    and after the last stage, or after every one (``held_out_after: all``).
+    """
+
+    split: Literal["test", "dev"] = "test"
+    tasks: Literal["all", "seen"] = "all"
+    untrained: bool = True
+    experts: bool = False
+    held_out: tuple[str | TaskSource, ...] = ()
+    held_out_after: Literal["last", "all"] = "last"
+    max_new_tokens: PositiveInt = 64
+    batch_size: PositiveInt = 16
+
+
+class RunConfig(Section):
+    """A whole run. ``training`` holds transformers.TrainingArguments, ``adapter`` a PEFT configuration (or null).
+
+    Read one with :func:`load_config`, or build it from keyword arguments or a dictionary
+    (``RunConfig.model_validate({...})``).
+    """
+
+    version: int = VERSION
+    name: str = Field(default="run", pattern=r"^[\w][\w.+-]*$")
+    output: str | None = None
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    methods: tuple[MethodConfig, ...] = Field(
+        default_factory=lambda: (MethodConfig.model_validate("sequential"),), min_length=1
+    )
+    model: ModelConfig = ModelConfig()
+    adapter: dict[str, Any] | None = Field(
+        default_factory=lambda: {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+    )
+    data: DataConfig = Field(default_factory=DataConfig)
+    training: dict[str, Any] = Field(default_factory=dict)
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @field_validator("version")
+    @classmethod
+    def _known_version(cls, value: int) -> int:
+        if value != VERSION:
+            raise ValueError(f"configuration version {value}; this cit-fast reads version {VERSION}")
+        return value
+
+    @field_validator("methods")
+    @classmethod
+    def _distinct(cls, value: tuple[MethodConfig, ...]) -> tuple[MethodConfig, ...]:
+        names = [method.name for method in value]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two methods are named {twice[0]!r}; give one of them another name")
+        return value
+
+    @field_validator("training")
+    @classmethod
+    def _training_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return checked_training(value)
+
+    @field_validator("adapter")
+    @classmethod
+    def _adapter_fields(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        return None if value is None else checked_adapter(value)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_values(cls, value: Any) -> Any:
+        try:
+            check_plain(value, "")
+        except ConfigError as error:
+            raise ValueError(f"{error}".removeprefix(": ")) from None
+        return value
+
+    @field_validator("output")
+    @classmethod
+    def _usable_path(cls, value: str | None) -> str | None:
+        for part in Path(value or "").parts:
+            if len(os.fsencode(part)) > 255:
+                raise ValueError(f"the name {part[:20]!r}... is longer than a file's name can be (255 bytes)")
+        return value
+
+    @model_validator(mode="after")
+    def _room_to_answer(self) -> RunConfig:
+        if self.evaluation.max_new_tokens >= self.data.max_length:
+            raise ValueError(
+                f"evaluation.max_new_tokens ({self.evaluation.max_new_tokens}) leaves no room for a prompt in "
+                f"data.max_length ({self.data.max_length})"
+            )
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """Where the runs of this configuration go, one sub-folder per method."""
+        return Path(self.output) if self.output is not None else Path("runs") / self.name
+
+    def resolved(self, method: MethodConfig) -> dict[str, Any]:
+        """What decides the outcome of one method, as plain JSON values: no output folder, no other method."""
+        plain = self.model_dump(mode="json", exclude={"output", "methods", "name"})
+        plain["method"] = method.model_dump(mode="json")
+        return typing.cast("dict[str, Any]", json.loads(json.dumps(plain)))
+
+
+def describe(error: ValidationError, where: str) -> str:
+    """A pydantic error as one line: ``where: key.path: what was wrong``."""
+    # A union (a task is a name or a mapping) reports once per member: a mapping was meant unless it is no mapping.
+    entries = error.errors()
+    meant = [entry for entry in entries if "str" not in entry["loc"]]
+    entries = meant or entries
+    first = entries[0]
+    path = [str(part) for part in first["loc"] if part not in {"str", "TaskSource"}]
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
+        message = f"unknown key; {choices(path[-1], _keys_at(path[:-1]))}"
+    elif first["type"] == "missing":
+        message = "missing"
+    elif first["type"] != "value_error":
+        message = f"{message[0].lower()}{message[1:]} (it is {first['input']!r})"
+    inner, _, rest = message.partition(": ")
+    if rest and inner.isidentifier() and first["type"] == "value_error":
+        path, message = [*path, inner], rest
+    # A list that lost its only item also complains of being too short: what the item's own error explains is no other.
+    places = {entry["loc"][:2] for entry in entries}
+    others = sum(place != first["loc"][: len(place)] for place in places)
+    more = f" (and {others} more)" if others > 0 else ""
+    return f"{where}: {'.'.join(path) or 'configuration'}: {message}{more}"
+
+
+def _keys_at(path: Sequence[str]) -> list[str]:
+    kind: Any = RunConfig
+    for part in path:
+        if isinstance(kind, type) and issubclass(kind, BaseModel) and part in kind.model_fields:
+            kind = kind.model_fields[part].annotation
+            if kind == tuple[MethodConfig, ...]:
+                kind = MethodConfig
+        elif not part.isdigit():
+            return []
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return [*kind.model_fields, "preset"] if kind is MethodConfig else list(kind.model_fields)
+    return [field.name for field in dataclasses.fields(TaskSource)]
+
+
+def _spelt_out(first_key: str, text: str) -> dict[str, Any]:
+    """The mapping that a method or a task given by its name alone stands for."""
+    if first_key == "methods":
+        return {"preset": text}
+    return {"builtin" if text in builtin_task_names() else "path": text}
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML configuration.
+
+    Args:
+        path: the file.
+        overrides: ``key.path=value`` strings; values are YAML, list items go by number
+            (``methods.0.replay.fraction=0.2``).
+
+    Raises:
+        ConfigError: a missing file, broken YAML, an unknown key, a wrong type or another version, in one line.
+    """
+    path = Path(path)
+    raw = read_yaml(path)
+    for override in overrides:
+        set_key(raw, override, _spelt_out)
+    return validated(raw, str(path))
+
+
+def validated(raw: Mapping[str, Any], where: str) -> RunConfig:
+    """The configuration that a mapping of keys is.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type or another version, in one line that starts with ``where``.
+    """
+    try:
+        return RunConfig.model_validate(dict(raw))
+    except ValidationError as error:
+        raise ConfigError(describe(error, where)) from None

@@ -1,0 +1,157 @@
+"""The continual run: a stream of tasks goes through router, replay, objective and update, stage by stage.
+
+TaskStream --task t--> Router.assign -> ReplayPolicy.select -> Trainer(Objective, Update) -> evaluate -> commit
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from rich.console import Console
+
+from cit_fast.data import Task, TaskStream, load_stream
+from cit_fast.data.builtin import builtin_task_names
+from cit_fast.errors import ConfigError, DataError, RunError
+from cit_fast.files import is_disk_full
+from cit_fast.methods.registry import build_part, parts_of
+from cit_fast.models.adapters import loading_whole, prompt_encoder
+from cit_fast.models.pretrained import load_tokenizer, resolve_model
+from cit_fast.run.arguments import training_arguments
+from cit_fast.run.config import RunConfig, load_config, validated
+from cit_fast.run.memory import release_memory
+from cit_fast.run.method_run import MethodRun
+from cit_fast.run.run_folder import RunFolder
+from cit_fast.run.tasks import check_held_out, check_task, load_held_out
+from cit_fast.run.trial import skeleton, try_adapter, try_arguments, try_batches
+
+
+class ContinualTrainer:
+    """Runs every method of a configuration on its stream of tasks, and resumes what was interrupted.
+
+    Args:
+        config: a :class:`RunConfig`, the path of a YAML file, or a mapping of its keys.
+        stream: tasks to use instead of ``config.data.tasks``.
+        held_out: tasks to use instead of ``config.evaluation.held_out``.
+        router, replay, objective, update: objects to use instead of every method's own part.
+        console: where progress is printed; by default standard output, of the main process alone.
+
+    Example::
+
+        trainer = ContinualTrainer("examples/quickstart.yaml")
+        folders = trainer.run()
+    """
+
+    def __init__(
+        self,
+        config: RunConfig | str | Path | Mapping[str, Any],
+        *,
+        stream: TaskStream | None = None,
+        held_out: Sequence[Task] | None = None,
+        router: Any = None,
+        replay: Any = None,
+        objective: Any = None,
+        update: Any = None,
+        console: Console | None = None,
+    ) -> None:
+        if isinstance(config, (str, Path)):
+            config = load_config(config)
+        elif not isinstance(config, RunConfig):
+            config = validated(config, "configuration")
+        self.config = config
+        given = {"router": router, "replay": replay, "objective": objective, "update": update}
+        self._parts = {kind: part for kind, part in given.items() if part is not None}
+        for method in config.methods:  # a misspelt part should not wait for the methods before it
+            for kind, part in parts_of(method, config.training).items():
+                if kind not in self._parts:
+                    build_part(kind, part, method.name)
+            if config.adapter is None and method.router.name != "shared":
+                raise ConfigError(
+                    f"method {method.name!r}: router: {method.router.name!r} grows adapter sets, and adapter: null "
+                    "trains the model itself; give an adapter, or router: shared"
+                )
+        self._state = PartialState(cpu=not torch.cuda.is_available())
+        self.console = console or Console(quiet=not self._state.is_main_process)
+        self.stream = stream or load_stream(
+            config.data.tasks if config.data.tasks is not None else builtin_task_names(),
+            seed=config.seed,
+            train=config.data.train,
+            dev=config.data.dev,
+            test=config.data.test,
+        )
+        for task in self.stream:
+            check_task(task, config.evaluation.split, "data.tasks")
+            if not task.train:
+                raise DataError(f"data.tasks: task {task.name!r} has no training examples")
+        self.held_out = load_held_out(config, from_config=stream is None) if held_out is None else tuple(held_out)
+        check_held_out(self.held_out, self.stream, config.evaluation.split)
+
+    def run(self) -> list[Path]:
+        """Run, or go on with, every method; returns their folders, in order.
+
+        Raises:
+            RunError: a folder is in use, belongs to another configuration, or the disk is full.
+        """
+        self._try()
+        folders = []
+        for method in self.config.methods:
+            folder = self.config.folder / method.name
+            with _disk_full_as_run_error(folder), _only_our_progress_bars():
+                MethodRun(
+                    self.config, method, self._parts, self.stream, RunFolder(folder), self.console, self.held_out
+                ).run()
+            folders.append(folder)
+            release_memory()  # the next method has a model of its own
+        return folders
+
+    def _try(self) -> None:
+        """See that the run can be set up, before anything is written.
+
+        Raises:
+            ConfigError: PEFT or transformers refuse what the configuration gives them, or the model lacks tokens.
+        """
+        config = self.config
+        with self._state.main_process_first():  # one process fetches or converts, the others find it done
+            folder = resolve_model(config.model)
+        encoder = prompt_encoder(load_tokenizer(folder, config.model.trust_remote_code), config.data)
+        with loading_whole():
+            bare = skeleton(folder, config.model)
+            if bare is not None:
+                encoder.fit_to(bare)
+                if config.adapter is not None:
+                    try_adapter(bare, config.adapter)
+        arguments = training_arguments(config.training, config.seed, config.folder)
+        try_arguments(arguments)
+        if any(method.schedule != "joint" for method in config.methods):
+            try_batches(arguments, list(self.stream))
+
+
+@contextlib.contextmanager
+def _disk_full_as_run_error(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if is_disk_full(error):
+            raise RunError(
+                f"{folder}: the disk is full; everything completed so far is kept, "
+                "so free some space and run the same command again"
+            ) from error
+        raise
+
+
+@contextlib.contextmanager
+def _only_our_progress_bars() -> Iterator[None]:
+    """No bars of transformers for every file it reads or writes."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,551 @@
+"""One method on one stream of tasks, stage by stage, in one folder."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import datetime
+import os
+import random
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from rich.console import Console
+from rich.markup import escape
+
+import cit_fast
+from cit_fast.data import TaskStream
+from cit_fast.data.example import Example, Task, unseen_media
+from cit_fast.errors import CitFastError, ConfigError, DataError, RunError
+from cit_fast.evaluation.predictions import Prediction, write_predictions
+from cit_fast.evaluation.record import RunRecord, StageRecord, check_files, read_run, read_stages
+from cit_fast.evaluation.violations import Constraints
+from cit_fast.methods.config import MethodConfig
+from cit_fast.methods.objectives import StageContext, StageInputs
+from cit_fast.methods.registry import PARTS, build_part, parts_of
+from cit_fast.methods.replay import ReplayContext
+from cit_fast.methods.routing import RouterContext, SharedRouter, routing_record
+from cit_fast.methods.updates import PlainUpdate
+from cit_fast.models.adapters import load_weights, loading_whole, prompt_encoder, save_weights, train_adapter
+from cit_fast.models.collation import choose_collator
+from cit_fast.models.pretrained import cache_folder, load_model, load_tokenizer, model_identity, resolve_model
+from cit_fast.models.rewritten_base import RewrittenBase, refuse_sharded, rewrites_base
+from cit_fast.processes import decided_by_first
+from cit_fast.run.answer import Evaluated, evaluate
+from cit_fast.run.arguments import training_arguments
+from cit_fast.run.config import RunConfig
+from cit_fast.run.environment import describe_environment
+from cit_fast.run.guards import FrozenWeights, TrainedWeights
+from cit_fast.run.memory import release_memory
+from cit_fast.run.plain import as_json, digest, plain_options, task_digest
+from cit_fast.run.run_folder import RunFolder
+from cit_fast.run.stage_trainer import StageTrainer
+from cit_fast.text import first_line
+
+# Another version may give another score from the same setting.
+_VERSIONS = (cit_fast.__version__, torch.__version__, transformers.__version__)
+
+
+class MethodRun:
+    """One method on one stream, in one folder."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        method: MethodConfig,
+        parts: Mapping[str, Any],
+        stream: TaskStream,
+        folder: RunFolder,
+        console: Console,
+        held_out: Sequence[Task] = (),
+    ) -> None:
+        self.held_out = list(held_out)
+        self.config, self.method, self.stream, self.folder = _of_one_date(config, folder), method, stream, folder
+        self.console = console
+        self.state = PartialState()
+        self.parts = {
+            # A copy: what a part remembers of one method must not reach the next.
+            kind: copy.deepcopy(parts[kind]) if kind in parts else build_part(kind, part, method.name)
+            for kind, part in parts_of(method, config.training).items()
+        }
+        with self.state.main_process_first():  # one process fetches or converts, the others find it done
+            self.model_path = resolve_model(config.model)
+        self.tokenizer = load_tokenizer(self.model_path, config.model.trust_remote_code)
+        self.encoder = prompt_encoder(self.tokenizer, self.config.data)
+        self.identity = model_identity(self.model_path, config.model.name)
+
+    # -- the run -------------------------------------------------------------------------------------------------
+
+    def run(self, wait: bool = False) -> None:
+        """Train and evaluate every stage that is not committed yet.
+
+        Args:
+            wait: for another process that works in the folder, instead of refusing (an expert may be in the making).
+        """
+        with self.folder.locked(wait) if self.state.is_main_process else contextlib.nullcontext():
+            self._run()
+
+    def _run(self) -> None:
+        record = self._begin()
+        groups = [list(self.stream)] if self.method.schedule == "joint" else [[task] for task in self.stream]
+        stages = self.folder.stages()
+        self.state.wait_for_everyone()  # all have read the same stages before one of them commits another
+        if record.status == "finished" and len(stages) == len(groups) + 1:
+            self._say(
+                f"[bold]{self.method.name}[/bold]: already finished, nothing to do ({escape(str(self.folder.path))})"
+            )
+            return
+        self._say(f"[bold]{self.method.name}[/bold]: {len(self.stream)} tasks, {escape(str(self.folder.path))}")
+        if stages:
+            self._say(f"  going on after stage {stages[-1].index} of {len(groups)}")
+        model: Any = None
+        if not stages:
+            model = self._load(None)
+            self._untrained_stage(model)
+        for index, group in enumerate(groups, start=1):
+            if index < len(stages):
+                continue
+            if model is None:
+                model = self._load(self._checked(stages[index - 1]) if index > 1 else None)
+                self._take_up_router(index - 1, model)
+            routing = self._router_context(model, index)
+            adapter = self._assigned(group[0], routing)
+            frozen = FrozenWeights(model)
+            model, rewritten = train_adapter(model, self.config.adapter, adapter, self.config.seed)
+            model = self._stage(model, index, len(groups), group, adapter, routing, frozen, rewritten)
+        if self.config.evaluation.experts and not record.experts:
+            record.experts = self._experts()
+        record.status = "finished"
+        if self.state.is_main_process:
+            self.folder.write(record)
+
+    def _begin(self) -> RunRecord:
+        resolved = self.config.resolved(self.method)
+        for kind in PARTS:  # an object given from Python is part of what the run is
+            name = self._part_name(kind)
+            if name != resolved["method"][kind]["name"]:
+                resolved["method"][kind] = {"name": name, "options": plain_options(vars(self.parts[kind]))}
+        arguments = self._arguments(1)
+        record = RunRecord(
+            name=self.config.name,
+            method=resolved["method"],
+            tasks=list(self.stream.names),
+            metrics={task.name: task.metric for task in [*self.stream, *self.held_out]},
+            model=self.config.model.name,
+            seed=self.config.seed,
+            config={
+                **resolved,
+                "stream": digest([task_digest(task) for task in self.stream]),
+                **({"held_out": digest([task_digest(task) for task in self.held_out])} if self.held_out else {}),
+                "weights": self.identity,
+                "processes": self.state.num_processes,
+            },
+            environment={
+                **describe_environment(),
+                "effective_batch_size": arguments.train_batch_size
+                * arguments.gradient_accumulation_steps
+                * self.state.num_processes,
+            },
+            held_out_tasks=[task.name for task in self.held_out],
+            constraints={task.name: Constraints.of(task).to_record() for task in [*self.stream, *self.held_out]},
+        )
+        if self.state.is_main_process:
+            self.folder.begin(record)
+        self.state.wait_for_everyone()
+        return read_run(self.folder.path)  # what every process has to agree on
+
+    def _part_name(self, kind: str) -> str:
+        configured = getattr(self.method, kind).name
+        part = type(self.parts[kind])
+        dotted = f"{part.__module__}.{part.__qualname__}"
+        built_in = PARTS[kind].get(configured, configured)
+        return configured if built_in.rpartition(".")[2] == part.__qualname__ else dotted
+
+    def _untrained_stage(self, model: Any) -> None:
+        """Row zero of the score matrix, and the held-out tasks beside it."""
+        if not self.config.evaluation.untrained:
+            self._commit(StageRecord(index=0, trained=[], scores={}), None, {})
+            return
+        stage, folder = self._untrained(model, list(self.stream))
+        folders = [folder]
+        if self.held_out:
+            held_out, folder = self._untrained(model, self.held_out)
+            folders.append(folder)
+            stage.held_out, stage.violations = held_out.scores, stage.violations | held_out.violations
+            for name in ("evaluate_seconds", "test_truncated", "test_skipped"):
+                setattr(stage, name, getattr(stage, name) + getattr(held_out, name))
+
+        def fill(path: Path) -> None:
+            for folder in folders:
+                shutil.copytree(folder / "predictions", path / "predictions", dirs_exist_ok=True)
+
+        if self.state.is_main_process:
+            self.folder.commit(stage, fill)
+        self.state.wait_for_everyone()
+        self._say_scores("untrained", stage)
+
+    def _untrained(self, model: Any, tasks: list[Task]) -> tuple[StageRecord, Path]:
+        """The untrained model on some tasks: the same for every method, so computed once and kept in the cache."""
+        key = ["untrained, with violations", *self._evaluation_key(tasks)]
+        cached = RunFolder(cache_folder() / "untrained" / digest(key))
+        with cached.locked(wait=True) if self.state.is_main_process else contextlib.nullcontext():
+            there = [bool(read_stages(cached.path))]
+            broadcast_object_list(there)  # the main process decides: others may look later
+            if not there[0]:
+                started = time.perf_counter()
+                found = evaluate(model, self.encoder, tasks, self.config.evaluation, title="untrained")
+                stage = StageRecord(
+                    index=0,
+                    trained=[],
+                    scores=found.scores,
+                    evaluate_seconds=time.perf_counter() - started,
+                    test_truncated=found.truncated,
+                    test_skipped=found.skipped,
+                    violations=found.violations,
+                )
+                if self.state.is_main_process:
+                    cached.commit(stage, lambda path: _write_all(path, found.predictions))
+            self.state.wait_for_everyone()
+        stage, folder = read_stages(cached.path)[0], cached.stage_path(0)
+        check_files(folder, stage)
+        return stage, folder
+
+    def _stage(
+        self,
+        model: Any,
+        index: int,
+        count: int,
+        group: list[Task],
+        adapter: str,
+        routing: RouterContext,
+        frozen: FrozenWeights,
+        rewritten: RewrittenBase | None,
+    ) -> Any:
+        joint = self.method.schedule == "joint"
+        seen = [] if joint else list(self.stream)[: index - 1]
+        rng = random.Random(f"{self.config.seed}/{index}")  # noqa: S311  # a seed, not a secret
+        replayed: list[Example] = []
+        decided: dict[str, Any] = {}
+        if seen:
+            folder = self.folder.path / "replay"
+            context = ReplayContext(group[0], seen, model, self.encoder, rng, folder, cache_folder(), decided)
+            replayed = self.parts["replay"].select(context)
+            decided = self._decided("replay", decided)
+        new = [example for task in group for example in task.train]
+        title = f"{self.method.name} [{index}/{count}] {'all tasks' if joint else group[0].name}"
+        notes = [note for note in [unseen_media([*new, *replayed])] if note is not None]
+        inputs, said = self._inputs(model, index, [*new, *replayed], [*group, *seen])
+        if not inputs.features:
+            raise DataError(f"task {group[0].name!r}: no training example fits data.max_length; every one was skipped")
+        # TensorBoard's default is inside the checkpoints, which go when the stage is committed.
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.folder.path / "logs" / f"{index:02d}")
+        self.parts["objective"].begin_stage(model)
+        before = TrainedWeights(model)
+        trainer = self._trained(model, index, title, inputs)
+        train_seconds = trainer.record.seconds + inputs.seconds
+        self.parts["update"].finish(trainer.optimizer)
+        model = self._unwrapped(trainer, index, adapter)
+        notes += before.notes(model)
+        if rewritten is not None:
+            rewritten.undo(model, adapter)
+        frozen.check(model, f"{self.folder.path}: stage {index} ({group[0].name})")
+        for note in notes:
+            self._say(f"  {escape(note)}")
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and not parameter.isfinite().all():
+                raise RunError(
+                    f"{self.folder.path}: stage {index} ({group[0].name}): {name} is not finite after training; "
+                    "start again in another output with a smaller training.learning_rate"
+                )
+        self.parts["router"].learn(group[0], dataclasses.replace(routing, model=model))
+        started = time.perf_counter()
+        known = list(self.stream)[:index] if self.config.evaluation.tasks == "seen" and not joint else list(self.stream)
+        held_out = self.held_out if index == count or self.config.evaluation.held_out_after == "all" else []
+        asked = [*known, *held_out]
+        found = evaluate(model, self.encoder, asked, self.config.evaluation, self.parts["router"], title)
+        stage = StageRecord(
+            index=index,
+            trained=[task.name for task in group],
+            scores={task.name: found.scores[task.name] for task in known},
+            held_out={task.name: found.scores[task.name] for task in held_out},
+            violations=found.violations,
+            adapter=adapter,
+            train_examples=len(new),
+            replayed={task.name: sum(e.task == task.name for e in replayed) for task in seen},
+            replay=decided,
+            objective=said,
+            routing=self._routed(index, group, adapter, routing, found),
+            steps=trainer.state.global_step,
+            train_seconds=train_seconds,
+            evaluate_seconds=time.perf_counter() - started,
+            losses=[(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
+            balance_weights=trainer.record.balance_weights,
+            truncated=inputs.truncated,
+            skipped=len(inputs.skipped),
+            test_truncated=found.truncated,
+            test_skipped=found.skipped,
+            notes=notes,
+        )
+        self._commit(stage, model, found.predictions)
+        del trainer, inputs, before, found
+        release_memory()
+        self._say_scores(title, stage)
+        if stage.skipped or stage.test_skipped:
+            self._say(f"  left out for their length: {stage.skipped} training and {stage.test_skipped} test examples")
+        return model
+
+    def _inputs(
+        self, model: Any, index: int, examples: list[Example], tasks: list[Task]
+    ) -> tuple[StageInputs, dict[str, Any]]:
+        """What the stage trains on, in the objective's own form where it has one, and what it says about it."""
+        said: dict[str, Any] = {}
+        prepare = getattr(self.parts["objective"], "stage_inputs", None)
+        if prepare is None:
+            encoded = self.encoder.encode_all(examples)
+            collator = choose_collator(
+                model.config._attn_implementation,
+                model.device,
+                pad_token_id=self.encoder.pad_token_id,
+                max_length=self.config.data.max_length,
+            )
+            return StageInputs(encoded.encoded, collator, encoded.truncated, encoded.skipped), said
+        rng = random.Random(f"{self.config.seed}/{index}/objective")  # noqa: S311  # a seed, not a secret
+        folder, run = self.folder.checkpoints(index), self.folder.path / "replay"
+        context = StageContext(examples, tasks, self.encoder, rng, folder, run, cache_folder(), said)
+        inputs = prepare(model, context)
+        return inputs, self._decided("objective", said)
+
+    def _decided(self, kind: str, decided: dict[str, Any]) -> dict[str, Any]:
+        """What a part decided, as it goes into the stage's record; its notes are said at once."""
+        plain = as_json(decided, kind)
+        for note in plain.get("notes", []):
+            self._say(f"  {escape(note)}")
+        return plain
+
+    def _commit(self, stage: StageRecord, model: Any, predictions: dict[str, list[Prediction]]) -> None:
+        def fill(path: Path) -> None:
+            if model is not None:
+                before = self.folder.stage_path(stage.index - 1)
+                save_weights(model, path, self.config.model.name, before=before, trained=stage.adapter)
+                self.parts["router"].save(path / "router")
+            _write_all(path, predictions)
+
+        if self.state.is_main_process:
+            self.folder.commit(stage, fill)
+        self.state.wait_for_everyone()
+
+    # -- routing -------------------------------------------------------------------------------------------------
+
+    def _router_context(self, model: Any, index: int) -> RouterContext:
+        rng = random.Random(f"{self.config.seed}/{index}/router")  # noqa: S311  # a seed, not a secret
+        return RouterContext(model, self.encoder, rng, cache_folder())
+
+    def _take_up_router(self, index: int, model: Any) -> None:
+        """What the router knew when stage ``index`` was committed."""
+        if index == 0:
+            return
+        folder = self.folder.stage_path(index) / "router"
+        if isinstance(self.parts["router"], SharedRouter):  # remembers nothing, and older runs have no such folder
+            return
+        self.parts["router"] = type(self.parts["router"]).load(folder)
+        gone = sorted(set(self.parts["router"].sets) - set(model.peft_config))
+        if gone:
+            raise RunError(f"{folder}: knows the adapter set {gone[0]!r}, and {folder.parent / 'adapters'} has none")
+
+    def _assigned(self, task: Task, routing: RouterContext) -> str:
+        """The set that ``task`` trains, the same on every process."""
+        before = set(self.parts["router"].sets)
+        chosen: list[str] = [self.parts["router"].assign(task, routing)]
+        broadcast_object_list(chosen)
+        routing.decided.update(assigned=chosen[0], new=chosen[0] not in before)
+        as_json(routing.decided, "router")
+        if not isinstance(self.parts["router"], SharedRouter):
+            what = "a new adapter set" if routing.decided["new"] else "reuses the adapter set"
+            self._say(f"  {task.name}: {what} {chosen[0]}")
+        return chosen[0]
+
+    def _routed(
+        self, index: int, group: Sequence[Task], adapter: str, routing: RouterContext, found: Evaluated
+    ) -> dict[str, Any]:
+        """What the stage's record says about routing."""
+        if isinstance(self.parts["router"], SharedRouter):
+            return {}
+        trained_by = {task: stage.adapter for stage in self.folder.stages()[:index] for task in stage.trained}
+        trained_by.update((task.name, adapter) for task in group)
+        record = routing_record(trained_by, found.answered_by)
+        return {**as_json(routing.decided, "router"), **record, "seconds": found.routing_seconds}
+
+    def _arguments(self, index: int) -> Any:
+        return training_arguments(self.config.training, self.config.seed + index, self.folder.checkpoints(index))
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def _trained(self, model: Any, index: int, title: str, inputs: StageInputs) -> StageTrainer:
+        """The trainer, when the stage is trained; what it refuses before the first batch is an error of the set-up."""
+        trainer: StageTrainer | None = None
+        checkpoint: str | None = None
+        try:
+            trainer, checkpoint = self._trainer(model, index, title, inputs)
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except CitFastError:
+            raise
+        except Exception as error:
+            if trainer is not None and trainer.record.begun:
+                raise
+            if checkpoint is not None:
+                raise RunError(
+                    f"{checkpoint}: cannot be gone on from: {first_line(error)}; without it the stage goes on from an "
+                    "earlier checkpoint, or from its beginning"
+                ) from error
+            raise ConfigError(f"training: stage {index} cannot be set up: {first_line(error)}") from error
+        return trainer
+
+    def _trainer(self, model: Any, index: int, title: str, inputs: StageInputs) -> tuple[StageTrainer, str | None]:
+        checkpoint = self.folder.last_checkpoint(index)
+        trainer = StageTrainer(
+            objective=self.parts["objective"],
+            update=self.parts["update"],
+            title=title,
+            progress={} if checkpoint is None else checkpoint[1],
+            model=model,
+            args=self._arguments(index),
+            train_dataset=inputs.features,
+            data_collator=inputs.collator,
+        )
+        if (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled) and rewrites_base(self.config.adapter):
+            raise refuse_sharded()
+        if trainer.is_deepspeed_enabled:
+            gather = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+            engine = trainer.args.hf_deepspeed_config
+            if "optimizer" in engine.config and not isinstance(self.parts["update"], PlainUpdate):
+                raise ConfigError(
+                    f"training.deepspeed: optimizer must not be set for method {self.method.name!r}: its update steps "
+                    "with an optimizer of its own, which DeepSpeed's would replace; use training.optim"
+                )
+            if engine.is_zero3() and not engine.is_true(gather):
+                raise ConfigError(f"training.deepspeed: {gather} must be true, or a stage's weights cannot be kept")
+        return trainer, None if checkpoint is None else str(checkpoint[0])
+
+    def _unwrapped(self, trainer: StageTrainer, index: int, adapter: str) -> Any:
+        """The trained model, whole on every process, without what Accelerate put around it."""
+        accelerator = trainer.accelerator
+        if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            return accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        # FSDP and ZeRO leave shards, hooks and another dtype in the model: it is gathered, written, and loaded anew.
+        gathered = self.folder.checkpoints(index) / "gathered"
+        weights = accelerator.get_state_dict(trainer.model_wrapped)  # every process takes part
+        if self.state.is_main_process:
+            unwrapped, before = accelerator.unwrap_model(trainer.model), self.folder.stage_path(index - 1)
+            save_weights(unwrapped, gathered, self.config.model.name, weights, before=before, trained=adapter)
+        self.state.wait_for_everyone()
+        trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = None
+        accelerator.free_memory()
+        return train_adapter(self._load(gathered), self.config.adapter, adapter, self.config.seed)[0]
+
+    def _checked(self, stage: StageRecord) -> Path:
+        """The folder of a committed stage to go on from, when its files have been looked at."""
+        folder = self.folder.stage_path(stage.index)
+        for below in ("adapters/", "model/", "router/"):
+            check_files(folder, stage, below)
+        return folder
+
+    def _load(self, weights: Path | None) -> Any:
+        """The model on this process's device, with the weights of a stage."""
+        with loading_whole():
+            model = load_model(self.model_path, self.config.model)
+            self.encoder.fit_to(model)
+            if weights is not None:
+                model = load_weights(model, weights, trainable=True)
+        return model.to(self.state.device)
+
+    # -- evaluation ----------------------------------------------------------------------------------------------
+
+    def _evaluation_key(self, tasks: Sequence[Task]) -> list[Any]:
+        """Everything that decides the scores of a model: the model itself, the tokens, the tasks, the settings."""
+        plain = self.config.resolved(self.method)
+        elsewhere = {"tasks", "train", "dev", "test", *(() if self.encoder.writes_date else ("date",))}
+        data = {k: v for k, v in plain["data"].items() if k not in elsewhere}
+        evaluation = {
+            key: value
+            for key, value in plain["evaluation"].items()
+            if key not in {"experts", "untrained", "tasks", "held_out", "held_out_after"}
+        }
+        return [
+            self.identity,
+            self.state.device.type,
+            plain["model"],
+            data,
+            evaluation,
+            [task_digest(task) for task in tasks],
+            *_VERSIONS,
+        ]
+
+    def _experts(self) -> dict[str, float]:
+        """U_j: the score of a model trained on task j alone; cached, so that runs of the same setting share it."""
+        scores: dict[str, float] = {}
+        sequential = MethodConfig.model_validate("sequential")
+        # What an expert does not depend on (which other tasks there are, which are evaluated) must not tell them apart.
+        evaluation = self.config.evaluation.model_copy(
+            update={"experts": False, "untrained": False, "tasks": "all", "held_out": (), "held_out_after": "last"}
+        )
+        data = self.config.data.model_copy(update={"tasks": None, "train": None, "dev": None, "test": None})
+        config = self.config.model_copy(update={"name": "expert", "evaluation": evaluation, "data": data})
+        for task in self.stream:
+            key = digest(
+                [
+                    "expert",
+                    *self._evaluation_key([task]),
+                    self.config.adapter,
+                    self.config.training,
+                    self.config.seed,
+                    self.state.num_processes,
+                ]
+            )
+            folder = RunFolder(cache_folder() / "experts" / key)
+            run = MethodRun(config, sequential, {}, TaskStream((task,)), folder, Console(quiet=True))
+            self._say(f"  expert for {task.name}")
+            run.run(wait=True)
+            scores[task.name] = folder.stages()[-1].scores[task.name]
+        return scores
+
+    # -- words ---------------------------------------------------------------------------------------------------
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False)
+
+    def _say_scores(self, title: str, stage: StageRecord) -> None:
+        lines = {title.rsplit("] ", maxsplit=1)[-1]: stage.scores, "  held out": stage.held_out}
+        for name, scores in lines.items():
+            if scores or not name.startswith(" "):
+                listed = "  ".join(f"{task} [bold]{score:.1f}[/bold]" for task, score in scores.items())
+                self._say(f"  {name}: {listed}")
+
+
+def _of_one_date(config: RunConfig, folder: RunFolder) -> RunConfig:
+    """The configuration with the date of the day on which the run in ``folder`` began, unless it gives one itself."""
+
+    def date() -> datetime.date:
+        if "date" in config.data.model_fields_set or not (folder.path / "run.json").is_file():
+            return config.data.date
+        began = read_run(folder.path).config.get("data", {}).get("date")
+        try:
+            return datetime.date.fromisoformat(began)
+        except (TypeError, ValueError):
+            raise RunError(f"{folder.path / 'run.json'}: damaged (config.data.date is {began!r})") from None
+
+    data = config.data.model_copy(update={"date": decided_by_first(date)})
+    return config.model_copy(update={"data": data})
+
+
+def _write_all(path: Path, predictions: Mapping[str, list[Prediction]]) -> None:
+    (path / "predictions").mkdir(parents=True, exist_ok=True)
+    for name, entries in predictions.items():
+        write_predictions(path / "predictions" / f"{name}.jsonl", entries)

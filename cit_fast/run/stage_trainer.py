@@ -1,0 +1,165 @@
+"""One stage on transformers.Trainer: our objective as its loss, our update around its optimizer."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft import PeftModel
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+
+from cit_fast.errors import RunError
+from cit_fast.methods.objectives import Objective
+from cit_fast.methods.updates import Update
+from cit_fast.run.run_folder import mark_complete
+
+
+class StageTrainer(Trainer):  # type: ignore[misc]
+    """A Trainer whose loss is an :class:`Objective` and whose optimizer goes through an :class:`Update`.
+
+    Args:
+        objective: computes the loss.
+        update: wraps the optimizer.
+        title: what the progress bar says.
+        progress: what an earlier part of this stage left in its checkpoint's marker (see ``record``).
+        **kwargs: of transformers.Trainer.
+    """
+
+    def __init__(
+        self, *, objective: Objective, update: Update, title: str, progress: dict[str, Any], **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.objective, self.update = objective, update
+        self.optimizer: torch.optim.Optimizer | None
+        # Our loss divides by the response tokens of the whole accumulated batch, so the Trainer has to count them.
+        self.model_accepts_loss_kwargs = True
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.record = _StageRecorder(update, title, progress)
+        self.add_callback(self.record)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The optimizer of TrainingArguments inside the update's."""
+        if self.optimizer is None:
+            made: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+            self.optimizer = self.update.wrap(made)
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """The Trainer's own; for one that goes by length, in the form in which it looks for lengths."""
+        features = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy not in ("group_by_length", "batch_rebalance"):
+            return super()._get_train_sampler(features)
+        return super()._get_train_sampler([{"input_ids": range(len(feature))} for feature in features])
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Of a family of adapters only the one in training goes into a checkpoint; the others are in the last stage."""
+        if not isinstance(self.model, PeftModel):
+            super()._save(output_dir, state_dict)
+            return
+        whole = self.model.save_pretrained
+        self.model.save_pretrained = functools.partial(whole, selected_adapters=list(self.model.active_adapters))
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            del self.model.save_pretrained
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """No step after the last one of a checkpoint: the Trainer looks at ``max_steps`` after a step only."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**kwargs)
+        else:
+            self.control.should_training_stop = True
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The objective's loss; scaled as the Trainer scales token-normalised losses across processes."""
+        loss = self.objective(model, inputs, num_items_in_batch)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        return (loss, None) if return_outputs else loss
+
+
+class _StageRecorder(TrainerCallback):  # type: ignore[misc]
+    """Progress bar, balance weights per step, wall time, and the marker that makes a checkpoint count."""
+
+    def __init__(self, update: Update, title: str, progress: dict[str, Any]) -> None:
+        self.update, self.title = update, title
+        self.balance_weights: list[tuple[int, float, float, float, float]] = [
+            tuple(entry) for entry in progress.get("balance_weights", [])
+        ]
+        self._seconds_before = float(progress.get("train_seconds", 0.0))
+        self._started = time.perf_counter()
+        self._bar: tqdm[Any] | None = None
+        self.begun = False  # whether a batch has reached the model
+
+    @property
+    def seconds(self) -> float:
+        """Training time of this stage so far, earlier parts included."""
+        return self._seconds_before + time.perf_counter() - self._started
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show the bar, already moved to where a resumed stage stands."""
+        self._started = time.perf_counter()
+        if state.is_world_process_zero:
+            self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.title, unit="step", leave=True)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The set-up is over."""
+        self.begun = True
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep the step's balance weights; gradients are still there, the step count is not yet raised.
+
+        Reading them waits for a GPU, so there it happens as often as the loss is logged.
+        """
+        if args.device.type != "cpu" and (state.global_step + 1) % max(state.logging_steps, 1):
+            return
+        summary = self.update.summary(kwargs["optimizer"])
+        if summary is not None:
+            self.balance_weights.append((state.global_step + 1, *summary))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            self._bar.update(1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Show the running loss; a run that has diverged ends here, not after hours."""
+        if logs and not math.isfinite(float(logs.get("loss", 0.0))):
+            raise RunError(
+                f"{self.title}: the training loss is {logs['loss']} at step {state.global_step}; "
+                "start again in another output with a smaller training.learning_rate"
+            )
+        if self._bar is not None and logs and "loss" in logs:
+            self._bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Every process has written its part: mark the checkpoint."""
+        PartialState().wait_for_everyone()
+        if state.is_world_process_zero:
+            mark_complete(
+                Path(args.output_dir) / f"checkpoint-{state.global_step}",
+                {
+                    "step": state.global_step,
+                    "train_seconds": self.seconds,
+                    "balance_weights": self.balance_weights,
+                },
+            )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,76 @@
+"""The tasks of a run, checked before anything is trained, and those that are held out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cit_fast.data import Task, TaskStream, load_task
+from cit_fast.data.sources import origin
+from cit_fast.errors import CitFastError, ConfigError, DataError
+from cit_fast.evaluation.metrics import score
+from cit_fast.evaluation.violations import Constraints, violation_rates
+from cit_fast.run.config import RunConfig
+
+
+def check_task(task: Task, split: str, where: str) -> None:
+    """See that a task can be evaluated: a wrong name should not wait until a stage is trained.
+
+    Args:
+        split: the one that is evaluated. ``where``: the configuration's key, for error messages.
+
+    Raises:
+        ConfigError: no examples in the split, or a metric that is unknown.
+        DataError: answers that the metric cannot score, or a pattern, format or labels that fit none of them.
+    """
+    examples = getattr(task, split)
+    if not examples:
+        raise ConfigError(f"{where}: task {task.name!r} has no {split} examples to evaluate on (evaluation.split)")
+    references = [example.references for example in examples]
+    first = [answers[0] for answers in references]
+    try:
+        score(task.metric, first, references, labels=task.labels)
+    except CitFastError as error:
+        raise type(error)(f"{where}: task {task.name!r}: metric: {error}") from None
+    declared = Constraints.of(task)
+    rates = violation_rates(declared, first, references, [example.input for example in examples])
+    for kind, names in {"WFR": ("answer_pattern", "answer_format"), "OOS": ("labels",)}.items():
+        if rates.get(kind) == 1.0:
+            given = " and ".join(f"{name} {getattr(task, name)!r}" for name in names if getattr(task, name))
+            raise DataError(f"{where}: task {task.name!r}: {given} fits none of its answers, for example {first[0]!r}")
+
+
+def load_held_out(config: RunConfig, *, from_config: bool) -> tuple[Task, ...]:
+    """The tasks of ``evaluation.held_out``, without training examples.
+
+    Args:
+        from_config: whether the trained tasks are those of ``data.tasks``, and not given from Python.
+
+    Raises:
+        DataError: one of them reads from where a trained task reads, or cannot be loaded.
+    """
+    trained = {origin(source) for source in config.data.tasks or ()} if from_config else set()
+    tasks = []
+    for source in config.evaluation.held_out:
+        if origin(source) in trained:
+            raise DataError(
+                f"evaluation.held_out: {origin(source)[1]!r} is in data.tasks as well; train it or hold it out"
+            )
+        tasks.append(load_task(source, seed=config.seed, train=0, dev=config.data.dev, test=config.data.test))
+    return tuple(tasks)
+
+
+def check_held_out(tasks: Sequence[Task], stream: TaskStream, split: str) -> None:
+    """See that held-out tasks can be evaluated and are told apart from each other and from those of the stream.
+
+    Raises:
+        ConfigError, DataError: as :func:`check_task`; two tasks of one name, trained or held out.
+    """
+    for index, task in enumerate(tasks):
+        if task.name in stream.names:
+            raise DataError(
+                f"evaluation.held_out: task {task.name!r} is trained as well; train it or hold it out, "
+                "or give one of two different tasks another name"
+            )
+        if task.name in {other.name for other in tasks[:index]}:
+            raise DataError(f"evaluation.held_out: two tasks are called {task.name!r}; give one of them another name")
+        check_task(task, split, "evaluation.held_out")

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from cit_fast.data import Example, Task
+from cit_fast.errors import ConfigError, DataError, RunError
+from cit_fast.methods.routing import LCIARouter, PerTaskRouter, load_router
+from cit_fast.methods.routing.similarity import tfidf_pairwise
+from cit_fast.models.adapter_bank import BASE
+
+
+def make(name, *instructions) -> Task:
+    return Task(name, tuple(Example(text, f"input {k}", ("x",)) for k, text in enumerate(instructions * 2)))
+
+
+def learn(router, tasks, context):
+    chosen = []
+    for task in tasks:
+        own = context()
+        chosen.append(router.assign(task, own))
+        router.learn(task, own)
+    return chosen
+
+
+def test_the_mean_over_all_pairs_decides(context):
+    first = make("a", "Name the colour of the fruit.", "Which colour does the fruit have?")
+    second = make("b", "Name the colour of the car.", "Name the fruit")
+    mean = tfidf_pairwise(second.instructions, first.instructions).mean()
+    for threshold, expected in ((mean - 1e-9, "set-01"), (mean + 1e-9, "set-02")):
+        router = LCIARouter("tfidf-pairwise", threshold)
+        own = context()
+        router.assign(first, own)
+        assert own.decided == {"scores": {}, "threshold": threshold}
+        own = context()
+        assert router.assign(second, own) == expected
+        assert own.decided["scores"] == {"set-01": pytest.approx(mean)}
+
+
+def test_a_reused_set_keeps_distinct_instructions_in_order(context):
+    router = LCIARouter(threshold=0.3)
+    tasks = [make("a", "Sort the list.", "Order the list."), make("b", "Translate it."), make("c", "Sort the list.")]
+    assert learn(router, tasks, context) == ["set-01", "set-02", "set-01"]
+    learn(router, [make("d", "Reverse the list.", "Order the list.")], context)
+    assert router.codebook == {
+        "set-01": ("Sort the list.", "Order the list.", "Reverse the list."),
+        "set-02": ("Translate it.",),
+    }
+
+
+@pytest.mark.parametrize("similarity", ["tfidf", "tfidf-pairwise", "embedding"])
+def test_each_prompt_goes_to_the_most_similar_set(tasks, context, similarity):
+    router = PerTaskRouter(similarity, reject=0)
+    assert learn(router, tasks, context) == ["task-dates", "task-mail", "task-mood"]
+    found = router.answer([example for task in tasks for example in task.test], context())
+    right = np.repeat(router.sets, 4)
+    assert np.mean(np.array(found) == right) >= (1.0 if similarity.startswith("tfidf") else 0.7)
+    plain = [Example(f"{e.instruction}\n\n{e.input}", references=("-",)) for task in tasks for e in task.test]
+    assert router.answer(plain, context()) == found  # as when served: the prompt is one text
+
+
+def test_what_is_like_nothing_goes_to_the_base_model(tasks, context):
+    router = LCIARouter()
+    learn(router, tasks, context)
+    other = [Example("Compose a limerick about volcanoes", "Etna", ("-",)), tasks[0].test[0]]
+    assert router.answer(other, context()) == [BASE, "set-01"]
+    everything = LCIARouter(reject=0)
+    learn(everything, tasks, context)
+    assert BASE not in everything.answer(other, context())
+
+
+def test_held_out_tasks_set_the_threshold(tasks, context):
+    router = LCIARouter(reject=0.2, held_out=["numbers"])
+    learn(router, tasks, context)
+    unknown = router._rejection.unknown_prompts()
+    assert len(unknown) == 32
+    assert router.answer(unknown, context()).count(BASE) == 32
+    missing = LCIARouter(held_out=["no-such-task"])
+    with pytest.raises(ConfigError, match=r"router\.held_out: 'no-such-task'"):
+        missing.assign(tasks[0], context())
+
+
+@pytest.mark.parametrize("kind", [LCIARouter, PerTaskRouter])
+def test_save_and_load(tasks, context, tmp_path, kind):
+    router = kind("tfidf-pairwise", reads="instruction", reject=0.1)
+    learn(router, tasks, context)
+    router.save(tmp_path)
+    twin = load_router(tmp_path)
+    assert type(twin) is kind
+    assert (twin.state(), twin.sets, twin.codebook) == (router.state(), router.sets, router.codebook)
+    examples = [example for task in tasks for example in task.test]
+    assert twin.answer(examples, context()) == router.answer(examples, context())
+    twin.save(tmp_path / "again")
+    assert (tmp_path / "again/router.json").read_bytes() == (tmp_path / "router.json").read_bytes()
+
+
+def test_damage_is_named(tasks, context, tmp_path):
+    router = LCIARouter()
+    learn(router, tasks, context)
+    router.save(tmp_path)
+    whole = json.loads((tmp_path / "router.json").read_text())
+    for change, message in (
+        ({"state": {**whole["state"], "codebook": {"set-01": []}}}, "damaged .*a set without instructions"),
+        ({"state": {**whole["state"], "codebook": [1]}}, "damaged"),
+        ({"state": {}}, "damaged .*codebook"),
+        ({"options": {"threshold": "high"}}, "damaged"),
+        ({"options": {"colour": 1}}, "damaged .*colour"),
+        ({"options": {"similarity": "vibes"}}, "damaged .*vibes"),
+        ({"router": "oracle"}, "damaged"),
+        ({"router": "my_package.MyRouter"}, "load one of your own with its class"),
+        ({"format_version": 9}, "format version 9"),
+        ({"state": None}, "state is missing"),
+    ):
+        (tmp_path / "router.json").write_text(json.dumps({**whole, **change}))
+        with pytest.raises(RunError, match=message) as caught:
+            load_router(tmp_path)
+        assert "router.json" in str(caught.value)
+        assert "\n" not in str(caught.value)
+    (tmp_path / "router.json").write_text("[1]")
+    with pytest.raises(RunError, match="a JSON object was expected, not list"):
+        load_router(tmp_path)
+    with pytest.raises(RunError, match="not there"):
+        load_router(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"similarity": "vibes"}, "similarity: 'vibes' is unknown"),
+        ({"threshold": -1}, "threshold: -1"),
+        ({"threshold": float("nan")}, "threshold: nan"),
+        ({"reads": "mind"}, "reads: 'mind' is unknown"),
+        ({"reject": 1.0}, "reject: 1.0; expected a share"),
+    ],
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(ConfigError, match=message):
+        LCIARouter(**options)
+
+
+def test_nothing_to_compare(tasks, context):
+    with pytest.raises(RunError, match="the codebook is empty"):
+        LCIARouter().answer(tasks[0].test, context())
+    router = LCIARouter()
+    learn(router, tasks, context)
+    assert router.answer([], context()) == []
+    empty = Example("", references=("x",), messages=(("user", "  "), ("assistant", "x")), source="chat.json:3")
+    with pytest.raises(DataError, match=r"chat\.json:3: an empty prompt cannot be routed"):
+        router.answer([empty], context())
+    chat = dataclasses.replace(empty, messages=(("user", tasks[1].train[0].instruction), ("assistant", "x")))
+    assert LCIARouter.name == "lcia"
+    assert router.answer([chat], context()) == ["set-02"]

@@ -1,0 +1,187 @@
+"""Routers in continual runs: whole families of adapters, kept, resumed, and answered with."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from cit_fast import ContinualTrainer
+from cit_fast.data import TaskStream
+from cit_fast.errors import ConfigError, RunError
+from cit_fast.evaluation import read_stages
+from cit_fast.methods.routing import load_router
+from cit_fast.models.adapter_bank import BASE
+from cit_fast.run import run_folder, stage_trainer
+
+PRESETS = ["lcia", "switchcit", "oracle", "cit-fast-switch"]
+
+
+def run(settings, stream, method, **more) -> Path:
+    settings = {**settings, "methods": [method], **more}
+    return ContinualTrainer(settings, stream=stream, console=Console(quiet=True)).run()[0]
+
+
+def files(folder: Path, stage: int) -> dict[str, bytes]:
+    """Adapter and router files of a stage."""
+    path = folder / "stages" / f"{stage:02d}"
+    return {
+        str(file.relative_to(path)): file.read_bytes()
+        for kind in ("adapters", "router")
+        for file in sorted((path / kind).rglob("*"))
+        if file.suffix in {".safetensors", ".json"}
+    }
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_each_task_has_its_own_set_and_old_ones_never_change(settings, tasks, preset):
+    folder = run(settings, tasks, preset)
+    stages = read_stages(folder)
+    sets = [stage.adapter for stage in stages[1:]]
+    assert len(set(sets)) == 3
+    assert [stage.routing["new"] for stage in stages[1:]] == [True] * 3
+    for stage in range(1, 4):
+        kept = sorted(path.name for path in (folder / f"stages/{stage:02d}/adapters").iterdir() if path.is_dir())
+        assert kept == sorted(sets[:stage])
+    first, last = files(folder, 1), files(folder, 3)
+    assert all(last[name] == content for name, content in first.items() if name.startswith("adapters"))
+    assert load_router(folder / "stages/03/router").sets == tuple(sets)
+    final = stages[3].routing
+    assert final["trained_by"] == dict(zip(tasks.names, sets, strict=True))
+    assert {task: sum(counts.values()) for task, counts in final["answers"].items()} == dict.fromkeys(tasks.names, 4)
+    assert final["to_base"] is None
+    if preset == "oracle":
+        assert (final["accuracy"], stages[1].routing["to_base"]) == (1.0, 1.0)
+        assert stages[1].routing["answers"]["mood"] == {BASE: 4}
+        assert [stage.scores["dates"] for stage in stages[1:]] == [stages[1].scores["dates"]] * 3
+        assert stages[1].scores["mood"] == stages[0].scores["mood"]  # the base model, as it was
+
+
+def test_a_checkpoint_holds_the_set_in_training_alone(settings, tasks, monkeypatch):
+    seen = []
+    mark = stage_trainer.mark_complete
+    monkeypatch.setattr(
+        stage_trainer,
+        "mark_complete",
+        lambda path, progress: (
+            seen.append([p.parent.name for p in path.glob("*/adapter_model.safetensors")]) or mark(path, progress)
+        ),
+    )
+    folder = run(settings, tasks, "oracle")
+    assert seen == [["task-dates"]] * 2 + [["task-mail"]] * 2 + [["task-mood"]] * 2
+    one, same = (folder / f"stages/0{k}/adapters/task-dates/adapter_model.safetensors" for k in (1, 3))
+    assert one.stat().st_ino == same.stat().st_ino  # kept, not written again
+
+
+def die(*_args, **_kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_call(number, module, name):
+    """Replace ``module.name`` so that its ``number``-th call is the process's last act."""
+
+    def arm():
+        original, calls = getattr(module, name), []
+
+        def counted(*args, **kwargs):
+            calls.append(1)
+            return die() if len(calls) == number else original(*args, **kwargs)
+
+        setattr(module, name, counted)
+
+    return arm
+
+
+MOMENTS = {
+    "inside the second stage": at_call(7, stage_trainer.StageTrainer, "training_step"),
+    "before a stage is renamed into place": at_call(4, run_folder, "commit_folder"),
+}
+
+
+@pytest.mark.parametrize("preset", ["switchcit", "lcia", "cit-fast-switch"])
+def test_kill_and_go_on_with_the_same_family(settings, tasks, preset, tmp_path):
+    whole = run(settings, tasks, preset)
+    expected = read_stages(whole)
+    for number, (moment, arm) in enumerate(MOMENTS.items()):
+        os.environ["CIT_FAST_CACHE"] = str(tmp_path / f"cache-{number}")
+        output = f"{settings['output']}-{number}"
+        child = os.fork()
+        if child == 0:  # the run that dies
+            try:
+                arm()
+                run(settings, tasks, preset, output=output)
+            finally:
+                os._exit(1)
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSIGNALED(status), f"{moment}: the run was not killed"
+        folder = run(settings, tasks, preset, output=output)
+        resumed = read_stages(folder)
+        assert [stage.scores for stage in resumed] == [stage.scores for stage in expected], moment
+        for stage in range(1, 4):
+            assert files(folder, stage) == files(whole, stage), (moment, stage)
+            ours, theirs = ({**each[stage].routing, "seconds": 0} for each in (resumed, expected))
+            assert ours == theirs, (moment, stage)
+
+
+def test_a_reused_set_trains_on_and_learns_more_instructions(settings, tasks):
+    again = dataclasses.replace(
+        tasks[0], name="again", train=tuple(dataclasses.replace(e, task="again") for e in tasks[0].train)
+    )
+    stream = TaskStream((tasks[0], tasks[1], again))
+    folder = run(settings, stream, {"preset": "lcia", "replay": {"name": "random", "fraction": 0.5}})
+    stages = read_stages(folder)
+    assert [stage.adapter for stage in stages[1:]] == ["set-01", "set-02", "set-01"]
+    assert [stage.routing["new"] for stage in stages[1:]] == [True, True, False]
+    assert stages[3].routing["scores"]["set-01"] == pytest.approx(1.0)
+    assert stages[3].routing["trained_by"] == {"dates": "set-01", "mail": "set-02", "again": "set-01"}
+    assert stages[3].replayed == {"dates": 8, "mail": 8}
+    assert all(stage.balance_weights for stage in stages[1:])
+    before, after = files(folder, 2), files(folder, 3)
+    changed = {name.split("/")[1] for name in before if before[name] != after[name] and name.startswith("adapters")}
+    assert changed == {"set-01"}
+
+
+def test_what_cannot_be_routed(settings, tasks):
+    with pytest.raises(ConfigError, match="router: 'switch' grows adapter sets, and adapter: null trains the model"):
+        run(settings, tasks, "switchcit", adapter=None)
+    with pytest.raises(ConfigError, match="router: a joint run trains all tasks at once"):
+        run(settings, tasks, {"preset": "joint", "name": "j", "router": "lcia"})
+    with pytest.raises(ConfigError, match=r"router\.held_out: .*nowhere"):
+        run(settings, tasks, {"preset": "switchcit", "router": {"held_out": ["nowhere"]}})
+
+
+def test_a_router_without_its_memory_is_refused(settings, tasks, edit_record):
+    whole = run(settings, tasks, "lcia")
+    shutil.rmtree(whole / "stages/03")
+    edit_record(whole / "run.json", status="running")
+
+    def resumed(change):
+        """A run that was stopped after its second stage goes on."""
+        own = {**settings, "output": settings["output"] + change.__name__}
+        shutil.copytree(whole, Path(own["output"]) / "lcia")
+        change(Path(own["output"]) / "lcia/stages/02")
+        run(own, tasks, "lcia")
+
+    def no_router(stage):
+        shutil.rmtree(stage / "router")
+
+    def no_adapter(stage):
+        shutil.rmtree(stage / "adapters/set-01")
+
+    def damaged(stage):
+        path = stage / "router/router.json"
+        path.unlink()
+        path.write_text("{")
+
+    for change, message in (
+        (no_router, r"02/router/router\.json: damaged \(it is not there\)"),
+        (no_adapter, r"02/adapters/set-01/adapter_config\.json: damaged \(it is not there\)"),
+        (damaged, r"02/router/router\.json: damaged"),
+    ):
+        with pytest.raises(RunError, match=message):
+            resumed(change)

@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load, save_file
+
+from cit_fast.data import Example
+from cit_fast.errors import ConfigError, DataError, RunError
+from cit_fast.methods.routing import SwitchRouter, load_router, train_switch
+from cit_fast.models.adapter_bank import BASE
+
+
+def learn(router, tasks, context):
+    decided = []
+    for number, task in enumerate(tasks):
+        own = context(number)
+        router.assign(task, own)
+        router.learn(task, own)
+        decided.append(own.decided)
+    return decided
+
+
+@pytest.fixture
+def clouds():
+    """Three clouds of points that a line cannot part: two classes, one of them on both sides of the other."""
+    chance = torch.Generator().manual_seed(1)
+    centres = torch.tensor([[-4.0, 0.0], [0.0, 0.0], [4.0, 0.0]])
+    points = (centres[:, None] + 0.5 * torch.randn(3, 40, 2, generator=chance)).reshape(-1, 2)
+    return points, torch.tensor([0] * 40 + [1] * 40 + [0] * 40)
+
+
+def test_the_network_learns_what_a_line_cannot(clouds):
+    points, labels = clouds
+    network = train_switch(points, labels, 2, seed=0, epochs=40)
+    assert (network(points).argmax(1) == labels).float().mean() > 0.97
+    inside = torch.nn.Sequential(torch.nn.Linear(2, 256), torch.nn.ReLU(), torch.nn.Linear(256, 2))
+    weights = (network.hidden_weight, network.hidden_bias, network.weight, network.bias)
+    inside.load_state_dict(dict(zip(inside.state_dict(), weights, strict=True)))
+    assert torch.allclose(network(points), inside((points - network.mean) / network.scale), atol=1e-5)
+
+
+def test_the_same_seed_gives_the_same_bits_whatever_else_draws_numbers(clouds):
+    points, labels = clouds
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    one = train_switch(points, labels, 2, seed=3, epochs=2)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(7)
+    with torch.no_grad():
+        same, other = (train_switch(points, labels, 2, seed=seed, epochs=2) for seed in (3, 4))
+    assert torch.equal(one.weight, same.weight)
+    assert not torch.equal(one.weight, other.weight)
+    assert not one.weight.requires_grad
+
+
+def test_a_class_with_few_examples_is_drawn_as_often():
+    points = torch.cat([torch.randn(200, 4, generator=torch.Generator().manual_seed(0)), torch.full((1, 4), 0.5)])
+    labels = torch.tensor([0] * 200 + [1])
+    found = [train_switch(points, labels, 2, seed=0, epochs=3, balanced=each)(points[-1:]) for each in (True, False)]
+    assert [int(scores.argmax()) for scores in found] == [1, 0]
+
+
+# The states of a model that has learned nothing tell its last token, and no more: there it reads what tells the task.
+@pytest.mark.parametrize(("features", "reads"), [("base", "instruction"), ("tokens", "prompt")])
+def test_prompts_go_to_their_tasks_set(tasks, context, features, reads):
+    router = SwitchRouter(features, retained=0.25, at_least=1, reads=reads, reject=0)
+    decided = learn(router, tasks, context)
+    assert router.sets == ("task-dates", "task-mail", "task-mood")
+    assert [each["switch_examples"] for each in decided] == [16, 4 + 16, 8 + 16]
+    assert [each["retained"] for each in decided] == [4, 8, 12]
+    found = router.answer([example for task in tasks for example in task.test], context())
+    right = [name for name in router.sets for _ in range(4)]
+    assert sum(map(str.__eq__, found, right)) >= 11
+    assert router.answer([], context()) == []
+
+
+def test_what_is_far_from_everything_goes_to_the_base_model(tasks, context):
+    router = SwitchRouter("tokens", retained=0.5, reject=0.15)
+    learn(router, tasks, context)
+    strange = Example("%&/ 7777 ~~~ {}[] 31415926 <<>>", references=("-",))
+    assert router.answer([strange, tasks[1].test[0]], context()) == [BASE, "task-mail"]
+
+
+def test_of_a_small_task_enough_is_kept(tasks, context):
+    assert [each["retained"] for each in learn(SwitchRouter("tokens", at_least=6), tasks, context)] == [6, 12, 18]
+    assert [each["retained"] for each in learn(SwitchRouter("tokens"), tasks, context)] == [16, 32, 48]  # all
+
+
+def test_unknown_tasks_set_the_threshold(tasks, context, tmp_path):
+    path = tmp_path / "odd.jsonl"
+    path.write_text(
+        "".join(json.dumps({"instruction": f"%&/ 77{k} ~~~ {{}}[]", "output": "-"}) + "\n" for k in range(8))
+    )
+    router = SwitchRouter("tokens", reject=0.01, held_out=[str(path)])
+    learn(router, tasks, context)
+    strange = [Example(f"%&/ 33{k} ~~~ {{}}[]", references=("-",)) for k in range(5)]
+    assert router.answer(strange, context()) == [BASE] * 5
+    known = [example for task in tasks for example in task.dev]
+    assert router.answer(known, context()).count(BASE) == 0
+
+
+def test_a_long_prompt_is_read_in_part_and_counted(tasks, context):
+    decided = learn(SwitchRouter("base", max_length=8), tasks[:1], context)[0]
+    assert decided["truncated"] > 0
+    assert decided["notes"] == [
+        f"{len(set(tasks[0].train))} prompts are longer than 8 tokens; their middle was not read."
+    ]
+    assert learn(SwitchRouter("base", max_length=500), tasks[:1], context)[0]["truncated"] == 0
+
+
+def test_save_and_load(tasks, context, tmp_path):
+    router = SwitchRouter(retained=0.25, hidden=8, reject=0.1)
+    learn(router, tasks, context)
+    router.save(tmp_path)
+    texts = " ".join(path.read_text(errors="replace") for path in tmp_path.iterdir())
+    assert tasks[0].train[0].instruction not in texts  # features are kept, never texts
+    twin = load_router(tmp_path)
+    examples = [example for task in tasks for example in task.test]
+    assert twin.answer(examples, context()) == router.answer(examples, context())
+    assert (twin.sets, twin.hidden, twin.state()) == (router.sets, 8, router.state())
+    twin.save(tmp_path / "again")
+    for name in ("router.json", "switch.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_learning_goes_on_after_loading_as_if_nothing_had_happened(tasks, context, tmp_path):
+    whole, first = SwitchRouter(retained=0.25), SwitchRouter(retained=0.25)
+    learn(whole, tasks, context)
+    learn(first, tasks[:2], context)
+    first.save(tmp_path / "two")
+    again = load_router(tmp_path / "two")
+    own = context(2)
+    again.assign(tasks[2], own)
+    again.learn(tasks[2], own)
+    for router, name in ((whole, "whole"), (again, "again")):
+        router.save(tmp_path / name)
+    for name in ("router.json", "switch.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_damage_is_named(tasks, context, tmp_path):
+    router = SwitchRouter("tokens", hidden=4)
+    learn(router, tasks, context)
+    router.save(tmp_path)
+    path, saved = tmp_path / "switch.safetensors", json.loads((tmp_path / "router.json").read_text())
+    content = path.read_bytes()
+    tensors = load(content)
+    for damage, message in (
+        (lambda: path.write_bytes(content[:50]), "damaged"),
+        (lambda: save_file({k: v for k, v in tensors.items() if k != "network.bias"}, path), r"network\.bias"),
+        (lambda: save_file({**tensors, "network.bias": torch.zeros(2)}, path), "tells 2 tasks apart"),
+        (path.unlink, "not there; it holds the switch network"),
+    ):
+        damage()
+        with pytest.raises(RunError, match=message) as caught:
+            load_router(tmp_path)
+        assert str(path) in str(caught.value)
+    path.write_bytes(content)
+    (tmp_path / "router.json").write_text(json.dumps({**saved, "state": {**saved["state"], "learned": "many"}}))
+    with pytest.raises(RunError, match=r"router\.json: damaged"):
+        load_router(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"retained": 0}, "retained: 0; expected a share"),
+        ({"retained": 1.5}, "retained: 1.5"),
+        ({"hidden": 0}, "hidden: 0; expected at least 1"),
+        ({"max_length": 1}, "max_length: 1; expected at least 2 tokens"),
+        ({"learning_rate": 0.0}, "learning_rate: 0.0"),
+        ({"reads": "mind"}, "reads: 'mind'"),
+        ({"reject": -0.1}, "reject: -0.1"),
+    ],
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(ConfigError, match=message):
+        SwitchRouter(**options)
+
+
+def test_nothing_to_choose_from(tasks, context):
+    with pytest.raises(RunError, match="no task has been learned yet"):
+        SwitchRouter().answer(tasks[0].test, context())
+    with pytest.raises(ConfigError, match="router.features .*: no folder 'no such model'"):
+        learn(SwitchRouter("no such model"), tasks, context)
+    blank = Example("", references=("x",), messages=(("user", ""), ("assistant", "x")))
+    router = SwitchRouter("tokens")
+    learn(router, tasks[:1], context)
+    with pytest.raises(DataError, match="an empty prompt cannot be routed"):
+        router.answer([blank], context())

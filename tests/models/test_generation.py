@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from cit_fast.errors import DataError
+from cit_fast.models.generation import _batched_together, generate
+
+PAD, BOS, EOS = 0, 1, 2
+VOCABULARY = 32
+
+
+class NumberTokenizer:
+    """Token k is the word "k"; tokens below 3 are special."""
+
+    def decode(self, tokens, skip_special_tokens, clean_up_tokenization_spaces):
+        assert not clean_up_tokenization_spaces
+        return " " + " ".join(str(t) for t in tokens if not (skip_special_tokens and t < 3))
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.4,  # far from ties between the two likeliest tokens
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def prompts_of(lengths):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
+
+
+def answer(model, prompts, **options):
+    options = {"pad_token_id": PAD, "eos_token_ids": [EOS], "tokenizer": NumberTokenizer(), **options}
+    return generate(model, prompts, **options)
+
+
+def greedy(model, prompt, steps, end_tokens):
+    """The definition: the whole sequence through the model at every step."""
+    tokens = list(prompt)
+    with torch.no_grad():
+        for _ in range(steps):
+            token = int(model(torch.tensor([tokens])).logits[0, -1].argmax())
+            if token in end_tokens:
+                break
+            tokens.append(token)
+    return " ".join(str(t) for t in tokens[len(prompt) :] if t >= 3)
+
+
+PROMPTS = prompts_of([3, 17, 1, 8, 8, 2, 11])
+
+
+def test_answers_are_greedy_and_in_the_given_order(model):
+    expected = [greedy(model, prompt, 12, [EOS]) for prompt in PROMPTS]
+    assert len(set(expected)) == len(expected)
+    assert answer(model, PROMPTS, max_new_tokens=12, batch_size=3) == expected
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 100])
+def test_an_answer_does_not_depend_on_its_batch(model, batch_size):
+    alone = [answer(model, [prompt], max_new_tokens=10)[0] for prompt in PROMPTS]
+    assert answer(model, PROMPTS, max_new_tokens=10, batch_size=batch_size) == alone
+
+
+def test_stops_at_any_end_token_in_some_rows_only(model):
+    free = [[int(t) for t in text.split()] for text in answer(model, PROMPTS, max_new_tokens=10, eos_token_ids=[])]
+    ends = [free[0][4], free[3][6]]
+    expected = []
+    for tokens in free:
+        cut = next((k for k, token in enumerate(tokens) if token in ends), len(tokens))
+        expected.append(" ".join(map(str, tokens[:cut])))
+    assert len({len(text.split()) for text in expected}) > 1
+    assert answer(model, PROMPTS, max_new_tokens=10, eos_token_ids=ends) == expected
+    assert answer(model, PROMPTS[:1], max_new_tokens=10, eos_token_ids=ends[0]) == [" ".join(map(str, free[0][:4]))]
+
+
+def test_a_models_own_defaults_play_no_part_and_stay(model):
+    expected = answer(model, PROMPTS, max_new_tokens=10)
+    own = GenerationConfig(
+        do_sample=True, temperature=5.0, top_k=3, repetition_penalty=9.0, no_repeat_ngram_size=1, max_length=4
+    )
+    previous, model.generation_config = model.generation_config, own
+    try:
+        assert answer(model, PROMPTS, max_new_tokens=10) == expected
+        assert model.generation_config is own
+    finally:
+        model.generation_config = previous
+
+
+def test_modes_and_gradients_stay_as_they_were(model):
+    model.train()
+    model.lm_head.eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    seen = []
+    hook = model.register_forward_pre_hook(lambda module, args: seen.append((module.training, torch.is_grad_enabled())))
+    try:
+        answer(model, PROMPTS[:2], max_new_tokens=2)
+        assert set(seen) == {(False, False)}
+        assert {name: module.training for name, module in model.named_modules()} == before
+        with pytest.raises(RuntimeError, match="broken tokenizer"):
+            answer(model, PROMPTS[:1], max_new_tokens=1, tokenizer=BrokenTokenizer())
+        assert {name: module.training for name, module in model.named_modules()} == before
+    finally:
+        hook.remove()
+        model.eval()
+
+
+class BrokenTokenizer:
+    def decode(self, *args, **kwargs):
+        raise RuntimeError("broken tokenizer")
+
+
+def test_through_an_adapter(model):
+    torch.manual_seed(0)
+    adapted = get_peft_model(
+        LlamaForCausalLM(model.config),
+        LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False),
+    )
+    adapted.base_model.model.generation_config.repetition_penalty = 9.0
+    adapted.eval()
+    expected = [greedy(adapted, prompt, 6, [EOS]) for prompt in PROMPTS[:3]]
+    assert answer(adapted, PROMPTS[:3], max_new_tokens=6) == expected
+    assert adapted.generation_config.repetition_penalty == 9.0
+
+
+def test_progress_counts_prompts(model):
+    done = []
+    answer(model, PROMPTS, max_new_tokens=1, batch_size=3, progress=done.append)
+    assert done == [3, 3, 1]
+
+
+def test_no_prompts(model):
+    assert answer(model, []) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([[3], []], {}, "prompt 1 has no tokens"),
+        ([[3]], {"max_new_tokens": 0}, "max_new_tokens is 0; it must be at least 1"),
+        ([[3]], {"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+    ],
+)
+def test_bad_input(model, prompts, options, message):
+    with pytest.raises(DataError, match=message):
+        answer(model, prompts, **options)
+
+
+def test_the_output_projection_gets_one_block_of_memory_and_keeps_no_hook(tiny_model_folder, tiny_tokenizer):
+    model = LlamaForCausalLM.from_pretrained(tiny_model_folder)
+    head = model.get_output_embeddings()
+    forward, contiguous = head.forward, []
+    head.forward = lambda hidden: contiguous.append(hidden.is_contiguous()) or forward(hidden)
+    generate(model, [[5, 6, 7], [8, 9]], pad_token_id=0, eos_token_ids=2, tokenizer=tiny_tokenizer, max_new_tokens=3)
+    assert contiguous
+    assert all(contiguous)
+    assert len(head._forward_pre_hooks) == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "together"),
+    [
+        ("llama", {}, "any"),
+        ("minimax", {"layer_types": ["linear_attention", "full_attention"], "num_local_experts": 4}, "equal"),
+        ("rwkv", {"attention_hidden_size": 32}, "none"),
+    ],
+)
+def test_models_that_do_not_skip_padding(kind, more, together):
+    """An answer depends on its prompt alone, whatever the architecture does with padding and rows."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "head_dim": 8,
+    }
+    config = AutoConfig.for_model(kind, vocab_size=VOCABULARY, num_key_value_heads=2, **small, **more)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        other = AutoModelForCausalLM.from_config(config).eval()
+        with torch.no_grad():
+            for parameter in other.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(0, 0.25)
+    alone = [answer(other, [prompt], max_new_tokens=8)[0] for prompt in PROMPTS]
+    assert answer(other, PROMPTS, max_new_tokens=8, batch_size=7) == alone
+    assert _batched_together(other, PROMPTS[0], PAD) == together

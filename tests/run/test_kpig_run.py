@@ -1,0 +1,283 @@
+"""KPIG inside ``ContinualTrainer``: presets at one budget, records, killed and resumed, two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+
+from cit_fast import ContinualTrainer
+from cit_fast.data import Example, Task, TaskStream
+from cit_fast.evaluation import read_run, read_stages
+from cit_fast.key_parts import teacher as frozen
+from cit_fast.methods.objectives import KPIG, kpig
+from cit_fast.methods.replay import kpig as replay
+from cit_fast.run import method_run, stage_trainer
+
+METHODS = ["random-replay", "kpig", "kpig-no-mask", "kpig-no-jsd", "kpig-fixed-temperature"]
+NAMES = ("alpha", "beta", "gamma")
+
+
+def make_task(name: str, size: int = 16, key_parts: bool = True) -> Task:
+    def examples(count, start):
+        text = f"Say {name}, then the number in digits."
+        spans = ((4, 4 + len(name)), (text.index("in"), len(text) - 1)) if key_parts else ()
+        return tuple(Example(text, str(k), (f"{name} {k}",), name, spans) for k in range(start, start + count))
+
+    return Task(name, examples(size, 0), (), examples(2, 100), metric="token_f1")
+
+
+@pytest.fixture(scope="module")
+def stream() -> TaskStream:
+    return TaskStream(tuple(map(make_task, NAMES)))
+
+
+@pytest.fixture
+def settings(settings):
+    settings["evaluation"] = {"max_new_tokens": 3, "untrained": False}
+    settings["training"]["logging_steps"] = 1
+    return settings
+
+
+def run(settings, stream, **more) -> dict[str, list]:
+    folders = ContinualTrainer({**settings, **more}, stream=stream, console=Console(quiet=True)).run()
+    return {folder.name: read_stages(folder) for folder in folders}
+
+
+def losses(stages) -> list[list[float]]:
+    return [[loss for _, loss in stage.losses] for stage in stages]
+
+
+def test_presets_at_the_budget_of_random_replay(settings, stream):
+    runs = run(settings, stream, methods=METHODS)
+    totals = {name: [sum(stage.replayed.values()) for stage in stages] for name, stages in runs.items()}
+    assert totals == {name: [0, 0, 2, 4] for name in METHODS}
+    for name in METHODS[1:]:
+        for stage in runs[name][2:]:
+            gains, budgets = stage.replay["gains"], stage.replay["budgets"]
+            assert list(gains) == list(NAMES[: stage.index - 1])
+            assert stage.replayed == budgets
+            assert budgets[min(gains, key=gains.get)] > 0
+    last = runs["kpig"][3]
+    assert last.objective["compared"] == 16 + 4
+    assert last.objective["without_key_parts"] == 0
+    assert set(last.objective["gains"]) == {"gamma", *(name for name, share in last.replayed.items() if share)}
+    assert last.objective["seconds"] > 0
+    assert runs["kpig-no-jsd"][3].objective == {}
+    curves = [losses(runs[name]) for name in METHODS[1:]]
+    assert all(curves.count(curve) == 1 for curve in curves)  # each is a method of its own
+    folder = Path(settings["output"]) / "kpig"
+    assert not list(folder.rglob("frozen*"))  # gone with the stage
+
+
+def test_cit_fast_replays_compares_and_averages(settings, stream):
+    names = ["cit-fast", "cit-fast-no-replay", "cit-fast-no-objective", "cit-fast-no-update"]
+    for name, stages in run(settings, stream, methods=names).items():
+        without = name.rpartition("-no-")[2]
+        assert [sum(stage.replayed.values()) for stage in stages] == [
+            0,
+            0,
+            *((0, 0) if without == "replay" else (2, 4)),
+        ]
+        assert [bool(stage.objective) for stage in stages[1:]] == [without != "objective"] * 3
+        assert [bool(stage.balance_weights) for stage in stages[1:]] == [without != "update"] * 3
+
+
+def test_full_fine_tuning_and_what_the_data_does_not_say(settings, stream):
+    """No adapter: the head is trained, too. A task without key parts: they are discovered, or left out."""
+    mixed = TaskStream((make_task("alpha"), make_task("beta", key_parts=False)))
+    settings["adapter"] = None
+    settings["training"]["learning_rate"] = 1e-4
+    methods = [
+        {"preset": "kpig", "name": name, "replay": {"key_parts": source}, "objective": {"key_parts": source}}
+        for name, source in (("discovered", "auto"), ("given", "data"))
+    ]
+    runs = run(settings, mixed, methods=methods)
+    assert [stage.objective["compared"] for stage in runs["discovered"][1:]] == [16, 16 + 2]
+    assert [stage.objective["without_key_parts"] for stage in runs["given"][1:]] == [0, 16]
+    assert runs["given"][2].objective["notes"][0].startswith("16 of 18 examples have no key parts")
+    kept = list((Path(settings["output"]) / "discovered" / "replay").rglob("*.json"))
+    assert len(kept) == 1
+    assert json.loads(kept[0].read_text())["key_parts"]
+
+
+def test_accumulated_micro_batches_are_one_batch(settings, stream):
+    settings["adapter"]["lora_dropout"] = 0.0
+    method = {"preset": "kpig", "objective": {"lambda_": 5.0}}
+    whole = run(settings, stream, methods=[{**method, "name": "whole"}])["whole"]
+    training = {**settings["training"], "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    parts = run(settings, stream, methods=[{**method, "name": "parts"}], training=training)["parts"]
+    for ours, theirs in zip(losses(parts), losses(whole), strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-3)
+
+
+def test_mixed_precision_runs(settings, stream):
+    training = {**settings["training"], "bf16": True}
+    (stages,) = run(settings, TaskStream(stream[:2]), methods=["kpig"], training=training).values()
+    (plain,) = run(settings, TaskStream(stream[:2]), methods=[{"preset": "kpig", "name": "plain"}]).values()
+    for ours, theirs in zip(losses(stages[1:]), losses(plain[1:]), strict=True):
+        assert ours[0] == pytest.approx(theirs[0], rel=2e-2)
+
+
+def test_a_users_own_objective_needs_no_hook(settings, stream):
+    class Own:
+        def begin_stage(self, model):
+            self.begun = True
+
+        def __call__(self, model, batch, num_items):
+            assert set(batch) == {"input_ids", "attention_mask", "labels"}
+            return model(**batch).loss
+
+    folders = ContinualTrainer(
+        {**settings, "methods": ["sequential"]},
+        stream=TaskStream(stream[:1]),
+        objective=Own(),
+        console=Console(quiet=True),
+    ).run()
+    assert read_stages(folders[0])[1].objective == {}
+
+
+# ------------------------------------------------------------------------------------------------ killed and resumed
+
+
+def die(*_args, **_kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed(run_it, module, name, number) -> bool:
+    """Run in a child process in which ``module.name`` at its n-th call is the last act."""
+    child = os.fork()
+    if child == 0:
+        try:
+            original, calls = getattr(module, name), []
+
+            def counted(*args, **kwargs):
+                calls.append(1)
+                return die() if len(calls) == number else original(*args, **kwargs)
+
+            setattr(module, name, counted)
+            run_it()
+        finally:
+            os._exit(1)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+MOMENTS = (
+    (replay, "information_gain", 1),  # while the seen task is scored
+    (frozen, "pair_hidden", 2),  # inside the first frozen pass
+    (frozen, "save_file", 2),  # before its states are written
+    (kpig, "masked_jsd", 7),  # inside a step, after a checkpoint of the second stage
+    (stage_trainer, "mark_complete", 3),  # while a checkpoint is made
+    (method_run, "evaluate", 2),  # the stage is trained, and not committed
+)
+
+
+def adapter(folder: Path, stage: int) -> dict[str, torch.Tensor]:
+    return load_file(folder / "stages" / f"{stage:02d}" / "adapters" / "shared" / "adapter_model.safetensors")
+
+
+def outcome(folder: Path) -> list:
+    plain = [{**stage.objective, "seconds": 0} for stage in read_stages(folder)]
+    return [(s.replayed, s.replay, own, s.losses, s.scores) for s, own in zip(read_stages(folder), plain, strict=True)]
+
+
+def test_kill_at_any_moment_and_go_on_with_the_same_bits(settings, stream, tmp_path):
+    two = TaskStream(stream[:2])
+    run({**settings, "methods": ["kpig"], "output": str(tmp_path / "whole")}, two)
+    expected = tmp_path / "whole" / "kpig"
+    for number, moment in enumerate(MOMENTS):
+        cut = {**settings, "methods": ["kpig"], "output": str(tmp_path / f"cut-{number}")}
+        assert killed(lambda cut=cut: run(cut, two), *moment), moment
+        run(cut, two)
+        folder = tmp_path / f"cut-{number}" / "kpig"
+        assert outcome(folder) == outcome(expected), moment
+        for stage in (1, 2):
+            ours, theirs = adapter(folder, stage), adapter(expected, stage)
+            assert all(torch.equal(ours[name], theirs[name]) for name in theirs), (moment, stage)
+        assert not list(folder.rglob("*frozen*")), moment
+
+
+def test_a_resumed_stage_reads_the_states_it_left(settings, stream, monkeypatch):
+    two = {**settings, "methods": ["kpig"]}
+    stages = TaskStream(stream[:1])
+    assert killed(lambda: run(two, stages), kpig, "masked_jsd", 4)
+    folder = Path(settings["output"]) / "kpig"
+    assert len(list(folder.rglob("frozen-00000-of-00001.safetensors"))) == 1
+    monkeypatch.setattr(frozen, "_pass", lambda *_: pytest.fail("worked out again"))
+    assert len(run(two, stages)["kpig"]) == 2
+
+
+# ------------------------------------------------------------------------------------------------------ two processes
+
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", str(Path(__file__).with_name("launch_on_cpu.py"))]
+ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "cit_fast.cli"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("full", "sharded"), [(True, False), (False, True)], ids=["ddp-full", "fsdp2-lora"])
+def test_two_processes_equal_one(settings, stream, tmp_path, full, sharded):
+    names = NAMES[:2]
+    for task in stream[:2]:
+        folder = tmp_path / task.name
+        folder.mkdir()
+        for split, examples in (("train", task.train), ("test", task.test)):
+            records = [
+                {"instruction": e.instruction, "input": e.input, "output": e.references[0],
+                 "key_parts": list(e.key_part_texts)}
+                for e in examples
+            ]  # fmt: skip
+            (folder / f"{split}.json").write_text(json.dumps(records))
+    settings["data"] |= {"dev": 0, "tasks": [{"path": str(tmp_path / name)} for name in names]}
+    settings["adapter"] = None if full else {**settings["adapter"], "lora_dropout": 0.0}
+    settings["training"]["learning_rate"] = 1e-3
+    # Four replayed examples, and none of the 16 held out for a dev set: in two processes Accelerate fills a last batch
+    # that is not full up with the first examples of the epoch, so its loss would be another one.
+    method = {"preset": "kpig", "objective": {"lambda_": 2.0, "batch_size": 4}, "replay": {"per_task": 4}}
+    settings["methods"] = [method]
+    ContinualTrainer(settings, console=Console(quiet=True)).run()
+    one = Path(settings["output"]) / "kpig"
+
+    settings["output"] += "-two"
+    settings["training"]["per_device_train_batch_size"] = 2
+    if sharded:
+        settings["training"] |= {"use_cpu": False, "fsdp": True}
+    config = tmp_path / "two.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        **({} if sharded else {"ACCELERATE_USE_CPU": "true"}),
+        "CIT_FAST_CACHE": str(tmp_path / "other"),
+    }
+    done = subprocess.run(
+        [sys.executable, *(TORCHRUN if sharded else ACCELERATE), "run", str(config)],
+        capture_output=True, text=True, env=environment, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = Path(settings["output"]) / "kpig"
+    assert read_run(two).status == "finished"
+    for ours, theirs in zip(read_stages(two)[1:], read_stages(one)[1:], strict=True):
+        assert ours.replayed == theirs.replayed
+        for part in ("replay", "objective"):
+            gains, expected = (getattr(stage, part).get("gains") for stage in (ours, theirs))
+            assert gains == (expected and pytest.approx(expected, abs=1e-5))
+        assert ours.objective["compared"] == theirs.objective["compared"] == 12 + 4 * ours.index
+        assert [loss for _, loss in ours.losses] == pytest.approx([loss for _, loss in theirs.losses], rel=1e-5)
+
+
+def test_the_options_of_a_preset_reach_its_parts(settings, stream):
+    method = {"preset": "kpig-fixed-temperature", "objective": {"lambda_": 0.5}}
+    trainer = ContinualTrainer({**settings, "methods": [method]}, stream=stream, console=Console(quiet=True))
+    options = trainer.config.methods[0].objective.options
+    assert options == {"temperature": 1.0, "lambda_": 0.5}
+    assert KPIG(**options).temperature == 1.0

@@ -1,0 +1,421 @@
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from cit_fast import ContinualModel, ContinualTrainer
+from cit_fast.data import Example, Task, TaskStream
+from cit_fast.errors import ConfigError, DataError, RunError
+from cit_fast.evaluation import read_predictions, read_run, read_stages
+from cit_fast.inference import continual_model as serving
+from cit_fast.methods.objectives import CrossEntropy
+from cit_fast.methods.replay import RandomReplay
+from cit_fast.methods.routing.router import SavedRouter
+from cit_fast.optim import BalanceEMA
+from cit_fast.run.run_folder import RunFolder
+
+
+def run(settings, stream, **more) -> dict[str, Path]:
+    keys = {key: more.pop(key) for key in list(more) if key in {"methods", "adapter", "evaluation", "training", "data"}}
+    merged = {**settings, **{k: {**settings[k], **v} if isinstance(v, dict) else v for k, v in keys.items()}}
+    folders = ContinualTrainer(merged, stream=stream, console=Console(quiet=True), **more).run()
+    return {folder.name: folder for folder in folders}
+
+
+def adapter(folder: Path, stage: int) -> dict[str, torch.Tensor]:
+    return load_file(folder / "stages" / f"{stage:02d}" / "adapters" / "shared" / "adapter_model.safetensors")
+
+
+def test_a_run_leaves_a_whole_record(settings, stream):
+    folders = run(settings, stream, methods=["sequential", "random-replay", "joint"])
+    for name, count in (("sequential", 4), ("random-replay", 4), ("joint", 2)):
+        record, stages = read_run(folders[name]), read_stages(folders[name])
+        assert (record.status, record.method_name, record.tasks) == ("finished", name, ["alpha", "beta", "gamma"])
+        assert record.environment["effective_batch_size"] == 4
+        assert [stage.index for stage in stages] == list(range(count))
+        assert all(set(stage.scores) == {"alpha", "beta", "gamma"} for stage in stages)
+        assert not (folders[name] / "checkpoints" / "01").exists()
+    sequential, replay = read_stages(folders["sequential"]), read_stages(folders["random-replay"])
+    assert [stage.replayed for stage in sequential] == [{}, {}, {"alpha": 0}, {"alpha": 0, "beta": 0}]
+    assert [stage.replayed for stage in replay] == [{}, {}, {"alpha": 2}, {"alpha": 2, "beta": 2}]
+    assert [stage.steps for stage in sequential] == [0, 4, 4, 4]
+    assert [stage.steps for stage in replay] == [0, 4, 5, 5]
+    assert sequential[1].losses[0][0] == 2
+    assert sequential[1].losses[-1][1] < sequential[1].losses[0][1]
+    assert read_stages(folders["joint"])[1].trained == ["alpha", "beta", "gamma"]
+    assert read_stages(folders["joint"])[1].train_examples == 48
+    stored = read_predictions(folders["sequential"] / "stages/03/predictions/beta.jsonl")
+    assert [entry.references for entry in stored] == [(f"beta {k}",) for k in range(100, 104)]
+    assert sum(entry.score for entry in stored) / 4 == pytest.approx(sequential[3].scores["beta"])
+
+
+def test_the_first_stage_is_the_same_with_and_without_replay(settings, stream):
+    folders = run(settings, stream, methods=["sequential", "random-replay"])
+    first, second = adapter(folders["sequential"], 1), adapter(folders["random-replay"], 1)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    later = adapter(folders["sequential"], 2), adapter(folders["random-replay"], 2)
+    assert any(not torch.equal(later[0][name], later[1][name]) for name in later[0])
+
+
+def test_the_average_is_what_is_kept(settings, stream):
+    class Watched:
+        """BalanceEMAUpdate that remembers what the average was when it was copied."""
+
+        averages = []  # noqa: RUF012  # of the class: each method trains with a copy of the object
+
+        def wrap(self, optimizer):
+            self.optimizer = BalanceEMA(optimizer)
+            return self.optimizer
+
+        def finish(self, optimizer):
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            self.averages.append(sorted(float(self.optimizer.state[p]["average"].sum()) for p in parameters))
+            self.optimizer.copy_averaged_to_parameters()
+
+        def summary(self, optimizer):
+            return self.optimizer.balance_summary()
+
+    update = Watched()
+    plain = run(settings, stream, methods=["sequential"])["sequential"]
+    ours = run(settings, stream, methods=[{"preset": "sequential", "name": "watched"}], update=update)["watched"]
+    kept = sorted(float(tensor.sum()) for tensor in adapter(ours, 1).values())
+    assert kept == pytest.approx(update.averages[0], abs=1e-6)
+    assert kept != pytest.approx(sorted(float(t.sum()) for t in adapter(plain, 1).values()), abs=1e-6)
+    assert read_run(ours).method["update"]["name"].endswith("Watched")
+
+
+def test_balance_weights_are_recorded_per_step(settings, stream):
+    folder = run(settings, stream, methods=["lcia-ema"])["lcia-ema"]
+    for stage in read_stages(folder)[1:]:
+        assert [entry[0] for entry in stage.balance_weights] == [1, 2, 3, 4]
+        assert stage.balance_weights[0][1:] == pytest.approx([0.01, 0.01, 0.01, 1.0])  # no gradient before the first
+        assert all(0 <= low <= mean <= high <= 1 for _, mean, low, high, _ in stage.balance_weights)
+
+
+def test_accumulated_steps_equal_whole_ones(settings, stream):
+    settings["adapter"]["lora_dropout"] = 0.0
+    whole = run(settings, stream, methods=[{"preset": "sequential", "name": "whole"}])["whole"]
+    halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    settings["output"] += "-halves"
+    parts = run(settings, stream, methods=[{"preset": "sequential", "name": "parts"}], training=halves)["parts"]
+    for ours, theirs in zip(read_stages(parts)[1:], read_stages(whole)[1:], strict=True):
+        assert [loss for _, loss in ours.losses] == pytest.approx([loss for _, loss in theirs.losses], rel=1e-3)
+
+
+def test_training_arguments_pass_through(settings, stream):
+    training = {"bf16": True, "max_steps": 3, "lr_scheduler_type": "linear", "gradient_checkpointing": True}
+    folder = run(settings, stream, methods=["lcia-ema"], training=training)["lcia-ema"]
+    assert [stage.steps for stage in read_stages(folder)] == [0, 3, 3, 3]
+
+
+def test_experts_are_cached_between_runs(settings, stream, monkeypatch):
+    first = read_run(run(settings, stream, methods=["sequential"], evaluation={"experts": True})["sequential"])
+    assert set(first.experts) == {"alpha", "beta", "gamma"}
+    stages = read_stages(Path(settings["output"]) / "sequential")
+    assert first.experts["alpha"] == stages[1].scores["alpha"]  # the first task is learned alone anyway
+    trained = []
+    begin = CrossEntropy.begin_stage
+    monkeypatch.setattr(CrossEntropy, "begin_stage", lambda self, model: trained.append(1) or begin(self, model))
+    again = read_run(run(settings, stream, methods=["random-replay"], evaluation={"experts": True})["random-replay"])
+    assert again.experts == first.experts
+    assert len(trained) == 3
+
+
+def test_an_expert_is_shared_by_streams_that_differ_elsewhere(settings, stream):
+    every = {"experts": True}
+    run(settings, stream, methods=["sequential"], evaluation=every)
+    shorter = {**settings, "output": settings["output"] + "-shorter"}
+    record = read_run(
+        run(shorter, TaskStream(stream.tasks[1:]), methods=["sequential"], evaluation=every)["sequential"]
+    )
+    assert set(record.experts) == {"beta", "gamma"}
+    seen = {**settings, "output": settings["output"] + "-seen"}
+    run(seen, stream, methods=["sequential"], evaluation={"experts": True, "tasks": "seen"})
+    assert len(list((Path(settings["output"]).parent / "cache" / "experts").glob("*/run.json"))) == 3
+
+
+class OneSetPerTask(SavedRouter):
+    """Every task trains a set of its own, and answers with it."""
+
+    sets = ()
+
+    def assign(self, task, context):
+        return f"set-{task.name}"
+
+    def answer(self, examples, context):
+        return [f"set-{example.task}" for example in examples]
+
+
+def test_a_router_with_several_sets_trains_and_answers_with_each(settings, stream):
+    method, seen = {"preset": "sequential", "name": "own"}, {"tasks": "seen"}
+    with pytest.raises(ConfigError, match="answers with the adapter set 'set-beta', which no task has trained yet"):
+        run({**settings, "output": settings["output"] + "-all"}, stream, methods=[method], router=OneSetPerTask())
+    folder = run(settings, stream, methods=[method], router=OneSetPerTask(), evaluation=seen)["own"]
+    stages = read_stages(folder)
+    assert [stage.adapter for stage in stages[1:]] == ["set-alpha", "set-beta", "set-gamma"]
+    adapters = sorted(path.name for path in (folder / "stages/03/adapters").iterdir() if path.is_dir())
+    assert adapters == ["set-alpha", "set-beta", "set-gamma"]
+    alpha = [load_file(folder / f"stages/0{k}/adapters/set-alpha/adapter_model.safetensors") for k in (1, 3)]
+    assert all(torch.equal(alpha[0][name], alpha[1][name]) for name in alpha[0])  # later tasks leave it alone
+    assert [stage.scores["alpha"] for stage in stages[1:]] == [
+        stages[1].scores["alpha"]
+    ] * 3  # and nothing is forgotten
+    with pytest.raises(RunError, match="load one of your own with its class"):
+        ContinualModel.from_run(folder, device="cpu")
+    model = ContinualModel.from_run(folder, device="cpu", router=OneSetPerTask.load(folder / "stages/03/router"))
+    assert model.route([task.test[0] for task in stream]) == ["set-alpha", "set-beta", "set-gamma"]
+
+
+@pytest.mark.parametrize("name", ["default", "a.b", ""])
+def test_a_name_that_peft_cannot_keep(settings, stream, name):
+    class Named(OneSetPerTask):
+        def assign(self, task, context):
+            return name
+
+    with pytest.raises(ConfigError, match="cannot name an adapter set"):
+        run(settings, stream, methods=[{"preset": "sequential", "name": "own"}], router=Named())
+
+
+def test_only_seen_tasks_when_asked(settings, stream):
+    folder = run(settings, stream, methods=["sequential"], evaluation={"tasks": "seen", "untrained": False})[
+        "sequential"
+    ]
+    assert [sorted(stage.scores) for stage in read_stages(folder)] == [
+        [],
+        ["alpha"],
+        ["alpha", "beta"],
+        ["alpha", "beta", "gamma"],
+    ]
+
+
+def test_full_fine_tuning(settings, stream):
+    folder = run(settings, stream, methods=["sequential"], adapter=None)["sequential"]
+    assert (folder / "stages/03/model/model.safetensors").exists()
+    assert ContinualModel.from_run(folder, device="cpu").generate(["Say alpha, then the number.\n\n100"])
+
+
+def test_a_finished_run_says_so(settings, stream):
+    run(settings, stream, methods=["sequential"])
+    said = io.StringIO()
+    ContinualTrainer(
+        {**settings, "methods": ["sequential"]}, stream=stream, console=Console(file=said, width=200)
+    ).run()
+    assert "already finished, nothing to do" in said.getvalue()
+
+
+def test_own_parts_by_object_and_by_dotted_path(settings, stream):
+    class Everything:
+        def select(self, context):
+            return [example for task in context.seen for example in task.train]
+
+    folder = run(settings, stream, methods=[{"preset": "sequential", "name": "own"}], replay=Everything())["own"]
+    assert read_stages(folder)[3].replayed == {"alpha": 16, "beta": 16}
+    method = {"name": "dotted", "replay": {"name": "cit_fast.methods.replay.RandomReplay", "per_task": 5}}
+    folder = run(settings, stream, methods=[method])["dotted"]
+    assert read_stages(folder)[3].replayed == {"alpha": 5, "beta": 5}
+
+
+def test_one_folder_one_configuration(settings, stream):
+    run(settings, stream, methods=["sequential"])
+    with pytest.raises(RunError, match=r"another configuration \(training.learning_rate was 0.01, now 0.5\)"):
+        run(settings, stream, methods=["sequential"], training={"learning_rate": 0.5})
+    shorter = TaskStream(stream.tasks[:2])
+    with pytest.raises(RunError, match="stream was"):
+        run(settings, shorter, methods=["sequential"])
+    assert len(read_stages(Path(settings["output"]) / "sequential")) == 4
+
+
+def test_the_model_and_given_parts_are_part_of_the_configuration(settings, stream, tiny_model_folder, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_folder, model)
+    settings["model"] = {"name": str(model)}
+    run(settings, stream, methods=["sequential"])
+    own = [{"preset": "sequential", "name": "own"}]
+    run(settings, stream, methods=own, replay=RandomReplay(0.5))
+    with pytest.raises(RunError, match=r"method.replay.options.fraction was 0.5, now 1.0"):
+        run(settings, stream, methods=own, replay=RandomReplay(1.0))
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text().replace("assistant", "model"))
+    with pytest.raises(RunError, match="weights was"):
+        run(settings, stream, methods=["sequential"])
+
+
+def test_a_part_does_not_carry_over_to_the_next_method(settings, stream):
+    class Counting:
+        calls = 0
+
+        def select(self, context):
+            self.calls += 1
+            return list(context.seen[0].train[: self.calls])
+
+    folders = run(
+        settings,
+        stream,
+        methods=[{"preset": "sequential", "name": "one"}, {"preset": "sequential", "name": "two"}],
+        replay=Counting(),
+    )
+    for folder in folders.values():
+        assert [sum(stage.replayed.values()) for stage in read_stages(folder)] == [0, 0, 1, 2]
+
+
+def test_a_run_that_diverges_says_so(settings, stream):
+    with pytest.raises(RunError, match=r"alpha: the training loss is (nan|inf) at step"):
+        run(settings, stream, methods=["sequential"], training={"learning_rate": 1e30, "logging_steps": 1})
+    quiet = {**settings, "output": settings["output"] + "-quiet"}
+    with pytest.raises(RunError, match=r"stage 1 \(alpha\): .* is not finite after training"):
+        run(quiet, stream, methods=["sequential"], training={"learning_rate": 1e30, "logging_steps": 100})
+
+
+def test_examples_that_cannot_fit(settings, stream):
+    long = Task("long", tuple(Example("word " * 200, references=("x",)) for _ in range(4)), test=stream[0].test)
+    skip = {"on_overflow": "skip"}
+    with pytest.raises(DataError, match="task 'long': no training example fits"):
+        run(settings, TaskStream((long,)), methods=["sequential"], data=skip)
+    mixed = Task("mixed", stream[0].train + long.train, test=stream[0].test + long.train[:1], metric="token_f1")
+    settings["output"] += "-mixed"
+    stage = read_stages(run(settings, TaskStream((mixed,)), methods=["sequential"], data=skip)["sequential"])[1]
+    assert (stage.skipped, stage.test_skipped) == (4, 1)
+    only = Task("only", stream[0].train, test=long.train)
+    settings["output"] += "-only"
+    with pytest.raises(DataError, match="task 'only': every test example is longer"):
+        run(settings, TaskStream((only,)), methods=["sequential"], data=skip)
+
+
+def test_a_task_with_nothing_to_train(settings, stream):
+    with pytest.raises(DataError, match="task 'empty' has no training examples"):
+        ContinualTrainer(settings, stream=TaskStream((Task("empty", (), test=stream[0].test),)))
+
+
+def test_one_folder_one_process(settings, stream):
+    folder = Path(settings["output"]) / "sequential"
+    with RunFolder(folder).locked(), pytest.raises(RunError, match="another cit-fast run is working in this folder"):
+        run(settings, stream, methods=["sequential"])
+    run(settings, stream, methods=["sequential"])
+
+
+def test_a_folder_of_something_else_is_left_alone(settings, stream):
+    folder = Path(settings["output"]) / "sequential"
+    folder.mkdir(parents=True)
+    (folder / "thesis.tex").write_text("years of work")
+    with pytest.raises(RunError, match=r"not empty and not a cit-fast run \('thesis.tex' is there\)"):
+        run(settings, stream, methods=["sequential"])
+    assert (folder / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_file_in_the_way(settings, stream):
+    Path(settings["output"]).mkdir()
+    (Path(settings["output"]) / "sequential").write_text("x")
+    with pytest.raises(RunError, match="a file is in the way"):
+        run(settings, stream, methods=["sequential"])
+
+
+def test_a_run_of_another_format_version(settings, stream, edit_record):
+    folder = run(settings, stream, methods=["sequential"])["sequential"]
+    edit_record(folder / "run.json", format_version=99)
+    with pytest.raises(RunError, match="written in format version 99"):
+        run(settings, stream, methods=["sequential"])
+
+
+def test_a_stage_gone_from_the_middle(settings, stream):
+    folder = run(settings, stream, methods=["sequential"])["sequential"]
+    (folder / "stages" / "02").rename(folder / "stages" / "gone")
+    with pytest.raises(RunError, match="stage 02 is missing although stage 03 is there"):
+        run(settings, stream, methods=["sequential"])
+
+
+def test_model_folder_without_tokenizer_or_model(settings, stream, tiny_model_folder, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).write_bytes((tiny_model_folder / name).read_bytes())
+    with pytest.raises(ConfigError, match="holds no tokenizer"):
+        ContinualTrainer({**settings, "model": {"name": str(bare)}}, stream=stream).run()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (bare / name).write_bytes((tiny_model_folder / name).read_bytes())
+    (bare / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"holds no config\.json"):
+        ContinualTrainer({**settings, "model": {"name": str(bare)}}, stream=stream, console=Console(quiet=True)).run()
+    with pytest.raises(ConfigError, match="no folder"):
+        ContinualTrainer({**settings, "model": {"name": str(tmp_path / "nothing")}}, stream=stream).run()
+
+
+def test_a_tokenizer_that_cannot_be_read_is_one_line(settings, stream, tiny_model_folder, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_model_folder, broken)
+    settings["model"] = {"name": str(broken)}
+    for damage in (lambda path: path.write_text("{}"), lambda path: path.unlink()):
+        damage(broken / "tokenizer.json")
+        with pytest.raises(ConfigError, match="holds no tokenizer that can be read") as caught:
+            ContinualTrainer(settings, stream=stream).run()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("evaluation", {"split": "dev"}, "task 'alpha' has no dev examples"),
+        ("training", {"lr_scheduler_type": "zigzag"}, "training"),
+        ("adapter", {"target_modules": ["no_such_layer"]}, "adapter: Target modules"),
+        ("data", {"max_length": 5}, "data.max_length"),
+        ("data", {"max_length": 8}, "tokens, 2 allowed, and without its input it is still too long; raise max_length"),
+        ("evaluation", {"max_new_tokens": 96}, "leaves no room for a prompt"),
+    ],
+)
+def test_settings_that_cannot_work(settings, stream, key, value, message):
+    with pytest.raises((ConfigError, DataError), match=message) as caught:
+        run(settings, stream, methods=["sequential"], **{key: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_use_a_run_afterwards(settings, stream):
+    folder = run(settings, stream, methods=["sequential"])["sequential"]
+    stored = read_predictions(folder / "stages/03/predictions/gamma.jsonl")
+    model = ContinualModel.from_run(folder, device="cpu")
+    again = model.generate(list(stream[2].test), max_new_tokens=6)
+    assert again == [entry.prediction for entry in stored]
+    adapter_config = json.loads((folder / "stages/03/adapters/shared/adapter_config.json").read_text())
+    assert adapter_config["base_model_name_or_path"] == settings["model"]["name"]
+
+
+def test_a_run_without_a_stage_cannot_answer(settings, stream, tmp_path):
+    with pytest.raises(RunError, match=r"run\.json: not there"):
+        ContinualModel.from_run(tmp_path)
+
+
+def test_a_stage_without_its_weights_is_damaged(settings, stream):
+    folder = run(settings, stream, methods=["sequential"])["sequential"]
+    shutil.rmtree(folder / "stages/03/adapters")
+    with pytest.raises(RunError, match="holds neither adapters nor a model"):
+        ContinualModel.from_run(folder)
+
+
+def test_a_runs_own_record_cannot_ask_for_foreign_code(settings, stream, monkeypatch, edit_record):
+    folder = run(settings, stream, methods=["sequential"])["sequential"]
+    config = json.loads((folder / "run.json").read_text())["config"]
+    config["model"]["trust_remote_code"] = True
+    edit_record(folder / "run.json", config=config)
+    asked = []
+    load = serving.load_model
+    monkeypatch.setattr(serving, "load_model", lambda path, config: asked.append(config) or load(path, config))
+    ContinualModel.from_run(folder, device="cpu")
+    assert [config.trust_remote_code for config in asked] == [False]
+    edit_record(folder / "run.json", config={**config, "version": 9})
+    with pytest.raises(RunError, match=r"run.json: config: version: configuration version 9"):
+        ContinualModel.from_run(folder)
+
+
+def test_a_damaged_adapter_is_named(settings, stream):
+    folder = run(settings, stream, methods=["sequential"])["sequential"]
+    weights = folder / "stages/03/adapters/shared/adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(
+        RunError, match=r"no adapter set can answer: .*adapters/shared/adapter_model\.safetensors: damaged"
+    ):
+        ContinualModel.from_run(folder)

@@ -1,0 +1,179 @@
+"""Kill -9 at every kind of moment; the same command ends with the same bits."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from cit_fast import ContinualTrainer
+from cit_fast.errors import RunError
+from cit_fast.evaluation import read_stages
+from cit_fast.optim import AdamWBalanceEMA
+from cit_fast.run import method_run, run_folder, stage_trainer
+
+
+def adapter(folder: Path, stage: int) -> dict[str, torch.Tensor]:
+    return load_file(folder / "stages" / f"{stage:02d}" / "adapters" / "shared" / "adapter_model.safetensors")
+
+
+def start(settings, stream):
+    return ContinualTrainer(settings, stream=stream, console=Console(quiet=True)).run()
+
+
+def die(*_args, **_kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_call(number, module, name):
+    """Replace ``module.name`` so that its ``number``-th call is the process's last act."""
+
+    def arm():
+        original, calls = getattr(module, name), []
+
+        def counted(*args, **kwargs):
+            calls.append(1)
+            return die() if len(calls) == number else original(*args, **kwargs)
+
+        setattr(module, name, counted)
+
+    return arm
+
+
+def half_written_checkpoint():
+    """The newest checkpoint is cut in half and gets no marker."""
+
+    def interrupted(checkpoint, progress):
+        if progress["step"] == 4 and "02" in str(checkpoint):
+            for path in (path for path in checkpoint.rglob("*") if path.is_file()):
+                path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+            die()
+        original(checkpoint, progress)
+
+    original = stage_trainer.mark_complete
+    stage_trainer.mark_complete = interrupted
+
+
+MOMENTS = {
+    "before anything": at_call(1, method_run, "load_model"),
+    "while the untrained model answers": at_call(1, method_run, "evaluate"),
+    "inside an optimizer step": lambda: [at_call(7, kind, "step")() for kind in (torch.optim.AdamW, AdamWBalanceEMA)],
+    "while a checkpoint is written": half_written_checkpoint,
+    "between checkpoint and evaluation": at_call(3, method_run, "evaluate"),
+    "before a stage is renamed into place": at_call(4, run_folder, "commit_folder"),
+    "after a stage, before the next": at_call(3, method_run, "train_adapter"),
+}
+
+
+@pytest.fixture(params=["sequential", "lcia-ema"])
+def method(request):
+    return request.param
+
+
+@pytest.fixture
+def undisturbed(settings, stream, method):
+    settings = {**settings, "methods": [method], "output": settings["output"] + "-whole"}
+    start(settings, stream)
+    return Path(settings["output"]) / method
+
+
+def test_kill_at_any_moment_and_go_on(settings, stream, method, undisturbed, tmp_path):
+    expected = read_stages(undisturbed)
+    for number, (moment, arm) in enumerate(MOMENTS.items()):
+        os.environ["CIT_FAST_CACHE"] = str(tmp_path / f"cache-{number}")
+        own = {**settings, "methods": [method], "output": f"{settings['output']}-{number}"}
+        child = os.fork()
+        if child == 0:  # the run that dies
+            try:
+                arm()
+                start(own, stream)
+            finally:
+                os._exit(1)
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSIGNALED(status), f"{moment}: the run was not killed"
+        start(own, stream)
+        folder = Path(own["output"]) / method
+        resumed = read_stages(folder)
+        assert [stage.scores for stage in resumed] == [stage.scores for stage in expected], moment
+        assert [stage.losses for stage in resumed] == [stage.losses for stage in expected], moment
+        assert [stage.balance_weights for stage in resumed] == [s.balance_weights for s in expected], moment
+        for stage in range(1, len(expected)):
+            ours, theirs = adapter(folder, stage), adapter(undisturbed, stage)
+            assert all(torch.equal(ours[name], theirs[name]) for name in theirs), (moment, stage)
+        assert not list(folder.glob("stages/.*")), moment
+
+
+def test_a_limit_of_steps_holds_after_the_last_checkpoint(settings, stream, monkeypatch):
+    settings = {**settings, "methods": ["sequential"]}
+    settings["training"] = {**settings["training"], "max_steps": 2, "save_steps": 1}
+    whole = {**settings, "output": settings["output"] + "-whole"}
+    start(whole, stream)
+    original, calls = method_run.evaluate, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:  # the first stage's, when it is trained
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(method_run, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        start(settings, stream)
+    start(settings, stream)
+    folders = [Path(run["output"]) / "sequential" for run in (settings, whole)]
+    for ours, theirs in zip(*(read_stages(folder)[1:] for folder in folders), strict=True):
+        assert (ours.steps, ours.losses) == (2, theirs.losses)
+        resumed, undisturbed = (adapter(folder, ours.index) for folder in folders)
+        assert all(torch.equal(resumed[name], undisturbed[name]) for name in undisturbed)
+
+
+@pytest.mark.parametrize("where", ["commit", "checkpoint"])
+def test_a_full_disk_loses_nothing(settings, stream, monkeypatch, where):
+    settings = {**settings, "methods": ["sequential"]}
+    calls = []
+    module, name, error = {
+        "commit": (method_run, "save_weights", OSError(28, "No space left on device")),
+        "checkpoint": (stage_trainer, "mark_complete", RuntimeError("PytorchStreamWriter failed writing file data/1")),
+    }[where]
+    original = getattr(module, name)
+
+    def full(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise error
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, full)
+    with pytest.raises(RunError, match="the disk is full; everything completed so far is kept"):
+        start(settings, stream)
+    folder = Path(settings["output"]) / "sequential"
+    assert len(read_stages(folder)) >= 2
+    monkeypatch.setattr(module, name, original)
+    start(settings, stream)
+    assert len(read_stages(folder)) == 4
+
+
+def test_other_errors_keep_their_name(settings, stream, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(method_run, "save_weights", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        start({**settings, "methods": ["sequential"]}, stream)
+
+
+def test_what_a_killed_run_left_is_cleared_up(settings, stream, edit_record):
+    (folder,) = start({**settings, "methods": ["sequential"]}, stream)
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "run.json", "stages"]
+    (folder / "checkpoints/02/checkpoint-4").mkdir(parents=True)  # killed between a commit and their removal
+    (folder / "checkpoints/02/checkpoint-4/optimizer.pt").write_bytes(b"x")
+    (folder / ".run.json.0123abcd.tmp").write_text("{")
+    (folder / "stages/.03.tmp").mkdir()
+    start({**settings, "methods": ["sequential"]}, stream)
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "run.json", "stages"]
+    assert sorted(path.name for path in (folder / "stages").iterdir()) == ["00", "01", "02", "03"]
