@@ -127,18 +127,15 @@ def test_page_is_self_contained_and_its_pictures_are_pngs(folders, tmp_path):
     page = Page(path)
     assert page.open == []
     images = list(page.images())
-    # comparison, tasks, 3 matrices, 3 losses, 1 replay, 1 balance weights; each light and dark
-    assert len(images) == 2 * 10
+    # comparison, tasks, 3 matrices, 3 losses, 1 replay, 1 balance weights
+    assert len(images) == 10
     assert all(image.format == "PNG" and image.width > 300 for image in images)
     assert "script" not in page.tags
     assert "@import" not in page.html
     assert "url(" not in page.html
     names = {file.name for file in (tmp_path / "report-figures").glob("*.png")}
-    assert names == {file.name for file in (tmp_path / "report-figures" / "dark").glob("*.png")}
     assert len(names) == 10
     assert {"comparison.png", "tasks.png", "sequential-scores.png", "random-replay-balance-weights.png"} <= names
-    background = Image.open(tmp_path / "report-figures" / "dark" / "tasks.png").convert("RGB").getpixel((0, 0))
-    assert sum(background) < 3 * 60
     assert "Three ways" in page.text
 
 
@@ -339,7 +336,7 @@ def test_run_without_any_score(tmp_path):
 def test_relative_gain_is_shown_where_there_are_experts(tmp_path):
     run = write_run(tmp_path / "a", SEQUENTIAL, experts={"dates": 80.0, "words": 96.0})
     assert "37.5" in printed(comparison_table([run]))  # (20 / 80 + 48 / 96) / 2
-    panels = pictures.comparison_figure(collect([run]).views, pictures.LIGHT).axes
+    panels = pictures.comparison_figure(collect([run]).views).axes
     assert [ax.axison for ax in panels] == [True] * 7 + [False]
 
 
@@ -395,23 +392,23 @@ def test_numbers(value, sign, text):
 
 def test_figures_show_the_values(folders):
     views = collect(folders).views
-    figure = pictures.score_matrix_figure(views[0], pictures.LIGHT)
+    figure = pictures.score_matrix_figure(views[0])
     shown = [text.get_text() for text in figure.axes[0].texts]
     assert shown[:6] == ["4.0", "0.0", "20.0", "96.0", "2.0", "20.0"]
     framed = {(round(p.get_y() + 0.43), round(p.get_x() + 0.46)) for p in figure.axes[0].patches}
     assert framed == {(1, 0), (2, 1), (3, 2)}
     assert figure.axes[0].images[0].get_clim() == (0, 100)
-    replayed = pictures.replay_figure(views[1], pictures.DARK).axes[0].texts
+    replayed = pictures.replay_figure(views[1]).axes[0].texts
     assert [text.get_text() for text in replayed] == ["", "", "", "10", "", "", "10", "10", ""]
-    weights = pictures.balance_weight_figure(views[1], pictures.LIGHT)
+    weights = pictures.balance_weight_figure(views[1])
     assert weights.axes[0].get_yscale() == "log"
     assert list(weights.axes[0].lines[0].get_xdata()) == list(range(1, 31))  # steps go on over the stages
     assert list(weights.axes[1].lines[0].get_ydata()) == [50.0] * 30
-    assert pictures.loss_figure(views[0], pictures.LIGHT).axes[0].get_ylim() == (0.0, pytest.approx(2.16))
-    bars = pictures.comparison_figure(views, pictures.LIGHT)
+    assert pictures.loss_figure(views[0]).axes[0].get_ylim() == (0.0, pytest.approx(2.16))
+    bars = pictures.comparison_figure(views)
     assert [text.get_text() for text in bars.axes[1].texts] == ["58.0", "8.0", "–"]
     assert [patch.get_width() for patch in bars.axes[1].patches] == pytest.approx([58.0, 8.0])
-    curves = pictures.task_curves_figure(views, pictures.LIGHT)
+    curves = pictures.task_curves_figure(views)
     assert list(curves.axes[0].lines[0].get_ydata()) == [4.0, 96.0, 40.0, 20.0]
 
 
@@ -447,7 +444,7 @@ def test_what_a_replay_policy_decided_is_shown(tmp_path):
     assert "4.26" in page.text
     assert "write date, year" in page.text
     view = collect([run]).views[0]
-    ax = pictures.distance_figure(view, pictures.DARK).axes[0]
+    ax = pictures.distance_figure(view).axes[0]
     assert [text.get_text() for text in ax.texts] == ["0.500", "", "", "0.040", "0.020", ""]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["to words", "to labels"]
     assert (tmp_path / "a" / "report-figures" / "inscl-distances.png").exists()
@@ -459,7 +456,7 @@ def test_what_another_policy_says_does_no_harm(tmp_path):
     page = Page(write_report([with_replay(write_run(tmp_path / "a", REPLAY, replay=1), {}, own, {"distances": {}})]))
     assert "InsInfo" not in page.text
     zero = with_replay(write_run(tmp_path / "b", REPLAY, replay=1), {}, {"distances": {"dates": 0.0}})
-    ax = pictures.distance_figure(collect([zero]).views[0], pictures.LIGHT).axes[0]
+    ax = pictures.distance_figure(collect([zero]).views[0]).axes[0]
     assert ax.texts[0].get_text() == "0.00"
 
 
@@ -478,7 +475,7 @@ def test_information_gains_are_shown_with_the_replayed_tasks_framed(tmp_path):
     assert "Loss during dates: 3 of 9 examples have no <key> parts." in page.text
     view = collect([run]).views[0]
     view.trained[2].replayed = {"dates": 4, "words": 0}
-    ax = pictures.gain_figure(view, pictures.DARK).axes[0]
+    ax = pictures.gain_figure(view).axes[0]
     assert [text.get_text() for text in ax.texts] == ["0.021", "", "", "-0.001", "0.200", ""]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["before words", "before labels"]
     framed = {tuple(round(float(at), 2) for at in patch.get_xy()) for patch in ax.patches}
