@@ -17,6 +17,7 @@ from cit_fast.evaluation.predictions import Prediction, predictions_path, read_p
 from cit_fast.evaluation.record import StageRecord, check_files
 from cit_fast.evaluation.violations import KINDS, TaskSetScores
 from cit_fast.files import write_file, write_json
+from cit_fast.methods.config import descriptions
 from cit_fast.report import figures
 from cit_fast.report.collect import COLUMNS, Runs, RunView, collect, coverage
 from cit_fast.report.headline import headline
@@ -115,6 +116,7 @@ def _render(runs: Runs, title: str, album: _Album) -> str:
         title=title,
         headline=headline(runs),
         notes=runs.notes,
+        methods=[(view.label, says) for view in runs.compared if (says := descriptions().get(view.record.method_name))],
         # What says how answers keep to their instructions stands in a table of its own, below.
         columns=[column for column in COLUMNS if not column.answers],
         rows=[
