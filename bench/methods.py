@@ -32,6 +32,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -48,6 +49,10 @@ from cit_fast.methods.config import presets
 ORDERS = {
     1: (1572, 363, 1290, 181, 2, 1510, 639, 1729, 73, 1590, 748, 511, 591, 1687, 875),
     2: (748, 73, 1590, 639, 1572, 1687, 591, 363, 1510, 1729, 181, 511, 2, 1290, 875),
+}
+ABLATIONS = {
+    method["name"]: method
+    for method in yaml.safe_load(Path(__file__).with_name("configs").joinpath("ablations.yaml").read_text())["methods"]
 }
 COLUMNS = (
     "AP", "forgetting", "BWT", "relative gain", "V", "held-out P", "held-out V",
@@ -122,10 +127,14 @@ def _merged(name: str, tasks: list[Task]) -> Task:
 
 
 def method(name: str, options: argparse.Namespace) -> dict:
-    """A preset, with the budget that was asked for where it replays."""
+    """A preset or one of the ablations over it, with the budget that was asked for where it replays."""
     budget = {"fraction": options.fraction, "per_task": options.per_task}
     given = {key: value for key, value in budget.items() if value is not None}
-    return {"preset": name, **({"replay": given} if given and "replay" in presets().get(name, {}) else {})}
+    chosen = ABLATIONS.get(name, {"preset": name})
+    replay = chosen.get("replay", presets().get(chosen["preset"], {}).get("replay", "none"))
+    if not given or replay == "none":
+        return chosen
+    return {**chosen, "replay": {**(chosen.get("replay") or {}), **given}}
 
 
 def settings(options: argparse.Namespace, seed: int) -> dict:

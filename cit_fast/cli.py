@@ -1,4 +1,4 @@
-"""The command line: ``cit-fast run | report | eval | generate | export | distances | score | doctor``."""
+"""The command line: ``cit-fast run | presets | report | eval | generate | export | distances | score | doctor``."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ def run(
         list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override one key; may be repeated.")
     ] = None,
 ) -> None:
-    """Train every method of CONFIG on its stream of tasks, or go on where an earlier call stopped."""
+    """Train every method of CONFIG on its stream of tasks, or go on where an earlier call stopped. `cit-fast presets`
+    lists the methods.
+    """
     from cit_fast.report import collect, comparison_table, write_report
     from cit_fast.run.config import load_config
     from cit_fast.run.loop import ContinualTrainer
@@ -70,6 +72,17 @@ def run(
     report_path = write_report(runs, settings.folder / "report.html", title=settings.name)
     trainer.console.print(comparison_table(runs))
     trainer.console.print(f"Report: {report_path}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def presets() -> None:
+    """List the methods that a configuration can name, each in a sentence."""
+    from cit_fast.methods.config import descriptions
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, says in descriptions().items():
+        table.add_row(f"[bold]{name}[/bold]", says)
+    Console().print(table)
 
 
 @app.command()

@@ -45,7 +45,8 @@ def test_every_file_that_is_named_exists():
             assert (folder / target).exists(), target
 
 
-def test_every_preset_is_in_the_readme():
-    from cit_fast.methods.config import presets
+def test_every_preset_is_in_the_readme_in_its_own_words():
+    from cit_fast.methods.config import descriptions
 
-    assert not [name for name in presets() if f"`{name}`" not in README + GUIDE]
+    rows = re.findall(r"^\| `([\w-]+)` \| (.+?) \| [\w ]*\|$", README, flags=re.MULTILINE)
+    assert rows == list(descriptions().items())

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from cit_fast.errors import DataError
 from cit_fast.key_parts.clauses import Span
+from cit_fast.models.chat import Chat, ask_until_usable, first_list
 from cit_fast.text import cut
-
-if TYPE_CHECKING:
-    from cit_fast.models.chat import Chat
 
 _PROMPT = """\
 An instruction is given to an assistant. Its key parts are the words that decide what the answer contains, how long it \
@@ -50,31 +47,23 @@ def ask_for_key_parts(
         DataError: answers without a usable span, even when asked again. The others' are kept.
         RunError: the model did not answer.
     """
-    found: dict[str, tuple[Span, ...]] = {}
-    answers: dict[str, str] = {}
     dropped = 0
-    for reminder in _REMINDERS:
-        asked = [text for text in instructions if text not in found]
-        replies = chat.complete([_prompt(text, reminder) for text in asked]) if asked else []
-        answers = dict(zip(asked, replies, strict=True))
-        for text, answer in answers.items():
-            spans, foreign = locate(text, read_spans(answer))
-            dropped += foreign
-            if spans:
-                found[text] = spans
-    missing = [text for text in instructions if text not in found]
+
+    def read(instruction: str, answer: str) -> tuple[Span, ...]:
+        nonlocal dropped
+        spans, foreign = locate(instruction, read_spans(answer))
+        dropped += foreign
+        return spans
+
+    found, missing = ask_until_usable(chat, instructions, _PROMPT, _REMINDERS, read, forget=unusable == "error")
     if missing and unusable == "error":
-        chat.forget([_prompt(text, reminder) for text in missing for reminder in _REMINDERS])
+        instruction, answer = next(iter(missing.items()))
         raise DataError(
             f"key_parts.llm: {len(missing)} of {len(instructions)} instructions got no usable key part in "
-            f"{len(_REMINDERS)} attempts; {cut(missing[0])!r} was answered with {cut(answers[missing[0]])!r}. Name a "
+            f"{len(_REMINDERS)} attempts; {cut(instruction)!r} was answered with {cut(answer)!r}. Name a "
             "model that copies spans into a JSON list, or set unusable: none"
         )
     return {text: found.get(text, ()) for text in instructions}, dropped
-
-
-def _prompt(instruction: str, reminder: str) -> str:
-    return _PROMPT.format(instruction=instruction) + reminder
 
 
 def read_spans(answer: str) -> list[str]:
@@ -85,16 +74,10 @@ def read_spans(answer: str) -> list[str]:
     >>> read_spans('Sure: {"key_parts": ["the year", {"span": "in words"}, 3]}')
     ['the year', 'in words']
     """
-    decoder = json.JSONDecoder()
-    for start in (match.start() for match in re.finditer(r"\[", answer)):
-        try:
-            value, _ = decoder.raw_decode(answer, start)
-        except (ValueError, RecursionError):
-            continue
-        items = [_text(item) for item in value]
-        if texts := [item.strip() for item in items if isinstance(item, str) and item.strip()]:
-            return texts
-    return []
+    return first_list(
+        answer,
+        lambda items: [text.strip() for item in items if isinstance(text := _text(item), str) and text.strip()],
+    )
 
 
 def _text(item: Any) -> Any:

@@ -11,18 +11,15 @@ from __future__ import annotations
 import json
 import logging
 import random
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cit_fast.data.example import MASK, Example
 from cit_fast.errors import ConfigError, DataError
+from cit_fast.models.chat import Chat, first_list
 from cit_fast.text import cut
-
-if TYPE_CHECKING:
-    from cit_fast.models.chat import Chat
 
 _log = logging.getLogger(__name__)
 
@@ -106,7 +103,7 @@ def chat_pools(examples: Sequence[Example], chat: Chat, size: int = LARGEST_POOL
     answers = dict(zip(prompts, chat.complete(list(prompts.values())), strict=True))
     pools = {}
     for task, wording in first.items():
-        by_strategy = [list(read_wordings(answers[task, name]))[:each] for name in STRATEGIES]
+        by_strategy = [read_wordings(answers[task, name])[:each] for name in STRATEGIES]
         # One of each strategy in turn: a pool that is cut off has them all.
         found = [one for row in _in_turns(by_strategy) for one in row if one.instruction != wording.instruction]
         pool = tuple({one.instruction: one for one in (wording, *found)}.values())[:size]
@@ -145,22 +142,13 @@ def draw_wordings(examples: Sequence[Example], pools: Pools, rng: random.Random)
 # ------------------------------------------------------------------------------------------------ the chat's words
 
 
-def read_wordings(answer: str) -> Iterator[Wording]:
+def read_wordings(answer: str) -> list[Wording]:
     """The usable wordings of the first JSON list in ``answer`` that has any; what is said around it is left alone.
 
-    >>> list(read_wordings('Sure! [{"instruction": "Name the town.", "key_parts": ["the town"]}]'))
+    >>> read_wordings('Sure! [{"instruction": "Name the town.", "key_parts": ["the town"]}]')
     [Wording(instruction='Name the town.', key_parts=((5, 13),))]
     """
-    decoder = json.JSONDecoder()
-    for start in (match.start() for match in re.finditer(r"\[", answer)):
-        try:
-            value, _ = decoder.raw_decode(answer, start)
-        except (ValueError, RecursionError):
-            continue
-        wordings = [one for item in value if (one := _wording(item)) is not None]
-        if wordings:
-            yield from wordings
-            return
+    return first_list(answer, lambda items: [one for item in items if (one := _wording(item)) is not None])
 
 
 def _wording(item: Any) -> Wording | None:

@@ -83,8 +83,17 @@ def _part_over(key: str, base: Any, given: Any) -> Any:
     return given
 
 
-@functools.cache
 def presets() -> dict[str, dict[str, Any]]:
     """The presets that cit-fast ships: name -> parts."""
+    return {name: {key: part for key, part in keys.items() if key != "says"} for name, keys in _shipped().items()}
+
+
+def descriptions() -> dict[str, str]:
+    """What each preset does, in one sentence: name -> sentence."""
+    return {name: keys["says"] for name, keys in _shipped().items()}
+
+
+@functools.cache
+def _shipped() -> dict[str, dict[str, Any]]:
     text = Path(__file__).with_name("presets.yaml").read_text(encoding="utf-8")
     return typing.cast("dict[str, dict[str, Any]]", yaml.safe_load(text))

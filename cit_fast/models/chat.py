@@ -10,13 +10,14 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from filelock import FileLock
@@ -24,10 +25,9 @@ from tqdm.auto import tqdm
 
 from cit_fast.errors import ConfigError, RunError
 from cit_fast.files import read_checked_json, write_checked_json
-from cit_fast.text import first_line
+from cit_fast.text import cut, first_line
 
-_RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
-_LONGEST_WAIT = 60.0
+_Read = TypeVar("_Read")
 _BAR_FROM = 20  # prompts; fewer are done before one has read it
 
 
@@ -103,11 +103,14 @@ class Chat(ABC):
 
 
 class ChatEndpoint(Chat):
-    """Any server that speaks the OpenAI chat completions protocol.
+    """Any server that speaks the OpenAI chat completions protocol, through the package ``openai``.
+
+    That package makes the connections, repeats requests that failed for a reason that may pass (no connection, a
+    timeout, HTTP 408, 409, 429 and 5xx), and waits in between as long as the server asks.
 
     Args:
         base_url: of the server, up to and without ``/chat/completions`` (``https://api.openai.com/v1``,
-            ``http://localhost:8000/v1``).
+            ``http://localhost:8000/v1``). A redirect is an error: the key goes to this address or nowhere.
         model: the model's name there.
         key_variable: name of the environment variable that holds the key; a variable that is not set means no key,
             which many local servers want. The key itself is read when it is needed, and is never written anywhere.
@@ -115,13 +118,12 @@ class ChatEndpoint(Chat):
         options: further fields of the request, such as ``max_tokens``; ``None`` takes a field away. Without a word
             about it ``temperature`` is 0.
         timeout: seconds until a server that says nothing counts as failed.
-        attempts: requests per prompt at most, >= 1; between them it waits ``backoff`` seconds, then twice as long, or
-            as long as the server asks, but never over a minute.
+        attempts: requests per prompt at most, >= 1.
         concurrency: requests under way at a time, >= 1.
         cache: see :class:`Chat`.
 
     Raises:
-        ConfigError: an option out of range, credentials in the address, or the package requests is missing.
+        ConfigError: an option out of range, credentials in the address, or the package openai is missing.
     """
 
     def __init__(
@@ -134,113 +136,111 @@ class ChatEndpoint(Chat):
         options: Mapping[str, Any] | None = None,
         timeout: float = 60.0,
         attempts: int = 5,
-        backoff: float = 1.0,
         concurrency: int = 8,
         cache: Path | None = None,
     ) -> None:
-        address = urlsplit(base_url)
-        if address.scheme not in {"http", "https"} or not address.hostname:
-            raise ConfigError("base_url: not an http or https address such as https://api.openai.com/v1")
-        if address.username or address.password or address.query:
-            raise ConfigError("base_url: carries credentials or a query; put the key into an environment variable")
+        _check_address(base_url)
         if not key_variable.isidentifier():
             raise ConfigError("key_variable: not the name of an environment variable (it must not be the key itself)")
         for name, value, least in (("attempts", attempts, 1), ("concurrency", concurrency, 1)):
             if value < least:
                 raise ConfigError(f"{name}: {value} is below {least}")
-        if not timeout > 0 or not backoff >= 0:
-            raise ConfigError(f"timeout, backoff: {timeout}, {backoff}; seconds, the first above 0")
-        if importlib.util.find_spec("requests") is None:
-            raise ConfigError("chat model: the package requests is missing; pip install 'cit-fast[llm]'")
-        self.url = f"{base_url.rstrip('/')}/chat/completions"
+        if not timeout > 0:
+            raise ConfigError(f"timeout: {timeout} seconds; expected more than 0")
+        if importlib.util.find_spec("openai") is None:
+            raise ConfigError("chat model: the package openai is missing; pip install 'cit-fast[llm]'")
+        self.base_url, self.url = base_url, f"{base_url.rstrip('/')}/chat/completions"
         self.key_variable, self.timeout, self.attempts = key_variable, timeout, attempts
-        self.backoff, self.concurrency = backoff, concurrency
+        self.concurrency = concurrency
         fields = {"temperature": 0, **(options or {})}
         self.body = {"model": model, **{name: value for name, value in fields.items() if value is not None}}
         self.system = system
         super().__init__({"url": self.url, "system": system, **self.body}, cache)
 
     def _answers(self, prompts: Sequence[str]) -> Iterator[tuple[str, str]]:
-        """Several requests at a time; the first prompt that fails for good ends it, once those under way are done."""
+        """Several requests at a time; after the first prompt that fails no other is asked, and the error is raised."""
         if not prompts:
             return
         stop = threading.Event()
-        todo = iter(prompts)
-        under_way: dict[Future[str], str] = {}
-        failed: list[tuple[str, _FailedError]] = []
+        failed: list[_NoAnswerError] = []
         answered = 0
-        with ThreadPoolExecutor(self.concurrency, thread_name_prefix="chat") as pool:
+        # Left early (Ctrl-C), the client is closed before the pool waits for its threads, which ends their requests.
+        with ThreadPoolExecutor(self.concurrency, thread_name_prefix="chat") as pool, self._client() as client:
+            asked = {pool.submit(self._answer, client, prompt, stop): prompt for prompt in prompts}
             try:
-                while True:
-                    while not failed and len(under_way) < self.concurrency and (prompt := next(todo, None)) is not None:
-                        under_way[pool.submit(self._answer, prompt, stop)] = prompt
-                    if not under_way:
-                        break
-                    for done in wait(under_way, return_when=FIRST_COMPLETED).done:
-                        prompt = under_way.pop(done)
-                        try:
-                            answer = done.result()
-                        except _FailedError as error:
-                            failed.append((prompt, error))
-                            stop.set()
-                        else:
-                            answered += 1
-                            yield prompt, answer
+                for done in as_completed(asked):
+                    try:
+                        answer = done.result()
+                    except _NoAnswerError as error:
+                        failed.append(error)
+                        continue
+                    if answer is not None:
+                        answered += 1
+                        yield asked[done], answer
             finally:
-                stop.set()  # however this ends, nobody waits for another attempt
+                stop.set()
         if failed:
-            where = (
-                f"; the {answered} that came are kept in {self._folder(self.cache)}" if self.cache is not None else ""
-            )
+            kept = f"; the {answered} that came are kept in {self._folder(self.cache)}" if self.cache else ""
             raise RunError(
                 f"{self.url}: no answer to {len(prompts) - answered} of {len(prompts)} prompts "
-                f"({failed[0][1]}){where}{', so the same command goes on from there' if where else ''}"
-            ) from None
+                f"({failed[0]}){kept}{', so the same command goes on from there' if kept else ''}"
+            )
 
-    def _answer(self, prompt: str, stop: threading.Event) -> str:
+    def _client(self) -> Any:
+        from openai import DefaultHttpxClient, OpenAI
+
+        return OpenAI(
+            base_url=self.base_url,
+            api_key=os.environ.get(self.key_variable) or "none",  # given none, it takes that of another variable
+            timeout=self.timeout,
+            max_retries=self.attempts - 1,
+            http_client=DefaultHttpxClient(follow_redirects=False),
+        )
+
+    def _answer(self, client: Any, prompt: str, stop: threading.Event) -> str | None:
+        """The answer to one prompt, or ``None`` where another prompt has failed already."""
+        if stop.is_set():
+            return None
+        try:
+            return self._request(client, prompt)
+        except BaseException:
+            stop.set()
+            raise
+
+    def _request(self, client: Any, prompt: str) -> str:
+        """One answer by ``openai``, whose errors become one line without the key.
+
+        The reply is read as the JSON that it is: not every server names its content type, as the typed reply needs.
+        """
+        from openai import APIConnectionError, APIStatusError, APITimeoutError, Omit
+
+        headers = {} if os.environ.get(self.key_variable) else {"Authorization": Omit()}
         turns = [{"role": "system", "content": self.system}] if self.system else []
-        body = {**self.body, "messages": [*turns, {"role": "user", "content": prompt}]}
-        delay = self.backoff
-        for attempt in range(1, self.attempts + 1):
-            try:
-                return self._request(body)
-            except _FailedError as error:
-                if not error.may_pass or attempt == self.attempts:
-                    raise _FailedError(f"{error}, {attempt} attempts" if attempt > 1 else str(error)) from None
-                pause = error.wait if error.wait is not None else delay
-            delay *= 2
-            if stop.wait(min(pause, _LONGEST_WAIT)):
-                raise _FailedError("given up because another request failed")
-        raise AssertionError
-
-    def _request(self, body: dict[str, Any]) -> str:
-        import requests
-
-        key = os.environ.get(self.key_variable, "")
+        model, fields = self.body["model"], {name: value for name, value in self.body.items() if name != "model"}
         try:
-            # An answer that sends us elsewhere is none: the key goes to the address the user gave, or nowhere.
-            response = requests.post(
-                self.url, json=body, auth=_Bearer(key), timeout=self.timeout, allow_redirects=False
-            )
-        except requests.Timeout:
-            raise _FailedError(f"nothing came within {self.timeout:g} s", may_pass=True) from None
-        except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError) as error:
-            raise _FailedError(f"the connection failed: {type(error).__name__}", may_pass=True) from None
-        except (requests.RequestException, UnicodeError) as error:
-            raise _FailedError(f"the request cannot be made: {type(error).__name__}") from None
-        if response.status_code != 200:
-            hint = f" (is the key in {self.key_variable} right?)" if response.status_code in {401, 403} else ""
-            raise _FailedError(
-                f"HTTP {response.status_code}{hint}: {_excerpt(response.text, key)}",
-                may_pass=response.status_code in _RETRIED,
-                wait=_seconds(response.headers.get("Retry-After")),
-            )
+            reply = client.chat.completions.with_raw_response.create(
+                model=model,
+                messages=[*turns, {"role": "user", "content": prompt}],
+                extra_body=fields,
+                extra_headers=headers,
+            ).text
+        except APITimeoutError:
+            raise _NoAnswerError(f"nothing came within {self.timeout:g} s, {self.attempts} attempts") from None
+        except APIConnectionError as error:
+            cause = type(error.__cause__ or error).__name__
+            raise _NoAnswerError(f"the connection failed: {cause}, {self.attempts} attempts") from None
+        except APIStatusError as error:
+            hint = f" (is the key in {self.key_variable} right?)" if error.status_code in {401, 403} else ""
+            said = _excerpt(error.response.text, self.key_variable)
+            raise _NoAnswerError(f"HTTP {error.status_code}{hint}: {said}") from None
+        except UnicodeError as error:
+            raise _NoAnswerError(f"the request cannot be made: {type(error).__name__}") from None
         try:
-            answer = response.json()["choices"][0]["message"]["content"]
+            answer = json.loads(reply)["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError):
             answer = None
         if not isinstance(answer, str):
-            raise _FailedError(f"no chat completion came back: {_excerpt(response.text, key)}", may_pass=True)
+            raise _NoAnswerError(f"no chat completion came back: {_excerpt(reply, self.key_variable)}")
         return answer.strip()
 
 
@@ -319,37 +319,26 @@ class LocalChat(Chat):
             yield from zip(batch, answers, strict=True)
 
 
-class _FailedError(Exception):
-    """One request that brought no answer; ``may_pass``: another attempt may, after ``wait`` seconds if given."""
-
-    def __init__(self, message: str, may_pass: bool = False, wait: float | None = None) -> None:
-        super().__init__(message)
-        self.may_pass, self.wait = may_pass, wait
+class _NoAnswerError(Exception):
+    """One prompt that got no answer; the message says why."""
 
 
-class _Bearer:
-    """Puts the key on a request. Given as ``auth``, so that requests does not take another one from ~/.netrc."""
+def _check_address(base_url: str) -> None:
+    try:
+        address = urlsplit(base_url)
+        right = address.scheme in {"http", "https"} and bool(address.hostname) and address.port != 0
+    except ValueError:  # a port that is no number
+        right = False
+    if not right:
+        raise ConfigError("base_url: not an http or https address such as https://api.openai.com/v1")
+    if address.username or address.password or address.query:
+        raise ConfigError("base_url: carries credentials or a query; put the key into an environment variable")
 
-    def __init__(self, key: str) -> None:
-        self._key = key
 
-    def __call__(self, request: Any) -> Any:
-        if self._key:
-            request.headers["Authorization"] = f"Bearer {self._key}"
-        return request
-
-
-def _excerpt(text: str, key: str) -> str:
+def _excerpt(text: str, key_variable: str) -> str:
     """The beginning of what a server said, on one line; a key that it repeats is taken out."""
-    if key:
-        text = text.replace(key, "***")
-    line = " ".join(text.split())
-    return repr(line[:200] + ("…" if len(line) > 200 else ""))
-
-
-def _seconds(value: str | None) -> float | None:
-    """Retry-After, where it is a number of seconds; a date is left to the usual wait."""
-    return float(value) if value and value.isdecimal() else None
+    key = os.environ.get(key_variable)
+    return repr(cut(text.replace(key, "***") if key else text, 200))
 
 
 def build_chat(spec: Mapping[str, Any], cache: Path | None) -> Chat:
@@ -365,3 +354,67 @@ def build_chat(spec: Mapping[str, Any], cache: Path | None) -> Chat:
         return ChatEndpoint(**options, cache=cache)
     except TypeError as error:
         raise ConfigError(f"chat model: {str(error).rpartition('() ')[2]}") from None
+
+
+def first_list(answer: str, read: Callable[[list[Any]], list[_Read]]) -> list[_Read]:
+    """What ``read`` makes of the first JSON list in ``answer`` that it can use; empty where it can use none.
+
+    Chat models say things around the list they were asked for, and put lists into objects.
+
+    >>> first_list('Sure [1]: {"names": ["a", "b"]}', lambda items: [item for item in items if isinstance(item, str)])
+    ['a', 'b']
+    """
+    decoder = json.JSONDecoder()
+    for start in (match.start() for match in re.finditer(r"\[", answer)):
+        try:
+            items, _ = decoder.raw_decode(answer, start)
+        except (ValueError, RecursionError):
+            continue
+        if found := read(items):
+            return found
+    return []
+
+
+def ask_until_usable(
+    chat: Chat,
+    instructions: Sequence[str],
+    prompt: str,
+    reminders: Sequence[str],
+    read: Callable[[str, str], _Read],
+    *,
+    forget: bool,
+) -> tuple[dict[str, _Read], dict[str, str]]:
+    """Ask about each instruction until the answer is of use, each time in other words.
+
+    The same words would bring the same answer, from the cache or from a model that does not sample.
+
+    Args:
+        chat: answers the prompts, and keeps what it answered.
+        instructions: distinct ones.
+        prompt: what to ask, with ``{instruction}`` in it.
+        reminders: what each attempt adds to the prompt.
+        read: makes of ``(instruction, answer)`` what is wanted, or something false where the answer is of no use.
+        forget: whether answers of no use are forgotten where no attempt brought a better one, so that the next call
+            asks again.
+
+    Returns:
+        What was read for each instruction, and the last answer about each of the others.
+
+    Raises:
+        RunError: the model did not answer.
+    """
+    found: dict[str, _Read] = {}
+    answers: dict[str, str] = {}
+
+    def asked(instruction: str, reminder: str) -> str:
+        return prompt.format(instruction=instruction) + reminder
+
+    for reminder in reminders:
+        left = [each for each in instructions if each not in found]
+        replies = chat.complete([asked(each, reminder) for each in left]) if left else []
+        answers = dict(zip(left, replies, strict=True))
+        found |= {each: value for each, answer in answers.items() if (value := read(each, answer))}
+    unusable = {each: answer for each, answer in answers.items() if each not in found}
+    if forget:
+        chat.forget([asked(each, reminder) for each in unusable for reminder in reminders])
+    return found, unusable

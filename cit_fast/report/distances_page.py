@@ -11,14 +11,14 @@ from typing import NamedTuple
 
 import matplotlib as mpl
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 from cit_fast.analysis.distances import Matrix, TaskDistances, extremes, how_measured
 from cit_fast.report import figures
+from cit_fast.report.figures import BACKGROUND, FAINT, TEXT, ink, short
+from cit_fast.report.html import data_address, template
 
-_TEMPLATE = Path(__file__).with_name("distances.html.j2")
 _SCRIPT = Path(__file__).with_name("distances.js")
 
 _WHOLE = 7.0, 14.0, 40.0  # inches of the heat map: of a few tasks, of a hundred, and the most that can be drawn
@@ -51,25 +51,16 @@ def draw_distances(result: TaskDistances) -> Pages:
     """The heat map with its dendrogram as a PNG file, and one HTML page that needs no network and no other file: in it
     a cell tells its pair and distance under the pointer, and a table the neighbours of every task.
     """
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATE.parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    light, box = _heat_map(result, figures.LIGHT)
-    dark, _ = _heat_map(result, figures.DARK)
-    width, height = (round(inches * 96) for inches in light.get_size_inches())
-    picture = figures.png(light, all_colours=True)
+    figure, box = _heat_map(result)
+    width, height = (round(inches * 96) for inches in figure.get_size_inches())
+    picture = figures.png(figure, all_colours=True)
     script = _SCRIPT.read_text(encoding="utf-8")
     order = result.order
-    html = environment.get_template(_TEMPLATE.name).render(
+    html = template("distances.html.j2").render(
         result=result,
         summary=_summary(result),
         measured=how_measured(result),
-        light=_data_address(picture),
-        dark=_data_address(figures.png(dark, all_colours=True)),
+        picture=data_address(picture),
         width=width,
         height=height,
         extremes=extremes(result),
@@ -81,10 +72,6 @@ def draw_distances(result: TaskDistances) -> Pages:
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
     )
     return Pages(html, picture)
-
-
-def _data_address(data: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(data).decode("ascii")
 
 
 def _summary(result: TaskDistances) -> str:
@@ -126,20 +113,20 @@ def _data(result: TaskDistances, box: _Box) -> str:
     return json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _heat_map(result: TaskDistances, theme: figures.Theme) -> tuple[Figure, _Box]:
+def _heat_map(result: TaskDistances) -> tuple[Figure, _Box]:
     """The heat map in the order of the tree: tree on the left, names on the right, colours explained on top."""
     count = len(result.names)
     whole = min(max(_WHOLE[0], min(_CELL[0] * count, _WHOLE[1]), _CELL[1] * count), _WHOLE[2])
     cell = whole / count
     font = min(9.5, 0.74 * 72 * cell)
-    names = [figures._short(result.names[k], _NAME_LENGTH) for k in result.order]
+    names = [short(result.names[k], _NAME_LENGTH) for k in result.order]
     named = cell >= 0.99 * _CELL[1]
     text = (0.0085 * font * max(len(name) for name in names) + 0.1) if named else 0.1  # inches
     below = text if named and count <= _MOST_BELOW else 0.15
     large = max(1.0, whole / 10)  # what explains the colours grows with a picture that will be looked at from afar
     tree, above = max(1.1, 0.11 * whole), 0.62 * large
     width, height = 0.1 + tree + whole + max(text, 0.8), above + whole + below
-    figure = Figure(figsize=(width, height), dpi=figures.DPI, facecolor=theme.background)
+    figure = Figure(figsize=(width, height), dpi=figures.DPI, facecolor=BACKGROUND)
     box = _Box((0.1 + tree) / width, above / height, whole / width, whole / height)
 
     ax = figure.add_axes((box.left, 1 - box.top - box.height, box.width, box.height))
@@ -149,24 +136,24 @@ def _heat_map(result: TaskDistances, theme: figures.Theme) -> tuple[Figure, _Box
     high = max(high, low + 1e-9)
     np.fill_diagonal(values, np.nan)
     colours = mpl.colormaps["viridis"]
-    ax.set_facecolor(theme.faint)  # the diagonal: a task and itself
+    ax.set_facecolor(FAINT)  # the diagonal: a task and itself
     image = ax.imshow(
         np.ma.masked_invalid(values), cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest"
     )
     if count <= _MOST_WRITTEN:
         for i, j in zip(*np.nonzero(~np.eye(count, dtype=bool)), strict=True):
-            ink = figures._ink(colours((values[i, j] - low) / (high - low)))
+            shade = ink(colours((values[i, j] - low) / (high - low)))
             size = min(9.5, 72 * cell / 3.1)
-            ax.text(j, i, result.number(values[i, j]), ha="center", va="center", fontsize=size, color=ink)
+            ax.text(j, i, result.number(values[i, j]), ha="center", va="center", fontsize=size, color=shade)
     ax.yaxis.tick_right()
     ax.set_yticks(range(count) if named else [], names if named else [])
     under = range(count) if named and count <= _MOST_BELOW else []
     ax.set_xticks(under, names if under else [], rotation=90)
-    ax.tick_params(length=0, pad=2, colors=theme.text, labelsize=font)
+    ax.tick_params(length=0, pad=2, colors=TEXT, labelsize=font)
     ax.spines[:].set_visible(False)
 
     left = figure.add_axes((0.1 / width, 1 - box.top - box.height, (tree - 0.04) / width, box.height))
-    left.add_collection(LineCollection(_branches(result), colors=theme.text, linewidths=1.2))
+    left.add_collection(LineCollection(_branches(result), colors=TEXT, linewidths=1.2))
     left.set_ylim(count - 0.5, -0.5)
     left.set_xlim(1.02 * max(float(result.tree[:, 2].max()), 1e-9), 0)
     left.set_axis_off()
@@ -175,10 +162,8 @@ def _heat_map(result: TaskDistances, theme: figures.Theme) -> tuple[Figure, _Box
     scale = figure.add_axes((box.left, 1 - 0.3 * large / height, across / width, 0.13 * large / height))
     bar = figure.colorbar(image, cax=scale, orientation="horizontal")
     bar.outline.set_visible(False)
-    scale.tick_params(colors=theme.text, labelsize=8.5 * large, length=2 * large)
-    scale.text(
-        1.03, 0.5, "distance", transform=scale.transAxes, ha="left", va="center", fontsize=9 * large, color=theme.text
-    )
+    scale.tick_params(colors=TEXT, labelsize=8.5 * large, length=2 * large)
+    scale.text(1.03, 0.5, "distance", transform=scale.transAxes, ha="left", va="center", fontsize=9 * large, color=TEXT)
     return figure, box
 
 

@@ -4,25 +4,6 @@ from __future__ import annotations
 
 from cit_fast.report.collect import Runs, RunView, number
 
-_PLAIN_NAMES = {
-    "sequential": "plain fine-tuning",
-    "joint": "training on all tasks at once",
-    "random-replay": "random replay",
-    "ema": "averaged weights",
-    "lcia-ema": "weights averaged at the speed their gradients give",
-    "lcia-ema-paper": "weights averaged by the rule of the LCIA paper",
-    "lcia": "an adapter per group of like tasks",
-    "lcia-paper": "an adapter per group of like tasks, averaged by the rule of the paper",
-    "switchcit": "an adapter per task, picked by a switch network",
-    "oracle": "an adapter per task, picked by who knows the task",
-    "replay-ema": "random replay with averaged weights",
-    "inscl": "replay of what is far and says much",
-    "inscl-uniform": "replay of what is far and says much, every instruction weighing the same",
-    "inscl-no-insinfo": "replay of what is far",
-    "prototype-data": "replay of typical examples",
-    "prototype-instruction": "replay of typical instructions",
-    "diverse-instruction": "replay of instructions unlike the new ones",
-}
 _MOST_RUNS = 4
 
 
@@ -44,7 +25,7 @@ def headline(runs: Runs) -> str:
     sentences = []
     chosen = _chosen(continual)
     if chosen:
-        sentences.append(_capital("; ".join(_clause(view) for view in chosen)) + ".")
+        sentences.append("; ".join(_clause(view) for view in chosen) + ".")
     baseline = next((view for view in chosen if view.record.method_name == "sequential"), None)
     best = min(chosen, key=_forgot, default=None)
     # The difference of the values as shown, which is what a reader works out.
@@ -57,7 +38,7 @@ def headline(runs: Runs) -> str:
     for view in rest[:2]:
         bound = ", the upper bound" if view.is_joint and continual else ""
         points = number(view.metrics.average_performance)
-        sentences.append(_capital(f"{_name(view)} reached an average of {points} points{bound}."))
+        sentences.append(f"{view.label} reached an average of {points} points{bound}.")
     if not sentences:
         sentences.append("The runs hold no scores from which average or forgetting could be computed.")
     if len(chosen) < len(continual):
@@ -80,7 +61,7 @@ def _forgot(view: RunView) -> float:
 
 def _clause(view: RunView) -> str:
     forgot = round(_forgot(view), 1) + 0.0
-    subject = _name(view)
+    subject = view.label
     if view.replayed:
         new = sum(stage.train_examples for stage in view.trained)
         share = f" ({number(100 * view.replayed / new)} % of the new ones)" if new else ""
@@ -93,12 +74,3 @@ def _clause(view: RunView) -> str:
     if view.metrics.average_performance is None:
         return f"{subject} {what}"
     return f"{subject} {what} and ended at an average of {number(view.metrics.average_performance)}"
-
-
-def _name(view: RunView) -> str:
-    plain = _PLAIN_NAMES.get(view.record.method_name)
-    return f"{plain} ({view.label})" if plain else view.label
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import os
 import re
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from cit_fast.errors import RunError
@@ -20,14 +18,15 @@ from cit_fast.evaluation.predictions import Prediction, predictions_path, read_p
 from cit_fast.evaluation.records import StageRecord, check_files
 from cit_fast.evaluation.violations import KINDS, TaskSetScores
 from cit_fast.files import write_file, write_json
+from cit_fast.methods.config import descriptions
 from cit_fast.report import figures
-from cit_fast.report.collect import COLUMNS, Runs, RunView, collect, coverage, number
+from cit_fast.report.collect import COLUMNS, Runs, RunView, collect, coverage
 from cit_fast.report.headline import headline
+from cit_fast.report.html import data_address, template
 from cit_fast.report.routing import decisions, has_routing
 from cit_fast.report.table import comparison_rows
 from cit_fast.report.values import report_values
 
-_TEMPLATE = Path(__file__).with_name("page.html.j2")
 _RIGHT = 99.95
 _SHOWN_OF_EACH = 2
 _LONGEST_TEXT = 700
@@ -36,12 +35,9 @@ _SHOWN_RANKED = 20
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture on the page: data addresses for a light and a dark page, its text alternative and its
-    caption.
-    """
+    """A picture on the page: its data address, its size in pixels, its text alternative and its caption."""
 
-    light: str
-    dark: str
+    address: str
     width: int
     height: int
     alt: str
@@ -51,9 +47,8 @@ class Picture:
 def write_report(runs: Runs | Sequence[Path], output: Path | None = None, *, title: str | None = None) -> Path:
     """Write the report of these runs.
 
-    The page needs no network and no other file; the same pictures lie beside it in ``<name>-figures/`` (and,
-    drawn for dark pages, in ``<name>-figures/dark/``), and its values in ``<name>-values.json``. Runs under way are
-    shown as far as they are.
+    The page needs no network and no other file; the same pictures lie beside it in ``<name>-figures/``, and its values
+    in ``<name>-values.json``. Runs under way are shown as far as they are.
 
     Args:
         runs: what :func:`cit_fast.report.collect` read, or folders of one run or more; those on the same tasks are
@@ -94,20 +89,18 @@ def _title(runs: Runs) -> str:
 
 
 class _Album:
-    """Draws pictures for both kinds of page, files them and hands them to the page."""
+    """Files pictures and hands them to the page."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._names: set[str] = set()
 
-    def picture(self, name: str, draw: Callable[[figures.Theme], Figure], alt: str, caption: str) -> Picture:
-        name = self._unique(name)
-        (self._folder / "dark").mkdir(parents=True, exist_ok=True)
-        light, dark = figures.png(figure := draw(figures.LIGHT)), figures.png(draw(figures.DARK))
-        (self._folder / f"{name}.png").write_bytes(light)
-        (self._folder / "dark" / f"{name}.png").write_bytes(dark)
+    def picture(self, name: str, figure: Figure, alt: str, caption: str) -> Picture:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        data = figures.png(figure)
+        (self._folder / f"{self._unique(name)}.png").write_bytes(data)
         width, height = (round(inches * 96) for inches in figure.get_size_inches())
-        return Picture(_data_address(light), _data_address(dark), width, height, alt, caption)
+        return Picture(data_address(data), width, height, alt, caption)
 
     def _unique(self, name: str) -> str:
         slug = re.sub(r"[^A-Za-z0-9.+-]+", "-", name)[-80:].strip("-.") or "picture"
@@ -119,23 +112,12 @@ class _Album:
         return candidate
 
 
-def _data_address(data: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(data).decode("ascii")
-
-
 def _render(runs: Runs, title: str, album: _Album) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATE.parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["number"] = number
-    return environment.get_template(_TEMPLATE.name).render(
+    return template("page.html.j2").render(
         title=title,
         headline=headline(runs),
         notes=runs.notes,
+        methods=[(view.label, says) for view in runs.compared if (says := descriptions().get(view.record.method_name))],
         # What says how answers keep to their instructions stands in a table of its own, below.
         columns=[column for column in COLUMNS if not column.answers],
         rows=[
@@ -181,7 +163,7 @@ def _comparison(runs: Runs, album: _Album) -> list[Picture]:
         pictures.append(
             album.picture(
                 "comparison",
-                lambda theme: figures.comparison_figure(views, theme),
+                figures.comparison_figure(views),
                 "Bars: every measure of the table above, run by run",
                 "The table as bars. ↑ more is better, ↓ less is better."
                 + ("" if all(view.is_complete for view in views) else " A faded bar is a run that is not complete."),
@@ -196,7 +178,7 @@ def _curves(views: list[RunView], name: str, album: _Album) -> Picture:
     joint = " A dashed horizontal line is a joint run." if any(view.is_joint for view in views) else ""
     return album.picture(
         name,
-        lambda theme: figures.task_curves_figure(views, theme),
+        figures.task_curves_figure(views),
         "Lines: score of each task after each stage",
         f"Score of each task over the stages. The large filled mark is the stage that trained the task.{joint}",
     )
@@ -207,7 +189,7 @@ def _section(view: RunView, runs: Runs, album: _Album) -> dict[str, Any]:
     pictures = [
         album.picture(
             f"{view.label}-scores",
-            lambda theme: figures.score_matrix_figure(view, theme),
+            figures.score_matrix_figure(view),
             f"Heat map: score matrix of {view.label}",
             "Score of every task (columns) after every stage (rows). A frame marks what the stage has just trained.",
         )
@@ -218,7 +200,7 @@ def _section(view: RunView, runs: Runs, album: _Album) -> dict[str, Any]:
         pictures.append(
             album.picture(
                 f"{view.label}-replay",
-                lambda theme: figures.replay_figure(view, theme),
+                figures.replay_figure(view),
                 f"Heat map: examples that {view.label} replayed",
                 "Examples of each earlier task (columns) replayed during each stage (rows).",
             )
@@ -227,7 +209,7 @@ def _section(view: RunView, runs: Runs, album: _Album) -> dict[str, Any]:
         pictures.append(
             album.picture(
                 f"{view.label}-distances",
-                lambda theme: figures.distance_figure(view, theme),
+                figures.distance_figure(view),
                 f"Heat map: distances between tasks that {view.label} measured",
                 "Distance of each earlier task (columns) to the task that arrived (rows). "
                 "The farther a task, the more of it was replayed.",
@@ -237,7 +219,7 @@ def _section(view: RunView, runs: Runs, album: _Album) -> dict[str, Any]:
         pictures.append(
             album.picture(
                 f"{view.label}-gains",
-                lambda theme: figures.gain_figure(view, theme),
+                figures.gain_figure(view),
                 f"Heat map: information gain of the key parts of each task, as {view.label} measured it",
                 "Mean information gain of the key parts of each earlier task (columns) when a new task arrived (rows): "
                 "near 0 the model answers as if the words that define the task were not there. A frame marks the tasks "
@@ -248,7 +230,7 @@ def _section(view: RunView, runs: Runs, album: _Album) -> dict[str, Any]:
         pictures.append(
             album.picture(
                 f"{view.label}-routing",
-                lambda theme: figures.routing_figure(view, theme),
+                figures.routing_figure(view),
                 f"Heat map: which adapter set of {view.label} answered which task",
                 "Share of each task's prompts (rows) that each adapter set (columns) answered after the last stage. "
                 "A frame marks the set that the task trained; prompts of a task that trained none belong to the base "
@@ -259,7 +241,7 @@ def _section(view: RunView, runs: Runs, album: _Album) -> dict[str, Any]:
         pictures.append(
             album.picture(
                 f"{view.label}-balance-weights",
-                lambda theme: figures.balance_weight_figure(view, theme),
+                figures.balance_weight_figure(view),
                 f"Lines: balance weights of {view.label} over steps",
                 "Balance weight (share of the new weights in the average) over parameter tensors; below, the share of "
                 "tensors whose weight fell back to its constant.",
@@ -269,7 +251,7 @@ def _section(view: RunView, runs: Runs, album: _Album) -> dict[str, Any]:
         pictures.append(
             album.picture(
                 f"{view.label}-loss",
-                lambda theme: figures.loss_figure(view, theme),
+                figures.loss_figure(view),
                 f"Line: training loss of {view.label}",
                 "Training loss over optimizer steps.",
             )

@@ -255,7 +255,7 @@ def test_every_cell_has_the_colour_of_its_distance():
     import matplotlib as mpl
 
     result = made_up(25)  # too many to be written into the cells
-    _, box = distances_page._heat_map(result, figures.LIGHT)
+    _, box = distances_page._heat_map(result)
     image = Image.open(io.BytesIO(distances_page.draw_distances(result).png)).convert("RGB")
     values = result.distances[np.ix_(result.order, result.order)]
     low, high = values[values > 0].min(), values.max()
@@ -303,7 +303,7 @@ def test_the_page_of_many_tasks_has_neighbours_and_no_matrix():
 
 @pytest.mark.parametrize("count", [2, 12, 70, 650])
 def test_the_picture_stays_of_a_size_that_can_be_drawn(count):
-    figure, box = distances_page._heat_map(made_up(count), figures.LIGHT)
+    figure, box = distances_page._heat_map(made_up(count))
     width, height = figure.get_size_inches()
     assert max(width, height) * figures.DPI < 8000
     assert 0 < box.left < box.left + box.width < 1

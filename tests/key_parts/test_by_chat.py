@@ -23,7 +23,7 @@ def completion(text: str) -> tuple[int, dict, dict]:
 
 
 def source(server, **options):
-    fast = {"key_variable": "CIT_FAST_TEST_KEY", "backoff": 0.01, "timeout": 5.0}
+    fast = {"key_variable": "CIT_FAST_TEST_KEY", "timeout": 5.0}
     return {"llm": {"base_url": server.url, "model": "stub", **fast, **options}}
 
 

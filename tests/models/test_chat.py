@@ -19,7 +19,7 @@ def key(monkeypatch):
 
 
 def endpoint(server, cache=None, **options) -> ChatEndpoint:
-    fast = {"key_variable": "CIT_FAST_TEST_KEY", "backoff": 0.01, "timeout": 5.0}
+    fast = {"key_variable": "CIT_FAST_TEST_KEY", "attempts": 1, "timeout": 5.0}
     return ChatEndpoint(server.url, "stub", cache=cache, **{**fast, **options})
 
 
@@ -38,7 +38,7 @@ def test_answers_in_order_and_every_prompt_once(serve):
         assert chat.complete([]) == []
     assert sorted(server.prompts) == ["a", "b"]
     headers, body = server.requests[0]
-    assert headers["Authorization"] == f"Bearer {KEY}"
+    assert headers["authorization"] == f"Bearer {KEY}"
     assert body["path"] == "/v1/chat/completions"
     assert {key: body[key] for key in ("model", "temperature", "max_tokens")} == {
         "model": "stub",
@@ -52,10 +52,13 @@ def test_no_key_and_no_key_of_someone_else(serve, monkeypatch, tmp_path):
     monkeypatch.delenv("CIT_FAST_TEST_KEY")
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password mine\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-another-server")
+    monkeypatch.setenv("OPENAI_ADMIN_KEY", "sk-of-the-owner")
     with serve(echo) as server:
-        endpoint(server, options={"temperature": None}).complete(["a"])
+        endpoint(server, options={"temperature": None, "top_k": 1}).complete(["a"])
     headers, body = server.requests[0]
-    assert "Authorization" not in headers
+    assert "authorization" not in headers
+    assert body["top_k"] == 1  # a field that only some servers know
     assert "temperature" not in body
 
 
@@ -71,53 +74,31 @@ def test_several_at_a_time_but_no_more_than_allowed(serve):
     assert server.most_at_once == 3
 
 
-@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
-def test_what_may_pass_is_tried_again(serve, status):
-    def respond(prompt, attempt):
-        return completion("at last") if attempt == 3 else (status, {"error": "busy"}, {})
-
-    with serve(respond) as server:
-        assert endpoint(server).complete(["a"]) == ["at last"]
-    assert len(server.requests) == 3
+def test_what_may_pass_is_tried_again(serve):
+    with serve(lambda _, attempt: completion("at last") if attempt == 2 else (503, {}, {})) as server:
+        assert endpoint(server, attempts=2).complete(["a"]) == ["at last"]
+    assert len(server.requests) == 2
 
 
 @pytest.mark.parametrize(
     "garbage", ["<html>busy</html>", {}, {"choices": []}, {"choices": [{"message": {"content": None}}]}, [1], ""]
 )
-def test_a_reply_that_is_no_completion_is_tried_again(serve, garbage):
-    def respond(prompt, attempt):
-        return completion("at last") if attempt == 2 else (200, garbage, {})
-
-    with serve(respond) as server:
-        assert endpoint(server).complete(["a"]) == ["at last"]
-        with pytest.raises(RunError, match=r"no answer to 1 of 1 prompts \(no chat completion came back: "):
-            endpoint(server, attempts=1).complete(["b"])
-
-
-def test_the_server_says_how_long_to_wait(serve):
-    def respond(prompt, attempt):
-        return completion("ok") if attempt == 2 else (429, {}, {"Retry-After": "1"})
-
-    with serve(respond) as server:
-        started = time.monotonic()
-        assert endpoint(server, backoff=0.0).complete(["a"]) == ["ok"]
-        assert time.monotonic() - started >= 1
+def test_a_reply_that_is_no_completion(serve, garbage):
+    message = r"no answer to 1 of 1 prompts \(no chat completion came back: "
+    with serve(lambda *_: (200, garbage, {})) as server, pytest.raises(RunError, match=message):
+        endpoint(server).complete(["b"])
 
 
 def test_a_server_that_says_nothing_times_out_and_is_reported(serve):
-    with serve(lambda prompt, attempt: (200, 0.4, {})) as server:
-        chat = endpoint(server, timeout=0.1, attempts=2)
-        with pytest.raises(
-            RunError, match=r"chat/completions: no answer to 1 of 1 prompts \(nothing came within 0.1 s, 2 attempts\)$"
-        ):
-            chat.complete(["a"])
-    assert len(server.requests) == 2
+    message = r"chat/completions: no answer to 1 of 1 prompts \(nothing came within 0.1 s, 1 attempts\)$"
+    with serve(lambda *_: (200, 0.4, {})) as server, pytest.raises(RunError, match=message):
+        endpoint(server, timeout=0.1).complete(["a"])
 
 
 def test_no_server(serve):
     with serve(echo) as server:
-        chat = endpoint(server, attempts=2)
-    with pytest.raises(RunError, match="the connection failed: ConnectionError, 2 attempts"):
+        chat = endpoint(server)
+    with pytest.raises(RunError, match="the connection failed: ConnectError, 1 attempts"):
         chat.complete(["a"])
 
 
@@ -125,7 +106,7 @@ def test_no_server(serve):
 def test_what_will_not_pass_is_asked_once(serve, status):
     refusal = status, {"error": "no"}, {"Location": "http://127.0.0.1:1/"}
     with serve(lambda *_: refusal) as server, pytest.raises(RunError, match=f"HTTP {status}") as caught:
-        endpoint(server, concurrency=1).complete(["a", "b"])
+        endpoint(server, attempts=3, concurrency=1).complete(["a", "b"])
     assert len(server.requests) == 1
     assert ("is the key in CIT_FAST_TEST_KEY right?" in str(caught.value)) == (status in {401, 403})
 
@@ -138,29 +119,16 @@ def test_what_came_before_a_failure_is_kept_and_never_asked_again(serve, tmp_pat
         return (500, {}, {}) if prompt == "c" and down.is_set() else completion(prompt.upper())
 
     with serve(respond) as server:
-        chat = endpoint(server, tmp_path, attempts=2, concurrency=1)
-        with pytest.raises(
-            RunError, match=r"no answer to 2 of 4 prompts \(HTTP 500: '{}', 2 attempts\); the 2 that came"
-        ):
+        chat = endpoint(server, tmp_path, concurrency=1)
+        with pytest.raises(RunError, match=r"no answer to 2 of 4 prompts \(HTTP 500: '{}'\); the 2 that came"):
             chat.complete(["a", "b", "c", "d"])
-        assert server.prompts == ["a", "b", "c", "c"]
+        assert server.prompts == ["a", "b", "c"]
         down.clear()
         again = endpoint(server, tmp_path, concurrency=1)
         assert again.complete(["a", "b", "c", "d"]) == ["A", "B", "C", "D"]
-        assert server.prompts[4:] == ["c", "d"]
+        assert server.prompts[3:] == ["c", "d"]
         assert endpoint(server, tmp_path, system="other").complete(["a"]) == ["A"]  # other words, another answer
-        assert server.prompts[6:] == ["a"]
-
-
-def test_a_failure_does_not_wait_for_the_others_to_give_up(serve):
-    def respond(prompt, attempt):
-        return (401, {}, {}) if prompt == "bad" else (503, {}, {"Retry-After": "30"})
-
-    with serve(respond) as server:
-        started = time.monotonic()
-        with pytest.raises(RunError, match="HTTP 401"):
-            endpoint(server, concurrency=4).complete(["a", "b", "bad", "c"])
-        assert time.monotonic() - started < 5
+        assert server.prompts[5:] == ["a"]
 
 
 def test_damaged_answers_are_asked_again(serve, tmp_path):
@@ -201,7 +169,7 @@ def test_the_key_is_nowhere_but_in_the_request(serve, tmp_path, caplog, capfd):
         chat = endpoint(server, tmp_path, concurrency=1)
         with pytest.raises(RunError) as caught:
             chat.complete(["a", "b"])
-    assert server.requests[0][0]["Authorization"] == f"Bearer {KEY}"
+    assert server.requests[0][0]["authorization"] == f"Bearer {KEY}"
     texts = [str(caught.value), repr(chat), repr(vars(chat)), caplog.text, *capfd.readouterr()]
     texts += [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
     assert len(texts) > 6
@@ -220,7 +188,8 @@ def test_the_key_is_nowhere_but_in_the_request(serve, tmp_path, caplog, capfd):
         ({"key_variable": "sk-secret"}, "key_variable: not the name of an environment variable"),
         ({"attempts": 0}, "attempts: 0 is below 1"),
         ({"concurrency": 0}, "concurrency: 0 is below 1"),
-        ({"timeout": 0}, "timeout, backoff: 0, 1.0"),
+        ({"base_url": "http://host:port/v1"}, "base_url: not an http or https address"),
+        ({"timeout": 0}, "timeout: 0 seconds; expected more than 0"),
         ({"api_key": "sk-secret"}, "unexpected keyword argument 'api_key'"),
     ],
 )
@@ -230,7 +199,7 @@ def test_bad_options(options, message):
     assert "secret" not in str(caught.value)
 
 
-def test_without_requests(monkeypatch):
+def test_without_openai(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'cit-fast\[llm\]'"):
         build_chat({"base_url": "http://host/v1", "model": "m"}, None)

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from ablations import ABLATIONS
 
 from cit_fast.errors import ConfigError
 from cit_fast.methods.config import Part, presets
@@ -180,8 +181,8 @@ def test_overriding_one_key_of_a_task_given_by_name_or_path(tmp_path):
     ]
 
 
-def test_every_preset_builds_its_parts(tmp_path):
-    config = RunConfig.model_validate({"methods": list(presets())})
+def test_every_preset_and_every_ablation_builds_its_parts():
+    config = RunConfig.model_validate({"methods": [*presets(), *ABLATIONS.values()]})
     for method in config.methods:
         for kind in PARTS:
             assert build_part(kind, getattr(method, kind), method.name) is not None

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from ablations import spelled
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -60,7 +61,7 @@ def losses(stages) -> list[list[float]]:
 
 
 def test_presets_at_the_budget_of_random_replay(settings, stream):
-    runs = run(settings, stream, methods=METHODS)
+    runs = run(settings, stream, methods=spelled(METHODS))
     totals = {name: [sum(stage.replayed.values()) for stage in stages] for name, stages in runs.items()}
     assert totals == {name: [0, 0, 2, 4] for name in METHODS}
     for name in METHODS[1:]:
@@ -83,7 +84,7 @@ def test_presets_at_the_budget_of_random_replay(settings, stream):
 
 def test_cit_fast_replays_compares_and_averages(settings, stream):
     names = ["cit-fast", "cit-fast-no-replay", "cit-fast-no-objective", "cit-fast-no-update"]
-    for name, stages in run(settings, stream, methods=names).items():
+    for name, stages in run(settings, stream, methods=spelled(names)).items():
         without = name.rpartition("-no-")[2]
         assert [sum(stage.replayed.values()) for stage in stages] == [
             0,
@@ -279,7 +280,7 @@ def test_two_processes_equal_one(settings, stream, tmp_path, full, sharded):
 
 
 def test_the_options_of_a_preset_reach_its_parts(settings, stream):
-    method = {"preset": "kpig-fixed-temperature", "objective": {"lambda_": 0.5}}
+    method = {"preset": "kpig", "objective": {"temperature": 1.0, "lambda_": 0.5}}
     trainer = ContinualTrainer({**settings, "methods": [method]}, stream=stream, console=Console(quiet=True))
     options = trainer.config.methods[0].objective.options
     assert options == {"temperature": 1.0, "lambda_": 0.5}

@@ -17,7 +17,7 @@ class StubServer:
 
     def __init__(self, respond) -> None:
         self.respond = respond
-        self.requests: list[tuple[dict, dict]] = []  # (headers, body)
+        self.requests: list[tuple[dict, dict]] = []  # (headers under lower-case names, body)
         self.attempts: dict[str, int] = {}
         self.at_once = self.most_at_once = 0
         self._lock = threading.Lock()
@@ -53,7 +53,7 @@ class StubServer:
         body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
         prompt = body["messages"][-1]["content"]
         with self._lock:
-            self.requests.append((dict(handler.headers), {**body, "path": handler.path}))
+            self.requests.append(({k.lower(): v for k, v in handler.headers.items()}, {**body, "path": handler.path}))
             attempt = self.attempts[prompt] = self.attempts.get(prompt, 0) + 1
             self.at_once += 1
             self.most_at_once = max(self.most_at_once, self.at_once)
@@ -64,7 +64,8 @@ class StubServer:
         else:
             payload = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
             handler.send_response(status)
-            for name, value in {**headers, "Content-Length": str(len(payload))}.items():
+            fields = {"Content-Type": "application/json", "Content-Length": str(len(payload))}
+            for name, value in {**headers, **fields}.items():
                 handler.send_header(name, value)
             handler.end_headers()
             handler.wfile.write(payload)

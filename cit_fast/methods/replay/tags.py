@@ -8,7 +8,6 @@ by their embeddings are replaced by the most frequent of them.
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -19,11 +18,11 @@ import simplemma
 
 from cit_fast.errors import ConfigError, DataError
 from cit_fast.methods.replay.insinfo import tag_frequencies
+from cit_fast.models.chat import Chat, ask_until_usable, first_list
 from cit_fast.text import LETTERS, cut
 
 if TYPE_CHECKING:
     from cit_fast.embeddings.embedder import Embedder
-    from cit_fast.models.chat import Chat
 
 
 @runtime_checkable  # a part's options are checked against their types
@@ -222,10 +221,6 @@ _REMINDERS = (
 )
 
 
-def _prompt(instruction: str, reminder: str) -> str:
-    return _PROMPT.format(instruction=instruction) + reminder
-
-
 class LLMTagger:
     """Tags by a chat model that is asked for a JSON list of them, in the manner of InsTag.
 
@@ -251,23 +246,24 @@ class LLMTagger:
             DataError: answers without tags, even when asked again. The others' are kept.
             RunError: the model did not answer.
         """
-        found: dict[str, list[str]] = {}
-        answers: dict[str, str] = {}
-        for reminder in _REMINDERS:
-            asked = [each for each in dict.fromkeys(instructions) if each not in found]
-            prompts = [_prompt(each, reminder) for each in asked]
-            answers = dict(zip(asked, self.chat.complete(prompts), strict=True)) if asked else {}
-            found |= {each: tags for each, answer in answers.items() if (tags := read_tags(answer))}
-        missing = [each for each in dict.fromkeys(instructions) if each not in found]
+        distinct = list(dict.fromkeys(instructions))
+        found, missing = ask_until_usable(
+            self.chat,
+            distinct,
+            _PROMPT,
+            _REMINDERS,
+            lambda _, answer: read_tags(answer),
+            forget=self.unusable == "error",
+        )
         if missing and self.unusable == "error":
-            self.chat.forget([_prompt(each, reminder) for each in missing for reminder in _REMINDERS])
+            instruction, answer = next(iter(missing.items()))
             raise DataError(
-                f"tagger: {len(missing)} of {len(set(instructions))} instructions got no tags from the chat model in "
-                f"{len(_REMINDERS)} attempts; {cut(missing[0])!r} was answered with {cut(answers[missing[0]])!r}. "
+                f"tagger: {len(missing)} of {len(distinct)} instructions got no tags from the chat model in "
+                f"{len(_REMINDERS)} attempts; {cut(instruction)!r} was answered with {cut(answer)!r}. "
                 "Name a model that answers in JSON, or set unusable: offline"
             )
         self.replaced = len(missing)
-        found |= dict(zip(missing, OfflineTagger().tags(missing), strict=True))
+        found |= dict(zip(missing, OfflineTagger().tags(list(missing)), strict=True))
         return [found[each] for each in instructions]
 
 
@@ -279,13 +275,9 @@ def read_tags(answer: str) -> list[str]:
     >>> read_tags('Sure! [{"tag": "news", "explanation": "..."}, "summary"]')
     ['news', 'summary']
     """
-    decoder = json.JSONDecoder()
-    for start in (match.start() for match in re.finditer(r"\[", answer)):
-        try:
-            value, _ = decoder.raw_decode(answer, start)
-        except (ValueError, RecursionError):
-            continue
-        items: list[Any] = [item.get("tag") if isinstance(item, dict) else item for item in value]
-        if tags := [item.strip() for item in items if isinstance(item, str) and normalise(item)]:
-            return tags
-    return []
+
+    def read(items: list[Any]) -> list[str]:
+        texts = [item.get("tag") if isinstance(item, dict) else item for item in items]
+        return [text.strip() for text in texts if isinstance(text, str) and normalise(text)]
+
+    return first_list(answer, read)

@@ -30,7 +30,7 @@ def wordings(count: int, mark: str) -> str:
 @pytest.fixture
 def chat_at(tmp_path):
     def make(server, **options):
-        return ChatEndpoint(server.url, "stub", cache=tmp_path / "chat", backoff=0.01, **options)
+        return ChatEndpoint(server.url, "stub", cache=tmp_path / "chat", **options)
 
     return make
 

@@ -235,7 +235,7 @@ def test_tags_of_a_chat_model_are_asked_once_for_all_tasks(serve, model, tmp_pat
         return completion(json.dumps([{"tag": word, "explanation": ""} for word in text.split()]))
 
     with serve(respond) as server:
-        tagger = {"base_url": server.url, "model": "stub", "key_variable": "NO_KEY", "backoff": 0.0}
+        tagger = {"base_url": server.url, "model": "stub", "key_variable": "NO_KEY"}
         asked = stage(model, [COLOURS], FRUIT, cache=tmp_path)
         with pytest.raises(Exception, match="1 of 4 instructions got no tags from the chat model in 3 attempts"):
             _, record = select(InsCLReplay(tagger=tagger), asked)

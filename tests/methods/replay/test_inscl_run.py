@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from ablations import spelled
 from rich.console import Console
 
 from cit_fast import ContinualTrainer
@@ -70,7 +71,7 @@ def run(settings, stream, **more) -> dict[str, list]:
 
 
 def test_every_preset_replays_as_much_as_random_replay(settings, stream):
-    runs = run(settings, stream, methods=METHODS)
+    runs = run(settings, stream, methods=spelled(METHODS))
     totals = {name: [sum(stage.replayed.values()) for stage in stages] for name, stages in runs.items()}
     assert totals == {name: [0, 0, 2, 4] for name in METHODS}
     for name in ("inscl", "inscl-uniform", "inscl-no-insinfo"):

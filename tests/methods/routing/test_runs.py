@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from ablations import spelled
 from rich.console import Console
 
 from cit_fast import ContinualTrainer
@@ -24,7 +25,7 @@ PRESETS = ["lcia", "switchcit", "oracle", "cit-fast-switch"]
 
 
 def run(settings, stream, method, **more) -> Path:
-    settings = {**settings, "methods": [method], **more}
+    settings = {**settings, "methods": spelled([method]), **more}
     return ContinualTrainer(settings, stream=stream, console=Console(quiet=True)).run()[0]
 
 
