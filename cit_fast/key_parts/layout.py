@@ -16,9 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import torch
-
-from cit_fast.key_parts.pairs import EncodedPair, PairCollator, shared_prefix
+from cit_fast.key_parts.pairs import BranchedRow, EncodedPair, PairCollator, of_pairs, shared_prefix
 from cit_fast.models.collation import padded_length
 from cit_fast.models.prompts import IGNORED, Encoded
 
@@ -87,49 +85,15 @@ class GroupingCollator:
         plan: Sequence[tuple[list[int], int]],
     ) -> dict[str, Any]:
         width = padded_length(max(_places(sequences, *row) for row in plan), self.pairs.lengths)
-        fill = {
-            "input_ids": self.pairs.pad_token_id, "labels": IGNORED, "position_ids": 0, "branch": -1, "visible": 0
-        }  # fmt: skip
-        columns: dict[str, list[list[int]]] = {name: [] for name in fill}
+        rows: list[BranchedRow] = []
         starts = [0] * len(sequences)  # the flat place where token 0 of a sequence would be
         for number, (members, common) in enumerate(plan):
-            row = {
-                "input_ids": sequences[members[0]].ids[:common],
-                "labels": [IGNORED] * common,
-                "position_ids": list(range(common)),
-                "branch": [0] * common,
-                "visible": [0] * common,
-            }
-            for branch, member in enumerate(members, start=1):
-                one = sequences[member]
-                rest = len(one.ids) - common
-                starts[member] = number * width + len(row["input_ids"]) - common
-                row["input_ids"] = row["input_ids"] + one.ids[common:]
-                row["labels"] += one.labels[common:]
-                row["position_ids"] += range(common, len(one.ids))
-                row["branch"] += [branch] * rest
-                row["visible"] += [common] * rest
-            for name, value in fill.items():
-                columns[name].append(row[name] + [value] * (width - len(row[name])))
-        full_at: list[int] = []
-        masked_at: list[int] = []
-        scored: list[bool] = []
-        offsets = [0]
-        for pair, (full, masked) in zip(features, numbers, strict=True):
-            labelled = [k for k, label in enumerate(pair.full.labels) if label != IGNORED]
-            of_masked = pair.full.labels if pair.masked is None else pair.masked.labels
-            full_at += [starts[full] + k - 1 for k in labelled]
-            masked_at += [starts[masked] + k - 1 for k, label in enumerate(of_masked) if label != IGNORED]
-            scored += [pair.scored[0] <= k < pair.scored[1] for k in labelled]
-            offsets.append(len(full_at))
-        return {
-            **{name: torch.tensor(rows) for name, rows in columns.items()},
-            "full_at": torch.tensor(full_at),
-            "masked_at": torch.tensor(masked_at),
-            "offsets": torch.tensor(offsets),
-            "scored": torch.tensor(scored, dtype=torch.bool),
-            "index": torch.tensor([pair.index for pair in features]),
-        }
+            row = BranchedRow(sequences[members[0]].ids[:common], [IGNORED] * common)
+            for member in members:
+                starts[member] = number * width + row.add(sequences[member].ids, sequences[member].labels, common)
+            rows.append(row)
+        batch = BranchedRow.stacked(rows, width, self.pairs.pad_token_id)
+        return of_pairs(features, batch, [(starts[full], starts[masked], 0) for full, masked in numbers])
 
 
 def alike_together(pairs: Sequence[EncodedPair], size: int, share_prefix: bool) -> list[list[int]]:

@@ -179,28 +179,7 @@ class PairCollator:
             layout = _pack(_separate(groups))
         else:
             layout = _pad(_separate(groups), self.pad_token_id, self.lengths)
-        full_at: list[int] = []
-        masked_at: list[int] = []
-        scored: list[bool] = []
-        offsets = [0]
-        batch, starts = layout
-        for pair, (at_full, at_masked, common) in zip(features, starts, strict=True):
-            labelled = _labelled(pair.full)
-            full_at += [at_full + k - 1 for k in labelled]
-            labelled_masked = labelled if pair.masked is None else _labelled(pair.masked)
-            masked_at += [(at_full if k <= common else at_masked) + k - 1 for k in labelled_masked]
-            scored += [pair.scored[0] <= k < pair.scored[1] for k in labelled]
-            offsets.append(len(full_at))
-        if len(masked_at) != len(full_at):
-            raise DataError("PairCollator: a pair whose two sequences do not have the same number of labelled tokens")
-        return {
-            **batch,
-            "full_at": torch.tensor(full_at),
-            "masked_at": torch.tensor(masked_at),
-            "offsets": torch.tensor(offsets),
-            "scored": torch.tensor(scored, dtype=torch.bool),
-            "index": torch.tensor([pair.index for pair in features]),
-        }
+        return of_pairs(features, *layout)
 
 
 # A layout: the batch's tensors, and of each pair three numbers: the flat place of its full and of its masked sequence's
@@ -208,6 +187,84 @@ class PairCollator:
 # they stood before it).
 _Layout = tuple[dict[str, Any], list[tuple[int, int, int]]]
 _Groups = list[tuple[Encoded, list[EncodedPair]]]
+
+
+def of_pairs(
+    features: Sequence[EncodedPair], batch: dict[str, Any], starts: Sequence[tuple[int, int, int]]
+) -> dict[str, Any]:
+    """A batch with the places of its pairs; what comes back is that of :class:`PairCollator`.
+
+    Args:
+        features: E pairs. ``batch``: the layout's own tensors.
+        starts: of each pair the flat place of its full and of its masked sequence's token 0, and how many tokens of the
+            masked one stand with the full one.
+
+    Raises:
+        DataError: a pair whose two sequences do not have the same number of labelled tokens.
+    """
+    full_at: list[int] = []
+    masked_at: list[int] = []
+    scored: list[bool] = []
+    offsets = [0]
+    for pair, (at_full, at_masked, common) in zip(features, starts, strict=True):
+        labelled = _labelled(pair.full)
+        full_at += [at_full + k - 1 for k in labelled]
+        labelled_masked = labelled if pair.masked is None else _labelled(pair.masked)
+        # The token before a labelled one predicts it, and may be the last that both sequences have in common.
+        masked_at += [(at_full if k <= common else at_masked) + k - 1 for k in labelled_masked]
+        scored += [pair.scored[0] <= k < pair.scored[1] for k in labelled]
+        offsets.append(len(full_at))
+    if len(masked_at) != len(full_at):
+        raise DataError("PairCollator: a pair whose two sequences do not have the same number of labelled tokens")
+    return {
+        **batch,
+        "full_at": torch.tensor(full_at),
+        "masked_at": torch.tensor(masked_at),
+        "offsets": torch.tensor(offsets),
+        "scored": torch.tensor(scored, dtype=torch.bool),
+        "index": torch.tensor([pair.index for pair in features]),
+    }
+
+
+class BranchedRow:
+    """A row that holds a beginning once, and branches that each see the beginning and themselves.
+
+    Args:
+        ids, labels: of the beginning.
+    """
+
+    def __init__(self, ids: Sequence[int], labels: Sequence[int]) -> None:
+        self.columns = {
+            "input_ids": list(ids),
+            "labels": list(labels),
+            "position_ids": list(range(len(ids))),
+            "branch": [0] * len(ids),
+            "visible": [0] * len(ids),
+        }
+        self._branches = 0
+
+    def __len__(self) -> int:
+        return len(self.columns["input_ids"])
+
+    def add(self, ids: Sequence[int], labels: Sequence[int], common: int) -> int:
+        """Add what a sequence has after its first ``common`` tokens; returns the place where its token 0 would be."""
+        place, rest = len(self) - common, len(ids) - common
+        self._branches += 1
+        self.columns["input_ids"] += ids[common:]
+        self.columns["labels"] += labels[common:]
+        self.columns["position_ids"] += range(common, len(ids))
+        self.columns["branch"] += [self._branches] * rest
+        self.columns["visible"] += [common] * rest
+        return place
+
+    @staticmethod
+    def stacked(rows: Sequence[BranchedRow], width: int, pad: int) -> dict[str, Any]:
+        """The rows as tensors [rows, width], filled with padding that nothing sees."""
+        fill = {"input_ids": pad, "labels": IGNORED, "position_ids": 0, "branch": -1, "visible": 0}
+        return {
+            name: torch.tensor([row.columns[name] + [value] * (width - len(row)) for row in rows])
+            for name, value in fill.items()
+        }
 
 
 def _by_full(features: Sequence[EncodedPair]) -> _Groups:
@@ -236,37 +293,21 @@ def _labelled(one: Encoded) -> list[int]:
 
 
 def _shared(groups: _Groups, pad: int, lengths: Sequence[int]) -> _Layout:
-    rows: list[dict[str, list[int]]] = []
+    rows: list[BranchedRow] = []
     places: list[tuple[int, int, int]] = []  # row, place of the masked sequence's token 0 in it, tokens in common
     for number, (full, pairs) in enumerate(groups):
-        length = len(full.input_ids)
-        row = {
-            "input_ids": list(full.input_ids),
-            "labels": list(full.labels),
-            "position_ids": list(range(length)),
-            "branch": [0] * length,
-            "visible": [0] * length,
-        }
-        for branch, pair in enumerate(pairs, start=1):
+        row = BranchedRow(full.input_ids, full.labels)
+        for pair in pairs:
             if pair.masked is None:
                 places.append((number, 0, 0))
                 continue
-            common = shared_prefix(full.input_ids, pair.masked.input_ids)
-            rest = pair.masked.input_ids[common:]
-            places.append((number, len(row["input_ids"]) - common, common))
-            row["input_ids"] += rest
-            row["labels"] += [IGNORED] * len(rest)
-            row["position_ids"] += range(common, common + len(rest))
-            row["branch"] += [branch] * len(rest)
-            row["visible"] += [common] * len(rest)
+            masked = pair.masked.input_ids
+            common = shared_prefix(full.input_ids, masked)
+            places.append((number, row.add(masked, [IGNORED] * len(masked), common), common))
         rows.append(row)
-    width = padded_length(max(len(row["input_ids"]) for row in rows), lengths)
-    fill = {"input_ids": pad, "labels": IGNORED, "position_ids": 0, "branch": -1, "visible": 0}
-    batch = {
-        name: torch.tensor([row[name] + [value] * (width - len(row[name])) for row in rows])
-        for name, value in fill.items()
-    }
-    return batch, [(number * width, number * width + place, common) for number, place, common in places]
+    width = padded_length(max(map(len, rows)), lengths)
+    starts = [(number * width, number * width + place, common) for number, place, common in places]
+    return BranchedRow.stacked(rows, width, pad), starts
 
 
 class _Sequences(NamedTuple):
