@@ -465,7 +465,7 @@ def _interrupt_as_our_own() -> Iterator[None]:
 
 def main() -> None:
     """Run the command line; an error a user can act on is one line and exit code 2."""
-    # What the libraries below tell each other about names on their way out is no news for who runs a command.
+    # Hide deprecation warnings of transformers, PEFT and Accelerate: a user of the command cannot act on them.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|accelerate")
     try:
         with _interrupt_as_our_own():

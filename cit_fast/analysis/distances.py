@@ -1,4 +1,4 @@
-"""All Wasserstein distances between tasks: measured, and put into an order."""
+"""Measure the Wasserstein distances between tasks, and cluster the tasks by them."""
 
 from __future__ import annotations
 
@@ -199,9 +199,7 @@ def measure_distances(
 
 
 def _seconds_of_exact(sizes: Matrix) -> float:
-    """About how long the network simplex takes for all pairs: 0.1 ms each and 0.1 microseconds an entry of the cost
-    (PERFORMANCE.md section 3.2, one core).
-    """
+    """Estimated seconds of the network simplex for all pairs on one core: 0.1 ms per pair and 0.1 us per cost entry."""
     entries = (sizes.sum() ** 2 - (sizes**2).sum()) / 2
     return float(1e-4 * len(sizes) * (len(sizes) - 1) / 2 + 1e-7 * entries)
 

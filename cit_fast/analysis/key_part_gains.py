@@ -1,4 +1,4 @@
-"""How much a model's answers depend on the key parts of their instructions: scored by task."""
+"""Measure, task by task, how much a model's answers depend on the key parts of their instructions."""
 
 from __future__ import annotations
 

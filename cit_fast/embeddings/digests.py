@@ -38,7 +38,7 @@ def _blocks(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def tokenizer_content(tokenizer: Any) -> bytes:
-    """What decides the tokens of a text; neither the padding nor the truncation that the last call has left there."""
+    """The tokenizer's content as bytes, without the padding and truncation that its last call left."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         content = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}

@@ -1,4 +1,4 @@
-"""A model to look at, however it was made: a run's last stage, an adapter, a model folder or a hub name."""
+"""Load a model for evaluation from a run folder, an adapter folder, a model folder or a hub name."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from cit_fast.models.prompts import PromptEncoder
 from cit_fast.text import first_line
 
 
-class AnyModel(NamedTuple):
-    """What :func:`load_any_model` loads."""
+class LoadedModel(NamedTuple):
+    """A model with its prompt encoder, as :func:`load_any_model` returns it."""
 
     model: Any
     """In evaluation mode, on the GPU where there is one."""
@@ -28,7 +28,7 @@ class AnyModel(NamedTuple):
     """Tells the model from any other, by its files."""
 
 
-def load_any_model(place: str, max_length: int | None = None) -> AnyModel:
+def load_any_model(place: str, max_length: int | None = None) -> LoadedModel:
     """Load a model with its tokenizer.
 
     Args:
@@ -60,7 +60,7 @@ def load_any_model(place: str, max_length: int | None = None) -> AnyModel:
         encoder = PromptEncoder(tokenizer, max_length=max_length or 1024, on_overflow="skip")
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     encoder.fit_to(model)
-    return AnyModel(model, encoder, identity)
+    return LoadedModel(model, encoder, identity)
 
 
 def _files_identity(stage: Path) -> str:

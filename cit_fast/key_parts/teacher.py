@@ -1,4 +1,4 @@
-"""What the model of the stage before says about a stage's examples, worked out once and kept with the stage.
+"""The teacher of KPIG: hidden states of the model before the stage, computed once and kept with the stage.
 
 KPIG compares the live model with M_{t-1}, which no longer changes: one pass without gradients gives the final hidden
 states that predict each example's answer, and the information gain of its key parts. Hidden states, because they are

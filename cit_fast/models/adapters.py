@@ -1,4 +1,4 @@
-"""A language model with its adapter sets: made for training, saved with a stage, and taken up again."""
+"""Create, save and load the adapter sets of a language model."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def generate(
     lengths = list(map(len, prompts))
     longest_first = sorted(range(len(prompts)), key=lambda index: -lengths[index])
     # After a prompt the projection's rows are a strided slice, for which torch on a CPU copies the whole projection
-    # once per prompt: 3.6 GB for 64 prompts and a vocabulary of 49,000, and two fifths of the time of a short evaluation.
+    # once per prompt: 3.6 GB for 64 prompts and a vocabulary of 49,000, two fifths of a short evaluation's time.
     in_one_block = head_input(model, torch.Tensor.contiguous)
     with evaluating(model), _only_defaults(model, config), in_one_block, torch.inference_mode():
         together = "any" if batch_size == 1 or len(prompts) < 2 else _batched_together(model, prompts[0], pad_token_id)
@@ -187,7 +187,7 @@ def _answer_with_sets(
 
 @contextlib.contextmanager
 def _one_set(model: Any, bank: AdapterBank | None, name: str) -> Iterator[None]:
-    """The set ``name`` answers; afterwards the model's own is active, and gradients are asked for where they were."""
+    """Activate adapter set ``name`` inside; afterwards restore the active set and every ``requires_grad``."""
     if bank is not None:
         with bank.answering([name]):
             yield

@@ -26,8 +26,8 @@ from cit_fast.errors import ConfigError, DataError
 from cit_fast.key_parts.head import Head, head_of
 from cit_fast.key_parts.hidden import pair_collator, pair_hidden
 from cit_fast.key_parts.layout import GroupingCollator
-from cit_fast.key_parts.of_run import chat_of, check_key_parts, key_parts_for_run
 from cit_fast.key_parts.pairs import EncodedPair, PairCollator, encode_pairs
+from cit_fast.key_parts.sources import chat_of, check_key_parts, key_parts_for_run
 from cit_fast.key_parts.teacher import FrozenStates, freeze
 from cit_fast.key_parts.wordings import chat_pools, data_pools, draw_wordings
 from cit_fast.methods.objectives.cross_entropy import CrossEntropy
@@ -53,7 +53,7 @@ class KPIG:
             :func:`cit_fast.key_parts.sources.find_key_parts`.
         instructions: which wording an example is trained with: ``"own"``, the one it has; ``"data"``, one drawn from
             those that its task has in the data; or a chat model's options, to draw from a pool that it makes. See
-            :func:`cit_fast.key_parts.wordings.with_other_wordings`.
+            :func:`cit_fast.key_parts.wordings.draw_wordings`.
         share_prefix: see :func:`cit_fast.key_parts.hidden.pair_collator`.
         batch_size: examples at a time in the pass of the earlier model.
 

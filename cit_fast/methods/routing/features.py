@@ -1,6 +1,6 @@
 """What the switch network sees of a prompt: the last token's hidden state of a language model (SwitchCIT).
 
-Source: Wu et al., arXiv 2407.11780; METHODS.md section 4.
+Source: Wu et al., arXiv 2407.11780.
 """
 
 from __future__ import annotations
