@@ -10,7 +10,6 @@ one epoch. Batches take turns between the tasks, as their lengths differ.
 from __future__ import annotations
 
 import argparse
-import random
 import statistics
 import time
 from pathlib import Path
@@ -19,7 +18,8 @@ import torch
 
 from bench.ceilings import record
 from cit_fast.data import load_stream
-from cit_fast.methods.objectives import KPIG, CrossEntropy, StageContext
+from cit_fast.methods.objectives import KPIG, CrossEntropy
+from cit_fast.methods.stage import Stage
 from cit_fast.models.adapters import prompt_encoder, train_adapter
 from cit_fast.models.collation import choose_collator
 from cit_fast.models.pretrained import load_model, load_tokenizer, resolve_model
@@ -42,16 +42,16 @@ def main() -> None:
 
     sides = {}
     for name in ("cross-entropy", "KPIG"):
-        model = train_adapter(load_model(folder, config.model), config, "shared", config.seed)[0].train()
+        model = train_adapter(load_model(folder, config.model), config.adapter, "shared", config.seed)[0].train()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
         sides[name] = model, optimizer, []
     model = sides["KPIG"][0]
     objective = KPIG(key_parts="data", share_prefix=False if options.separate else "auto")
     stages, frozen_seconds = [], 0.0
     for task in stream:  # each a stage of its own, as in a run
-        stage = StageContext(task.train, list(stream), encoder, random.Random(0))  # noqa: S311
-        stages.append((objective.stage_inputs(model, stage), encoder.encode_all(task.train).encoded))
-        frozen_seconds += stage.decided["seconds"] * size / sum(len(each.train) for each in stream)
+        inputs = objective.prepare(Stage(model, encoder, tasks=tuple(stream), examples=task.train))
+        stages.append((inputs, encoder.encode_all(task.train).encoded))
+        frozen_seconds += inputs.seconds * size / sum(len(each.train) for each in stream)
     collate = choose_collator(
         model.config._attn_implementation, model.device, pad_token_id=encoder.pad_token_id,
         max_length=config.data.max_length,

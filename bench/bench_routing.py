@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import random
 import statistics
 import sys
 import time
@@ -33,8 +32,9 @@ from cit_fast.data.builtin import builtin_task_names
 from cit_fast.data.sources import TaskSource
 from cit_fast.embeddings.cache import CachedEmbedder
 from cit_fast.errors import CitFastError
-from cit_fast.methods.routing import PerTaskRouter, RouterContext, SwitchRouter
+from cit_fast.methods.routing import PerTaskRouter, SwitchRouter
 from cit_fast.methods.routing.features import LastTokenFeatures
+from cit_fast.methods.stage import Stage
 from cit_fast.models.adapter_bank import BASE
 from cit_fast.models.config import ModelConfig
 from cit_fast.models.pretrained import cache_folder, load_model, load_tokenizer, resolve_model
@@ -57,8 +57,8 @@ class Setting:
         base = LastTokenFeatures(self.model, self.encoder.tokenizer)
         self._cached = CachedEmbedder(base, cache_folder() / "embeddings")
 
-    def context(self, seed: int) -> RouterContext:
-        return RouterContext(self.model, self.encoder, random.Random(seed), cache_folder())  # noqa: S311
+    def stage(self, seed: int, *tasks: Task) -> Stage:
+        return Stage(self.model, self.encoder, tasks=tasks, seed=str(seed), cache=cache_folder())
 
     def switch(self, features: str, **options: Any) -> SwitchRouter:
         """A switch router, with the base model's states from the cache."""
@@ -78,9 +78,9 @@ def learned(router: Any, setting: Setting, tasks: list[Task], seed: int = 0) -> 
     """Let ``router`` learn the tasks one by one; its accuracy in per cent after each."""
     along = []
     for count, task in enumerate(tasks, 1):
-        context = setting.context(1000 * seed + count)
-        router.assign(task, context)
-        router.learn(task, context)
+        stage = setting.stage(1000 * seed + count, task)
+        router.assign(stage)
+        router.learn(stage)
         along.append(accuracy(router, setting, tasks[:count]))
     return along
 
@@ -89,7 +89,7 @@ def accuracy(router: Any, setting: Setting, tasks: list[Task]) -> float:
     """Per cent of the tasks' test prompts that go to their own set."""
     sets = dict(zip((task.name for task in tasks), router.sets, strict=True))
     examples = [example for task in tasks for example in task.test]
-    answers = router.answer(examples, setting.context(0))
+    answers = router.answer(examples, setting.stage(0))
     right = [sets[example.task] == name for example, name in zip(examples, answers, strict=True)]
     return 100 * sum(right) / len(right)
 
@@ -97,7 +97,7 @@ def accuracy(router: Any, setting: Setting, tasks: list[Task]) -> float:
 def to_base(router: Any, setting: Setting, tasks: list[Task]) -> float:
     """Per cent of the tasks' test prompts that go to the base model."""
     examples = [example for task in tasks for example in task.test]
-    return 100 * router.answer(examples, setting.context(0)).count(BASE) / len(examples)
+    return 100 * router.answer(examples, setting.stage(0)).count(BASE) / len(examples)
 
 
 def curve(setting: Setting, features: str, seeds: list[int], reads: str) -> list[dict[str, Any]]:
@@ -180,7 +180,7 @@ def timing(setting: Setting, count: int) -> list[dict[str, Any]]:
         seconds = []
         for _ in range(6):
             started = time.perf_counter()
-            router.answer(examples, setting.context(0))
+            router.answer(examples, setting.stage(0))
             seconds.append(time.perf_counter() - started)
         rows.append(
             {

@@ -27,8 +27,9 @@ from safetensors.torch import load_file, save_file
 from bench.ceilings import record
 from cit_fast.data import Example, Task
 from cit_fast.data.builtin import builtin_stream
-from cit_fast.methods.routing import LCIARouter, RouterContext, SwitchRouter
+from cit_fast.methods.routing import LCIARouter, SwitchRouter
 from cit_fast.methods.routing.features import LastTokenFeatures
+from cit_fast.methods.stage import Stage
 from cit_fast.models.adapter_bank import AdapterBank
 from cit_fast.models.adapters import prompt_encoder
 from cit_fast.models.config import ModelConfig
@@ -152,20 +153,19 @@ def main() -> None:
         switching = (time.perf_counter() - start) / 20
 
     lcia, switch = LCIARouter(threshold=2.0), SwitchRouter(epochs=1)
-    context = RouterContext(base, encoder)
     pool: list[Example] = [example for task in stream for example in task.train]
     for number in range(SETS):
         own = tuple(pool[number::SETS])
         task = Task(f"{number:03d}", own, (), own[:1], metric="exact_match")
         for router in (lcia, switch):
-            router.assign(task, context)
-        switch.learn(task, context)
+            router.assign(Stage(base, encoder, tasks=(task,)))
+        switch.learn(Stage(base, encoder, tasks=(task,)))
     features = LastTokenFeatures(base, encoder.tokenizer)
     texts = [f"{example.instruction}\n\n{example.input}" for example in examples]
     routing: dict[str, Any] = {}
     for name, route in {
-        "lcia, TF-IDF": lambda: lcia.answer(examples, context),
-        "switch, mean token embeddings": lambda: switch.answer(examples, context),
+        "lcia, TF-IDF": lambda: lcia.answer(examples, Stage(base, encoder)),
+        "switch, mean token embeddings": lambda: switch.answer(examples, Stage(base, encoder)),
         "switch, last-token states of the base model (features alone)": lambda: features.embed(texts),
     }.items():
         route()

@@ -40,7 +40,7 @@ def main() -> None:
     objective, size = CrossEntropy(), config.training["per_device_train_batch_size"]
     sides = {}
     for name, kind in {"AdamW": torch.optim.AdamW, "AdamWBalanceEMA": AdamWBalanceEMA}.items():
-        model = train_adapter(load_model(folder, config.model), config, "shared", config.seed)[0].train()
+        model = train_adapter(load_model(folder, config.model), config.adapter, "shared", config.seed)[0].train()
         params = [param for param in model.parameters() if param.requires_grad]
         extra = {"fused": True} if kind is torch.optim.AdamW else {}
         sides[name] = model, kind(params, lr=1e-4, **extra), {"step": [], "optimizer": []}

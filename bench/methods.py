@@ -180,7 +180,7 @@ def figures(folder: Path) -> dict[str, Any]:
     metrics = continual_metrics(run, stages)
     last = stages[-1]
     seen = task_set_scores(run.tasks, last.scores, last.violations)
-    held_out = task_set_scores(run.held_out_tasks, last.held_out, last.violations)
+    held_out = task_set_scores(run.held_out_tasks, last.scores, last.violations)
     train = sum(stage.train_seconds for stage in stages) / 60
     return {
         "AP": metrics.average_performance,
@@ -196,7 +196,7 @@ def figures(folder: Path) -> dict[str, Any]:
         "replayed by stage": [stage.replayed for stage in stages if stage.replayed],
         "seen": dataclasses.asdict(seen),
         "held-out": dataclasses.asdict(held_out) if run.held_out_tasks else None,
-        "held-out scores": last.held_out,
+        "held-out scores": {task: last.scores[task] for task in run.held_out_tasks},
         "violations": last.violations,
     }
 

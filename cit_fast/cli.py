@@ -58,7 +58,7 @@ def run(
     """Train every method of CONFIG on its stream of tasks, or go on where an earlier call stopped. `cit-fast presets`
     lists the methods.
     """
-    from cit_fast.report import comparison_table, write_report
+    from cit_fast.report import collect, comparison_table, write_report
     from cit_fast.run.config import load_config
     from cit_fast.run.loop import ContinualTrainer
 
@@ -67,8 +67,9 @@ def run(
     folders = trainer.run()
     if int(os.environ.get("RANK", "0")) != 0:
         return
-    report_path = write_report(folders, settings.folder / "report.html", title=settings.name)
-    trainer.console.print(comparison_table(folders))
+    runs = collect(folders)
+    report_path = write_report(runs, settings.folder / "report.html", title=settings.name)
+    trainer.console.print(comparison_table(runs))
     trainer.console.print(f"Report: {report_path}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -89,12 +90,12 @@ def report(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The HTML file to write.")] = None,
 ) -> None:
     """Write one self-contained HTML page, and PNGs beside it, about one or several runs."""
-    from cit_fast.report import comparison_table, write_report
+    from cit_fast.report import collect, comparison_table, write_report
 
-    folders = _run_folders(runs)
+    read = collect(_run_folders(runs))
     console = Console()
-    path = write_report(folders, output)
-    console.print(comparison_table(folders))
+    path = write_report(read, output)
+    console.print(comparison_table(read))
     console.print(f"Report: {path}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -136,13 +137,8 @@ def evaluate(
 
 def _v_of(entry: Rescored) -> str:
     """The V-score of one task; as recorded and as recomputed where they differ."""
-    if entry.violations_agree:
-        return _points(entry.violations)
-    return f"{_points(entry.violations)} ≠ {_points(entry.violations_again)}"
-
-
-def _points(rates: dict[str, float] | None) -> str:
-    return f"{100 * sum(rates.values()) / len(rates):.1f}" if rates else "-"
+    was, again = ("-" if value is None else f"{value:.1f}" for value in (entry.v, entry.v_again))
+    return was if entry.violations_agree else f"{was} ≠ {again}"
 
 
 @app.command()

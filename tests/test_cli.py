@@ -66,7 +66,7 @@ def test_run_report_eval_generate(edit_record, config, monkeypatch, capsys, tmp_
     edit_record(stage, scores={**record["scores"], "units": record["scores"]["units"] + 1})
     assert call(monkeypatch, "eval", tmp_path / "runs" / "sequential") == 1
     assert "Not as recorded: 1 scores." in capsys.readouterr().out
-    violations = {**record["violations"], "units": {"WFR": 0.125, "WR": 0.125}}
+    violations = {**record["violations"], "units": {"WFR": 12.5, "WR": 12.5}}
     edit_record(stage, scores=record["scores"], violations=violations)
     assert call(monkeypatch, "eval", tmp_path / "runs" / "sequential") == 1
     printed = capsys.readouterr().out

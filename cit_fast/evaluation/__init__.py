@@ -12,7 +12,7 @@ from cit_fast.evaluation.predictions import (
     rescore,
     write_predictions,
 )
-from cit_fast.evaluation.record import RunRecord, StageRecord, read_run, read_stages
+from cit_fast.evaluation.records import RunRecord, StageRecord, read_run, read_stages
 from cit_fast.evaluation.violations import Constraints, TaskSetScores, task_set_scores, violation_rates
 
 __all__ = [

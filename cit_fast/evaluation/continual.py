@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cit_fast.errors import RunError
-from cit_fast.evaluation.record import RunRecord, StageRecord
+from cit_fast.evaluation.records import RunRecord, StageRecord
 
 Matrix = NDArray[np.float64]
 
@@ -90,13 +90,14 @@ def score_matrix(run: RunRecord, stages: Sequence[StageRecord]) -> tuple[Matrix,
     rows = np.full((len(stages) + start, len(run.tasks)), np.nan)
     for stage in stages:
         for task, value in stage.scores.items():
-            if task not in column:
+            if task not in run.every_task:
                 raise RunError(f"run {run.name}, stage {stage.index}: scores a task {task!r} the run does not have")
             if not isinstance(value, int | float) or not 0.0 <= value <= 100.0:
                 raise RunError(
                     f"run {run.name}, stage {stage.index}: score of {task} is {value!r}; scores lie in [0, 100]"
                 )
-            rows[stage.index, column[task]] = value
+            if task in column:  # and not held out
+                rows[stage.index, column[task]] = value
     if not len(rows):
         rows = np.full((1, len(run.tasks)), np.nan)
     return rows[0], rows[1:]

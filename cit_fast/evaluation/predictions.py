@@ -10,8 +10,8 @@ from pathlib import Path
 
 from cit_fast.errors import DataError, RunError
 from cit_fast.evaluation.metrics import METRICS, score
-from cit_fast.evaluation.record import RunRecord, StageRecord, read_run, read_stages, write_record
-from cit_fast.evaluation.violations import Constraints, violation_rates
+from cit_fast.evaluation.records import RunRecord, StageRecord, read_run, read_stages, write_record
+from cit_fast.evaluation.violations import Constraints, task_v_score, violation_rates
 from cit_fast.files import damaged_files, file_checksum, write_file
 
 
@@ -112,6 +112,16 @@ class Rescored:
         return abs(self.recorded - self.recomputed) < 1e-6
 
     @property
+    def v(self) -> float | None:
+        """V-score of the task in points, as recorded; ``None`` where it declares no constraint, or is not judged."""
+        return task_v_score(self.violations)
+
+    @property
+    def v_again(self) -> float | None:
+        """The same as recomputed."""
+        return task_v_score(self.violations_again)
+
+    @property
     def violations_agree(self) -> bool:
         """Whether they give the recorded violations."""
         was, now = self.violations or {}, self.violations_again or {}
@@ -142,11 +152,10 @@ def rescore(run_folder: Path, *, write: bool = False, allow_custom_metrics: bool
     for stage in read_stages(run_folder, check=False):  # what it says is what is looked at here
         folder = run_folder / "stages" / f"{stage.index:02d}"
         again: dict[str, _Again] = {}
-        recorded_scores = stage.scores | stage.held_out
         for task in run.every_task:
             path = predictions_path(run_folder, stage.index, task)
             stored = read_predictions(path) if path.exists() else []
-            recorded = recorded_scores.get(task)
+            recorded = stage.scores.get(task)
             if task not in run.metrics:
                 raise RunError(f"{run_folder / 'run.json'}: metrics names none for task {task!r}")
             metric = run.metrics[task]
@@ -164,7 +173,7 @@ def rescore(run_folder: Path, *, write: bool = False, allow_custom_metrics: bool
                 intact = not damaged_files(folder, stage.files, path.relative_to(folder).as_posix())
                 results.append(Rescored(stage.index, task, metric, *values, intact))
         if write and again:
-            _update(run_folder, stage, again, set(run.held_out_tasks))
+            _update(run_folder, stage, again)
     return results
 
 
@@ -207,7 +216,7 @@ def judged(constraints: Constraints, predictions: Sequence[Prediction]) -> dict[
     )
 
 
-def _update(run_folder: Path, stage: StageRecord, again: dict[str, _Again], held_out: set[str]) -> None:
+def _update(run_folder: Path, stage: StageRecord, again: dict[str, _Again]) -> None:
     folder = run_folder / "stages" / f"{stage.index:02d}"
     # Predictions first: were the process killed in between, the next call would find the difference and go
     # on.
@@ -217,8 +226,7 @@ def _update(run_folder: Path, stage: StageRecord, again: dict[str, _Again], held
     violations = {task: found.violations for task, found in again.items() if found.violations is not None}
     changed = dataclasses.replace(
         stage,
-        scores=stage.scores | {task: value for task, value in scores.items() if task not in held_out},
-        held_out=stage.held_out | {task: value for task, value in scores.items() if task in held_out},
+        scores=stage.scores | scores,
         violations=stage.violations | violations,
         files=stage.files
         | {

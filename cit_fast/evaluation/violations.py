@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 KINDS = {"WFR": "wrong format", "OOS": "out of scope", "WR": "wordy"}
 
 Rates = Mapping[str, float]
-"""Kind of violation -> share of the answers that commit it, in [0, 1]; only the kinds that apply."""
+"""Kind of violation -> share of the answers that commit it, in points from 0 to 100; only the kinds that apply."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def violation_rates(
     references: Sequence[Sequence[str]],
     inputs: Sequence[str | None] | None = None,
 ) -> dict[str, float]:
-    """The share of answers that violate each constraint, in [0, 1]; of the kinds that apply only.
+    """The share of answers that violate each constraint, in points from 0 to 100; of the kinds that apply only.
 
     Args:
         constraints: what the task declares.
@@ -109,7 +109,7 @@ def violation_rates(
         DataError: no answer, lengths that differ, or an extractive example without input.
 
     >>> violation_rates(Constraints(labels=("yes", "no"), wordy_above=2), ["Yes.", "I do not know"], [["yes"], ["no"]])
-    {'OOS': 0.5, 'WR': 0.5}
+    {'OOS': 50.0, 'WR': 50.0}
     """
     inputs = [None] * len(predictions) if inputs is None else inputs
     if not predictions:
@@ -125,7 +125,8 @@ def violation_rates(
         (composed(prediction.strip()), list(map(composed, answers)), composed(text or ""))
         for prediction, answers, text in zip(predictions, references, inputs, strict=True)
     ]
-    return {kind: sum(judges[kind](*example) for example in examples) / len(examples) for kind in constraints.kinds}
+    counts = {kind: sum(judges[kind](*example) for example in examples) for kind in constraints.kinds}
+    return {kind: 100.0 * count / len(examples) for kind, count in counts.items()}
 
 
 _Judge = Callable[[str, Sequence[str], str], bool]
@@ -246,7 +247,7 @@ def task_set_scores(
         tasks: names. ``scores``: task -> score in [0, 100]. ``violations``: task -> its rates, empty for a task
             without constraints.
 
-    >>> judged = {"a": {"WFR": 0.5, "WR": 0.0}, "b": {"WFR": 0.0}, "c": {}}
+    >>> judged = {"a": {"WFR": 50.0, "WR": 0.0}, "b": {"WFR": 0.0}, "c": {}}
     >>> found = task_set_scores("abc", {"a": 40.0, "b": 80.0, "c": 90.0}, judged)
     >>> found.p, found.v, found.v_by_kind, found.rates
     (70.0, 12.5, 12.5, {'WFR': 25.0, 'WR': 0.0})
@@ -256,15 +257,20 @@ def task_set_scores(
     constrained = [rates for rates in judged if rates]
     complete = len(judged) == len(names)
     by_kind = {kind: [rates[kind] for rates in constrained if kind in rates] for kind in KINDS}
-    means = {kind: 100.0 * _mean(values) for kind, values in by_kind.items() if values} if complete else {}
+    means = {kind: _mean(values) for kind, values in by_kind.items() if values} if complete else {}
     return TaskSetScores(
         tasks=len(names),
         constrained=len(constrained),
         p=_mean([scores[name] for name in names]) if names and all(name in scores for name in names) else None,
-        v=100.0 * _mean([_mean(list(rates.values())) for rates in constrained]) if complete and constrained else None,
+        v=_mean([_mean(list(rates.values())) for rates in constrained]) if complete and constrained else None,
         v_by_kind=_mean(list(means.values())) if means else None,
         rates=means,
     )
+
+
+def task_v_score(rates: Rates | None) -> float | None:
+    """V-score of one task in points: the mean of its rates; ``None`` where it has none."""
+    return _mean(list(rates.values())) if rates else None
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -13,9 +13,10 @@ from pydantic import ValidationError
 
 from cit_fast.data.example import Example
 from cit_fast.errors import DataError, LeftOutWarning, RunError
-from cit_fast.evaluation.record import RunRecord, StageRecord, check_files, read_run, read_stages
+from cit_fast.evaluation.records import RunRecord, StageRecord, check_files, read_run, read_stages
 from cit_fast.files import damaged_files
-from cit_fast.methods.routing import Router, RouterContext, SharedRouter, load_router
+from cit_fast.methods.routing import Router, SharedRouter, load_router
+from cit_fast.methods.stage import Stage
 from cit_fast.models.adapter_bank import BASE, AdapterBank, NotPlainLoraError
 from cit_fast.models.adapters import load_adapter, load_weights, prompt_encoder
 from cit_fast.models.generation import generate
@@ -117,7 +118,7 @@ class ContinualModel:
     def _route(self, examples: Sequence[Example]) -> list[str]:
         if self.router is None or not examples:
             return [BASE] * len(examples)
-        context = RouterContext(self.model, self.encoder, gone=frozenset(self.gone))
+        context = Stage(self.model, self.encoder, damaged=frozenset(self.gone))
         chosen = self.router.answer(examples, context)
         # A router of the user's own may not know of sets that are gone.
         return [BASE if name in self.gone else name for name in chosen]

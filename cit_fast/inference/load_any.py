@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cit_fast.errors import ConfigError, RunError
-from cit_fast.evaluation.record import read_stages
+from cit_fast.evaluation.records import read_stages
 from cit_fast.inference.continual_model import ContinualModel
 from cit_fast.models.config import ModelConfig
 from cit_fast.models.pretrained import load_model, load_tokenizer, model_identity, resolve_model

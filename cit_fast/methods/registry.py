@@ -59,10 +59,27 @@ def parts_of(method: MethodConfig, training: Mapping[str, Any]) -> dict[str, Par
     return parts
 
 
+def build_parts(
+    method: MethodConfig, training: Mapping[str, Any], given: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The four parts of a method by kind, those of ``given`` as they are.
+
+    Raises:
+        ConfigError: as :func:`parts_of` and :func:`build_part`, or an object of ``given`` that is no part.
+    """
+    given = given or {}
+    for kind, part in given.items():
+        _check_methods(kind, part, f"{kind}: a {type(part).__name__} is no {kind}:")
+    return {
+        kind: given[kind] if kind in given else build_part(kind, part, method.name)
+        for kind, part in parts_of(method, training).items()
+    }
+
+
 METHODS = {
     "router": ("assign", "learn", "answer", "save"),
     "replay": ("select",),
-    "objective": ("begin_stage", "__call__"),
+    "objective": ("prepare", "__call__"),
     "update": ("wrap", "finish", "summary"),
 }
 """What an object must be able to do to be a part of each kind."""
@@ -105,12 +122,14 @@ def build_part(kind: str, part: Part, method: str) -> Any:
         raise ConfigError(f"{where}.{first_line(error)}") from error
     except Exception as error:  # of a class of the user's own
         raise ConfigError(f"{where}: {part.name!r}: {type(error).__name__}: {first_line(error)}") from error
-    for method_name in METHODS[kind]:
-        if not callable(getattr(made, method_name, None)):
-            raise ConfigError(
-                f"{where}: {part.name!r} makes a {type(made).__name__}, which is no {kind}: it has no {method_name}()"
-            )
+    _check_methods(kind, made, f"{where}: {part.name!r} makes a {type(made).__name__}, which is no {kind}:")
     return made
+
+
+def _check_methods(kind: str, part: Any, where: str) -> None:
+    for name in METHODS[kind]:
+        if not callable(getattr(part, name, None)):
+            raise ConfigError(f"{where} it has no {name}()")
 
 
 def _factory(name: str, module_name: str, class_name: str, where: str) -> Any:

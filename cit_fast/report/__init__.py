@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from cit_fast.report.collect import Runs, collect
 from cit_fast.report.page import write_report
 from cit_fast.report.table import comparison_table
 
-__all__ = ["comparison_table", "write_report"]
+__all__ = ["Runs", "collect", "comparison_table", "write_report"]

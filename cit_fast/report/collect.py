@@ -17,7 +17,7 @@ from cit_fast.evaluation.continual import (
     first_trained,
     score_matrix,
 )
-from cit_fast.evaluation.record import RunRecord, StageRecord, read_run, read_stages
+from cit_fast.evaluation.records import RunRecord, StageRecord, read_run, read_stages
 from cit_fast.evaluation.violations import TaskSetScores, task_set_scores
 
 
@@ -65,7 +65,7 @@ class RunView:
 
     def _scores_of(self, tasks: Sequence[str]) -> TaskSetScores:
         last = self.stages[-1] if self.trained else StageRecord(0, [], {})
-        return task_set_scores(tasks, last.scores | last.held_out, last.violations)
+        return task_set_scores(tasks, last.scores, last.violations)
 
     @property
     def is_joint(self) -> bool:

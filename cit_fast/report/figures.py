@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from cit_fast.evaluation.continual import Matrix
-from cit_fast.evaluation.record import StageRecord
+from cit_fast.evaluation.records import StageRecord
 from cit_fast.report.collect import COLUMNS, RunView, number
 from cit_fast.report.routing import confusion
 from cit_fast.text import short_name
@@ -78,20 +78,24 @@ def replay_figure(view: RunView) -> Figure:
 
 def distance_figure(view: RunView) -> Figure:
     """How far each earlier task was from the new one, as the replay policy of each stage measured it."""
-    return _measured_figure(view, "distances", "to", "distance")
+    measured = [stage.replay.distances if stage.replay else {} for stage in view.trained]
+    return _measured_figure(view, measured, "to", "distance")
 
 
 def gain_figure(view: RunView) -> Figure:
     """What the key parts of each earlier task told the model when a new one arrived; framed are the replayed tasks."""
-    return _measured_figure(view, "gains", "before", "information gain")
+    measured = [stage.replay.gains if stage.replay else {} for stage in view.trained]
+    return _measured_figure(view, measured, "before", "information gain", framed=True)
 
 
-def _measured_figure(view: RunView, key: str, before_name: str, meaning: str) -> Figure:
-    """A number per earlier task (columns) and stage (rows), from what the replay policy says of its choice."""
+def _measured_figure(
+    view: RunView, by_stage: Sequence[Mapping[str, float]], before_name: str, meaning: str, *, framed: bool = False
+) -> Figure:
+    """A number per earlier task (columns) and stage (rows); a frame marks the tasks that were replayed."""
     values = np.full((len(view.trained), len(view.record.tasks)), np.nan)
-    for i, stage in enumerate(view.trained):
+    for i, found in enumerate(by_stage):
         for j, task in enumerate(view.record.tasks):
-            values[i, j] = stage.replay.get(key, {}).get(task, math.nan)
+            values[i, j] = found.get(task, math.nan)
     measured = [i for i, row in enumerate(values) if not np.isnan(row).all()]
     rows = values[measured]
     top = float(np.nanmax(rows))
@@ -99,15 +103,15 @@ def _measured_figure(view: RunView, key: str, before_name: str, meaning: str) ->
     digits = min(max(2, 2 - math.floor(math.log10(top))), 6) if top > 0 else 2
     texts = [["" if math.isnan(value) else f"{value:.{digits}f}" for value in row] for row in rows]
     names = [f"{before_name} {view.stage_names[i]}" for i in measured]
-    framed = []
-    if key == "gains":
-        framed = [
+    frames = []
+    if framed:
+        frames = [
             (row, j)
             for row, i in enumerate(measured)
             for j, task in enumerate(view.record.tasks)
             if view.trained[i].replayed.get(task)
         ]
-    return _heat_map(rows, texts, names, view.record.tasks, top, meaning, framed)
+    return _heat_map(rows, texts, names, view.record.tasks, top, meaning, frames)
 
 
 def routing_figure(view: RunView) -> Figure:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 
 from cit_fast.errors import RunError
 from cit_fast.evaluation.predictions import Prediction, predictions_path, read_predictions
-from cit_fast.evaluation.record import StageRecord, check_files
+from cit_fast.evaluation.records import StageRecord, check_files
 from cit_fast.evaluation.violations import KINDS, TaskSetScores
 from cit_fast.files import write_file, write_json
 from cit_fast.methods.config import descriptions
@@ -30,7 +31,6 @@ _RIGHT = 99.95
 _SHOWN_OF_EACH = 2
 _LONGEST_TEXT = 700
 _SHOWN_RANKED = 20
-_RANKED = {"task", "instruction", "insinfo", "tags", "drawn", "available"}
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,15 @@ class Picture:
     caption: str
 
 
-def write_report(run_folders: Sequence[Path], output: Path | None = None, *, title: str | None = None) -> Path:
+def write_report(runs: Runs | Sequence[Path], output: Path | None = None, *, title: str | None = None) -> Path:
     """Write the report of these runs.
 
     The page needs no network and no other file; the same pictures lie beside it in ``<name>-figures/``, and its values
     in ``<name>-values.json``. Runs under way are shown as far as they are.
 
     Args:
-        run_folders: folders of one run or more; those on the same tasks are compared.
+        runs: what :func:`cit_fast.report.collect` read, or folders of one run or more; those on the same tasks are
+            compared.
         output: the HTML file, or a folder for ``report.html``. Default: ``report.html`` in the run's folder,
             or for several runs in the folder that holds them all.
         title: heading of the page.
@@ -62,7 +63,7 @@ def write_report(run_folders: Sequence[Path], output: Path | None = None, *, tit
     Raises:
         RunError: no run there, damaged records, or the page cannot be written.
     """
-    runs = collect(run_folders)
+    runs = runs if isinstance(runs, Runs) else collect(runs)
     output = _output(runs, output)
     folder = output.with_name(f"{output.stem}-figures")
     try:
@@ -149,8 +150,8 @@ def _answers_by_task(view: RunView) -> list[tuple[str, str, float, dict[str, flo
     if last is None or not any(last.violations.values()):
         return []
     return [
-        (task, "held out" if task in last.held_out else "seen", points, last.violations[task])
-        for task, points in (last.scores | last.held_out).items()
+        (task, "held out" if task in view.record.held_out_tasks else "seen", points, last.violations[task])
+        for task, points in last.scores.items()
         if task in last.violations
     ]
 
@@ -204,7 +205,7 @@ def _section(view: RunView, runs: Runs, album: _Album) -> dict[str, Any]:
                 "Examples of each earlier task (columns) replayed during each stage (rows).",
             )
         )
-    if any(stage.replay.get("distances") for stage in view.trained):
+    if any(stage.replay and stage.replay.distances for stage in view.trained):
         pictures.append(
             album.picture(
                 f"{view.label}-distances",
@@ -214,7 +215,7 @@ def _section(view: RunView, runs: Runs, album: _Album) -> dict[str, Any]:
                 "The farther a task, the more of it was replayed.",
             )
         )
-    if any(stage.replay.get("gains") for stage in view.trained):
+    if any(stage.replay and stage.replay.gains for stage in view.trained):
         pictures.append(
             album.picture(
                 f"{view.label}-gains",
@@ -263,9 +264,9 @@ def _section(view: RunView, runs: Runs, album: _Album) -> dict[str, Any]:
         "pictures": pictures,
         "rows": rows,
         "stage_notes": _stage_notes(view, lambda stage: stage.notes),
-        "replay_notes": _stage_notes(view, lambda stage: stage.replay.get("notes", [])),
-        "objective_notes": _stage_notes(view, lambda stage: stage.objective.get("notes", [])),
-        "routing_notes": _stage_notes(view, lambda stage: stage.routing.get("notes", [])),
+        "replay_notes": _stage_notes(view, lambda stage: stage.replay.notes if stage.replay else []),
+        "objective_notes": _stage_notes(view, lambda stage: stage.objective.notes if stage.objective else []),
+        "routing_notes": _stage_notes(view, lambda stage: stage.routing.notes if stage.routing else []),
         "ranking": _ranking(view),
         "answers_by_task": _answers_by_task(view),
         "routing": decisions(view) if has_routing(view) else [],
@@ -287,14 +288,12 @@ def _stage_notes(view: RunView, notes: Callable[[StageRecord], list[str]]) -> li
 def _ranking(view: RunView) -> dict[str, Any] | None:
     """The instructions of the last stage that ranked them, those with most InsInfo first."""
     for name, stage in reversed(list(zip(view.stage_names, view.trained, strict=True))):
-        # A policy of the user's own may have put something else under this name.
-        listed = stage.replay.get("instructions", [])
-        entries = [each for each in listed if isinstance(each, dict) and each.keys() >= _RANKED]
-        if entries:
+        if stage.replay and stage.replay.instructions:
+            shown = stage.replay.instructions[:_SHOWN_RANKED]
             return {
                 "stage": name,
-                "count": stage.replay.get("instruction_count", len(entries)),
-                "entries": [{**each, "instruction": _cut(each["instruction"])} for each in entries[:_SHOWN_RANKED]],
+                "count": stage.replay.instruction_count,
+                "entries": [dataclasses.replace(each, instruction=_cut(each.instruction)) for each in shown],
             }
     return None
 

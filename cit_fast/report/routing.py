@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cit_fast.evaluation.continual import Matrix
-from cit_fast.evaluation.record import StageRecord
+from cit_fast.evaluation.records import StageRecord
 from cit_fast.models.adapter_bank import BASE
 from cit_fast.report.collect import RunView
 
@@ -26,18 +26,17 @@ def decisions(view: RunView) -> list[dict[str, Any]]:
     rows = []
     for name, stage in zip(view.stage_names, view.trained, strict=True):
         routing = stage.routing
-        scores = routing.get("scores")
-        known = {str(k): v for k, v in scores.items() if _is_number(v)} if isinstance(scores, dict) else {}
-        highest = sorted(known, key=lambda key: -known[key])[:_MOST_SCORES]
-        listed = ", ".join(f"{key} {known[key]:.2f}" for key in highest)
+        scores = routing.assignment.scores if routing else {}
+        highest = sorted(scores, key=lambda key: -scores[key])[:_MOST_SCORES]
+        listed = ", ".join(f"{key} {scores[key]:.2f}" for key in highest)
         rows.append(
             {
                 "task": name,
                 "set": stage.adapter,
-                "new": bool(routing.get("new")),
-                "scores": listed + (", …" if len(known) > _MOST_SCORES else ""),
-                "accuracy": _percent(routing.get("accuracy")),
-                "to_base": _percent(routing.get("to_base")),
+                "new": routing is not None and routing.new,
+                "scores": listed + (", …" if len(scores) > _MOST_SCORES else ""),
+                "accuracy": _percent(routing.accuracy if routing else None),
+                "to_base": _percent(routing.to_base if routing else None),
             }
         )
     return rows
@@ -52,8 +51,8 @@ def confusion(view: RunView) -> tuple[Matrix, list[list[str]], list[str], list[s
     """
     stage = [stage for stage in view.trained if _answers(stage)][-1]
     answers = _answers(stage)
-    trained_by = stage.routing.get("trained_by")
-    own = {task: trained_by.get(task, BASE) if isinstance(trained_by, dict) else BASE for task in answers}
+    trained_by = stage.routing.trained_by if stage.routing else {}
+    own = {task: trained_by.get(task, BASE) for task in answers}
     tasks = [task for task in view.record.tasks if task in answers]
     tasks += [task for task in answers if task not in tasks]  # held-out ones
     seen = [*(each.adapter for each in view.trained), *(name for counts in answers.values() for name in counts)]
@@ -73,19 +72,9 @@ def confusion(view: RunView) -> tuple[Matrix, list[list[str]], list[str], list[s
 
 def _answers(stage: StageRecord) -> dict[str, dict[str, int]]:
     """Task -> set -> prompts, without tasks that had none."""
-    answers = stage.routing.get("answers")
-    if not isinstance(answers, dict):
-        return {}
-    return {
-        task: {str(name): int(count) for name, count in counts.items()}
-        for task, counts in answers.items()
-        if isinstance(counts, dict) and sum(counts.values())
-    }
+    answers = stage.routing.answers if stage.routing else {}
+    return {task: counts for task, counts in answers.items() if sum(counts.values())}
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _percent(share: Any) -> str:
-    return f"{100 * share:.1f}" if _is_number(share) else "–"
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f}"

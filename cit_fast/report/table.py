@@ -15,7 +15,7 @@ from rich.text import Text
 from cit_fast.report.collect import COLUMNS, Runs, RunView, collect, coverage
 
 
-def comparison_table(runs: Sequence[Path]) -> RenderableType:
+def comparison_table(runs: Runs | Sequence[Path]) -> RenderableType:
     """One row per run on the same tasks: AP, forgetting, BWT, FWT, relative gain, V-score, P- and V-score of held-out
     tasks, replayed examples, minutes; a column that no run has a value for is left out. In a narrow terminal the
     V-score and what is held out stand in a table of their own below.
@@ -24,12 +24,12 @@ def comparison_table(runs: Sequence[Path]) -> RenderableType:
     are the upper bound and do not compete. The caption says what was left out and what is still running.
 
     Args:
-        runs: run folders.
+        runs: what :func:`cit_fast.report.collect` read, or run folders.
 
     Raises:
         RunError: no run there, or damaged records.
     """
-    return _Comparison(collect(runs))
+    return _Comparison(runs if isinstance(runs, Runs) else collect(runs))
 
 
 class _Comparison:

@@ -18,7 +18,8 @@ from cit_fast.errors import ConfigError, DataError
 from cit_fast.evaluation.metrics import score
 from cit_fast.evaluation.predictions import Prediction, judged
 from cit_fast.evaluation.violations import Constraints
-from cit_fast.methods.routing import Router, RouterContext
+from cit_fast.methods.routing import Router
+from cit_fast.methods.stage import Stage
 from cit_fast.models.adapter_bank import BASE
 from cit_fast.models.generation import generate
 from cit_fast.models.pretrained import cache_folder
@@ -98,7 +99,7 @@ def _routed(model: Any, encoder: PromptEncoder, examples: Sequence[Example], rou
     """For each example the adapter set that answers it; ``None`` where there is nothing to choose from."""
     if router is None or not isinstance(model, PeftModel):
         return None
-    sets = [router.answer(examples, RouterContext(model, encoder, cache=cache_folder()))]
+    sets = [router.answer(examples, Stage(model, encoder, cache=cache_folder()))]
     broadcast_object_list(sets)  # one process decides: others may differ in a last bit, and wait for another's prompts
     unknown = set(sets[0]) - {*model.peft_config, BASE}
     if unknown:

@@ -18,7 +18,7 @@ from cit_fast.data import Task, TaskStream, load_stream
 from cit_fast.data.builtin import builtin_task_names
 from cit_fast.errors import ConfigError, DataError, RunError
 from cit_fast.files import is_disk_full
-from cit_fast.methods.registry import build_part, parts_of
+from cit_fast.methods.registry import build_parts
 from cit_fast.models.adapters import loading_whole, prompt_encoder
 from cit_fast.models.pretrained import load_tokenizer, resolve_model
 from cit_fast.run.arguments import training_arguments
@@ -64,11 +64,10 @@ class ContinualTrainer:
             config = validated(config, "configuration")
         self.config = config
         given = {"router": router, "replay": replay, "objective": objective, "update": update}
-        self._parts = {kind: part for kind, part in given.items() if part is not None}
-        for method in config.methods:  # a misspelt part should not wait for the methods before it
-            for kind, part in parts_of(method, config.training).items():
-                if kind not in self._parts:
-                    build_part(kind, part, method.name)
+        own = {kind: part for kind, part in given.items() if part is not None}
+        # All of them now: a misspelt part should not wait for the methods before it.
+        self._parts = {method.name: build_parts(method, config.training, own) for method in config.methods}
+        for method in config.methods:
             if config.adapter is None and method.router.name != "shared":
                 raise ConfigError(
                     f"method {method.name!r}: router: {method.router.name!r} grows adapter sets, and adapter: null "
@@ -101,9 +100,8 @@ class ContinualTrainer:
         for method in self.config.methods:
             folder = self.config.folder / method.name
             with _disk_full_as_run_error(folder), _only_our_progress_bars():
-                MethodRun(
-                    self.config, method, self._parts, self.stream, RunFolder(folder), self.console, self.held_out
-                ).run()
+                parts, where = self._parts[method.name], RunFolder(folder)
+                MethodRun(self.config, method, parts, self.stream, where, self.console, self.held_out).run()
             folders.append(folder)
             release_memory()  # the next method has a model of its own
         return folders

@@ -6,13 +6,12 @@ import contextlib
 import copy
 import dataclasses
 import datetime
-import os
-import random
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -23,19 +22,28 @@ from rich.markup import escape
 
 import cit_fast
 from cit_fast.data import TaskStream
-from cit_fast.data.example import Example, Task, unseen_media
+from cit_fast.data.example import Task, unseen_media
 from cit_fast.errors import CitFastError, ConfigError, DataError, RunError
 from cit_fast.evaluation.predictions import Prediction, write_predictions
-from cit_fast.evaluation.record import RunRecord, StageRecord, check_files, read_run, read_stages
+from cit_fast.evaluation.records import (
+    Assignment,
+    Learned,
+    ObjectiveRecord,
+    ReplayRecord,
+    RoutingRecord,
+    RunRecord,
+    StageRecord,
+    check_files,
+    read_run,
+    read_stages,
+)
 from cit_fast.evaluation.violations import Constraints
 from cit_fast.methods.config import MethodConfig
-from cit_fast.methods.objectives import StageContext, StageInputs
-from cit_fast.methods.registry import PARTS, build_part, parts_of
-from cit_fast.methods.replay import ReplayContext
-from cit_fast.methods.routing import RouterContext, SharedRouter, routing_record
+from cit_fast.methods.registry import PARTS, build_parts
+from cit_fast.methods.routing import SharedRouter, routing_record
+from cit_fast.methods.stage import Selection, Stage, StageInputs
 from cit_fast.methods.updates import PlainUpdate
 from cit_fast.models.adapters import load_weights, loading_whole, prompt_encoder, save_weights, train_adapter
-from cit_fast.models.collation import choose_collator
 from cit_fast.models.pretrained import cache_folder, load_model, load_tokenizer, model_identity, resolve_model
 from cit_fast.models.rewritten_base import RewrittenBase, refuse_sharded, rewrites_base
 from cit_fast.processes import from_rank_zero
@@ -45,17 +53,39 @@ from cit_fast.run.config import RunConfig
 from cit_fast.run.environment import describe_environment
 from cit_fast.run.guards import FrozenWeights, TrainedWeights
 from cit_fast.run.memory import release_memory
-from cit_fast.run.plain import as_json, digest, plain_options, task_digest
+from cit_fast.run.plain import check_plain_values, digest, plain_options, task_digest
 from cit_fast.run.run_folder import RunFolder
 from cit_fast.run.stage_trainer import StageTrainer
 from cit_fast.text import first_line
 
-# Another version may give another score from the same setting.
+_Returned = TypeVar("_Returned")
+# Versions are part of the keys of cached scores.
 _VERSIONS = (cit_fast.__version__, torch.__version__, transformers.__version__)
 
 
+@dataclass(frozen=True)
+class _Trained:
+    """A trained stage: the model, what it was trained on, and what the Trainer logged."""
+
+    model: Any
+    inputs: StageInputs
+    steps: int
+    seconds: float
+    losses: list[tuple[int, float]]
+    balance_weights: list[tuple[int, float, float, float, float]]
+    notes: list[str]
+
+
 class MethodRun:
-    """One method on one stream, in one folder."""
+    """One method on one stream, in one folder.
+
+    Args:
+        config: of the run; ``method``: one of its methods.
+        parts: router, replay, objective and update of the method; they are copied.
+        stream: the tasks, in order; ``held_out``: tasks that are answered and never trained.
+        folder: of the run.
+        console: where progress is printed.
+    """
 
     def __init__(
         self,
@@ -71,11 +101,8 @@ class MethodRun:
         self.config, self.method, self.stream, self.folder = _of_one_date(config, folder), method, stream, folder
         self.console = console
         self.state = PartialState()
-        self.parts = {
-            # A copy: what a part remembers of one method must not reach the next.
-            kind: copy.deepcopy(parts[kind]) if kind in parts else build_part(kind, part, method.name)
-            for kind, part in parts_of(method, config.training).items()
-        }
+        # A copy: what a part remembers of one run must not reach the next.
+        self.parts = copy.deepcopy(dict(parts))
         with self.state.main_process_first():  # one process fetches or converts, the others find it done
             self.model_path = resolve_model(config.model)
         self.tokenizer = load_tokenizer(self.model_path, config.model.trust_remote_code)
@@ -116,11 +143,8 @@ class MethodRun:
             if model is None:
                 model = self._load(self._checked(stages[index - 1]) if index > 1 else None)
                 self._take_up_router(index - 1, model)
-            routing = self._router_context(model, index)
-            adapter = self._assigned(group[0], routing)
-            frozen = FrozenWeights(model)
-            model, rewritten = train_adapter(model, self.config.adapter, adapter, self.config.seed)
-            model = self._stage(model, index, len(groups), group, adapter, routing, frozen, rewritten)
+            model = self._stage(model, index, len(groups), group)
+            release_memory()
         if self.config.evaluation.experts and not record.experts:
             record.experts = self._experts()
         record.status = "finished"
@@ -179,7 +203,7 @@ class MethodRun:
         if self.held_out:
             held_out, folder = self._untrained(model, self.held_out)
             folders.append(folder)
-            stage.held_out, stage.violations = held_out.scores, stage.violations | held_out.violations
+            stage.scores, stage.violations = stage.scores | held_out.scores, stage.violations | held_out.violations
             for name in ("evaluate_seconds", "test_truncated", "test_skipped"):
                 setattr(stage, name, getattr(stage, name) + getattr(held_out, name))
 
@@ -218,117 +242,167 @@ class MethodRun:
         check_files(folder, stage)
         return stage, folder
 
-    def _stage(
-        self,
-        model: Any,
-        index: int,
-        count: int,
-        group: list[Task],
-        adapter: str,
-        routing: RouterContext,
-        frozen: FrozenWeights,
-        rewritten: RewrittenBase | None,
-    ) -> Any:
+    # -- a stage, step by step -----------------------------------------------------------------------------------
+
+    def _stage(self, model: Any, index: int, count: int, tasks: list[Task]) -> Any:
+        """Assign, select, train, learn, answer, and record what came of it; returns the model as it is then."""
         joint = self.method.schedule == "joint"
-        seen = [] if joint else list(self.stream)[: index - 1]
-        rng = random.Random(f"{self.config.seed}/{index}")  # noqa: S311  # a seed, not a secret
-        replayed: list[Example] = []
-        decided: dict[str, Any] = {}
-        if seen:
-            folder = self.folder.path / "replay"
-            context = ReplayContext(group[0], seen, model, self.encoder, rng, folder, cache_folder(), decided)
-            replayed = self.parts["replay"].select(context)
-            decided = self._decided("replay", decided)
-        new = [example for task in group for example in task.train]
-        title = f"{self.method.name} [{index}/{count}] {'all tasks' if joint else group[0].name}"
-        notes = [note for note in [unseen_media([*new, *replayed])] if note is not None]
-        inputs, said = self._inputs(model, index, [*new, *replayed], [*group, *seen])
+        title = f"{self.method.name} [{index}/{count}] {'all tasks' if joint else tasks[0].name}"
+        stage = Stage(
+            model,
+            self.encoder,
+            index,
+            tasks=tuple(tasks),
+            seen=() if joint else tuple(self.stream)[: index - 1],
+            seed=f"{self.config.seed}/{index}",
+            kept=self.folder.path / "replay",
+            scratch=self.folder.checkpoints(index),
+            cache=cache_folder(),
+        )
+        assignment, new_set = self._assign(stage)
+        frozen = FrozenWeights(model)
+        # Replay and objective look at the model with the set that will be trained, as a resumed run finds it.
+        model, rewritten = train_adapter(model, self.config.adapter, assignment.adapter, self.config.seed)
+        stage = dataclasses.replace(stage, model=model)
+        selection = self._select(stage)
+        fresh = [example for task in tasks for example in task.train]
+        stage = dataclasses.replace(stage, examples=(*fresh, *selection.examples))
+        trained = self._train(stage, assignment.adapter, title, frozen, rewritten)
+        learned = self._learn(dataclasses.replace(stage, model=trained.model))
+        found, seconds = self._answer(trained.model, index, count, title)
+        record = StageRecord(
+            index=index,
+            trained=[task.name for task in tasks],
+            scores=found.scores,
+            violations=found.violations,
+            adapter=assignment.adapter,
+            train_examples=len(fresh),
+            replayed={task.name: sum(e.task == task.name for e in selection.examples) for task in stage.seen},
+            replay=selection.record if stage.seen else None,
+            objective=trained.inputs.record,
+            routing=self._routing(stage, assignment, learned, new_set, found),
+            steps=trained.steps,
+            train_seconds=trained.seconds,
+            evaluate_seconds=seconds,
+            losses=trained.losses,
+            balance_weights=trained.balance_weights,
+            truncated=trained.inputs.truncated,
+            skipped=len(trained.inputs.skipped),
+            test_truncated=found.truncated,
+            test_skipped=found.skipped,
+            notes=trained.notes,
+        )
+        self._commit(record, trained.model, found.predictions)
+        self._say_scores(title, record)
+        if record.skipped or record.test_skipped:
+            self._say(f"  left out for their length: {record.skipped} training and {record.test_skipped} test examples")
+        return trained.model
+
+    def _assign(self, stage: Stage) -> tuple[Assignment, bool]:
+        """The set that the new task trains, the same on every process, and whether it is new."""
+        before = set(self.parts["router"].sets)
+        assignment = self._returned("router", "assign", self.parts["router"].assign(stage), Assignment)
+        chosen: list[Assignment] = [assignment]
+        broadcast_object_list(chosen)
+        new = chosen[0].adapter not in before
+        if not isinstance(self.parts["router"], SharedRouter):
+            what = "a new adapter set" if new else "reuses the adapter set"
+            self._say(f"  {stage.task.name}: {what} {chosen[0].adapter}")
+        return chosen[0], new
+
+    def _select(self, stage: Stage) -> Selection:
+        """The earlier examples that come back."""
+        if not stage.seen:
+            return Selection([])
+        selection: Selection = self._returned("replay", "select", self.parts["replay"].select(stage), Selection)
+        self._returned("replay", "select", selection.record, ReplayRecord)
+        return selection
+
+    def _train(
+        self, stage: Stage, adapter: str, title: str, frozen: FrozenWeights, rewritten: RewrittenBase | None
+    ) -> _Trained:
+        """The model with the set ``adapter`` trained on the stage's examples, and nothing else of it changed."""
+        model = stage.model
+        where = f"stage {stage.index} ({stage.task.name})"
+        notes = [note for note in [unseen_media(stage.examples)] if note is not None]
+        prepared = self.parts["objective"].prepare(stage)
+        inputs: StageInputs = self._returned("objective", "prepare", prepared, StageInputs)
+        self._returned("objective", "prepare", inputs.record, ObjectiveRecord)
         if not inputs.features:
-            raise DataError(f"task {group[0].name!r}: no training example fits data.max_length; every one was skipped")
-        # TensorBoard's default is inside the checkpoints, which go when the stage is committed.
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.folder.path / "logs" / f"{index:02d}")
-        self.parts["objective"].begin_stage(model)
+            raise DataError(
+                f"task {stage.task.name!r}: no training example fits data.max_length; every one was skipped"
+            )
         before = TrainedWeights(model)
-        trainer = self._trained(model, index, title, inputs)
-        train_seconds = trainer.record.seconds + inputs.seconds
+        trainer = self._trained(model, stage.index, title, inputs)
+        seconds = trainer.record.seconds + inputs.seconds
         self.parts["update"].finish(trainer.optimizer)
-        model = self._unwrapped(trainer, index, adapter)
+        model = self._unwrapped(trainer, stage.index, adapter)
         notes += before.notes(model)
         if rewritten is not None:
             rewritten.undo(model, adapter)
-        frozen.check(model, f"{self.folder.path}: stage {index} ({group[0].name})")
+        frozen.check(model, f"{self.folder.path}: {where}")
         for note in notes:
             self._say(f"  {escape(note)}")
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and not parameter.isfinite().all():
                 raise RunError(
-                    f"{self.folder.path}: stage {index} ({group[0].name}): {name} is not finite after training; "
+                    f"{self.folder.path}: {where}: {name} is not finite after training; "
                     "start again in another output with a smaller training.learning_rate"
                 )
-        self.parts["router"].learn(group[0], dataclasses.replace(routing, model=model))
-        started = time.perf_counter()
-        known = list(self.stream)[:index] if self.config.evaluation.tasks == "seen" and not joint else list(self.stream)
-        held_out = self.held_out if index == count or self.config.evaluation.held_out_after == "all" else []
-        asked = [*known, *held_out]
-        found = evaluate(model, self.encoder, asked, self.config.evaluation, self.parts["router"], title)
-        stage = StageRecord(
-            index=index,
-            trained=[task.name for task in group],
-            scores={task.name: found.scores[task.name] for task in known},
-            held_out={task.name: found.scores[task.name] for task in held_out},
-            violations=found.violations,
-            adapter=adapter,
-            train_examples=len(new),
-            replayed={task.name: sum(e.task == task.name for e in replayed) for task in seen},
-            replay=decided,
-            objective=said,
-            routing=self._routed(index, group, adapter, routing, found),
+        return _Trained(
+            model,
+            inputs,
             steps=trainer.state.global_step,
-            train_seconds=train_seconds,
-            evaluate_seconds=time.perf_counter() - started,
+            seconds=seconds,
             losses=[(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
             balance_weights=trainer.record.balance_weights,
-            truncated=inputs.truncated,
-            skipped=len(inputs.skipped),
-            test_truncated=found.truncated,
-            test_skipped=found.skipped,
             notes=notes,
         )
-        self._commit(stage, model, found.predictions)
-        del trainer, inputs, before, found
-        release_memory()
-        self._say_scores(title, stage)
-        if stage.skipped or stage.test_skipped:
-            self._say(f"  left out for their length: {stage.skipped} training and {stage.test_skipped} test examples")
-        return model
 
-    def _inputs(
-        self, model: Any, index: int, examples: list[Example], tasks: list[Task]
-    ) -> tuple[StageInputs, dict[str, Any]]:
-        """What the stage trains on, in the objective's own form where it has one, and what it says about it."""
-        said: dict[str, Any] = {}
-        prepare = getattr(self.parts["objective"], "stage_inputs", None)
-        if prepare is None:
-            encoded = self.encoder.encode_all(examples)
-            collator = choose_collator(
-                model.config._attn_implementation,
-                model.device,
-                pad_token_id=self.encoder.pad_token_id,
-                max_length=self.config.data.max_length,
+    def _learn(self, stage: Stage) -> Learned:
+        """What the router learns from the task, now that its set is trained."""
+        learned: Learned = self._returned("router", "learn", self.parts["router"].learn(stage), Learned)
+        return learned
+
+    def _answer(self, model: Any, index: int, count: int, title: str) -> tuple[Evaluated, float]:
+        """The test examples answered and scored, and how long that took."""
+        started = time.perf_counter()
+        only_seen = self.config.evaluation.tasks == "seen" and self.method.schedule != "joint"
+        known = list(self.stream)[:index] if only_seen else list(self.stream)
+        held_out = self.held_out if index == count or self.config.evaluation.held_out_after == "all" else []
+        found = evaluate(model, self.encoder, [*known, *held_out], self.config.evaluation, self.parts["router"], title)
+        return found, time.perf_counter() - started
+
+    def _routing(
+        self, stage: Stage, assignment: Assignment, learned: Learned, new: bool, found: Evaluated
+    ) -> RoutingRecord | None:
+        """What the stage's record says about routing; nothing where there is one set for all."""
+        if isinstance(self.parts["router"], SharedRouter):
+            return None
+        trained_by = {task: each.adapter for each in self.folder.stages()[: stage.index] for task in each.trained}
+        trained_by.update((task.name, assignment.adapter) for task in stage.tasks)
+        return routing_record(
+            assignment,
+            learned,
+            new=new,
+            trained_by=trained_by,
+            answers=found.answered_by,
+            seconds=found.routing_seconds,
+        )
+
+    def _returned(self, kind: str, method: str, value: Any, wanted: type[_Returned]) -> _Returned:
+        """What a part returned, if it is of the right kind and can be recorded; its notes are said at once."""
+        part = type(self.parts[kind]).__name__
+        if not isinstance(value, wanted):
+            raise ConfigError(
+                f"{kind}: {part}.{method}() returned a {type(value).__name__}; return a {wanted.__name__} "
+                f"({wanted.__module__})"
             )
-            return StageInputs(encoded.encoded, collator, encoded.truncated, encoded.skipped), said
-        rng = random.Random(f"{self.config.seed}/{index}/objective")  # noqa: S311  # a seed, not a secret
-        folder, run = self.folder.checkpoints(index), self.folder.path / "replay"
-        context = StageContext(examples, tasks, self.encoder, rng, folder, run, cache_folder(), said)
-        inputs = prepare(model, context)
-        return inputs, self._decided("objective", said)
-
-    def _decided(self, kind: str, decided: dict[str, Any]) -> dict[str, Any]:
-        """What a part decided, as it goes into the stage's record; its notes are said at once."""
-        plain = as_json(decided, kind)
-        for note in plain.get("notes", []):
-            self._say(f"  {escape(note)}")
-        return plain
+        if wanted not in (Selection, StageInputs):
+            check_plain_values(value, f"{kind}: {part}.{method}()")
+            for note in value.notes:  # type: ignore[attr-defined]
+                self._say(f"  {escape(note)}")
+        return value
 
     def _commit(self, stage: StageRecord, model: Any, predictions: dict[str, list[Prediction]]) -> None:
         def fill(path: Path) -> None:
@@ -344,10 +418,6 @@ class MethodRun:
 
     # -- routing -------------------------------------------------------------------------------------------------
 
-    def _router_context(self, model: Any, index: int) -> RouterContext:
-        rng = random.Random(f"{self.config.seed}/{index}/router")  # noqa: S311  # a seed, not a secret
-        return RouterContext(model, self.encoder, rng, cache_folder())
-
     def _take_up_router(self, index: int, model: Any) -> None:
         """What the router knew when stage ``index`` was committed."""
         if index == 0:
@@ -359,29 +429,6 @@ class MethodRun:
         gone = sorted(set(self.parts["router"].sets) - set(model.peft_config))
         if gone:
             raise RunError(f"{folder}: knows the adapter set {gone[0]!r}, and {folder.parent / 'adapters'} has none")
-
-    def _assigned(self, task: Task, routing: RouterContext) -> str:
-        """The set that ``task`` trains, the same on every process."""
-        before = set(self.parts["router"].sets)
-        chosen: list[str] = [self.parts["router"].assign(task, routing)]
-        broadcast_object_list(chosen)
-        routing.decided.update(assigned=chosen[0], new=chosen[0] not in before)
-        as_json(routing.decided, "router")
-        if not isinstance(self.parts["router"], SharedRouter):
-            what = "a new adapter set" if routing.decided["new"] else "reuses the adapter set"
-            self._say(f"  {task.name}: {what} {chosen[0]}")
-        return chosen[0]
-
-    def _routed(
-        self, index: int, group: Sequence[Task], adapter: str, routing: RouterContext, found: Evaluated
-    ) -> dict[str, Any]:
-        """What the stage's record says about routing."""
-        if isinstance(self.parts["router"], SharedRouter):
-            return {}
-        trained_by = {task: stage.adapter for stage in self.folder.stages()[:index] for task in stage.trained}
-        trained_by.update((task.name, adapter) for task in group)
-        record = routing_record(trained_by, found.answered_by)
-        return {**as_json(routing.decided, "router"), **record, "seconds": found.routing_seconds}
 
     def _arguments(self, index: int) -> Any:
         return training_arguments(self.config.training, self.config.seed + index, self.folder.checkpoints(index))
@@ -419,6 +466,8 @@ class MethodRun:
             args=self._arguments(index),
             train_dataset=inputs.features,
             data_collator=inputs.collator,
+            # TensorBoard's default is inside the checkpoints, which go when the stage is committed.
+            logs=self.folder.path / "logs" / f"{index:02d}",
         )
         if (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled) and rewrites_base(self.config.adapter):
             raise refuse_sharded()
@@ -510,7 +559,8 @@ class MethodRun:
                 ]
             )
             folder = RunFolder(cache_folder() / "experts" / key)
-            run = MethodRun(config, sequential, {}, TaskStream((task,)), folder, Console(quiet=True))
+            parts = build_parts(sequential, config.training)
+            run = MethodRun(config, sequential, parts, TaskStream((task,)), folder, Console(quiet=True))
             self._say(f"  expert for {task.name}")
             run.run(wait=True)
             scores[task.name] = folder.stages()[-1].scores[task.name]
@@ -522,7 +572,9 @@ class MethodRun:
         self.console.print(text, highlight=False)
 
     def _say_scores(self, title: str, stage: StageRecord) -> None:
-        lines = {title.rsplit("] ", maxsplit=1)[-1]: stage.scores, "  held out": stage.held_out}
+        trained = {task: score for task, score in stage.scores.items() if task in self.stream.names}
+        held_out = {task: score for task, score in stage.scores.items() if task not in trained}
+        lines = {title.rsplit("] ", maxsplit=1)[-1]: trained, "  held out": held_out}
         for name, scores in lines.items():
             if scores or not name.startswith(" "):
                 listed = "  ".join(f"{task} [bold]{score:.1f}[/bold]" for task, score in scores.items())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,12 +18,16 @@ def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v if isinstance(v, kinds) else type(v).__name__ for k, v in options.items() if not k.startswith("_")}
 
 
-def as_json(decided: dict[str, Any], part: str) -> dict[str, Any]:
-    """``decided`` as it will be read back; better refused now than when the stage is trained."""
+def check_plain_values(record: Any, where: str) -> None:
+    """See that a record can be written; better refused now than when the stage is trained.
+
+    Raises:
+        ConfigError: a value that JSON does not have.
+    """
     try:
-        return typing.cast("dict[str, Any]", json.loads(json.dumps(decided, allow_nan=False)))
+        json.dumps(dataclasses.asdict(record), allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{part}: context.decided must hold plain JSON values: {error}") from None
+        raise ConfigError(f"{where}: its record must hold plain JSON values: {error}") from None
 
 
 def digest(value: Any) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from cit_fast.errors import RunError
-from cit_fast.evaluation.record import RunRecord, StageRecord, read_run, read_stages, write_record
+from cit_fast.evaluation.records import RunRecord, StageRecord, read_run, read_stages, write_record
 from cit_fast.files import (
     commit_folder,
     damaged_files,

@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers.integrations import TensorBoardCallback
 
 from cit_fast.errors import RunError
 from cit_fast.methods.objectives import Objective
@@ -29,11 +30,12 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         update: wraps the optimizer.
         title: what the progress bar says.
         progress: what an earlier part of this stage left in its checkpoint's marker (see ``record``).
+        logs: where TensorBoard's events go, if ``training.report_to`` asks for them.
         **kwargs: of transformers.Trainer.
     """
 
     def __init__(
-        self, *, objective: Objective, update: Update, title: str, progress: dict[str, Any], **kwargs: Any
+        self, *, objective: Objective, update: Update, title: str, progress: dict[str, Any], logs: Path, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
         self.objective, self.update = objective, update
@@ -42,6 +44,9 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback):
+                callback.logging_dir = str(logs)
         self.record = _StageRecorder(update, title, progress)
         self.add_callback(self.record)
 

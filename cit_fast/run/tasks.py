@@ -34,7 +34,7 @@ def check_task(task: Task, split: str, where: str) -> None:
     declared = Constraints.of(task)
     rates = violation_rates(declared, first, references, [example.input for example in examples])
     for kind, names in {"WFR": ("answer_pattern", "answer_format"), "OOS": ("labels",)}.items():
-        if rates.get(kind) == 1.0:
+        if rates.get(kind) == 100.0:
             given = " and ".join(f"{name} {getattr(task, name)!r}" for name in names if getattr(task, name))
             raise DataError(f"{where}: task {task.name!r}: {given} fits none of its answers, for example {first[0]!r}")
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cit_fast.errors import RunError
 from cit_fast.evaluation import continual
-from cit_fast.evaluation.record import RunRecord, StageRecord
+from cit_fast.evaluation.records import RunRecord, StageRecord
 
 NAN = math.nan
 # Three tasks, worked out by hand. Task 0 peaks at stage 1, after its own.

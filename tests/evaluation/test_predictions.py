@@ -15,7 +15,7 @@ from cit_fast.evaluation.predictions import (
     rescore,
     write_predictions,
 )
-from cit_fast.evaluation.record import RunRecord, StageRecord, read_stages
+from cit_fast.evaluation.records import RunRecord, StageRecord, read_stages
 from cit_fast.files import write_json
 
 
@@ -121,7 +121,7 @@ def test_rescore_writes_when_asked(run_folder):
     stages = read_stages(run_folder)
     assert stages[0].scores == {"a": 0.0, "b": 50.0}
     assert stages[1].scores == {"a": 75.0, "b": 100.0}
-    assert stages[1].losses == [[1, 2.5]]
+    assert stages[1].losses == [(1, 2.5)]
     scores = [each.score for each in read_predictions(predictions_path(run_folder, 1, "a"))]
     assert scores == [100.0, 100.0, 0.0, 100.0]
     assert [r.agrees for r in rescore(run_folder)] == [True, False, True, True]
@@ -151,7 +151,11 @@ def with_violations(folder, rates, held_out_score):
         path = folder / "stages" / f"{index:02d}" / "stage.json"
         stage = json.loads(path.read_text())
         stage["scores"].pop("b", None)
-        path.write_text(json.dumps(stage | ({"held_out": {"b": held_out_score}, "violations": rates} if index else {})))
+        path.write_text(
+            json.dumps(
+                stage | ({"scores": {**stage["scores"], "b": held_out_score}, "violations": rates} if index else {})
+            )
+        )
     spans = [Prediction("p", a, ("y",), 0.0, "y or z") for a in ("y", "or z", "no", "y or z")]
     write_predictions(predictions_path(folder, 1, "b"), spans)
     answers = [Prediction("p", a, ("x",), 0.0) for a in ("x", "w", "no", "x")]
@@ -160,15 +164,15 @@ def with_violations(folder, rates, held_out_score):
 
 
 def test_rescore_judges_violations_and_held_out_tasks(run_folder):
-    with_violations(run_folder, {"a": {"WFR": 0.25}, "b": {"OOS": 0.25, "WR": 0.0}}, 25.0)
+    with_violations(run_folder, {"a": {"WFR": 25.0}, "b": {"OOS": 25.0, "WR": 0.0}}, 25.0)
     a, b = [entry for entry in rescore(run_folder) if entry.stage == 1]
-    assert (a.violations_again, a.violations_agree) == ({"WFR": 0.25}, True)
+    assert (a.violations_again, a.violations_agree) == ({"WFR": 25.0}, True)
     assert (b.recorded, b.recomputed, b.agrees) == (25.0, 25.0, False)  # "y or z" has three words, the reference one
-    assert (b.violations, b.violations_again) == ({"OOS": 0.25, "WR": 0.0}, {"OOS": 0.25, "WR": 0.25})
+    assert (b.violations, b.violations_again) == ({"OOS": 25.0, "WR": 0.0}, {"OOS": 25.0, "WR": 25.0})
     rescore(run_folder, write=True)
     stage = read_stages(run_folder)[1]
-    assert (stage.scores, stage.held_out) == ({"a": 50.0}, {"b": 25.0})
-    assert stage.violations == {"a": {"WFR": 0.25}, "b": {"OOS": 0.25, "WR": 0.25}}
+    assert stage.scores == {"a": 50.0, "b": 25.0}
+    assert stage.violations == {"a": {"WFR": 25.0}, "b": {"OOS": 25.0, "WR": 25.0}}
     assert all(entry.agrees for entry in rescore(run_folder) if entry.stage == 1)
 
 

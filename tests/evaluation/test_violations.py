@@ -36,10 +36,10 @@ def test_a_kind_applies_only_where_it_is_declared():
 def test_wrong_format_by_pattern_is_about_the_whole_answer():
     dates = Constraints(answer_pattern=r"\d{4}-\d{2}-\d{2}")
     answers = ["2024-05-06", " 2024-05-06\n", "On 2024-05-06", "2024-05-06.", ""]
-    assert [rates(dates, [answer])["WFR"] for answer in answers] == [0, 0, 1, 1, 1]
-    assert rates(dates, answers) == {"WFR": 0.6}
+    assert [rates(dates, [answer])["WFR"] for answer in answers] == [0, 0, 100, 100, 100]
+    assert rates(dates, answers) == {"WFR": 60}
     alternatives = Constraints(answer_pattern="now|later")
-    assert rates(alternatives, ["now", "later", "nowlater", "later on"]) == {"WFR": 0.5}
+    assert rates(alternatives, ["now", "later", "nowlater", "later on"]) == {"WFR": 50}
 
 
 @pytest.mark.parametrize(
@@ -54,8 +54,8 @@ def test_wrong_format_by_pattern_is_about_the_whole_answer():
 )
 def test_formats_by_name(name, good, bad):
     declared = Constraints(answer_format=name)
-    assert rates(declared, good) == {"WFR": 0.0}
-    assert rates(declared, bad) == {"WFR": 1.0}
+    assert rates(declared, good) == {"WFR": 0}
+    assert rates(declared, bad) == {"WFR": 100}
 
 
 def test_every_format_a_task_may_name_has_a_judge():
@@ -64,12 +64,12 @@ def test_every_format_a_task_may_name_has_a_judge():
 
 def test_pattern_and_format_must_both_hold():
     both = Constraints(answer_pattern=r"\{.*\}", answer_format="json")
-    assert rates(both, ['{"a": 1}', "[1]", "{a}", "no"]) == {"WFR": 0.75}
+    assert rates(both, ['{"a": 1}', "[1]", "{a}", "no"]) == {"WFR": 75}
 
 
 def test_out_of_a_closed_set_compares_as_accuracy_does():
     labels = Constraints(labels=("Positive", "negative"))
-    assert rates(labels, ["positive.", ' "NEGATIVE" ', "neutral", "positive negative"]) == {"OOS": 0.5}
+    assert rates(labels, ["positive.", ' "NEGATIVE" ', "neutral", "positive negative"]) == {"OOS": 50}
 
 
 @pytest.mark.parametrize(
@@ -92,17 +92,17 @@ def test_out_of_a_closed_set_compares_as_accuracy_does():
 def test_extractive_answers_are_spans_of_the_input(answer, outside):
     text = "John's house is in George Street, in 1990 → 他在北京大学学习."
     declared = Constraints(extractive=True)
-    assert rates(declared, [answer], [["St. George", "x"]], [text]) == {"OOS": outside}
+    assert rates(declared, [answer], [["St. George", "x"]], [text]) == {"OOS": 100 * outside}
 
 
 def test_wordy_against_the_longest_reference():
     references = [["one two three", "one"]] * 4
     answers = ["a b c d e f", "a b c d e f g", "", "a-b-c-d-e-f-g"]
-    assert rates(Constraints(wordy_above=2), answers, references) == {"WR": 0.25}
-    assert rates(Constraints(wordy_above=2.5), answers, references) == {"WR": 0.0}
+    assert rates(Constraints(wordy_above=2), answers, references) == {"WR": 25}
+    assert rates(Constraints(wordy_above=2.5), answers, references) == {"WR": 0}
     # Each CJK character is a word: without white space such an answer would never be wordy.
-    assert rates(Constraints(wordy_above=2), ["北京大学在"], [["北京"]]) == {"WR": 1.0}
-    assert rates(Constraints(wordy_above=2), ["北京大学"], [["北京"]]) == {"WR": 0.0}
+    assert rates(Constraints(wordy_above=2), ["北京大学在"], [["北京"]]) == {"WR": 100}
+    assert rates(Constraints(wordy_above=2), ["北京大学"], [["北京"]]) == {"WR": 0}
 
 
 @given(
@@ -116,12 +116,12 @@ def test_wordy_against_the_longest_reference():
     ),
     st.booleans(),
 )
-def test_rates_lie_between_0_and_1_for_any_answers(rows, constraints, extractive):
+def test_rates_lie_between_0_and_100_for_any_answers(rows, constraints, extractive):
     rows = [(a, r, text if text.strip() else "a") for a, r, text in rows]
     constraints = dataclasses.replace(constraints, extractive=extractive)
     found = rates(constraints, *(list(column) for column in zip(*rows, strict=True)))
     assert tuple(found) == constraints.kinds
-    assert all(0.0 <= rate <= 1.0 for rate in found.values())
+    assert all(0.0 <= rate <= 100.0 for rate in found.values())
     scores = task_set_scores(["t"], {"t": 50.0}, {"t": found})
     assert scores.v is None or 0.0 <= scores.v <= 100.0
     assert (scores.v is None) == (not found)
@@ -136,20 +136,20 @@ def test_right_answers_of_the_built_in_tasks_violate_nothing():
         found = violation_rates(declared, [answers[0] for answers in references], references)
         assert set(found.values()) == {0.0}, task.name
         babble = violation_rates(declared, ["I do not know what to say. " * 4] * 32, references)
-        assert set(babble.values()) == {1.0}, task.name
+        assert set(babble.values()) == {100.0}, task.name
 
 
 def test_p_and_v_by_hand():
     violations = {
-        "dates": {"WFR": 0.5, "WR": 0.25},
-        "mail": {"WFR": 0.0, "OOS": 0.5, "WR": 0.25},
-        "quotes": {"OOS": 1.0},
+        "dates": {"WFR": 50.0, "WR": 25.0},
+        "mail": {"WFR": 0.0, "OOS": 50.0, "WR": 25.0},
+        "quotes": {"OOS": 100.0},
         "chat": {},
     }
     scores = {"dates": 10.0, "mail": 20.0, "quotes": 60.0, "chat": 30.0}
     found = task_set_scores(violations, scores, violations)
     assert (found.tasks, found.constrained, found.p) == (4, 3, 30.0)
-    assert found.v == pytest.approx(100 * (0.375 + 0.25 + 1.0) / 3)
+    assert found.v == pytest.approx((37.5 + 25.0 + 100.0) / 3)
     assert found.rates == pytest.approx({"WFR": 25.0, "OOS": 75.0, "WR": 25.0})
     assert found.v_by_kind == pytest.approx((25.0 + 75.0 + 25.0) / 3)
     assert task_set_scores(["dates"], scores, violations).v == pytest.approx(37.5)

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from cit_fast.errors import RunError
 from cit_fast.evaluation.predictions import Prediction, predictions_path, write_predictions
-from cit_fast.evaluation.record import RunRecord, StageRecord
+from cit_fast.evaluation.records import RunRecord, StageRecord
 from cit_fast.files import write_json
 from cit_fast.report import comparison_table, write_report
 from cit_fast.report import figures as pictures
@@ -378,7 +378,7 @@ def test_bad_input(folders, tmp_path):
         write_report(folders, tmp_path / "file" / "report.html")
     stage = folders[0] / "stages" / "02" / "stage.json"
     stage.write_text(json.dumps({**json.loads(stage.read_text()), "scores": {"dates": 140}}))
-    with pytest.raises(RunError, match=r"score of dates is 140; scores lie in \[0, 100\]"):
+    with pytest.raises(RunError, match=r"score of dates is 140.0; scores lie in \[0, 100\]"):
         collect([folders[0]])
 
 
@@ -451,8 +451,8 @@ def test_what_a_replay_policy_decided_is_shown(tmp_path):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_what_another_policy_says_does_no_harm(tmp_path):
-    own = {"instructions": ["mine", {"task": "x"}], "scores": {"dates": [1, 2]}}
+def test_what_a_policy_of_ones_own_says_does_no_harm(tmp_path):
+    own = {"details": {"instructions": ["mine", {"task": "x"}], "scores": {"dates": [1, 2]}}}
     page = Page(write_report([with_replay(write_run(tmp_path / "a", REPLAY, replay=1), {}, own, {"distances": {}})]))
     assert "InsInfo" not in page.text
     zero = with_replay(write_run(tmp_path / "b", REPLAY, replay=1), {}, {"distances": {"dates": 0.0}})
@@ -487,17 +487,19 @@ def routed(folder, *stages):
     """The run with these ``routing`` entries, one per trained stage."""
     for index, routing in enumerate(stages, 1):
         path = folder / "stages" / f"{index:02d}" / "stage.json"
-        write_json(path, {**json.loads(path.read_text()), "adapter": routing["assigned"], "routing": routing})
+        adapter = routing["assignment"]["adapter"]
+        stage = {**json.loads(path.read_text()), "adapter": adapter, "routing": {"learned": {}, **routing}}
+        write_json(path, stage)
     return folder
 
 
 def test_routing_is_a_table_and_a_confusion_matrix(tmp_path):
-    first = {"assigned": "set-01", "new": True, "scores": {}, "trained_by": {"dates": "set-01"}, "accuracy": 1.0}
-    second = {"assigned": "set-02", "new": True, "scores": {"set-01": 0.125}, "accuracy": 0.75, "to_base": 0.5}
+    first = {"new": True, "assignment": {"adapter": "set-01"}, "trained_by": {"dates": "set-01"}, "accuracy": 1.0}
+    second = {"new": True, "assignment": {"adapter": "set-02", "scores": {"set-01": 0.125}}, "accuracy": 0.75}
+    second["to_base"] = 0.5
     third = {
-        "assigned": "set-01",
         "new": False,
-        "scores": {"set-01": 0.9375, "set-02": 0.25, "odd": "?"},
+        "assignment": {"adapter": "set-01", "scores": {"set-01": 0.9375, "set-02": 0.25}},
         "trained_by": {"dates": "set-01", "words": "set-02", "labels": "set-01"},
         "answers": {
             "dates": {"set-01": 3, "__base__": 1},
@@ -507,7 +509,7 @@ def test_routing_is_a_table_and_a_confusion_matrix(tmp_path):
         },
         "accuracy": 0.75,
         "to_base": 0.75,
-        "notes": ["7 prompts are long."],
+        "learned": {"notes": ["7 prompts are long."]},
     }
     folder = routed(write_run(tmp_path / "a", REPLAY, method="lcia"), first, second, third)
     page = Page(write_report([folder]))

@@ -10,13 +10,13 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from cit_fast.evaluation.record import RunRecord, StageRecord
+from cit_fast.evaluation.records import RunRecord, StageRecord
 from cit_fast.files import write_json
 from cit_fast.report import comparison_table, figures, write_report
 from cit_fast.report.collect import collect
 
-SEEN = {"a": {"WFR": 0.5, "WR": 0.25}, "b": {}}
-HELD_OUT = {"x": {"OOS": 1.0}, "y": {"OOS": 0.5, "WR": 0.25}}
+SEEN = {"a": {"WFR": 50.0, "WR": 25.0}, "b": {}}
+HELD_OUT = {"x": {"OOS": 100.0}, "y": {"OOS": 50.0, "WR": 25.0}}
 
 
 def write_run(folder, method, share=1.0, *, held_out=("x", "y"), violations=True, experts=True):
@@ -29,11 +29,11 @@ def write_run(folder, method, share=1.0, *, held_out=("x", "y"), violations=True
         experts={"a": 80.0, "b": 90.0} if experts else {}, held_out_tasks=list(held_out),
     )  # fmt: skip
     write_json(folder / "run.json", dataclasses.asdict(run))
-    last = {"held_out": dict.fromkeys(held_out, 40.0 - 10 * share), "violations": judged if violations else {}}
+    last = {"a": 60.0 - 20 * share, "b": 90.0, **dict.fromkeys(held_out, 40.0 - 10 * share)}
     for stage in (
         StageRecord(0, [], {"a": 0.0, "b": 0.0}),
         StageRecord(1, ["a"], {"a": 80.0, "b": 10.0}, train_seconds=60.0),
-        StageRecord(2, ["b"], {"a": 60.0 - 20 * share, "b": 90.0}, train_seconds=60.0, **last),
+        StageRecord(2, ["b"], last, train_seconds=60.0, violations=judged if violations else {}),
     ):
         write_json(folder / "stages" / f"{stage.index:02d}" / "stage.json", dataclasses.asdict(stage))
     return folder
@@ -91,7 +91,7 @@ def test_older_runs_have_no_such_columns(tmp_path):
     (old / "run.json").write_text(json.dumps(record))
     for path in old.glob("stages/*/stage.json"):
         stage = json.loads(path.read_text())
-        path.write_text(json.dumps({k: v for k, v in stage.items() if k not in {"held_out", "violations"}}))
+        path.write_text(json.dumps({k: v for k, v in stage.items() if k not in {"violations"}}))
     header, row = printed([old], 120)
     assert " ".join(header.split()) == "Method AP ↑ Forgetting ↓ BWT ↑ FWT ↑ Rel. gain % ↑ Replayed Minutes"
     assert row.split() == ["sequential", "65.0", "40.0", "−40.0", "+10.0", "50.0", "0", "2.0"]

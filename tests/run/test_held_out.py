@@ -29,6 +29,9 @@ def spans(name: str) -> Task:
     return Task(name, (), (), examples, metric="token_f1", extractive=True, wordy_above=2.0)
 
 
+NOT_TRAINED = {"gamma", "spans"}
+
+
 @pytest.fixture
 def two(stream) -> TaskStream:
     """One task that declares constraints and one that declares none."""
@@ -58,8 +61,12 @@ def test_held_out_tasks_are_answered_first_and_last_and_kept_apart(settings, two
         "gamma": {},
         "spans": {"extractive": True, "wordy_above": 2.0},
     }
-    assert [set(stage.scores) for stage in stages] == [{"alpha", "beta"}] * 3
-    assert [set(stage.held_out) for stage in stages] == [{"gamma", "spans"}, set(), {"gamma", "spans"}]
+    assert all({"alpha", "beta"} <= set(stage.scores) for stage in stages)
+    assert [set(stage.scores) & {"gamma", "spans"} for stage in stages] == [
+        {"gamma", "spans"},
+        set(),
+        {"gamma", "spans"},
+    ]
     assert [{task: list(rates) for task, rates in stage.violations.items()} for stage in (stages[0], stages[2])] == [
         {"alpha": ["WFR", "WR"], "beta": [], "gamma": [], "spans": ["OOS", "WR"]}
     ] * 2
@@ -69,8 +76,8 @@ def test_held_out_tasks_are_answered_first_and_last_and_kept_apart(settings, two
     assert [entry.input for entry in stored] == [f"word {k} and more" for k in range(3)]
     assert read_predictions(folders["sequential"] / "stages/02/predictions/alpha.jsonl")[0].input is None
     joint = read_stages(folders["joint"])
-    assert set(joint[1].held_out) == {"gamma", "spans"}
-    assert joint[0].held_out == stages[0].held_out  # the untrained model answers once for all methods
+    assert set(joint[1].scores) > NOT_TRAINED
+    assert joint[0].scores == stages[0].scores  # the untrained model answers once for all methods
     assert all(entry.agrees for entry in rescore(folders["sequential"]))
     assert len(rescore(folders["sequential"])) == 4 + 2 + 4
 
@@ -80,19 +87,24 @@ def test_holding_tasks_out_changes_nothing_of_the_run(settings, two, held_out):
     other = {**settings, "methods": ["sequential"], "output": settings["output"] + "-without"}
     without = run(other, two)["sequential"]
     ours, theirs = read_stages(with_held_out), read_stages(without)
-    assert [stage.scores for stage in ours] == [stage.scores for stage in theirs]
+    seen = [{task: stage.scores[task] for task in ("alpha", "beta")} for stage in ours]
+    assert seen == [stage.scores for stage in theirs]
     assert [stage.losses for stage in ours] == [stage.losses for stage in theirs]
     path = "stages/02/adapters/shared/adapter_model.safetensors"
     kept = load_file(with_held_out / path), load_file(without / path)
     assert all(torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
-    assert theirs[2].held_out == {}
+    assert set(theirs[2].scores) == {"alpha", "beta"}
     assert read_run(without).held_out_tasks == []
 
 
 def test_after_every_stage_when_asked(settings, two, held_out):
     settings["methods"] = ["sequential"]
     stages = read_stages(run(settings, two, held_out, held_out_after="all", untrained=False)["sequential"])
-    assert [set(stage.held_out) for stage in stages] == [set(), {"gamma", "spans"}, {"gamma", "spans"}]
+    assert [set(stage.scores) & {"gamma", "spans"} for stage in stages] == [
+        set(),
+        {"gamma", "spans"},
+        {"gamma", "spans"},
+    ]
 
 
 def test_named_in_the_configuration(settings):
@@ -141,7 +153,7 @@ def test_killed_while_it_answers_and_resumed(settings, two, held_out, tmp_path):
         assert os.WIFSIGNALED(status)
         resumed = read_stages(run(own, two, held_out)["sequential"])
         for ours, theirs in zip(resumed, expected, strict=True):
-            assert (ours.scores, ours.held_out, ours.violations) == (theirs.scores, theirs.held_out, theirs.violations)
+            assert (ours.scores, ours.violations) == (theirs.scores, theirs.violations)
 
 
 def test_other_held_out_tasks_are_another_run(settings, two, held_out):
@@ -160,8 +172,8 @@ def test_report_of_a_run_with_held_out_tasks(settings, two, held_out, tmp_path):
     assert "V is over 1 of 2 seen tasks and 1 of 2 held-out tasks" in text
     values = json.loads((tmp_path / "page-values.json").read_text())["runs"][0]
     last = read_stages(folder)[-1]
-    assert values["Held-out P"] == pytest.approx((last.held_out["gamma"] + last.held_out["spans"]) / 2)
-    assert values["seen"]["v"] == pytest.approx(50 * sum(last.violations["alpha"].values()))
+    assert values["Held-out P"] == pytest.approx((last.scores["gamma"] + last.scores["spans"]) / 2)
+    assert values["seen"]["v"] == pytest.approx(sum(last.violations["alpha"].values()) / 2)
     assert values["held_out"]["constrained"] == 1
     console = Console(file=io.StringIO(), width=120)
     console.print(comparison_table([folder]))

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,9 @@ from safetensors.torch import load_file
 from cit_fast import ContinualTrainer
 from cit_fast.data import Example, Task, TaskStream
 from cit_fast.evaluation import read_run, read_stages
+from cit_fast.evaluation.records import ObjectiveRecord
 from cit_fast.key_parts import teacher as frozen
-from cit_fast.methods.objectives import KPIG, kpig
+from cit_fast.methods.objectives import KPIG, kpig, plain_inputs
 from cit_fast.methods.replay import kpig as replay
 from cit_fast.run import method_run, stage_trainer
 
@@ -64,16 +66,16 @@ def test_presets_at_the_budget_of_random_replay(settings, stream):
     assert totals == {name: [0, 0, 2, 4] for name in METHODS}
     for name in METHODS[1:]:
         for stage in runs[name][2:]:
-            gains, budgets = stage.replay["gains"], stage.replay["budgets"]
+            gains, budgets = stage.replay.gains, stage.replay.budgets
             assert list(gains) == list(NAMES[: stage.index - 1])
             assert stage.replayed == budgets
             assert budgets[min(gains, key=gains.get)] > 0
     last = runs["kpig"][3]
-    assert last.objective["compared"] == 16 + 4
-    assert last.objective["without_key_parts"] == 0
-    assert set(last.objective["gains"]) == {"gamma", *(name for name, share in last.replayed.items() if share)}
-    assert last.objective["seconds"] > 0
-    assert runs["kpig-no-jsd"][3].objective == {}
+    assert last.objective.compared == 16 + 4
+    assert last.objective.without_key_parts == 0
+    assert set(last.objective.gains) == {"gamma", *(name for name, share in last.replayed.items() if share)}
+    assert last.objective.seconds > 0
+    assert runs["kpig-no-jsd"][3].objective == ObjectiveRecord()
     curves = [losses(runs[name]) for name in METHODS[1:]]
     assert all(curves.count(curve) == 1 for curve in curves)  # each is a method of its own
     folder = Path(settings["output"]) / "kpig"
@@ -89,7 +91,7 @@ def test_cit_fast_replays_compares_and_averages(settings, stream):
             0,
             *((0, 0) if without == "replay" else (2, 4)),
         ]
-        assert [bool(stage.objective) for stage in stages[1:]] == [without != "objective"] * 3
+        assert [bool(stage.objective.gains) for stage in stages[1:]] == [without != "objective"] * 3
         assert [bool(stage.balance_weights) for stage in stages[1:]] == [without != "update"] * 3
 
 
@@ -103,9 +105,9 @@ def test_full_fine_tuning_and_what_the_data_does_not_say(settings, stream):
         for name, source in (("discovered", "auto"), ("given", "data"))
     ]
     runs = run(settings, mixed, methods=methods)
-    assert [stage.objective["compared"] for stage in runs["discovered"][1:]] == [16, 16 + 2]
-    assert [stage.objective["without_key_parts"] for stage in runs["given"][1:]] == [0, 16]
-    assert runs["given"][2].objective["notes"][0].startswith("16 of 18 examples have no key parts")
+    assert [stage.objective.compared for stage in runs["discovered"][1:]] == [16, 16 + 2]
+    assert [stage.objective.without_key_parts for stage in runs["given"][1:]] == [0, 16]
+    assert runs["given"][2].objective.notes[0].startswith("16 of 18 examples have no key parts")
     kept = list((Path(settings["output"]) / "discovered" / "replay").rglob("*.json"))
     assert len(kept) == 1
     assert json.loads(kept[0].read_text())["key_parts"]
@@ -129,10 +131,11 @@ def test_mixed_precision_runs(settings, stream):
         assert ours[0] == pytest.approx(theirs[0], rel=2e-2)
 
 
-def test_a_users_own_objective_needs_no_hook(settings, stream):
+def test_a_users_own_objective(settings, stream):
     class Own:
-        def begin_stage(self, model):
-            self.begun = True
+        def prepare(self, stage):
+            inputs = plain_inputs(stage, stage.examples)
+            return replace(inputs, record=ObjectiveRecord(details={"examples": len(stage.examples)}))
 
         def __call__(self, model, batch, num_items):
             assert set(batch) == {"input_ids", "attention_mask", "labels"}
@@ -144,7 +147,7 @@ def test_a_users_own_objective_needs_no_hook(settings, stream):
         objective=Own(),
         console=Console(quiet=True),
     ).run()
-    assert read_stages(folders[0])[1].objective == {}
+    assert read_stages(folders[0])[1].objective.details == {"examples": 16}
 
 
 # ------------------------------------------------------------------------------------------------ killed and resumed
@@ -187,7 +190,7 @@ def adapter(folder: Path, stage: int) -> dict[str, torch.Tensor]:
 
 
 def outcome(folder: Path) -> list:
-    plain = [{**stage.objective, "seconds": 0} for stage in read_stages(folder)]
+    plain = [stage.objective and replace(stage.objective, seconds=0) for stage in read_stages(folder)]
     return [(s.replayed, s.replay, own, s.losses, s.scores) for s, own in zip(read_stages(folder), plain, strict=True)]
 
 
@@ -270,9 +273,9 @@ def test_two_processes_equal_one(settings, stream, tmp_path, full, sharded):
     for ours, theirs in zip(read_stages(two)[1:], read_stages(one)[1:], strict=True):
         assert ours.replayed == theirs.replayed
         for part in ("replay", "objective"):
-            gains, expected = (getattr(stage, part).get("gains") for stage in (ours, theirs))
-            assert gains == (expected and pytest.approx(expected, abs=1e-5))
-        assert ours.objective["compared"] == theirs.objective["compared"] == 12 + 4 * ours.index
+            gains, expected = (getattr(getattr(stage, part), "gains", {}) for stage in (ours, theirs))
+            assert gains == pytest.approx(expected, abs=1e-5)
+        assert ours.objective.compared == theirs.objective.compared == 12 + 4 * ours.index
         assert [loss for _, loss in ours.losses] == pytest.approx([loss for _, loss in theirs.losses], rel=1e-5)
 
 

@@ -18,6 +18,7 @@ from cit_fast.inference import continual_model as serving
 from cit_fast.methods.objectives import CrossEntropy
 from cit_fast.methods.replay import RandomReplay
 from cit_fast.methods.routing.router import SavedRouter
+from cit_fast.methods.stage import Assignment, Selection
 from cit_fast.optim import BalanceEMA
 from cit_fast.run.run_folder import RunFolder
 
@@ -121,8 +122,8 @@ def test_experts_are_cached_between_runs(settings, stream, monkeypatch):
     stages = read_stages(Path(settings["output"]) / "sequential")
     assert first.experts["alpha"] == stages[1].scores["alpha"]  # the first task is learned alone anyway
     trained = []
-    begin = CrossEntropy.begin_stage
-    monkeypatch.setattr(CrossEntropy, "begin_stage", lambda self, model: trained.append(1) or begin(self, model))
+    prepare = CrossEntropy.prepare
+    monkeypatch.setattr(CrossEntropy, "prepare", lambda self, stage: trained.append(1) or prepare(self, stage))
     again = read_run(run(settings, stream, methods=["random-replay"], evaluation={"experts": True})["random-replay"])
     assert again.experts == first.experts
     assert len(trained) == 3
@@ -146,10 +147,10 @@ class OneSetPerTask(SavedRouter):
 
     sets = ()
 
-    def assign(self, task, context):
-        return f"set-{task.name}"
+    def assign(self, stage):
+        return Assignment(f"set-{stage.task.name}")
 
-    def answer(self, examples, context):
+    def answer(self, examples, stage):
         return [f"set-{example.task}" for example in examples]
 
 
@@ -176,8 +177,8 @@ def test_a_router_with_several_sets_trains_and_answers_with_each(settings, strea
 @pytest.mark.parametrize("name", ["default", "a.b", ""])
 def test_a_name_that_peft_cannot_keep(settings, stream, name):
     class Named(OneSetPerTask):
-        def assign(self, task, context):
-            return name
+        def assign(self, stage):
+            return Assignment(name)
 
     with pytest.raises(ConfigError, match="cannot name an adapter set"):
         run(settings, stream, methods=[{"preset": "sequential", "name": "own"}], router=Named())
@@ -212,14 +213,26 @@ def test_a_finished_run_says_so(settings, stream):
 
 def test_own_parts_by_object_and_by_dotted_path(settings, stream):
     class Everything:
-        def select(self, context):
-            return [example for task in context.seen for example in task.train]
+        def select(self, stage):
+            return Selection([example for task in stage.seen for example in task.train])
 
     folder = run(settings, stream, methods=[{"preset": "sequential", "name": "own"}], replay=Everything())["own"]
     assert read_stages(folder)[3].replayed == {"alpha": 16, "beta": 16}
     method = {"name": "dotted", "replay": {"name": "cit_fast.methods.replay.RandomReplay", "per_task": 5}}
     folder = run(settings, stream, methods=[method])["dotted"]
     assert read_stages(folder)[3].replayed == {"alpha": 5, "beta": 5}
+
+
+def test_an_object_that_is_no_part(settings, stream):
+    with pytest.raises(ConfigError, match=r"objective: a RandomReplay is no objective: it has no prepare\(\)"):
+        run(settings, stream, methods=["sequential"], objective=RandomReplay())
+
+    class Listing:
+        def select(self, stage):
+            return list(stage.seen)
+
+    with pytest.raises(ConfigError, match=r"Listing.select\(\) returned a list; return a Selection"):
+        run(settings, stream, methods=["sequential"], replay=Listing())
 
 
 def test_one_folder_one_configuration(settings, stream):
@@ -251,9 +264,9 @@ def test_a_part_does_not_carry_over_to_the_next_method(settings, stream):
     class Counting:
         calls = 0
 
-        def select(self, context):
+        def select(self, stage):
             self.calls += 1
-            return list(context.seen[0].train[: self.calls])
+            return Selection(list(stage.seen[0].train[: self.calls]))
 
     folders = run(
         settings,

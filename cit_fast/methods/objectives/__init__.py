@@ -2,6 +2,6 @@
 
 from cit_fast.methods.objectives.cross_entropy import CrossEntropy
 from cit_fast.methods.objectives.kpig import KPIG
-from cit_fast.methods.objectives.objective import Objective, StageContext, StageInputs
+from cit_fast.methods.objectives.objective import Objective, plain_inputs
 
-__all__ = ["KPIG", "CrossEntropy", "Objective", "StageContext", "StageInputs"]
+__all__ = ["KPIG", "CrossEntropy", "Objective", "plain_inputs"]

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cit_fast.errors import ConfigError
+from cit_fast.methods.objectives.objective import plain_inputs
+from cit_fast.methods.stage import Stage, StageInputs
 from cit_fast.models.forward import per_item, response_logits
 
 
@@ -26,8 +28,9 @@ class CrossEntropy:
             raise ConfigError(f"label_smoothing: {label_smoothing} is outside [0, 1)")
         self.label_smoothing = label_smoothing
 
-    def begin_stage(self, model: nn.Module) -> None:
-        """Nothing to prepare."""
+    def prepare(self, stage: Stage) -> StageInputs:
+        """Prompts with their answers."""
+        return plain_inputs(stage, stage.examples)
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor], num_items: Tensor | int | None) -> Tensor:
         """See :class:`cit_fast.methods.objectives.Objective`."""

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from cit_fast.data.example import Example
 from cit_fast.errors import ConfigError, DataError
+from cit_fast.evaluation.records import ObjectiveRecord
 from cit_fast.key_parts.head import Head, head_of
 from cit_fast.key_parts.hidden import pair_collator, pair_hidden
 from cit_fast.key_parts.layout import GroupingCollator
@@ -31,8 +32,8 @@ from cit_fast.key_parts.sources import chat_of, check_key_parts, key_parts_for_r
 from cit_fast.key_parts.teacher import FrozenStates, freeze
 from cit_fast.key_parts.wordings import chat_pools, data_pools, draw_wordings
 from cit_fast.methods.objectives.cross_entropy import CrossEntropy
-from cit_fast.methods.objectives.objective import StageContext, StageInputs
-from cit_fast.models.collation import choose_collator
+from cit_fast.methods.objectives.objective import plain_inputs
+from cit_fast.methods.stage import Stage, StageInputs
 from cit_fast.models.forward import evaluating, per_item
 from cit_fast.ops import linear_cross_entropy, masked_jsd
 
@@ -97,31 +98,24 @@ class KPIG:
         self.share_prefix, self.batch_size = share_prefix, batch_size
         self._frozen_head: Head | None = None
 
-    def begin_stage(self, model: nn.Module) -> None:
-        """Nothing left to prepare, see :meth:`stage_inputs`."""
-
-    def stage_inputs(self, model: nn.Module, context: StageContext) -> StageInputs:
+    def prepare(self, stage: Stage) -> StageInputs:
         """The stage's examples as pairs, and what M_{t-1} says about them.
 
         Raises:
             DataError: key parts that cannot be found, or that cover a whole instruction.
             ConfigError: a model whose head is not understood.
         """
-        examples = self._reworded(context)
+        model, encoder = stage.model, stage.encoder
+        examples, wordings = self._reworded(stage)
         if not (self.jsd and self.lambda_):
-            return _plain_inputs(model, context, examples)
+            plain = plain_inputs(stage, examples)
+            return replace(plain, record=ObjectiveRecord(wordings=wordings))
         examples = key_parts_for_run(
-            examples,
-            self.key_parts,
-            model,
-            context.encoder,
-            alpha=self.alpha,
-            run=context.run,
-            cache=context.cache,
+            examples, self.key_parts, model, encoder, alpha=self.alpha, run=stage.kept, cache=stage.cache
         )
-        encoded = encode_pairs(context.encoder, examples)
+        encoded = encode_pairs(encoder, examples)
         masked = [pair for pair in encoded.pairs if pair.masked is not None]
-        collate = pair_collator(model, context.encoder.pad_token_id, self.share_prefix)
+        collate = pair_collator(model, encoder.pad_token_id, self.share_prefix)
         with evaluating(model):
             head = head_of(model)  # which tries the model: before anything is wrapped around it
         self._frozen_head = _copied(head) if _trains(head) else None
@@ -132,13 +126,13 @@ class KPIG:
             alpha=self.alpha,
             context="masked" if self.masked else "full",
             batch_size=self.batch_size,
-            folder=context.folder,
+            folder=stage.scratch,
         )
-        _report(context, examples, frozen, len(encoded.pairs) - len(masked))
+        record = _record(examples, frozen, len(encoded.pairs) - len(masked), wordings)
         features = encoded.pairs if self.masked else [replace(pair, masked=None) for pair in encoded.pairs]
         temperature = None if self.temperature == "gain" else float(self.temperature)
         collator = FrozenPairCollator(GroupingCollator(collate), frozen, temperature, head.weight.shape[1])
-        return StageInputs(features, collator, encoded.truncated, encoded.skipped, frozen.seconds)
+        return StageInputs(features, collator, encoded.truncated, encoded.skipped, frozen.seconds, record)
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any], num_items: Tensor | int | None) -> Tensor:
         """See :class:`cit_fast.methods.objectives.Objective`; both terms are sums over response tokens."""
@@ -165,12 +159,13 @@ class KPIG:
             )
         return per_item(loss, len(every), num_items, hidden.router_loss)
 
-    def _reworded(self, context: StageContext) -> list[Example]:
+    def _reworded(self, stage: Stage) -> tuple[list[Example], dict[str, int]]:
+        """The examples with the wordings they are trained with, and how many wordings each task has."""
         if self.instructions == "own":
-            return list(context.examples)
-        known = [example for task in context.tasks for example in task.train]
+            return list(stage.examples), {}
+        known = [example for task in stage.known for example in task.train]
         if isinstance(self.instructions, Mapping):
-            pools = chat_pools(known, chat_of(self.instructions, context.cache))
+            pools = chat_pools(known, chat_of(self.instructions, stage.cache))
         else:
             pools = data_pools(known)
         if not pools:
@@ -178,8 +173,8 @@ class KPIG:
                 "instructions: no task has wordings that can stand for one another (each example needs an input beside "
                 "its instruction); use instructions: own"
             )
-        context.decided["wordings"] = {task: len(pool) for task, pool in pools.items()}
-        return draw_wordings(context.examples, pools, context.rng)
+        drawn = draw_wordings(stage.examples, pools, stage.rng("objective"))
+        return drawn, {task: len(pool) for task, pool in pools.items()}
 
 
 @dataclass(frozen=True)
@@ -226,17 +221,6 @@ class FrozenPairCollator:
         return {**batch, **{name: torch.cat(parts) for name, parts in added.items()}}
 
 
-def _plain_inputs(model: Any, context: StageContext, examples: Sequence[Example]) -> StageInputs:
-    encoded = context.encoder.encode_all(examples)
-    collator = choose_collator(
-        model.config._attn_implementation,
-        model.device,
-        pad_token_id=context.encoder.pad_token_id,
-        max_length=context.encoder.max_length,
-    )
-    return StageInputs(encoded.encoded, collator, encoded.truncated, encoded.skipped)
-
-
 def _trains(head: Head) -> bool:
     return head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
 
@@ -259,16 +243,21 @@ def _copied(head: Head) -> Head:
     return head._replace(weight=head.weight.detach().clone(), bias=bias)
 
 
-def _report(context: StageContext, examples: Sequence[Example], frozen: FrozenStates, without: int) -> None:
-    """What the stage's record says."""
+def _record(
+    examples: Sequence[Example], frozen: FrozenStates, without: int, wordings: dict[str, int]
+) -> ObjectiveRecord:
+    """What the stage's record says: mean gain of each task, and how many examples could be compared."""
     by_task: dict[str, list[float]] = {}
     for index, gain in sorted(frozen.gains.items()):
         by_task.setdefault(examples[index].task, []).append(gain)
-    decided = context.decided
-    decided["gains"] = {task: sum(gains) / len(gains) for task, gains in by_task.items()}
-    decided["compared"], decided["without_key_parts"] = len(frozen.gains), without
-    decided["seconds"] = frozen.seconds
-    if without:
-        decided["notes"] = [
-            f"{without} of {without + len(frozen.gains)} examples have no key parts: cross-entropy alone trains them."
-        ]
+    left_out = (
+        f"{without} of {without + len(frozen.gains)} examples have no key parts: cross-entropy alone trains them."
+    )
+    return ObjectiveRecord(
+        gains={task: sum(gains) / len(gains) for task, gains in by_task.items()},
+        compared=len(frozen.gains),
+        without_key_parts=without,
+        wordings=wordings,
+        seconds=frozen.seconds,
+        notes=[left_out] if without else [],
+    )

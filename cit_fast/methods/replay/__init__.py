@@ -3,7 +3,7 @@
 from cit_fast.methods.replay.baselines import DiverseInstructionReplay, PrototypeDataReplay, PrototypeInstructionReplay
 from cit_fast.methods.replay.inscl import InsCLReplay
 from cit_fast.methods.replay.kpig import KPIGReplay
-from cit_fast.methods.replay.policy import NoReplay, RandomReplay, ReplayContext, ReplayPolicy
+from cit_fast.methods.replay.policy import NoReplay, RandomReplay, ReplayPolicy
 from cit_fast.methods.replay.tags import LLMTagger, OfflineTagger, Tagger
 
 __all__ = [
@@ -16,7 +16,6 @@ __all__ = [
     "PrototypeDataReplay",
     "PrototypeInstructionReplay",
     "RandomReplay",
-    "ReplayContext",
     "ReplayPolicy",
     "Tagger",
 ]

@@ -20,7 +20,7 @@ from cit_fast.embeddings.embedder import Embedder
 from cit_fast.errors import ConfigError
 from cit_fast.methods.replay.allocation import Budget
 from cit_fast.methods.replay.inscl import embedder_for, instances_by_instruction
-from cit_fast.methods.replay.policy import ReplayContext
+from cit_fast.methods.stage import Selection, Stage
 
 Points = NDArray[np.float64]
 
@@ -39,19 +39,20 @@ class _EqualShares(ABC):
         self.fraction, self.per_task, self.embedder = fraction, per_task, embedder
         self._loaded: dict[str, Any] = {}
 
-    def select(self, context: ReplayContext) -> list[Example]:
+    def select(self, stage: Stage) -> Selection:
         """Examples of every earlier task, in order."""
+        if not stage.seen:
+            return Selection([])
+        rng = stage.rng()
+        embedder = embedder_for(self.embedder, stage, self._loaded)
         chosen: list[Example] = []
-        if not context.seen:
-            return chosen
-        embedder = embedder_for(self.embedder, context, self._loaded)
-        for task in context.seen:
+        for task in stage.seen:
             share = Budget(self.fraction, self.per_task).wanted(len(task.train))
-            chosen += [task.train[place] for place in self._preferred(task, context, embedder)[:share]]
-        return chosen
+            chosen += [task.train[place] for place in self._preferred(task, stage, embedder, rng)[:share]]
+        return Selection(chosen)
 
     @abstractmethod
-    def _preferred(self, task: Task, context: ReplayContext, embedder: Embedder) -> list[int]:
+    def _preferred(self, task: Task, stage: Stage, embedder: Embedder, rng: random.Random) -> list[int]:
         """Places of all of the task's training examples, those to replay first."""
 
 
@@ -62,9 +63,9 @@ class PrototypeDataReplay(_EqualShares):
     centre.
     """
 
-    def _preferred(self, task: Task, context: ReplayContext, embedder: Embedder) -> list[int]:
+    def _preferred(self, task: Task, stage: Stage, embedder: Embedder, rng: random.Random) -> list[int]:
         points = _unit(embedder, [f"{each.instruction}\n\n{each.input}".strip() for each in task.train])
-        labels, centres = _clusters(points, len(task.instructions), context.rng)
+        labels, centres = _clusters(points, len(task.instructions), rng)
         order: list[int] = np.argsort(-_nearness(points, labels, centres), kind="stable").tolist()
         return order
 
@@ -91,15 +92,15 @@ class PrototypeInstructionReplay(_EqualShares):
             raise ConfigError(f"most_clusters: {most_clusters} is below 2")
         self.most_clusters = most_clusters
 
-    def _preferred(self, task: Task, context: ReplayContext, embedder: Embedder) -> list[int]:
+    def _preferred(self, task: Task, stage: Stage, embedder: Embedder, rng: random.Random) -> list[int]:
         instances = list(instances_by_instruction(task).values())
         points = _unit(embedder, task.instructions)
-        labels, centres = _best_clusters(points, self.most_clusters, context.rng)
+        labels, centres = _best_clusters(points, self.most_clusters, rng)
         near = _nearness(points, labels, centres)
         prototypes = {max(np.flatnonzero(labels == label).tolist(), key=lambda k: near[k]) for label in set(labels)}
         first = [place for k in sorted(prototypes) for place in instances[k]]
         rest = [place for k, own in enumerate(instances) if k not in prototypes for place in own]
-        return _shuffled(first, context.rng) + _shuffled(rest, context.rng)
+        return _shuffled(first, rng) + _shuffled(rest, rng)
 
 
 class DiverseInstructionReplay(_EqualShares):
@@ -108,11 +109,11 @@ class DiverseInstructionReplay(_EqualShares):
     Likeness is the sum of the cosines to all of the new task's distinct instructions.
     """
 
-    def _preferred(self, task: Task, context: ReplayContext, embedder: Embedder) -> list[int]:
+    def _preferred(self, task: Task, stage: Stage, embedder: Embedder, rng: random.Random) -> list[int]:
         instances = list(instances_by_instruction(task).values())
-        likeness = (_unit(embedder, task.instructions) @ _unit(embedder, context.task.instructions).T).sum(axis=1)
+        likeness = (_unit(embedder, task.instructions) @ _unit(embedder, stage.task.instructions).T).sum(axis=1)
         order = np.argsort(likeness, kind="stable").tolist()
-        return [place for k in order for place in _shuffled(instances[k], context.rng)]
+        return [place for k in order for place in _shuffled(instances[k], rng)]
 
 
 def _unit(embedder: Embedder, texts: Sequence[str]) -> Points:

@@ -6,22 +6,25 @@ Source: Wang et al., NAACL 2024, arXiv 2403.11435.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cit_fast.data.example import Example, Task
+from cit_fast.data.example import Task
 from cit_fast.embeddings.build import build_embedder
 from cit_fast.embeddings.embedder import Embedder
 from cit_fast.embeddings.measure import task_clouds
 from cit_fast.errors import ConfigError, RunError
+from cit_fast.evaluation.records import RankedInstruction, ReplayRecord
 from cit_fast.files import read_checked_json, write_checked_json
 from cit_fast.methods.replay.allocation import Budget, allocate
 from cit_fast.methods.replay.insinfo import draw_by_insinfo, insinfo
-from cit_fast.methods.replay.policy import ReplayContext
 from cit_fast.methods.replay.tags import LLMTagger, OfflineTagger, Tagger, merge_similar
+from cit_fast.methods.stage import Selection, Stage
 from cit_fast.models.chat import build_chat
 from cit_fast.ops import wasserstein_matrix
 
@@ -86,40 +89,48 @@ class InsCLReplay:
         self.eps, self.min_samples = eps, min_samples
         self._loaded: dict[str, Any] = {}
 
-    def select(self, context: ReplayContext) -> list[Example]:
-        """Examples of every earlier task, in order; what decided goes into ``context.decided``."""
-        seen, decided = context.seen, context.decided
-        if not seen:
-            return []
-        embedder = self._embedder(context)
-        distances = self._distances(context, embedder)
-        sizes = [len(task.train) for task in seen]
+    def select(self, stage: Stage) -> Selection:
+        """Examples of every earlier task, in order."""
+        if not stage.seen:
+            return Selection([])
+        rng = stage.rng()
+        embedder = self._embedder(stage)
+        distances = self._distances(stage, embedder)
+        sizes = [len(task.train) for task in stage.seen]
         wanted = sum(Budget(self.fraction, self.per_task).wanted(size) for size in sizes)
-        names = [task.name for task in seen]
+        names = [task.name for task in stage.seen]
         allocation = allocate(distances, wanted, sizes, names)
-        decided["distances"] = dict(zip(names, distances, strict=True))
-        decided["budgets"] = dict(zip(names, allocation.shares, strict=True))
-        decided["notes"] = list(allocation.notes)
-        if not self.insinfo:
+        record = ReplayRecord(
+            budgets=dict(zip(names, allocation.shares, strict=True)),
+            distances=dict(zip(names, distances, strict=True)),
+            notes=list(allocation.notes),
+        )
+        if self.insinfo:
+            ranked = self._rank(stage, embedder)
+            record.notes += ranked.notes
             drawn = [
-                context.rng.sample(range(size), share) for size, share in zip(sizes, allocation.shares, strict=True)
+                draw_by_insinfo(list(places.values()), scores, share, rng)
+                for places, scores, share in zip(ranked.places, ranked.scores, allocation.shares, strict=True)
             ]
+            ranking = ranked.records(names, drawn)
+            record.instructions, record.instruction_count = ranking[:_RECORDED], len(ranking)
         else:
-            drawn = self._by_insinfo(context, embedder, allocation.shares)
-        return [task.train[k] for task, own in zip(seen, drawn, strict=True) for k in own]
+            drawn = [rng.sample(range(size), share) for size, share in zip(sizes, allocation.shares, strict=True)]
+        chosen = [task.train[k] for task, own in zip(stage.seen, drawn, strict=True) for k in own]
+        return Selection(chosen, record)
 
     # -- distances -----------------------------------------------------------------------------------------------
 
-    def _distances(self, context: ReplayContext, embedder: Embedder) -> list[float]:
+    def _distances(self, stage: Stage, embedder: Embedder) -> list[float]:
         """W of each earlier task to the new one: one row, kept with the run so that it is computed once."""
-        tasks = [*context.seen, context.task]
-        path = None if context.folder is None else context.folder / f"distances-{len(context.seen) + 1:02d}.json"
+        tasks = [*stage.seen, stage.task]
+        path = None if stage.kept is None else stage.kept / f"distances-{len(stage.seen) + 1:02d}.json"
         key = _digest([embedder.name, self.weights, self.distance, [[e.instruction for e in t.train] for t in tasks]])
-        kept = _read_row(path, key, len(context.seen))
+        kept = _read_row(path, key, len(stage.seen))
         if kept is not None:
             return kept
         clouds, weights = task_clouds(tasks, embedder, self.weights)
-        pairs = [(earlier, len(context.seen)) for earlier in range(len(context.seen))]
+        pairs = [(earlier, len(stage.seen)) for earlier in range(len(stage.seen))]
         row: list[float] = wasserstein_matrix(clouds, weights, method=self.distance, pairs=pairs).distances.tolist()
         if path is not None:
             write_checked_json(path, {"key": key, "distances": row})
@@ -127,48 +138,28 @@ class InsCLReplay:
 
     # -- instructions --------------------------------------------------------------------------------------------
 
-    def _by_insinfo(self, context: ReplayContext, embedder: Embedder, shares: Sequence[int]) -> list[list[int]]:
-        by_task = [instances_by_instruction(task) for task in context.seen]
+    def _rank(self, stage: Stage, embedder: Embedder) -> _Ranked:
+        """InsInfo of every earlier task's instructions."""
+        places = [instances_by_instruction(task) for task in stage.seen]
         # The new task's instructions count, too: what they share with earlier ones is no longer rare.
-        every = [text for own in by_task for text in own] + list(context.task.instructions)
-        tagger = self._tagger(context)
+        every = [text for own in places for text in own] + list(stage.task.instructions)
+        tagger = self._tagger(stage)
         tags = merge_similar(tagger.tags(every), embedder, eps=self.eps, min_samples=self.min_samples)
         replaced = getattr(tagger, "replaced", 0)
-        if replaced:
-            context.decided["notes"].append(
-                f"{replaced} of {len(set(every))} instructions got their tags offline: "
-                "the chat model's answers held none."
-            )
+        notes = [
+            f"{replaced} of {len(set(every))} instructions got their tags offline: the chat model's answers held none."
+        ]
         scores = insinfo(tags)
-        drawn: list[list[int]] = []
-        ranking: list[dict[str, Any]] = []
-        start = 0
-        for task, instances, share in zip(context.seen, by_task, shares, strict=True):
-            own = slice(start, start + len(instances))
-            drawn.append(draw_by_insinfo(list(instances.values()), scores[own], share, context.rng))
-            taken = set(drawn[-1])
-            for (text, places), score, with_tags in zip(instances.items(), scores[own], tags[own], strict=True):
-                ranking.append(
-                    {
-                        "task": task.name,
-                        "instruction": text[:_RECORDED_LENGTH] + ("…" if len(text) > _RECORDED_LENGTH else ""),
-                        "insinfo": score,
-                        "tags": with_tags,
-                        "drawn": sum(place in taken for place in places),
-                        "available": len(places),
-                    }
-                )
-            start += len(instances)
-        context.decided["instructions"] = sorted(ranking, key=lambda entry: -entry["insinfo"])[:_RECORDED]
-        context.decided["instruction_count"] = len(ranking)
-        return drawn
+        ends = list(itertools.accumulate(map(len, places), initial=0))
+        own = [slice(start, end) for start, end in itertools.pairwise(ends)]
+        return _Ranked(places, [scores[s] for s in own], [tags[s] for s in own], notes if replaced else [])
 
     # -- models, loaded once -------------------------------------------------------------------------------------
 
-    def _embedder(self, context: ReplayContext) -> Embedder:
-        return embedder_for(self.embedder, context, self._loaded)
+    def _embedder(self, stage: Stage) -> Embedder:
+        return embedder_for(self.embedder, stage, self._loaded)
 
-    def _tagger(self, context: ReplayContext) -> Tagger:
+    def _tagger(self, stage: Stage) -> Tagger:
         if isinstance(self.tagger, str):
             return OfflineTagger()
         if not isinstance(self.tagger, Mapping):
@@ -176,18 +167,45 @@ class InsCLReplay:
         if "tagger" not in self._loaded:
             options = dict(self.tagger)
             unusable = options.pop("unusable", "error")
-            chat = build_chat(options, None if context.cache is None else context.cache / "chat")
+            chat = build_chat(options, None if stage.cache is None else stage.cache / "chat")
             self._loaded["tagger"] = LLMTagger(chat, unusable)
         tagger: Tagger = self._loaded["tagger"]
         return tagger
 
 
-def embedder_for(spec: str, context: ReplayContext, loaded: dict[str, Any]) -> Embedder:
+@dataclass(frozen=True)
+class _Ranked:
+    """Instructions of the earlier tasks, a list of each for every task in order.
+
+    Args:
+        places: instruction -> its examples; ``scores``: InsInfo of each instruction; ``tags``: its merged tags.
+        notes: what to say about how they were found.
+    """
+
+    places: list[dict[str, list[int]]]
+    scores: list[list[float]]
+    tags: list[list[list[str]]]
+    notes: list[str]
+
+    def records(self, names: Sequence[str], drawn: Sequence[Sequence[int]]) -> list[RankedInstruction]:
+        """All instructions, those with the highest InsInfo first; ``drawn``: the places replayed of each task."""
+        ranking = []
+        for name, places, scores, tags, chosen in zip(names, self.places, self.scores, self.tags, drawn, strict=True):
+            taken = set(chosen)
+            for (text, own), score, with_tags in zip(places.items(), scores, tags, strict=True):
+                shown = text[:_RECORDED_LENGTH] + ("…" if len(text) > _RECORDED_LENGTH else "")
+                ranking.append(
+                    RankedInstruction(name, shown, score, list(with_tags), sum(k in taken for k in own), len(own))
+                )
+        return sorted(ranking, key=lambda entry: -entry.insinfo)
+
+
+def embedder_for(spec: str, stage: Stage, loaded: dict[str, Any]) -> Embedder:
     """The embedder that ``spec`` names; that of the training model anew for every task, as training may change it."""
     if spec == "tokens":
-        return build_embedder(spec, model=context.model, tokenizer=context.encoder.tokenizer)
+        return build_embedder(spec, model=stage.model, tokenizer=stage.encoder.tokenizer)
     if "embedder" not in loaded:
-        cache = None if context.cache is None else context.cache / "embeddings"
+        cache = None if stage.cache is None else stage.cache / "embeddings"
         loaded["embedder"] = build_embedder(spec, cache=cache)
     embedder: Embedder = loaded["embedder"]
     return embedder

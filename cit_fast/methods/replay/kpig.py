@@ -15,10 +15,11 @@ from typing import Any, Literal
 
 from cit_fast.data.example import Example
 from cit_fast.errors import ConfigError, DataError
+from cit_fast.evaluation.records import ReplayRecord
 from cit_fast.key_parts.gain import information_gain
 from cit_fast.key_parts.sources import check_key_parts, key_parts_for_run
 from cit_fast.methods.replay.allocation import Budget, allocate
-from cit_fast.methods.replay.policy import ReplayContext
+from cit_fast.methods.stage import Selection, Stage
 from cit_fast.processes import split_over_ranks
 
 
@@ -68,48 +69,51 @@ class KPIGReplay:
         self.scored, self.alpha, self.key_parts = scored, alpha, key_parts
         self.share_prefix, self.batch_size = share_prefix, batch_size
 
-    def select(self, context: ReplayContext) -> list[Example]:
-        """Examples of the tasks with the lowest gain, task by task in order; gains go into ``context.decided``.
+    def select(self, stage: Stage) -> Selection:
+        """Examples of the tasks with the lowest gain, task by task in order.
 
         Raises:
             DataError: a task of whose instances none has key parts, or none fits.
         """
-        if not context.seen:
-            return []
+        if not stage.seen:
+            return Selection([])
+        rng = stage.rng()
         # The draw does not depend on what is scored: as many are scored, the same examples come first.
-        orders = [_shuffled(len(task.train), context.rng) for task in context.seen]
-        drawn = [[task.train[k] for k in own[: self.scored]] for task, own in zip(context.seen, orders, strict=True)]
-        gains = self._mean_gains(context, drawn)
-        shares = self._shares(gains, [len(task.train) for task in context.seen])
-        names = [task.name for task in context.seen]
-        decided = context.decided
-        decided["gains"] = dict(zip(names, gains, strict=True))
-        decided["scored"] = {name: len(own) for name, own in zip(names, drawn, strict=True)}
-        decided["budgets"] = dict(zip(names, shares, strict=True))
-        return [
+        orders = [_shuffled(len(task.train), rng) for task in stage.seen]
+        drawn = [[task.train[k] for k in own[: self.scored]] for task, own in zip(stage.seen, orders, strict=True)]
+        gains = self._mean_gains(stage, drawn)
+        shares = self._shares(gains, [len(task.train) for task in stage.seen])
+        names = [task.name for task in stage.seen]
+        chosen = [
             task.train[k]
-            for task, own, share in zip(context.seen, orders, shares, strict=True)
+            for task, own, share in zip(stage.seen, orders, shares, strict=True)
             for k in sorted(own[:share])
         ]
+        record = ReplayRecord(
+            budgets=dict(zip(names, shares, strict=True)),
+            gains=dict(zip(names, gains, strict=True)),
+            scored={name: len(own) for name, own in zip(names, drawn, strict=True)},
+        )
+        return Selection(chosen, record)
 
-    def _mean_gains(self, context: ReplayContext, drawn: Sequence[Sequence[Example]]) -> list[float]:
+    def _mean_gains(self, stage: Stage, drawn: Sequence[Sequence[Example]]) -> list[float]:
         """Mean G of each task's drawn instances under the model as it is."""
         flat = key_parts_for_run(
             [example for own in drawn for example in own],
             self.key_parts,
-            context.model,
-            context.encoder,
+            stage.model,
+            stage.encoder,
             alpha=self.alpha,
-            run=context.folder,
-            cache=context.cache,
+            run=stage.kept,
+            cache=stage.cache,
         )
         numbered = [(k, example) for k, example in enumerate(flat) if example.key_parts]
         numbered.sort(key=lambda entry: -len(entry[1].instruction) - len(entry[1].input))
 
         def score(mine: Sequence[tuple[int, Example]]) -> list[tuple[int, float]]:
             found = information_gain(
-                context.model,
-                context.encoder,
+                stage.model,
+                stage.encoder,
                 [example for _, example in mine],
                 alpha=self.alpha,
                 batch_size=self.batch_size,
@@ -120,7 +124,7 @@ class KPIGReplay:
         by_number: Mapping[int, float] = dict(split_over_ranks(numbered, score))
         means = []
         start = 0
-        for task, own in zip(context.seen, drawn, strict=True):
+        for task, own in zip(stage.seen, drawn, strict=True):
             gains = [by_number[k] for k in range(start, start + len(own)) if k in by_number]
             start += len(own)
             if not gains:

@@ -2,58 +2,25 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol
 
-from cit_fast.data.example import Example, Task
 from cit_fast.methods.replay.allocation import Budget
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from cit_fast.models.prompts import PromptEncoder
-
-
-@dataclass(frozen=True)
-class ReplayContext:
-    """What a policy may look at when a new task arrives.
-
-    Args:
-        task: the task about to be trained; ``seen``: the tasks trained before it, in order.
-        model: the model as the previous stage left it; ``encoder``: turns examples into its tokens.
-        rng: the only source of chance; seeded by run and stage, so a resumed run draws the same examples.
-        folder: where a policy may keep what it worked out, with the run; ``cache``: the same, shared by all runs, for
-            what is found by its content. ``None``: nowhere.
-        decided: what a policy has to say about its choice, filled in by ``select``; plain JSON values, which go into
-            the stage's record. The report knows the keys named in :class:`cit_fast.evaluation.StageRecord`.
-    """
-
-    task: Task
-    seen: Sequence[Task]
-    model: nn.Module
-    encoder: PromptEncoder
-    rng: random.Random
-    folder: Path | None = None
-    cache: Path | None = None
-    decided: dict[str, Any] = field(default_factory=dict)
+from cit_fast.methods.stage import Selection, Stage
 
 
 class ReplayPolicy(Protocol):
     """Chooses the earlier examples to mix into a stage."""
 
-    def select(self, context: ReplayContext) -> list[Example]:
-        """Examples of ``context.seen`` to train again, each with its own task's name."""
+    def select(self, stage: Stage) -> Selection:
+        """Examples of ``stage.seen`` to train again, each with its own task's name, and why these."""
 
 
 class NoReplay:
     """Nothing comes back: plain sequential fine-tuning."""
 
-    def select(self, context: ReplayContext) -> list[Example]:
+    def select(self, stage: Stage) -> Selection:
         """No examples."""
-        return []
+        return Selection([])
 
 
 class RandomReplay:
@@ -68,10 +35,8 @@ class RandomReplay:
         budget = Budget(fraction, per_task)  # which refuses what is out of range
         self.fraction, self.per_task = budget.fraction, budget.per_task
 
-    def select(self, context: ReplayContext) -> list[Example]:
+    def select(self, stage: Stage) -> Selection:
         """Sample every earlier task, in order."""
-        budget = Budget(self.fraction, self.per_task)
-        chosen: list[Example] = []
-        for task in context.seen:
-            chosen += context.rng.sample(task.train, min(budget.wanted(len(task.train)), len(task.train)))
-        return chosen
+        budget, rng = Budget(self.fraction, self.per_task), stage.rng()
+        chosen = [rng.sample(task.train, min(budget.wanted(len(task.train)), len(task.train))) for task in stage.seen]
+        return Selection([example for own in chosen for example in own])

@@ -3,7 +3,7 @@
 from cit_fast.methods.routing.confusion import routing_record
 from cit_fast.methods.routing.grouping import LCIARouter, PerTaskRouter
 from cit_fast.methods.routing.load import load_router
-from cit_fast.methods.routing.router import OracleRouter, Router, RouterContext, SharedRouter, routing_text
+from cit_fast.methods.routing.router import OracleRouter, Router, SharedRouter, routing_text
 from cit_fast.methods.routing.switch import SwitchNetwork, SwitchRouter, train_switch
 
 __all__ = [
@@ -11,7 +11,6 @@ __all__ = [
     "OracleRouter",
     "PerTaskRouter",
     "Router",
-    "RouterContext",
     "SharedRouter",
     "SwitchNetwork",
     "SwitchRouter",

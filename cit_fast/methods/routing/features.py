@@ -19,7 +19,7 @@ from cit_fast.embeddings.digests import model_digest
 from cit_fast.embeddings.embedder import Embedder
 from cit_fast.embeddings.token_mean import TokenMeanEmbedder
 from cit_fast.errors import ConfigError, DataError
-from cit_fast.methods.routing.router import RouterContext
+from cit_fast.methods.stage import Stage
 from cit_fast.models.pretrained import model_folder
 from cit_fast.text import first_line
 
@@ -143,22 +143,22 @@ def _as_the_base(model: Any) -> Iterator[Any]:
             module.training = True
 
 
-def base_token_embedder(context: RouterContext) -> Embedder:
+def base_token_embedder(stage: Stage) -> Embedder:
     """Mean token embeddings of the base model, whatever an adapter has made of them.
 
     Raises:
         ConfigError: there is no model, or it has no input embeddings.
     """
-    if context.model is None or context.encoder is None:
+    if stage.model is None or stage.encoder is None:
         raise ConfigError("router: 'tokens' means the base model's token embeddings, and there is no model")
-    module = context.model.get_input_embeddings()
+    module = stage.model.get_input_embeddings()
     weight = getattr(getattr(module, "base_layer", module), "weight", None)
     if weight is None:
-        raise ConfigError(f"router: {type(context.model).__name__} has no input embeddings of tokens")
-    return TokenMeanEmbedder(weight, context.encoder.tokenizer)
+        raise ConfigError(f"router: {type(stage.model).__name__} has no input embeddings of tokens")
+    return TokenMeanEmbedder(weight, stage.encoder.tokenizer)
 
 
-def build_features(spec: str, context: RouterContext, max_length: int) -> Embedder:
+def build_features(spec: str, stage: Stage, max_length: int) -> Embedder:
     """What makes prompts features.
 
     Args:
@@ -170,17 +170,17 @@ def build_features(spec: str, context: RouterContext, max_length: int) -> Embedd
     Raises:
         ConfigError: no such model, or one that cannot be used.
     """
-    cache = None if context.cache is None else context.cache / "embeddings"
+    cache = None if stage.cache is None else stage.cache / "embeddings"
     if spec == "base":
-        if context.model is None or context.encoder is None:
+        if stage.model is None or stage.encoder is None:
             raise ConfigError("router: features 'base' are those of the base model, and there is no model")
-        return LastTokenFeatures(context.model, context.encoder.tokenizer, max_length)
+        return LastTokenFeatures(stage.model, stage.encoder.tokenizer, max_length)
     if spec == "tokens":
-        return base_token_embedder(context)
+        return base_token_embedder(stage)
     if spec == "sentence":
         return build_embedder(spec, cache=cache)
     if (model_folder(spec, where="router.features (base, tokens, sentence or a model)") / "modules.json").exists():
         return build_embedder(spec, cache=cache)
-    device = getattr(context.model, "device", None)
+    device = getattr(stage.model, "device", None)
     features = LastTokenFeatures.from_pretrained(spec, max_length, device)
     return features if cache is None else CachedEmbedder(features, cache)

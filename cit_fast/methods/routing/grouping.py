@@ -19,8 +19,9 @@ from cit_fast.errors import ConfigError, RunError
 from cit_fast.methods.routing import similarity as similarities
 from cit_fast.methods.routing.features import base_token_embedder
 from cit_fast.methods.routing.rejection import Rejection
-from cit_fast.methods.routing.router import Reads, RouterContext, SavedRouter, check_reads, routing_text, set_name
+from cit_fast.methods.routing.router import Reads, SavedRouter, check_reads, routing_text, set_name
 from cit_fast.methods.routing.similarity import SIMILARITIES, Matrix
+from cit_fast.methods.stage import Assignment, Learned, Stage
 from cit_fast.models.adapter_bank import BASE
 
 _BLOCK = 256  # prompts compared with the whole codebook at a time
@@ -84,7 +85,7 @@ class LCIARouter(SavedRouter):
         """Set -> its distinct instructions, in order of arrival."""
         return {name: tuple(instructions) for name, instructions in self._codebook.items()}
 
-    def assign(self, task: Task, context: RouterContext) -> str:
+    def assign(self, stage: Stage) -> Assignment:
         """The most similar set from ``threshold`` on, else a new one.
 
         Raises:
@@ -92,27 +93,26 @@ class LCIARouter(SavedRouter):
         """
         self._rejection.unknown_prompts()  # what cannot be read is better known before anything is trained
         # In order of first appearance; a conversation's own turns where it has no instruction apart.
-        instructions = list(dict.fromkeys(routing_text(example, "instruction") for example in task.train))
+        instructions = list(dict.fromkeys(routing_text(example, "instruction") for example in stage.task.train))
         scores: dict[str, float] = {}
         if self._codebook:
-            means = self._similarities(instructions, context).mean(axis=0)
+            means = self._similarities(instructions, stage).mean(axis=0)
             scores = {name: float(score) for name, score in zip(self._codebook, means, strict=True)}
         best = max(scores, key=lambda name: scores[name]) if scores else None
         reused = best is not None and scores[best] >= self.threshold
-        name = best if best is not None and reused else self._new_set(task)
+        name = best if best is not None and reused else self._new_set(stage.task)
         stored = self._codebook.setdefault(name, [])
         stored += [text for text in instructions if text not in stored]
-        context.decided.update(scores=scores, threshold=self.threshold)
-        return name
+        return Assignment(name, scores, self.threshold)
 
-    def learn(self, task: Task, context: RouterContext) -> None:
+    def learn(self, stage: Stage) -> Learned:
         """Look how similar prompts are that the codebook should and should not know."""
-        known, unknown = self._rejection.known_prompts(task), self._rejection.unknown_prompts()
+        known, unknown = self._rejection.known_prompts(stage.task), self._rejection.unknown_prompts()
         # A prompt is as far from the codebook as it was when its task was learned; its text need not be kept.
-        self._known += self._best(known, context)
-        context.decided["reject_below"] = self._rejection.learn(self._known, self._best(unknown, context))
+        self._known += self._best(known, stage)
+        return Learned(self._rejection.learn(self._known, self._best(unknown, stage)))
 
-    def answer(self, examples: Sequence[Example], context: RouterContext) -> list[str]:
+    def answer(self, examples: Sequence[Example], stage: Stage) -> list[str]:
         """The most similar set of each, or the base model.
 
         Raises:
@@ -123,10 +123,10 @@ class LCIARouter(SavedRouter):
             raise RunError("router lcia: the codebook is empty; no task has trained a set yet")
         names, below = list(self._codebook), self._rejection.below
         found: list[str] = []
-        gone = [index for index, name in enumerate(names) if name in context.gone]
+        gone = [index for index, name in enumerate(names) if name in stage.damaged]
         if len(gone) == len(names):
             return [BASE] * len(examples)
-        for scores in self._blocks(examples, context):
+        for scores in self._blocks(examples, stage):
             scores[:, gone] = -np.inf
             best = scores.argmax(axis=1)
             sure = scores.max(axis=1) >= (-np.inf if below is None else below)
@@ -135,34 +135,34 @@ class LCIARouter(SavedRouter):
 
     # -- similarity ----------------------------------------------------------------------------------------------
 
-    def _best(self, examples: Sequence[Example], context: RouterContext) -> list[float]:
+    def _best(self, examples: Sequence[Example], stage: Stage) -> list[float]:
         """The similarity of each prompt to the set it is most similar to."""
-        return [float(score) for scores in self._blocks(examples, context) for score in scores.max(axis=1)]
+        return [float(score) for scores in self._blocks(examples, stage) for score in scores.max(axis=1)]
 
-    def _blocks(self, examples: Sequence[Example], context: RouterContext) -> Iterator[Matrix]:
+    def _blocks(self, examples: Sequence[Example], stage: Stage) -> Iterator[Matrix]:
         """Similarities [at most 256, sets] of prompts, all in order."""
         texts = [routing_text(example, self.reads) for example in examples]
         for start in range(0, len(texts), _BLOCK):
-            yield self._similarities(texts[start : start + _BLOCK], context)
+            yield self._similarities(texts[start : start + _BLOCK], stage)
 
-    def _similarities(self, texts: Sequence[str], context: RouterContext) -> Matrix:
+    def _similarities(self, texts: Sequence[str], stage: Stage) -> Matrix:
         """[texts, sets]: of each text to each set, the mean over the set's instructions."""
         stored = [text for own in self._codebook.values() for text in own]
         if self.similarity == "embedding":
-            pairs = similarities.embedding(texts, stored, self._embedder(context))
+            pairs = similarities.embedding(texts, stored, self._embedder(stage))
         else:
             compare = similarities.tfidf if self.similarity == "tfidf" else similarities.tfidf_pairwise
             pairs = compare(texts, stored)
         ends = np.cumsum([len(own) for own in self._codebook.values()])
         return np.stack([part.mean(axis=1) for part in np.split(pairs, ends[:-1], axis=1)], axis=1)
 
-    def _embedder(self, context: RouterContext) -> Embedder:
+    def _embedder(self, stage: Stage) -> Embedder:
         if self._loaded is None:
-            cache = None if context.cache is None else context.cache / "embeddings"
+            cache = None if stage.cache is None else stage.cache / "embeddings"
             if self.embedder != "tokens":
                 self._loaded = build_embedder(self.embedder, cache=cache)
             else:
-                self._loaded = base_token_embedder(context)
+                self._loaded = base_token_embedder(stage)
         return self._loaded
 
     def _new_set(self, task: Task) -> str:

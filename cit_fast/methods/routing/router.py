@@ -4,44 +4,20 @@ from __future__ import annotations
 
 import inspect
 import json
-import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from cit_fast.data.example import Example, Task
 from cit_fast.errors import ConfigError, DataError, RunError
 from cit_fast.files import write_json
+from cit_fast.methods.stage import Assignment, Learned, Stage
 from cit_fast.models.adapter_bank import BASE
-from cit_fast.models.prompts import PromptEncoder
 
 FORMAT_VERSION = 1
 Reads = Literal["prompt", "instruction"]
 _Self = TypeVar("_Self", bound="SavedRouter")
-
-
-@dataclass(frozen=True)
-class RouterContext:
-    """What a router may look at.
-
-    Args:
-        model: the model as it is now, with every adapter set so far; a router that reads features from it takes the
-            base model's own, adapters off. ``encoder``: whose tokenizer is the model's.
-        rng: the only source of chance; seeded by run and stage, so a resumed run decides alike.
-        cache: where what is found by its content may be kept for all runs; ``None``: nowhere.
-        decided: what ``assign`` and ``learn`` have to say about a stage, filled in by them; plain JSON values. The
-            report knows the keys named in :class:`cit_fast.evaluation.StageRecord`.
-        gone: adapter sets that cannot answer, for their weights are damaged: the best of the others does.
-    """
-
-    model: Any = None
-    encoder: PromptEncoder | None = None
-    rng: random.Random = field(default_factory=lambda: random.Random(0))  # noqa: S311  # a seed, not a secret
-    cache: Path | None = None
-    decided: dict[str, Any] = field(default_factory=dict)
-    gone: frozenset[str] = frozenset()
 
 
 class Router(Protocol):
@@ -55,16 +31,16 @@ class Router(Protocol):
     def sets(self) -> tuple[str, ...]:
         """Names of the adapter sets that ``assign`` has given so far, in order."""
 
-    def assign(self, task: Task, context: RouterContext) -> str:
-        """Name of the adapter set that ``task`` trains; a name not given before means a new set.
+    def assign(self, stage: Stage) -> Assignment:
+        """The adapter set that the new task trains; a name not given before means a new set.
 
         Letters, digits, ``_`` and ``-``; a new set starts from the base model.
         """
 
-    def learn(self, task: Task, context: RouterContext) -> None:
-        """Called once ``task`` has trained its set, before anything is answered with it."""
+    def learn(self, stage: Stage) -> Learned:
+        """Called once the new task has trained its set, before anything is answered with it."""
 
-    def answer(self, examples: Sequence[Example], context: RouterContext) -> list[str]:
+    def answer(self, examples: Sequence[Example], stage: Stage) -> list[str]:
         """For each example the name of the set that answers it: one of ``sets``, or :data:`BASE` for none of them."""
 
     def save(self, folder: Path) -> None:
@@ -87,8 +63,9 @@ class SavedRouter:
 
     name: ClassVar[str] = ""
 
-    def learn(self, task: Task, context: RouterContext) -> None:
+    def learn(self, stage: Stage) -> Learned:
         """Nothing to learn."""
+        return Learned()
 
     def state(self) -> dict[str, Any]:
         """What is remembered, as plain JSON values."""
@@ -201,11 +178,11 @@ class SharedRouter(SavedRouter):
     name = "shared"
     sets = ("shared",)
 
-    def assign(self, task: Task, context: RouterContext) -> str:
+    def assign(self, stage: Stage) -> Assignment:
         """Always the same set."""
-        return "shared"
+        return Assignment("shared")
 
-    def answer(self, examples: Sequence[Example], context: RouterContext) -> list[str]:
+    def answer(self, examples: Sequence[Example], stage: Stage) -> list[str]:
         """Always the same set."""
         return ["shared"] * len(examples)
 
@@ -223,12 +200,12 @@ class OracleRouter(SavedRouter):
         """One per task."""
         return tuple(self._set_of.values())
 
-    def assign(self, task: Task, context: RouterContext) -> str:
+    def assign(self, stage: Stage) -> Assignment:
         """A new set."""
-        self._set_of[task.name] = set_name(task, self.sets)
-        return self._set_of[task.name]
+        self._set_of[stage.task.name] = set_name(stage.task, self.sets)
+        return Assignment(self._set_of[stage.task.name])
 
-    def answer(self, examples: Sequence[Example], context: RouterContext) -> list[str]:
+    def answer(self, examples: Sequence[Example], stage: Stage) -> list[str]:
         """The set of each example's task; the base model for a task that has trained none.
 
         Raises:

@@ -17,14 +17,15 @@ from safetensors.torch import load, save
 from torch import Tensor
 from torch.nn import functional as F
 
-from cit_fast.data.example import Example, Task
+from cit_fast.data.example import Example
 from cit_fast.embeddings.embedder import Embedder
 from cit_fast.errors import ConfigError, RunError
 from cit_fast.files import write_file
 from cit_fast.methods.routing.familiarity import Familiarity
 from cit_fast.methods.routing.features import build_features
 from cit_fast.methods.routing.rejection import Rejection
-from cit_fast.methods.routing.router import Reads, RouterContext, SavedRouter, check_reads, routing_text, set_name
+from cit_fast.methods.routing.router import Reads, SavedRouter, check_reads, routing_text, set_name
+from cit_fast.methods.stage import Assignment, Learned, Stage
 from cit_fast.models.adapter_bank import BASE
 
 _TENSORS = "switch.safetensors"
@@ -178,31 +179,27 @@ class SwitchRouter(SavedRouter):
         """One per task."""
         return tuple(self._set_of.values())
 
-    def assign(self, task: Task, context: RouterContext) -> str:
+    def assign(self, stage: Stage) -> Assignment:
         """A new set."""
         self._rejection.unknown_prompts()  # what cannot be read is better known before anything is trained
-        self._set_of[task.name] = set_name(task, self.sets)
-        return self._set_of[task.name]
+        self._set_of[stage.task.name] = set_name(stage.task, self.sets)
+        return Assignment(self._set_of[stage.task.name])
 
-    def learn(self, task: Task, context: RouterContext) -> None:
-        """Train the switch network anew, now that ``task`` has a set.
+    def learn(self, stage: Stage) -> Learned:
+        """Train the switch network anew, now that the new task has a set.
 
         Raises:
             DataError: a prompt without text.
         """
-        new = self._read(task.train, context)
-        if context.decided["truncated"]:
-            context.decided["notes"] = [
-                f"{context.decided['truncated']} prompts are longer than {self.max_length} tokens; "
-                "their middle was not read."
-            ]
+        task, rng = stage.task, stage.rng("router")
+        new, truncated = self._read(task.train, stage)
         examples = torch.cat([*self._kept, new])
         labels = torch.tensor([label for label, own in enumerate([*self._kept, new]) for _ in own])
         network = train_switch(
             examples,
             labels,
             len(self._kept) + 1,
-            seed=context.rng.getrandbits(62),
+            seed=rng.getrandbits(62),
             hidden=self.hidden,
             learning_rate=self.learning_rate,
             epochs=self.epochs,
@@ -211,22 +208,27 @@ class SwitchRouter(SavedRouter):
         )
         self._network = network
         count = min(max(self.at_least, round(self.retained * len(new))), len(new))
-        self._kept.append(new[sorted(context.rng.sample(range(len(new)), count))].clone())
+        self._kept.append(new[sorted(rng.sample(range(len(new)), count))].clone())
         aside = self._rejection.known_prompts(task)
-        self._known.append(self._read(aside, context))
+        self._known.append(self._read(aside, stage)[0])
         # Without a dev split they are training prompts, and must not make themselves familiar.
         self._familiarity.learn(new if task.dev or len(new) == len(aside) else new[len(aside) :])
-        known, unknown = torch.cat(self._known), self._read(self._rejection.unknown_prompts(), context)
-        context.decided["reject_below"] = self._rejection.learn(
+        known, unknown = torch.cat(self._known), self._read(self._rejection.unknown_prompts(), stage)[0]
+        reject_below = self._rejection.learn(
             self._familiarity(known).tolist(), self._familiarity(unknown).tolist() if len(unknown) else []
         )
         right = network(known).argmax(1) == torch.tensor([n for n, own in enumerate(self._known) for _ in own])
-        accuracy = float(right.float().mean())
-        context.decided.update(
-            switch_examples=len(examples), retained=sum(map(len, self._kept)), switch_accuracy=accuracy
+        too_long = f"{truncated} prompts are longer than {self.max_length} tokens; their middle was not read."
+        return Learned(
+            reject_below=reject_below,
+            examples=len(examples),
+            retained=sum(map(len, self._kept)),
+            accuracy=float(right.float().mean()),
+            truncated=truncated,
+            notes=[too_long] if truncated else [],
         )
 
-    def answer(self, examples: Sequence[Example], context: RouterContext) -> list[str]:
+    def answer(self, examples: Sequence[Example], stage: Stage) -> list[str]:
         """The set of the most likely task of each prompt, or the base model.
 
         Raises:
@@ -237,11 +239,11 @@ class SwitchRouter(SavedRouter):
             raise RunError("router switch: no task has been learned yet, so there is no set to choose")
         if not examples:
             return []
-        features = self._read(examples, context)
+        features, _ = self._read(examples, stage)
         logits = self._network(features)
-        if set(self.sets) <= context.gone:
+        if set(self.sets) <= stage.damaged:
             return [BASE] * len(examples)
-        logits[:, [label for label, name in enumerate(self.sets) if name in context.gone]] = -torch.inf
+        logits[:, [label for label, name in enumerate(self.sets) if name in stage.damaged]] = -torch.inf
         chosen = logits.argmax(1).tolist()
         below = self._rejection.below
         sure = [True] * len(chosen)
@@ -251,21 +253,20 @@ class SwitchRouter(SavedRouter):
 
     # -- features ------------------------------------------------------------------------------------------------
 
-    def _read(self, examples: Sequence[Example], context: RouterContext) -> Tensor:
-        """Features [examples, d]; equal texts are read once."""
+    def _read(self, examples: Sequence[Example], stage: Stage) -> tuple[Tensor, int]:
+        """Features [examples, d], and how many prompts were too long to be read whole; equal texts are read once."""
         texts = [routing_text(example, self.reads) for example in examples]
         position = {text: index for index, text in enumerate(dict.fromkeys(texts))}
-        extractor = self._features(context)
+        extractor = self._features(stage)
         before = getattr(extractor, "truncated", 0)
         features = extractor.embed(list(position))
-        context.decided.setdefault("truncated", getattr(extractor, "truncated", 0) - before)
-        return features[[position[text] for text in texts]]
+        return features[[position[text] for text in texts]], getattr(extractor, "truncated", 0) - before
 
-    def _features(self, context: RouterContext) -> Embedder:
+    def _features(self, stage: Stage) -> Embedder:
         if self.features in ("base", "tokens"):  # of a model that is another object after every stage
-            return build_features(self.features, context, self.max_length)
+            return build_features(self.features, stage, self.max_length)
         if self._extractor is None:
-            self._extractor = build_features(self.features, context, self.max_length)
+            self._extractor = build_features(self.features, stage, self.max_length)
         return self._extractor
 
     # -- memory --------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import random
 
 import pytest
 import torch
@@ -15,7 +14,8 @@ from cit_fast.data import Example, Task
 from cit_fast.errors import ConfigError, DataError
 from cit_fast.key_parts import teacher as frozen_module
 from cit_fast.key_parts.teacher import fingerprint
-from cit_fast.methods.objectives import KPIG, CrossEntropy, StageContext
+from cit_fast.methods.objectives import KPIG, CrossEntropy
+from cit_fast.methods.stage import Stage
 from cit_fast.models.prompts import PromptEncoder
 
 ALPHA, LAMBDA = 0.3, 0.02
@@ -56,8 +56,8 @@ def live(previous):
     return model
 
 
-def context(encoder, chosen=None, folder=None, tasks=()) -> StageContext:
-    return StageContext(chosen or examples(), tasks, encoder, random.Random(0), folder)
+def stage(model, encoder, chosen=None, folder=None, tasks=()) -> Stage:
+    return Stage(model, encoder, tasks=tuple(tasks), examples=tuple(chosen or examples()), scratch=folder)
 
 
 def gradients(model):
@@ -116,7 +116,7 @@ VARIANTS = {
 def test_loss_and_gradients_equal_the_equations(previous, live, encoder, variant, share_prefix):
     options, by_hand = VARIANTS[variant]
     objective = KPIG(key_parts="data", share_prefix=share_prefix, **options)
-    inputs = objective.stage_inputs(previous, context(encoder))
+    inputs = objective.prepare(stage(previous, encoder))
     loss = objective(live, inputs.collator(inputs.features), None)
     loss.backward()
     ours = gradients(live)
@@ -129,7 +129,7 @@ def test_loss_and_gradients_equal_the_equations(previous, live, encoder, variant
 
 def test_the_divergence_is_part_of_the_loss_and_starts_at_zero(previous, live, encoder):
     plain, heavy = KPIG(key_parts="data"), KPIG(key_parts="data", lambda_=50.0)
-    inputs = heavy.stage_inputs(previous, context(encoder))
+    inputs = heavy.prepare(stage(previous, encoder))
     batch = inputs.collator(inputs.features)
     assert heavy(live, batch, None) - plain(live, batch, None) > 0.05
     torch.testing.assert_close(heavy(previous, batch, None), plain(previous, batch, None))  # p_t is p_{t-1}
@@ -137,16 +137,15 @@ def test_the_divergence_is_part_of_the_loss_and_starts_at_zero(previous, live, e
 
 def test_gains_are_those_of_the_previous_model(previous, encoder):
     chosen = examples()
-    stage = context(encoder)
-    inputs = KPIG(key_parts="data").stage_inputs(previous, stage)
+    inputs = KPIG(key_parts="data").prepare(stage(previous, encoder))
     expected = {k: gain_by_hand(previous, encoder, one) for k, one in enumerate(chosen) if one.key_parts}
     assert inputs.collator.frozen.gains == pytest.approx(expected, abs=1e-9)
     assert any(abs(gain) > 1e-6 for gain in expected.values())
     batch = inputs.collator(inputs.features[:1])
     assert batch["temperature"].tolist() == pytest.approx([2 - min(expected[0], 1)] * len(batch["compared"]))
-    assert stage.decided["gains"]["beta"] == pytest.approx((expected[1] + expected[3]) / 2)
-    assert (stage.decided["compared"], stage.decided["without_key_parts"]) == (3, 1)
-    assert stage.decided["notes"] == ["1 of 4 examples have no key parts: cross-entropy alone trains them."]
+    assert inputs.record.gains["beta"] == pytest.approx((expected[1] + expected[3]) / 2)
+    assert (inputs.record.compared, inputs.record.without_key_parts) == (3, 1)
+    assert inputs.record.notes == ["1 of 4 examples have no key parts: cross-entropy alone trains them."]
 
 
 # ------------------------------------------------------------------------------------------- what changes nothing
@@ -154,7 +153,7 @@ def test_gains_are_those_of_the_previous_model(previous, encoder):
 
 def test_micro_batches_and_order_change_nothing(previous, live, encoder):
     objective = KPIG(key_parts="data", lambda_=2.0)
-    inputs = objective.stage_inputs(previous, context(encoder))
+    inputs = objective.prepare(stage(previous, encoder))
     together = inputs.collator(inputs.features)
     count = int((together["labels"] != -100).sum())
     objective(live, together, None).backward()
@@ -170,7 +169,7 @@ def test_micro_batches_and_order_change_nothing(previous, live, encoder):
 def test_padding_and_packing_change_nothing(previous, live, encoder):
     """Wider rows, one packed row (which the CPU's attention does not tell apart, so one pair), the frozen batches."""
     objective = KPIG(key_parts="data", lambda_=2.0, share_prefix=False)
-    inputs = objective.stage_inputs(previous, context(encoder))
+    inputs = objective.prepare(stage(previous, encoder))
     expected = objective(live, inputs.collator(inputs.features), None)
     pairs = inputs.collator.pairs.pairs
     for other in (
@@ -180,7 +179,7 @@ def test_padding_and_packing_change_nothing(previous, live, encoder):
         wider = type(inputs.collator)(other, inputs.collator.frozen, None, inputs.collator.width)
         torch.testing.assert_close(objective(live, wider(inputs.features), None), expected)
     one_by_one = KPIG(key_parts="data", lambda_=2.0, batch_size=1)
-    again = one_by_one.stage_inputs(previous, context(encoder))
+    again = one_by_one.prepare(stage(previous, encoder))
     torch.testing.assert_close(one_by_one(live, again.collator(again.features), None), expected)
 
 
@@ -188,7 +187,7 @@ def test_padding_and_packing_change_nothing(previous, live, encoder):
 def test_lower_precision_stays_near(previous, live, encoder, dtype):
     expected = loss_by_hand(live, previous, encoder, examples(), lambda_=2.0)
     objective = KPIG(key_parts="data", lambda_=2.0)
-    inputs = objective.stage_inputs(previous.to(dtype), context(encoder))
+    inputs = objective.prepare(stage(previous.to(dtype), encoder))
     assert inputs.collator.frozen.states[0].dtype == dtype
     loss = objective(live.to(dtype), inputs.collator(inputs.features), None)
     loss.backward()
@@ -205,7 +204,7 @@ def test_a_head_of_its_own_that_is_trained_is_kept_for_the_previous_model(encode
     model = LlamaForCausalLM(config).double().eval()
     previous = copy.deepcopy(model)
     objective = KPIG(key_parts="data", lambda_=5.0)
-    inputs = objective.stage_inputs(model, context(encoder))
+    inputs = objective.prepare(stage(model, encoder))
     with torch.no_grad():
         model.lm_head.weight.add_(torch.randn_like(model.lm_head.weight) * 0.05)
     loss = objective(model, inputs.collator(inputs.features), None)
@@ -221,16 +220,15 @@ def test_a_head_of_its_own_that_is_trained_is_kept_for_the_previous_model(encode
 
 def test_nothing_to_compare_is_cross_entropy(previous, live, encoder):
     chosen = [examples()[2]]
-    stage = context(encoder, chosen)
     objective = KPIG(key_parts="data")
-    inputs = objective.stage_inputs(previous, stage)
+    inputs = objective.prepare(stage(previous, encoder, chosen))
     ours = objective(live, inputs.collator(inputs.features), None)
     plain = KPIG(key_parts="data", jsd=False)
-    inputs = plain.stage_inputs(previous, context(encoder, chosen))
+    assert inputs.record.notes == ["1 of 1 examples have no key parts: cross-entropy alone trains them."]
+    inputs = plain.prepare(stage(previous, encoder, chosen))
     theirs = CrossEntropy()(live, inputs.collator(inputs.features), None)
     torch.testing.assert_close(ours.float(), theirs)
     torch.testing.assert_close(plain(live, inputs.collator(inputs.features), None), theirs)
-    assert stage.decided["notes"] == ["1 of 1 examples have no key parts: cross-entropy alone trains them."]
 
 
 # ------------------------------------------------------------------------------------------------ the frozen states
@@ -242,7 +240,7 @@ def test_states_are_kept_and_taken_up_by_content(previous, encoder, tmp_path, mo
     monkeypatch.setattr(frozen_module, "_pass", lambda *args: calls.append(1) or original(*args))
 
     def rows(model, **options):
-        inputs = KPIG(key_parts="data", **options).stage_inputs(model, context(encoder, folder=tmp_path))
+        inputs = KPIG(key_parts="data", **options).prepare(stage(model, encoder, folder=tmp_path))
         return inputs.collator(inputs.features)["frozen"]
 
     first = rows(previous)
@@ -276,7 +274,7 @@ def test_the_fingerprint_knows_trained_weights(previous):
 def test_the_model_keeps_training_mode_and_random_state(previous, encoder):
     previous.train()
     before = torch.get_rng_state()
-    KPIG(key_parts="data").stage_inputs(previous, context(encoder))
+    KPIG(key_parts="data").prepare(stage(previous, encoder))
     assert previous.training
     assert previous.model.layers[0].training
     assert torch.equal(torch.get_rng_state(), before)
@@ -307,7 +305,7 @@ def test_options_out_of_range_are_refused(options, message):
 def test_key_parts_that_cover_everything_name_the_example(previous, encoder):
     chosen = [Example("Add.", "1 2", ("3",), "sum", ((0, 3),), source="sums.json:7")]
     with pytest.raises(DataError, match=r"sums.json:7: the key parts cover the whole instruction \('Add.'\)"):
-        KPIG(key_parts="data").stage_inputs(previous, context(encoder, chosen))
+        KPIG(key_parts="data").prepare(stage(previous, encoder, chosen))
 
 
 # ----------------------------------------------------------------------------------------------------- other wordings
@@ -316,12 +314,12 @@ def test_key_parts_that_cover_everything_name_the_example(previous, encoder):
 def test_instructions_are_drawn_from_those_of_the_task(previous, encoder):
     chosen = [examples()[1], examples()[3]]
     other = Example("Answer with the date as year, month, day.", "1 May", ("05 01",), "beta", ((16, 24),))
-    stage = context(encoder, chosen * 20, tasks=[Task("beta", (*chosen, other))])
-    inputs = KPIG(key_parts="data", instructions="data").stage_inputs(previous, stage)
+    objective = KPIG(key_parts="data", instructions="data")
+    inputs = objective.prepare(stage(previous, encoder, chosen * 20, tasks=[Task("beta", (*chosen, other))]))
     texts = [encoder.tokenizer.decode(pair.full.input_ids) for pair in inputs.features]
     assert 5 < sum("Answer with the date" in text for text in texts) < 35
     assert all("[MASK]" in encoder.tokenizer.decode(pair.masked.input_ids) for pair in inputs.features)
-    assert stage.decided["wordings"] == {"beta": 2}
+    assert inputs.record.wordings == {"beta": 2}
     whole = [Example("Say it.", "", ("it",), "said", ((4, 6),))]
     with pytest.raises(DataError, match="no task has wordings that can stand for one another"):
-        KPIG(instructions="data").stage_inputs(previous, context(encoder, whole, tasks=[Task("said", tuple(whole))]))
+        KPIG(instructions="data").prepare(stage(previous, encoder, whole, tasks=[Task("said", tuple(whole))]))

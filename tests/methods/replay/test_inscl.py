@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,15 +13,16 @@ import torch
 from cit_fast.data import Example, Task
 from cit_fast.embeddings.token_mean import TokenMeanEmbedder
 from cit_fast.errors import ConfigError, RunError
+from cit_fast.evaluation.records import ReplayRecord
 from cit_fast.methods.replay import (
     DiverseInstructionReplay,
     InsCLReplay,
     PrototypeDataReplay,
     PrototypeInstructionReplay,
     RandomReplay,
-    ReplayContext,
     inscl,
 )
+from cit_fast.methods.stage import Selection, Stage
 
 WORDS = ["red", "green", "blue", "apple", "pear", "plum"]
 
@@ -65,8 +65,14 @@ def model():
     return SimpleNamespace(get_input_embeddings=lambda: table)
 
 
-def context(model, seen, new=NEW, seed=0, **more) -> ReplayContext:
-    return ReplayContext(new, seen, model, SimpleNamespace(tokenizer=Whitespace()), random.Random(seed), **more)
+def select(policy, stage) -> tuple[list[Example], ReplayRecord]:
+    found = policy.select(stage)
+    return found.examples, found.record
+
+
+def stage(model, seen, new=NEW, seed=0, **more) -> Stage:
+    encoder = SimpleNamespace(tokenizer=Whitespace())
+    return Stage(model, encoder, tasks=(new,), seen=tuple(seen), seed=str(seed), **more)
 
 
 def counts(chosen) -> dict[str, int]:
@@ -90,13 +96,13 @@ def emd(model, a, b, weights) -> float:
 
 @pytest.mark.parametrize("weights", ["real", "uniform"])
 def test_distances_and_budgets_are_those_of_the_definition(model, weights):
-    asked = context(model, [COLOURS, FRUIT, MIXED])
-    chosen = InsCLReplay(fraction=0.3, weights=weights).select(asked)
+    asked = stage(model, [COLOURS, FRUIT, MIXED])
+    chosen, record = select(InsCLReplay(fraction=0.3, weights=weights), asked)
     expected = {each.name: emd(model, each, NEW, weights) for each in asked.seen}
-    assert asked.decided["distances"] == pytest.approx(expected, abs=1e-6)  # points are float32
-    assert asked.decided["distances"]["fruit"] == max(asked.decided["distances"].values())
+    assert record.distances == pytest.approx(expected, abs=1e-6)  # points are float32
+    assert record.distances["fruit"] == max(record.distances.values())
     quotas = {name: 36 * distance / sum(expected.values()) for name, distance in expected.items()}
-    shares = asked.decided["budgets"]
+    shares = record.budgets
     assert sum(shares.values()) == len(chosen) == 36
     assert all(abs(shares[name] - quotas[name]) < 1 for name in shares)
     assert counts(chosen) == {name: share for name, share in shares.items() if share}
@@ -106,39 +112,38 @@ def test_distances_and_budgets_are_those_of_the_definition(model, weights):
 def test_real_and_uniform_weights_differ(model):
     rows = []
     for weights in ("real", "uniform"):
-        asked = context(model, [COLOURS, MIXED])
-        InsCLReplay(weights=weights).select(asked)
-        rows.append(list(asked.decided["distances"].values()))
+        asked = stage(model, [COLOURS, MIXED])
+        _, record = select(InsCLReplay(weights=weights), asked)
+        rows.append(list(record.distances.values()))
     assert rows[0] != pytest.approx(rows[1], rel=0.01)
 
 
 def test_the_budget_is_that_of_random_replay(model):
     seen = [COLOURS, FRUIT, MIXED]
     for options in ({"fraction": 0.13}, {"per_task": 9}):
-        random_replay = len(RandomReplay(**options).select(context(model, seen)))
+        random_replay = len(RandomReplay(**options).select(stage(model, seen)).examples)
         for kind in (InsCLReplay, PrototypeDataReplay, PrototypeInstructionReplay, DiverseInstructionReplay):
-            assert len(kind(**options).select(context(model, seen))) == random_replay
+            assert len(kind(**options).select(stage(model, seen)).examples) == random_replay
 
 
 def test_a_budget_larger_than_the_history(model):
-    asked = context(model, [COLOURS, FRUIT])
-    assert counts(InsCLReplay(per_task=200).select(asked)) == {"colours": 40, "fruit": 40}
-    assert asked.decided["notes"] == ["The budget of 400 is larger than the history of 80: all of it came back."]
+    asked = stage(model, [COLOURS, FRUIT])
+    assert counts((found := InsCLReplay(per_task=200).select(asked)).examples) == {"colours": 40, "fruit": 40}
+    assert found.record.notes == ["The budget of 400 is larger than the history of 80: all of it came back."]
 
 
 def test_tasks_with_the_same_instructions_share_equally(model):
     twins = [task(name, ("red green", 20)) for name in ("a", "b", "c")]
-    asked = context(model, twins, task("d", ("red green", 5)))
-    assert counts(InsCLReplay(per_task=5, insinfo=False).select(asked)) == {"a": 5, "b": 5, "c": 5}
-    assert asked.decided["distances"] == {"a": 0.0, "b": 0.0, "c": 0.0}
-    assert "All distances are zero" in asked.decided["notes"][0]
+    asked = stage(model, twins, task("d", ("red green", 5)))
+    assert counts((found := InsCLReplay(per_task=5, insinfo=False).select(asked)).examples) == {"a": 5, "b": 5, "c": 5}
+    assert found.record.distances == {"a": 0.0, "b": 0.0, "c": 0.0}
+    assert "All distances are zero" in found.record.notes[0]
 
 
 def test_nothing_seen(model):
-    asked = context(model, [])
+    asked = stage(model, [])
     for kind in (InsCLReplay, PrototypeDataReplay, DiverseInstructionReplay):
-        assert kind().select(asked) == []
-    assert asked.decided == {}
+        assert kind().select(asked) == Selection([])
 
 
 class Planted:
@@ -153,21 +158,21 @@ class Planted:
 
 def test_rare_tags_bring_back_more_and_the_new_task_counts(model):
     tagger = Planted(red_green=["red", "apple"], green_blue=["blue"], red_green_blue=["blue"], red=["blue"])
-    asked = context(model, [COLOURS])
-    chosen = InsCLReplay(per_task=12, tagger=tagger).select(asked)
+    asked = stage(model, [COLOURS])
+    chosen, record = select(InsCLReplay(per_task=12, tagger=tagger), asked)
     # Over four instructions: log 4 twice against log(4/3); shares of 12: floor(10.87) and floor(1.13).
-    ranked = asked.decided["instructions"]
-    assert [entry["insinfo"] for entry in ranked] == pytest.approx([2 * np.log(4), np.log(4 / 3)])
-    assert [(entry["instruction"], entry["drawn"], entry["available"]) for entry in ranked][1][1] in {1, 2}
-    assert ranked[0]["drawn"] == sum(each.instruction == "red green" for each in chosen) >= 10
-    assert ranked[0]["tags"] == ["apple", "red"]
-    assert asked.decided["instruction_count"] == 2
+    ranked = record.instructions
+    assert [entry.insinfo for entry in ranked] == pytest.approx([2 * np.log(4), np.log(4 / 3)])
+    assert [(entry.instruction, entry.drawn, entry.available) for entry in ranked][1][1] in {1, 2}
+    assert ranked[0].drawn == sum(each.instruction == "red green" for each in chosen) >= 10
+    assert ranked[0].tags == ["apple", "red"]
+    assert record.instruction_count == 2
 
 
 def test_a_small_budget_takes_the_top_instruction(model):
     tagger = Planted(red_green=["blue"], green_blue=["red"], red_green_blue=["blue"], red=["blue"])
     for seed in range(4):
-        chosen = InsCLReplay(per_task=1, tagger=tagger).select(context(model, [COLOURS], seed=seed))
+        chosen, _record = select(InsCLReplay(per_task=1, tagger=tagger), stage(model, [COLOURS], seed=seed))
         assert [each.instruction for each in chosen] == ["green blue"]
 
 
@@ -175,9 +180,9 @@ def test_the_draw_follows_the_generator_alone(model):
     seen = [COLOURS, FRUIT]
     for kind in (InsCLReplay, PrototypeDataReplay, PrototypeInstructionReplay, DiverseInstructionReplay):
         policy = kind(fraction=0.2)
-        assert policy.select(context(model, seen, seed=1)) == policy.select(context(model, seen, seed=1))
+        assert policy.select(stage(model, seen, seed=1)) == policy.select(stage(model, seen, seed=1))
     policy = InsCLReplay(fraction=0.2)
-    assert policy.select(context(model, seen, seed=1)) != policy.select(context(model, seen, seed=2))
+    assert policy.select(stage(model, seen, seed=1)) != policy.select(stage(model, seen, seed=2))
 
 
 def test_one_new_row_per_task_and_never_twice(model, tmp_path, monkeypatch):
@@ -188,9 +193,9 @@ def test_one_new_row_per_task_and_never_twice(model, tmp_path, monkeypatch):
     rows = []
     for _ in range(2):
         for arrived in range(1, 4):
-            asked = context(model, order[:arrived], order[arrived], folder=tmp_path)
-            InsCLReplay().select(asked)
-            rows.append(asked.decided["distances"])
+            asked = stage(model, order[:arrived], order[arrived], kept=tmp_path)
+            _, record = select(InsCLReplay(), asked)
+            rows.append(record.distances)
     assert pairs == [[(0, 1)], [(0, 2), (1, 2)], [(0, 3), (1, 3), (2, 3)]]
     assert rows[:3] == rows[3:]
     assert list(rows[2]) == ["colours", "fruit", "mixed"]
@@ -198,8 +203,7 @@ def test_one_new_row_per_task_and_never_twice(model, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("damage", ["{", "[]", '{"key": 1}', None])
 def test_a_kept_row_that_is_damaged_or_of_other_data_is_computed_anew(model, tmp_path, damage):
-    asked = context(model, [COLOURS, FRUIT], folder=tmp_path)
-    InsCLReplay().select(asked)
+    asked = InsCLReplay().select(stage(model, [COLOURS, FRUIT], kept=tmp_path)).record
     (path,) = tmp_path.iterdir()
     other = NEW
     if damage is None:
@@ -207,20 +211,18 @@ def test_a_kept_row_that_is_damaged_or_of_other_data_is_computed_anew(model, tmp
         path.write_text(json.dumps({**json.loads(path.read_text()), "distances": [0.5, 0.5]}))
     else:
         path.write_text(damage)
-    again = context(model, [COLOURS, FRUIT], other, folder=tmp_path)
-    InsCLReplay().select(again)
-    assert (again.decided["distances"] == asked.decided["distances"]) == (damage is not None)
-    assert again.decided["distances"] != {"colours": 0.5, "fruit": 0.5}
+    again = InsCLReplay().select(stage(model, [COLOURS, FRUIT], other, kept=tmp_path)).record
+    assert (again.distances == asked.distances) == (damage is not None)
+    assert again.distances != {"colours": 0.5, "fruit": 0.5}
 
 
 def test_tokens_are_those_of_the_model_as_it_is(model):
-    asked = [context(model, [COLOURS, FRUIT]) for _ in range(2)]
     policy = InsCLReplay()
-    policy.select(asked[0])
+    before = policy.select(stage(model, [COLOURS, FRUIT])).record
     with torch.no_grad():
         model.get_input_embeddings().weight.add_(torch.randn(6, 4))
-    policy.select(asked[1])
-    assert asked[0].decided["distances"] != asked[1].decided["distances"]
+    after = policy.select(stage(model, [COLOURS, FRUIT])).record
+    assert before.distances != after.distances
 
 
 def test_tags_of_a_chat_model_are_asked_once_for_all_tasks(serve, model, tmp_path, monkeypatch):
@@ -234,22 +236,20 @@ def test_tags_of_a_chat_model_are_asked_once_for_all_tasks(serve, model, tmp_pat
 
     with serve(respond) as server:
         tagger = {"base_url": server.url, "model": "stub", "key_variable": "NO_KEY"}
-        asked = context(model, [COLOURS], FRUIT, cache=tmp_path)
+        asked = stage(model, [COLOURS], FRUIT, cache=tmp_path)
         with pytest.raises(Exception, match="1 of 4 instructions got no tags from the chat model in 3 attempts"):
-            InsCLReplay(tagger=tagger).select(asked)
+            _, record = select(InsCLReplay(tagger=tagger), asked)
         assert len(server.requests) == 4 + 2
         policy = InsCLReplay(tagger={**tagger, "unusable": "offline"})
-        asked = context(model, [COLOURS], FRUIT, cache=tmp_path)
-        policy.select(asked)
+        asked = stage(model, [COLOURS], FRUIT, cache=tmp_path)
+        _, record = select(policy, asked)
         assert len(server.requests) == 6 + 3  # what was answered is known, what was of no use is asked again
-        assert asked.decided["notes"] == [
-            "1 of 4 instructions got their tags offline: the chat model's answers held none."
-        ]
-        policy.select(context(model, [COLOURS, FRUIT], NEW, cache=tmp_path))
+        assert record.notes == ["1 of 4 instructions got their tags offline: the chat model's answers held none."]
+        policy.select(stage(model, [COLOURS, FRUIT], NEW, cache=tmp_path))
         assert len(server.requests) == 9 + 2  # the two new ones
     down = InsCLReplay(tagger={**tagger, "attempts": 1})
     with pytest.raises(RunError, match="no answer to 2 of 2 prompts"):
-        down.select(context(model, [COLOURS], MIXED, cache=tmp_path))
+        down.select(stage(model, [COLOURS], MIXED, cache=tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -271,8 +271,8 @@ def test_bad_options(options, message):
 
 
 def test_an_embedder_that_is_none(model):
-    with pytest.raises(ConfigError, match="embedder .*: no folder 'no-such-model'"):
-        InsCLReplay(embedder="no-such-model").select(context(model, [COLOURS]))
+    with pytest.raises(ConfigError, match=r"embedder .*: no folder 'no-such-model'"):
+        InsCLReplay(embedder="no-such-model").select(stage(model, [COLOURS]))
 
 
 # --- the baselines of the paper -----------------------------------------------------------------------------
@@ -285,17 +285,17 @@ def test_prototype_data_are_nearest_to_their_centres(model):
         "odd",
         tuple(Example(e.instruction, text, e.references, "odd") for e, text in zip(odd.train, inputs, strict=True)),
     )
-    chosen = PrototypeDataReplay(per_task=10).select(context(model, [odd]))
+    chosen, _record = select(PrototypeDataReplay(per_task=10), stage(model, [odd]))
     assert {each.input for each in chosen} == {"green"}
 
 
 def test_prototype_instructions_come_first_and_others_fill_up(model):
     instructions = [("red", 6), ("red red green", 6), ("red green", 6), ("apple", 6), ("apple apple pear", 6)]
     seen = [task("pool", *instructions)]
-    few = PrototypeInstructionReplay(per_task=12).select(context(model, seen))
+    few, _ = select(PrototypeInstructionReplay(per_task=12), stage(model, seen))
     assert len({each.instruction for each in few}) == 2  # a colour and a fruit: the best silhouette has two clusters
     assert {each.instruction.split()[0] for each in few} == {"red", "apple"}
-    more = PrototypeInstructionReplay(per_task=20).select(context(model, seen))
+    more, _ = select(PrototypeInstructionReplay(per_task=20), stage(model, seen))
     assert {each.instruction for each in few} < {each.instruction for each in more}
     assert len(set(more)) == 20
     with pytest.raises(ConfigError, match="most_clusters: 1"):
@@ -304,10 +304,10 @@ def test_prototype_instructions_come_first_and_others_fill_up(model):
 
 def test_diverse_instructions_are_those_least_like_the_new_ones(model):
     seen = [task("pool", ("red green", 5), ("apple pear", 5), ("red apple", 5))]
-    chosen = DiverseInstructionReplay(per_task=7).select(context(model, seen))
+    chosen, _record = select(DiverseInstructionReplay(per_task=7), stage(model, seen))
     assert [each.instruction for each in chosen] == ["apple pear"] * 5 + ["red apple"] * 2
 
 
 def test_token_means_are_the_default(model):
-    embedder = inscl.embedder_for("tokens", context(model, [COLOURS]), {})
+    embedder = inscl.embedder_for("tokens", stage(model, [COLOURS]), {})
     assert isinstance(embedder, TokenMeanEmbedder)

@@ -16,7 +16,9 @@ from cit_fast import ContinualTrainer
 from cit_fast.data import Example, Task, TaskStream
 from cit_fast.errors import ConfigError, DataError
 from cit_fast.evaluation import read_stages
+from cit_fast.evaluation.records import ReplayRecord
 from cit_fast.methods.replay import InsCLReplay, inscl
+from cit_fast.methods.stage import Selection
 from cit_fast.run import method_run
 
 METHODS = [
@@ -74,15 +76,15 @@ def test_every_preset_replays_as_much_as_random_replay(settings, stream):
     assert totals == {name: [0, 0, 2, 4] for name in METHODS}
     for name in ("inscl", "inscl-uniform", "inscl-no-insinfo"):
         for stage in runs[name][2:]:
-            assert stage.replayed == stage.replay["budgets"]
-            assert set(stage.replay["distances"]) == set(stage.replayed)
-            assert all(distance > 0 for distance in stage.replay["distances"].values())
-        assert runs[name][1].replay == {}
-    assert runs["inscl"][3].replay["instruction_count"] == 4
-    assert "instructions" not in runs["inscl-no-insinfo"][3].replay
-    ranked = runs["inscl"][3].replay["instructions"]
-    assert [entry["insinfo"] for entry in ranked] == sorted((entry["insinfo"] for entry in ranked), reverse=True)
-    assert sum(entry["drawn"] for entry in ranked) == 4
+            assert stage.replayed == stage.replay.budgets
+            assert set(stage.replay.distances) == set(stage.replayed)
+            assert all(distance > 0 for distance in stage.replay.distances.values())
+        assert runs[name][1].replay is None
+    assert runs["inscl"][3].replay.instruction_count == 4
+    assert runs["inscl-no-insinfo"][3].replay.instructions == []
+    ranked = runs["inscl"][3].replay.instructions
+    assert [entry.insinfo for entry in ranked] == sorted((entry.insinfo for entry in ranked), reverse=True)
+    assert sum(entry.drawn for entry in ranked) == 4
 
 
 def die(*_args, **_kwargs):
@@ -153,7 +155,7 @@ def test_a_run_whose_chat_model_fails_goes_on_where_it_was(settings, stream, ser
         asked = len(server.requests)
         run(settings, stream, methods=[method])
         assert len(server.requests) == asked + 2  # that instruction, and the third task's
-    assert read_stages(folder)[3].replay["instruction_count"] == 4
+    assert read_stages(folder)[3].replay.instruction_count == 4
     everything = [path for path in folder.parents[1].rglob("*") if path.is_file()]
     assert len(everything) > 10
     assert not any(b"sk-secret" in path.read_bytes() for path in everything)
@@ -161,11 +163,10 @@ def test_a_run_whose_chat_model_fails_goes_on_where_it_was(settings, stream, ser
 
 def test_what_cannot_be_recorded_is_refused_before_training(settings, stream):
     class Talkative:
-        def select(self, context):
-            context.decided["notes"] = {"a set"}
-            return []
+        def select(self, stage):
+            return Selection([], ReplayRecord(notes=["said"], details={"chosen": {"a set"}}))
 
-    with pytest.raises(ConfigError, match=r"context.decided must hold plain JSON values"):
+    with pytest.raises(ConfigError, match=r"replay: Talkative.select\(\): its record must hold plain JSON values"):
         ContinualTrainer(
             {**settings, "methods": [{"preset": "sequential", "name": "own"}]},
             stream=stream,

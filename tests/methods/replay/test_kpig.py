@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 
 import pytest
@@ -11,8 +10,9 @@ from transformers import AutoModelForCausalLM
 from cit_fast.data import Example, Task
 from cit_fast.errors import ConfigError, DataError
 from cit_fast.key_parts.gain import information_gain
-from cit_fast.methods.replay import KPIGReplay, RandomReplay, ReplayContext
+from cit_fast.methods.replay import KPIGReplay, RandomReplay
 from cit_fast.methods.replay import kpig as module
+from cit_fast.methods.stage import Selection, Stage
 from cit_fast.models.prompts import PromptEncoder
 
 SIZES = {"alpha": 40, "beta": 20, "gamma": 12, "delta": 8}
@@ -43,9 +43,9 @@ def encoder(tiny_tokenizer):
     return PromptEncoder(tiny_tokenizer, max_length=96)
 
 
-def context(seen, model, encoder, seed=0, **more) -> ReplayContext:
+def stage(seen, model, encoder, seed=0, **more) -> Stage:
     new = Task("new", (Example("New.", "x", ("y",), "new"),))
-    return ReplayContext(new, seen, model, encoder, random.Random(seed), **more)
+    return Stage(model, encoder, tasks=(new,), seen=tuple(seen), seed=str(seed), **more)
 
 
 @pytest.fixture
@@ -82,41 +82,41 @@ def count(chosen) -> dict[str, int]:
     ],
 )
 def test_the_tasks_with_the_lowest_gain_share_the_budget(seen, model, encoder, gains, options, expected):
-    stage = context(seen, model, encoder)
-    chosen = KPIGReplay(**options).select(stage)
+    selection = KPIGReplay(**options).select(stage(seen, model, encoder))
+    chosen, record = selection.examples, selection.record
     assert count(chosen) == expected
     assert len({example.source for example in chosen}) == len(chosen)
-    assert stage.decided["gains"] == pytest.approx(gains[0])
-    assert stage.decided["budgets"] == expected
-    assert stage.decided["scored"] == {"alpha": 10, "beta": 10, "gamma": 10, "delta": 8}
+    assert record.gains == pytest.approx(gains[0])
+    assert record.budgets == expected
+    assert record.scored == {"alpha": 10, "beta": 10, "gamma": 10, "delta": 8}
     if "tasks" not in options and "instances" not in options:
-        assert len(chosen) == len(RandomReplay(**options).select(context(seen, model, encoder)))
+        assert len(chosen) == len(RandomReplay(**options).select(stage(seen, model, encoder)).examples)
 
 
 def test_what_is_scored_is_replayed_first(seen, model, encoder, gains):
-    chosen = KPIGReplay(tasks=10, instances=10).select(context(seen, model, encoder))
+    chosen = KPIGReplay(tasks=10, instances=10).select(stage(seen, model, encoder)).examples
     assert {example.source for example in chosen} == set(gains[1])  # N drawn, scored, replayed
     gains[1].clear()
-    few = {e.source for e in KPIGReplay(tasks=2, instances=2, scored=5).select(context(seen, model, encoder))}
+    two = KPIGReplay(tasks=2, instances=2, scored=5).select(stage(seen, model, encoder))
+    few = {example.source for example in two.examples}
     assert few < set(gains[1])
     assert len(gains[1]) == 20
 
 
-def test_chance_is_the_contexts_alone(seen, model, encoder, gains):
+def test_chance_is_the_stages_alone(seen, model, encoder, gains):
     first, again, other = (
-        [e.source for e in KPIGReplay().select(context(seen, model, encoder, seed))] for seed in (0, 0, 1)
+        [e.source for e in KPIGReplay().select(stage(seen, model, encoder, seed)).examples] for seed in (0, 0, 1)
     )
     assert first == again != other
 
 
 def test_gains_are_the_means_under_the_model(seen, model, encoder):
-    stage = context(seen, model, encoder)
-    KPIGReplay(scored=100).select(stage)
+    record = KPIGReplay(scored=100).select(stage(seen, model, encoder)).record
     for task in seen:
         all_of_it = [each.gain for each in information_gain(model, encoder, task.train)]
-        assert stage.decided["gains"][task.name] == pytest.approx(sum(all_of_it) / len(all_of_it), abs=1e-6)
-    chosen = {name for name, share in stage.decided["budgets"].items() if share}
-    assert chosen == set(sorted(SIZES, key=stage.decided["gains"].__getitem__)[:2])
+        assert record.gains[task.name] == pytest.approx(sum(all_of_it) / len(all_of_it), abs=1e-6)
+    chosen = {name for name, share in record.budgets.items() if share}
+    assert chosen == set(sorted(SIZES, key=record.gains.__getitem__)[:2])
 
 
 def test_key_parts_that_are_not_given_are_discovered_once_a_run(model, encoder, tmp_path, monkeypatch):
@@ -125,25 +125,23 @@ def test_key_parts_that_are_not_given_are_discovered_once_a_run(model, encoder, 
         Example("Read the number, then write it in words, please.", str(k), (f"words {k}",), "alpha") for k in range(6)
     ]
     bare[0] = Task("alpha", tuple(examples))
-    first = context(bare, model, encoder, folder=tmp_path)
-    KPIGReplay().select(first)
-    assert set(first.decided["gains"]) == {"alpha", "gamma"}
+    first = KPIGReplay().select(stage(bare, model, encoder, kept=tmp_path)).record
+    assert set(first.gains) == {"alpha", "gamma"}
     assert len(list(tmp_path.rglob("*.json"))) == 1  # one instruction, kept with the run
     from cit_fast.key_parts import sources as key_parts
 
     monkeypatch.setattr(key_parts, "clause_gains", lambda *_, **__: pytest.fail("searched again"))
-    again = context(bare, model, encoder, folder=tmp_path)
-    KPIGReplay().select(again)
-    assert again.decided == first.decided
+    again = KPIGReplay().select(stage(bare, model, encoder, kept=tmp_path)).record
+    assert again == first
 
 
 def test_a_task_that_cannot_be_scored_is_named(model, encoder):
     with pytest.raises(DataError, match=r"none of the 8 instances drawn from task 'delta' can be scored"):
-        KPIGReplay(key_parts="data").select(context([make_task("delta", ())], model, encoder))
+        KPIGReplay(key_parts="data").select(stage([make_task("delta", ())], model, encoder))
 
 
 def test_nothing_seen_nothing_replayed(model, encoder):
-    assert KPIGReplay().select(context([], model, encoder)) == []
+    assert KPIGReplay().select(stage([], model, encoder)) == Selection([])
 
 
 @pytest.mark.parametrize(

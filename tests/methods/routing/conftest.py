@@ -7,7 +7,7 @@ import random
 import pytest
 
 from cit_fast.data import Example, Task, TaskStream
-from cit_fast.methods.routing import RouterContext
+from cit_fast.methods.stage import Stage
 from cit_fast.models.prompts import PromptEncoder
 
 WORDINGS = {
@@ -45,9 +45,10 @@ def tiny_model(tiny_model_folder):
 
 
 @pytest.fixture
-def context(tiny_model, tiny_tokenizer):
-    def fresh(seed: int = 0) -> RouterContext:
-        return RouterContext(tiny_model, PromptEncoder(tiny_tokenizer), random.Random(seed))
+def stage(tiny_model, tiny_tokenizer):
+    def fresh(seed: int = 0, task: Task | None = None) -> Stage:
+        tasks = () if task is None else (task,)
+        return Stage(tiny_model, PromptEncoder(tiny_tokenizer), tasks=tasks, seed=str(seed))
 
     return fresh
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 
 from cit_fast.errors import ConfigError, DataError
 from cit_fast.methods.routing.features import LastTokenFeatures, build_features
+from cit_fast.methods.stage import Stage
 
 TEXTS = ["Write the date in the form year, month, day.", "day", "Extract the e-mail address from the text. " * 3]
 
@@ -43,26 +45,26 @@ def test_a_long_text_loses_its_middle_and_is_counted(tiny_model, tiny_tokenizer)
     assert LastTokenFeatures(tiny_model, tiny_tokenizer, max_length=len(ids)).embed([TEXTS[2]]).shape == (1, 32)
 
 
-def test_from_a_folder_and_from_the_cache(tiny_model, tiny_tokenizer, tiny_model_folder, context, tmp_path):
+def test_from_a_folder_and_from_the_cache(tiny_model, tiny_tokenizer, tiny_model_folder, stage, tmp_path):
     plain = LastTokenFeatures(tiny_model, tiny_tokenizer).embed(TEXTS)
-    own = context()
-    cached = build_features(str(tiny_model_folder), type(own)(cache=tmp_path), 128)
+    own = stage()
+    cached = build_features(str(tiny_model_folder), replace(own, cache=tmp_path), 128)
     assert torch.allclose(cached.embed(TEXTS), plain, atol=1e-5)
-    again = build_features(str(tiny_model_folder), type(own)(cache=tmp_path), 128)
+    again = build_features(str(tiny_model_folder), replace(own, cache=tmp_path), 128)
     assert torch.equal(again.embed(TEXTS), cached.embed(TEXTS))
-    other = build_features(str(tiny_model_folder), type(own)(cache=tmp_path), 5)
+    other = build_features(str(tiny_model_folder), replace(own, cache=tmp_path), 5)
     assert other.name != again.name
     assert torch.equal(build_features("base", own, 128).embed(TEXTS), plain)
 
 
-def test_what_has_no_features(tiny_model, tiny_tokenizer, context, tmp_path):
+def test_what_has_no_features(tiny_model, tiny_tokenizer, stage, tmp_path):
     with pytest.raises(DataError, match="text 1: it is empty"):
         LastTokenFeatures(tiny_model, tiny_tokenizer).embed(["day", " "])
     with pytest.raises(ConfigError, match="max_length: 1"):
         LastTokenFeatures(tiny_model, tiny_tokenizer, max_length=1)
     for spec in ("base", "tokens"):
         with pytest.raises(ConfigError, match="there is no model"):
-            build_features(spec, type(context())(), 128)
+            build_features(spec, Stage(None, None), 128)
     with pytest.raises(ConfigError, match=r"features: .* cannot be loaded"):
-        build_features(str(tmp_path), context(), 128)
+        build_features(str(tmp_path), stage(), 128)
     assert LastTokenFeatures(tiny_model, tiny_tokenizer).embed([]).numel() == 0

@@ -10,6 +10,7 @@ from cit_fast.data import Example, Task
 from cit_fast.errors import ConfigError, DataError, RunError
 from cit_fast.methods.routing import LCIARouter, PerTaskRouter, load_router
 from cit_fast.methods.routing.similarity import tfidf_pairwise
+from cit_fast.methods.stage import Assignment
 from cit_fast.models.adapter_bank import BASE
 
 
@@ -17,34 +18,30 @@ def make(name, *instructions) -> Task:
     return Task(name, tuple(Example(text, f"input {k}", ("x",)) for k, text in enumerate(instructions * 2)))
 
 
-def learn(router, tasks, context):
+def learn(router, tasks, stage):
     chosen = []
     for task in tasks:
-        own = context()
-        chosen.append(router.assign(task, own))
-        router.learn(task, own)
+        chosen.append(router.assign(stage(task=task)).adapter)
+        router.learn(stage(task=task))
     return chosen
 
 
-def test_the_mean_over_all_pairs_decides(context):
+def test_the_mean_over_all_pairs_decides(stage):
     first = make("a", "Name the colour of the fruit.", "Which colour does the fruit have?")
     second = make("b", "Name the colour of the car.", "Name the fruit")
     mean = tfidf_pairwise(second.instructions, first.instructions).mean()
     for threshold, expected in ((mean - 1e-9, "set-01"), (mean + 1e-9, "set-02")):
         router = LCIARouter("tfidf-pairwise", threshold)
-        own = context()
-        router.assign(first, own)
-        assert own.decided == {"scores": {}, "threshold": threshold}
-        own = context()
-        assert router.assign(second, own) == expected
-        assert own.decided["scores"] == {"set-01": pytest.approx(mean)}
+        assert router.assign(stage(task=first)) == Assignment("set-01", {}, threshold)
+        found = router.assign(stage(task=second))
+        assert found == Assignment(expected, {"set-01": pytest.approx(mean)}, threshold)
 
 
-def test_a_reused_set_keeps_distinct_instructions_in_order(context):
+def test_a_reused_set_keeps_distinct_instructions_in_order(stage):
     router = LCIARouter(threshold=0.3)
     tasks = [make("a", "Sort the list.", "Order the list."), make("b", "Translate it."), make("c", "Sort the list.")]
-    assert learn(router, tasks, context) == ["set-01", "set-02", "set-01"]
-    learn(router, [make("d", "Reverse the list.", "Order the list.")], context)
+    assert learn(router, tasks, stage) == ["set-01", "set-02", "set-01"]
+    learn(router, [make("d", "Reverse the list.", "Order the list.")], stage)
     assert router.codebook == {
         "set-01": ("Sort the list.", "Order the list.", "Reverse the list."),
         "set-02": ("Translate it.",),
@@ -52,54 +49,54 @@ def test_a_reused_set_keeps_distinct_instructions_in_order(context):
 
 
 @pytest.mark.parametrize("similarity", ["tfidf", "tfidf-pairwise", "embedding"])
-def test_each_prompt_goes_to_the_most_similar_set(tasks, context, similarity):
+def test_each_prompt_goes_to_the_most_similar_set(tasks, stage, similarity):
     router = PerTaskRouter(similarity, reject=0)
-    assert learn(router, tasks, context) == ["task-dates", "task-mail", "task-mood"]
-    found = router.answer([example for task in tasks for example in task.test], context())
+    assert learn(router, tasks, stage) == ["task-dates", "task-mail", "task-mood"]
+    found = router.answer([example for task in tasks for example in task.test], stage())
     right = np.repeat(router.sets, 4)
     assert np.mean(np.array(found) == right) >= (1.0 if similarity.startswith("tfidf") else 0.7)
     plain = [Example(f"{e.instruction}\n\n{e.input}", references=("-",)) for task in tasks for e in task.test]
-    assert router.answer(plain, context()) == found  # as when served: the prompt is one text
+    assert router.answer(plain, stage()) == found  # as when served: the prompt is one text
 
 
-def test_what_is_like_nothing_goes_to_the_base_model(tasks, context):
+def test_what_is_like_nothing_goes_to_the_base_model(tasks, stage):
     router = LCIARouter()
-    learn(router, tasks, context)
+    learn(router, tasks, stage)
     other = [Example("Compose a limerick about volcanoes", "Etna", ("-",)), tasks[0].test[0]]
-    assert router.answer(other, context()) == [BASE, "set-01"]
+    assert router.answer(other, stage()) == [BASE, "set-01"]
     everything = LCIARouter(reject=0)
-    learn(everything, tasks, context)
-    assert BASE not in everything.answer(other, context())
+    learn(everything, tasks, stage)
+    assert BASE not in everything.answer(other, stage())
 
 
-def test_held_out_tasks_set_the_threshold(tasks, context):
+def test_held_out_tasks_set_the_threshold(tasks, stage):
     router = LCIARouter(reject=0.2, held_out=["numbers"])
-    learn(router, tasks, context)
+    learn(router, tasks, stage)
     unknown = router._rejection.unknown_prompts()
     assert len(unknown) == 32
-    assert router.answer(unknown, context()).count(BASE) == 32
+    assert router.answer(unknown, stage()).count(BASE) == 32
     missing = LCIARouter(held_out=["no-such-task"])
     with pytest.raises(ConfigError, match=r"router\.held_out: 'no-such-task'"):
-        missing.assign(tasks[0], context())
+        missing.assign(stage(task=tasks[0]))
 
 
 @pytest.mark.parametrize("kind", [LCIARouter, PerTaskRouter])
-def test_save_and_load(tasks, context, tmp_path, kind):
+def test_save_and_load(tasks, stage, tmp_path, kind):
     router = kind("tfidf-pairwise", reads="instruction", reject=0.1)
-    learn(router, tasks, context)
+    learn(router, tasks, stage)
     router.save(tmp_path)
     twin = load_router(tmp_path)
     assert type(twin) is kind
     assert (twin.state(), twin.sets, twin.codebook) == (router.state(), router.sets, router.codebook)
     examples = [example for task in tasks for example in task.test]
-    assert twin.answer(examples, context()) == router.answer(examples, context())
+    assert twin.answer(examples, stage()) == router.answer(examples, stage())
     twin.save(tmp_path / "again")
     assert (tmp_path / "again/router.json").read_bytes() == (tmp_path / "router.json").read_bytes()
 
 
-def test_damage_is_named(tasks, context, tmp_path):
+def test_damage_is_named(tasks, stage, tmp_path):
     router = LCIARouter()
-    learn(router, tasks, context)
+    learn(router, tasks, stage)
     router.save(tmp_path)
     whole = json.loads((tmp_path / "router.json").read_text())
     for change, message in (
@@ -141,15 +138,15 @@ def test_options_out_of_range(options, message):
         LCIARouter(**options)
 
 
-def test_nothing_to_compare(tasks, context):
+def test_nothing_to_compare(tasks, stage):
     with pytest.raises(RunError, match="the codebook is empty"):
-        LCIARouter().answer(tasks[0].test, context())
+        LCIARouter().answer(tasks[0].test, stage())
     router = LCIARouter()
-    learn(router, tasks, context)
-    assert router.answer([], context()) == []
+    learn(router, tasks, stage)
+    assert router.answer([], stage()) == []
     empty = Example("", references=("x",), messages=(("user", "  "), ("assistant", "x")), source="chat.json:3")
     with pytest.raises(DataError, match=r"chat\.json:3: an empty prompt cannot be routed"):
-        router.answer([empty], context())
+        router.answer([empty], stage())
     chat = dataclasses.replace(empty, messages=(("user", tasks[1].train[0].instruction), ("assistant", "x")))
     assert LCIARouter.name == "lcia"
-    assert router.answer([chat], context()) == ["set-02"]
+    assert router.answer([chat], stage()) == ["set-02"]

@@ -8,26 +8,27 @@ from cit_fast.data import Example, Task
 from cit_fast.errors import DataError, RunError
 from cit_fast.methods.routing import OracleRouter, SharedRouter, load_router, routing_record, routing_text
 from cit_fast.methods.routing.router import set_name
+from cit_fast.methods.stage import Assignment, Learned
 from cit_fast.models.adapter_bank import BASE
 
 
-def test_one_set_for_all(tasks, context, tmp_path):
+def test_one_set_for_all(tasks, stage, tmp_path):
     router = SharedRouter()
-    assert [router.assign(task, context()) for task in tasks] == ["shared"] * 3
-    assert router.answer(tasks[0].test, context()) == ["shared"] * 4
+    assert [router.assign(stage(task=task)).adapter for task in tasks] == ["shared"] * 3
+    assert router.answer(tasks[0].test, stage()) == ["shared"] * 4
     router.save(tmp_path)
     assert type(load_router(tmp_path)) is SharedRouter
 
 
-def test_the_oracle_is_told(tasks, context, tmp_path):
+def test_the_oracle_is_told(tasks, stage, tmp_path):
     router = OracleRouter()
-    assert [router.assign(task, context()) for task in tasks[:2]] == ["task-dates", "task-mail"]
+    assert [router.assign(stage(task=task)).adapter for task in tasks[:2]] == ["task-dates", "task-mail"]
     asked = [tasks[1].test[0], tasks[0].test[0], tasks[2].test[0]]
     router.save(tmp_path)
     for each in (router, load_router(tmp_path)):
-        assert each.answer(asked, context()) == ["task-mail", "task-dates", BASE]
+        assert each.answer(asked, stage()) == ["task-mail", "task-dates", BASE]
     with pytest.raises(DataError, match=r"prompt 1: the oracle router must be told the task.* one of dates, mail"):
-        router.answer([asked[0], Example("Do it.", references=("-",))], context())
+        router.answer([asked[0], Example("Do it.", references=("-",))], stage())
     with pytest.raises(RunError, match="holds the router 'oracle', not 'shared'"):
         SharedRouter.load(tmp_path)
 
@@ -50,10 +51,15 @@ def test_what_is_read_of_a_prompt():
     assert routing_text(chat) == routing_text(chat, "instruction") == "One\n\nThree"
 
 
+CHOSEN = Assignment("s1")
+
+
 def test_the_record_counts_prompts():
     answers = {"a": {"s1": 3, BASE: 1}, "b": {"s1": 4}, "new": {BASE: 1, "s1": 3}}
-    record = routing_record({"a": "s1", "b": "s2"}, answers)
-    assert (record["accuracy"], record["to_base"]) == (3 / 8, 1 / 4)
-    assert record["answers"] == answers
-    assert routing_record({}, {"new": {"s1": 1}})["accuracy"] is None
-    assert routing_record({"a": "s1"}, {"a": {"s1": 1}})["to_base"] is None
+    known = routing_record(CHOSEN, Learned(), new=True, trained_by={"a": "s1", "b": "s2"}, answers=answers)
+    assert (known.accuracy, known.to_base) == (3 / 8, 1 / 4)
+    assert known.answers == answers
+    nothing = routing_record(CHOSEN, Learned(), new=True, trained_by={}, answers={"new": {"s1": 1}})
+    assert nothing.accuracy is None
+    own = routing_record(CHOSEN, Learned(), new=True, trained_by={"a": "s1"}, answers={"a": {"s1": 1}})
+    assert own.to_base is None

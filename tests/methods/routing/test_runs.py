@@ -6,6 +6,7 @@ import dataclasses
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ def test_each_task_has_its_own_set_and_old_ones_never_change(settings, tasks, pr
     stages = read_stages(folder)
     sets = [stage.adapter for stage in stages[1:]]
     assert len(set(sets)) == 3
-    assert [stage.routing["new"] for stage in stages[1:]] == [True] * 3
+    assert [stage.routing.new for stage in stages[1:]] == [True] * 3
     for stage in range(1, 4):
         kept = sorted(path.name for path in (folder / f"stages/{stage:02d}/adapters").iterdir() if path.is_dir())
         assert kept == sorted(sets[:stage])
@@ -53,12 +54,12 @@ def test_each_task_has_its_own_set_and_old_ones_never_change(settings, tasks, pr
     assert all(last[name] == content for name, content in first.items() if name.startswith("adapters"))
     assert load_router(folder / "stages/03/router").sets == tuple(sets)
     final = stages[3].routing
-    assert final["trained_by"] == dict(zip(tasks.names, sets, strict=True))
-    assert {task: sum(counts.values()) for task, counts in final["answers"].items()} == dict.fromkeys(tasks.names, 4)
-    assert final["to_base"] is None
+    assert final.trained_by == dict(zip(tasks.names, sets, strict=True))
+    assert {task: sum(counts.values()) for task, counts in final.answers.items()} == dict.fromkeys(tasks.names, 4)
+    assert final.to_base is None
     if preset == "oracle":
-        assert (final["accuracy"], stages[1].routing["to_base"]) == (1.0, 1.0)
-        assert stages[1].routing["answers"]["mood"] == {BASE: 4}
+        assert (final.accuracy, stages[1].routing.to_base) == (1.0, 1.0)
+        assert stages[1].routing.answers["mood"] == {BASE: 4}
         assert [stage.scores["dates"] for stage in stages[1:]] == [stages[1].scores["dates"]] * 3
         assert stages[1].scores["mood"] == stages[0].scores["mood"]  # the base model, as it was
 
@@ -125,7 +126,7 @@ def test_kill_and_go_on_with_the_same_family(settings, tasks, preset, tmp_path):
         assert [stage.scores for stage in resumed] == [stage.scores for stage in expected], moment
         for stage in range(1, 4):
             assert files(folder, stage) == files(whole, stage), (moment, stage)
-            ours, theirs = ({**each[stage].routing, "seconds": 0} for each in (resumed, expected))
+            ours, theirs = (replace(each[stage].routing, seconds=0) for each in (resumed, expected))
             assert ours == theirs, (moment, stage)
 
 
@@ -137,9 +138,9 @@ def test_a_reused_set_trains_on_and_learns_more_instructions(settings, tasks):
     folder = run(settings, stream, {"preset": "lcia", "replay": {"name": "random", "fraction": 0.5}})
     stages = read_stages(folder)
     assert [stage.adapter for stage in stages[1:]] == ["set-01", "set-02", "set-01"]
-    assert [stage.routing["new"] for stage in stages[1:]] == [True, True, False]
-    assert stages[3].routing["scores"]["set-01"] == pytest.approx(1.0)
-    assert stages[3].routing["trained_by"] == {"dates": "set-01", "mail": "set-02", "again": "set-01"}
+    assert [stage.routing.new for stage in stages[1:]] == [True, True, False]
+    assert stages[3].routing.assignment.scores["set-01"] == pytest.approx(1.0)
+    assert stages[3].routing.trained_by == {"dates": "set-01", "mail": "set-02", "again": "set-01"}
     assert stages[3].replayed == {"dates": 8, "mail": 8}
     assert all(stage.balance_weights for stage in stages[1:])
     before, after = files(folder, 2), files(folder, 3)

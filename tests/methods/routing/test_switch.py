@@ -12,14 +12,12 @@ from cit_fast.methods.routing import SwitchRouter, load_router, train_switch
 from cit_fast.models.adapter_bank import BASE
 
 
-def learn(router, tasks, context):
-    decided = []
+def learn(router, tasks, stage):
+    learned = []
     for number, task in enumerate(tasks):
-        own = context(number)
-        router.assign(task, own)
-        router.learn(task, own)
-        decided.append(own.decided)
-    return decided
+        router.assign(stage(number, task))
+        learned.append(router.learn(stage(number, task)))
+    return learned
 
 
 @pytest.fixture
@@ -64,85 +62,82 @@ def test_a_class_with_few_examples_is_drawn_as_often():
 
 # The states of a model that has learned nothing tell its last token, and no more: there it reads what tells the task.
 @pytest.mark.parametrize(("features", "reads"), [("base", "instruction"), ("tokens", "prompt")])
-def test_prompts_go_to_their_tasks_set(tasks, context, features, reads):
+def test_prompts_go_to_their_tasks_set(tasks, stage, features, reads):
     router = SwitchRouter(features, retained=0.25, at_least=1, reads=reads, reject=0)
-    decided = learn(router, tasks, context)
+    decided = learn(router, tasks, stage)
     assert router.sets == ("task-dates", "task-mail", "task-mood")
-    assert [each["switch_examples"] for each in decided] == [16, 4 + 16, 8 + 16]
-    assert [each["retained"] for each in decided] == [4, 8, 12]
-    found = router.answer([example for task in tasks for example in task.test], context())
+    assert [each.examples for each in decided] == [16, 4 + 16, 8 + 16]
+    assert [each.retained for each in decided] == [4, 8, 12]
+    found = router.answer([example for task in tasks for example in task.test], stage())
     right = [name for name in router.sets for _ in range(4)]
     assert sum(map(str.__eq__, found, right)) >= 11
-    assert router.answer([], context()) == []
+    assert router.answer([], stage()) == []
 
 
-def test_what_is_far_from_everything_goes_to_the_base_model(tasks, context):
+def test_what_is_far_from_everything_goes_to_the_base_model(tasks, stage):
     router = SwitchRouter("tokens", retained=0.5, reject=0.15)
-    learn(router, tasks, context)
+    learn(router, tasks, stage)
     strange = Example("%&/ 7777 ~~~ {}[] 31415926 <<>>", references=("-",))
-    assert router.answer([strange, tasks[1].test[0]], context()) == [BASE, "task-mail"]
+    assert router.answer([strange, tasks[1].test[0]], stage()) == [BASE, "task-mail"]
 
 
-def test_of_a_small_task_enough_is_kept(tasks, context):
-    assert [each["retained"] for each in learn(SwitchRouter("tokens", at_least=6), tasks, context)] == [6, 12, 18]
-    assert [each["retained"] for each in learn(SwitchRouter("tokens"), tasks, context)] == [16, 32, 48]  # all
+def test_of_a_small_task_enough_is_kept(tasks, stage):
+    assert [each.retained for each in learn(SwitchRouter("tokens", at_least=6), tasks, stage)] == [6, 12, 18]
+    assert [each.retained for each in learn(SwitchRouter("tokens"), tasks, stage)] == [16, 32, 48]  # all
 
 
-def test_unknown_tasks_set_the_threshold(tasks, context, tmp_path):
+def test_unknown_tasks_set_the_threshold(tasks, stage, tmp_path):
     path = tmp_path / "odd.jsonl"
     path.write_text(
         "".join(json.dumps({"instruction": f"%&/ 77{k} ~~~ {{}}[]", "output": "-"}) + "\n" for k in range(8))
     )
     router = SwitchRouter("tokens", reject=0.01, held_out=[str(path)])
-    learn(router, tasks, context)
+    learn(router, tasks, stage)
     strange = [Example(f"%&/ 33{k} ~~~ {{}}[]", references=("-",)) for k in range(5)]
-    assert router.answer(strange, context()) == [BASE] * 5
+    assert router.answer(strange, stage()) == [BASE] * 5
     known = [example for task in tasks for example in task.dev]
-    assert router.answer(known, context()).count(BASE) == 0
+    assert router.answer(known, stage()).count(BASE) == 0
 
 
-def test_a_long_prompt_is_read_in_part_and_counted(tasks, context):
-    decided = learn(SwitchRouter("base", max_length=8), tasks[:1], context)[0]
-    assert decided["truncated"] > 0
-    assert decided["notes"] == [
-        f"{len(set(tasks[0].train))} prompts are longer than 8 tokens; their middle was not read."
-    ]
-    assert learn(SwitchRouter("base", max_length=500), tasks[:1], context)[0]["truncated"] == 0
+def test_a_long_prompt_is_read_in_part_and_counted(tasks, stage):
+    decided = learn(SwitchRouter("base", max_length=8), tasks[:1], stage)[0]
+    assert decided.truncated > 0
+    assert decided.notes == [f"{len(set(tasks[0].train))} prompts are longer than 8 tokens; their middle was not read."]
+    assert learn(SwitchRouter("base", max_length=500), tasks[:1], stage)[0].truncated == 0
 
 
-def test_save_and_load(tasks, context, tmp_path):
+def test_save_and_load(tasks, stage, tmp_path):
     router = SwitchRouter(retained=0.25, hidden=8, reject=0.1)
-    learn(router, tasks, context)
+    learn(router, tasks, stage)
     router.save(tmp_path)
     texts = " ".join(path.read_text(errors="replace") for path in tmp_path.iterdir())
     assert tasks[0].train[0].instruction not in texts  # features are kept, never texts
     twin = load_router(tmp_path)
     examples = [example for task in tasks for example in task.test]
-    assert twin.answer(examples, context()) == router.answer(examples, context())
+    assert twin.answer(examples, stage()) == router.answer(examples, stage())
     assert (twin.sets, twin.hidden, twin.state()) == (router.sets, 8, router.state())
     twin.save(tmp_path / "again")
     for name in ("router.json", "switch.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
-def test_learning_goes_on_after_loading_as_if_nothing_had_happened(tasks, context, tmp_path):
+def test_learning_goes_on_after_loading_as_if_nothing_had_happened(tasks, stage, tmp_path):
     whole, first = SwitchRouter(retained=0.25), SwitchRouter(retained=0.25)
-    learn(whole, tasks, context)
-    learn(first, tasks[:2], context)
+    learn(whole, tasks, stage)
+    learn(first, tasks[:2], stage)
     first.save(tmp_path / "two")
     again = load_router(tmp_path / "two")
-    own = context(2)
-    again.assign(tasks[2], own)
-    again.learn(tasks[2], own)
+    again.assign(stage(2, tasks[2]))
+    again.learn(stage(2, tasks[2]))
     for router, name in ((whole, "whole"), (again, "again")):
         router.save(tmp_path / name)
     for name in ("router.json", "switch.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_damage_is_named(tasks, context, tmp_path):
+def test_damage_is_named(tasks, stage, tmp_path):
     router = SwitchRouter("tokens", hidden=4)
-    learn(router, tasks, context)
+    learn(router, tasks, stage)
     router.save(tmp_path)
     path, saved = tmp_path / "switch.safetensors", json.loads((tmp_path / "router.json").read_text())
     content = path.read_bytes()
@@ -180,13 +175,13 @@ def test_options_out_of_range(options, message):
         SwitchRouter(**options)
 
 
-def test_nothing_to_choose_from(tasks, context):
+def test_nothing_to_choose_from(tasks, stage):
     with pytest.raises(RunError, match="no task has been learned yet"):
-        SwitchRouter().answer(tasks[0].test, context())
-    with pytest.raises(ConfigError, match="router.features .*: no folder 'no such model'"):
-        learn(SwitchRouter("no such model"), tasks, context)
+        SwitchRouter().answer(tasks[0].test, stage())
+    with pytest.raises(ConfigError, match=r"router\.features .*: no folder 'no such model'"):
+        learn(SwitchRouter("no such model"), tasks, stage)
     blank = Example("", references=("x",), messages=(("user", ""), ("assistant", "x")))
     router = SwitchRouter("tokens")
-    learn(router, tasks[:1], context)
+    learn(router, tasks[:1], stage)
     with pytest.raises(DataError, match="an empty prompt cannot be routed"):
-        router.answer([blank], context())
+        router.answer([blank], stage())

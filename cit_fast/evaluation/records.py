@@ -16,11 +16,154 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
 from cit_fast.errors import RunError
 from cit_fast.files import damaged_files, read_checked_json, write_checked_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _Record = TypeVar("_Record")
+_STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass
+class RankedInstruction:
+    """An instruction of an earlier task, as InsCL ranked it.
+
+    Args:
+        task: whose; ``instruction``: its beginning.
+        insinfo: the rarer its tags, the higher; ``tags``: after similar ones were merged.
+        drawn: of its ``available`` examples so many are replayed.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    task: str
+    instruction: str
+    insinfo: float
+    tags: list[str]
+    drawn: int
+    available: int
+
+
+@dataclass
+class ReplayRecord:
+    """Why a replay policy chose what it chose.
+
+    Args:
+        budgets: earlier task -> examples it was given.
+        distances: earlier task -> its distance to the new task (InsCL).
+        gains: earlier task -> mean information gain of its key parts (KPIG); ``scored``: of how many examples.
+        instructions: those with the highest InsInfo, highest first; of ``instruction_count`` in all.
+        notes: sentences for whoever reads the report; ``details``: plain values of a policy of one's own.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    budgets: dict[str, int] = field(default_factory=dict)
+    distances: dict[str, float] = field(default_factory=dict)
+    gains: dict[str, float] = field(default_factory=dict)
+    scored: dict[str, int] = field(default_factory=dict)
+    instructions: list[RankedInstruction] = field(default_factory=list)
+    instruction_count: int = 0
+    notes: list[str] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class ObjectiveRecord:
+    """What an objective found out about the examples of a stage.
+
+    Args:
+        gains: task -> mean information gain of the key parts of its examples, before the stage (KPIG).
+        compared: examples whose loss compares with the earlier model; ``without_key_parts``: those that cannot be.
+        wordings: task -> instructions that its examples were drawn from.
+        seconds: of the pass of the earlier model.
+        notes: sentences for whoever reads the report; ``details``: plain values of an objective of one's own.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    gains: dict[str, float] = field(default_factory=dict)
+    compared: int = 0
+    without_key_parts: int = 0
+    wordings: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Assignment:
+    """Which adapter set a router gave a new task, and why.
+
+    Args:
+        adapter: name of the set; one not given before means a new set.
+        scores: earlier set -> its score for the new task; ``threshold``: from which a set is reused.
+        notes: sentences for whoever reads the report; ``details``: plain values of a router of one's own.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    adapter: str
+    scores: dict[str, float] = field(default_factory=dict)
+    threshold: float | None = None
+    notes: list[str] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Learned:
+    """What a router learned from a task that has trained its set.
+
+    Args:
+        reject_below: scores below it go to the base model; ``None``: none do.
+        examples: prompts the switch network was trained on; ``retained``: prompts kept for the tasks to come.
+        accuracy: share of the prompts set aside that the switch network sends to their own set, in [0, 1].
+        truncated: prompts too long to be read whole.
+        notes: sentences for whoever reads the report; ``details``: plain values of a router of one's own.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    reject_below: float | None = None
+    examples: int = 0
+    retained: int = 0
+    accuracy: float | None = None
+    truncated: int = 0
+    notes: list[str] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class RoutingRecord:
+    """What the router decided in a stage, and how its answers did.
+
+    Args:
+        new: whether the stage's adapter set was made for it, not reused.
+        assignment, learned: what the router returned.
+        trained_by: task -> the set that trained it, so far.
+        answers: task -> set -> prompts that it answered, ``__base__`` for the base model.
+        accuracy: share of the trained tasks' prompts that their own set answered, in [0, 1]; ``to_base``: share of the
+            other tasks' prompts that the base model answered. ``None`` where there are no such prompts.
+        seconds: of choosing.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    new: bool
+    assignment: Assignment
+    learned: Learned
+    trained_by: dict[str, str] = field(default_factory=dict)
+    answers: dict[str, dict[str, int]] = field(default_factory=dict)
+    accuracy: float | None = None
+    to_base: float | None = None
+    seconds: float = 0.0
+
+    @property
+    def notes(self) -> list[str]:
+        """Those of both decisions."""
+        return [*self.assignment.notes, *self.learned.notes]
 
 
 @dataclass
@@ -30,23 +173,13 @@ class StageRecord:
     Args:
         index: 0 for the untrained model, then 1, 2, ...
         trained: names of the tasks this stage trained (empty for index 0, all tasks for a joint run).
-        scores: task name -> score in [0, 100] after this stage; a task that was not evaluated is absent.
+        scores: task name, held-out or not -> score in [0, 100] after this stage; a task that was not evaluated is
+            absent.
         adapter: name of the adapter set that was trained.
         train_examples: examples of the new task(s), without replay.
         replayed: earlier task -> examples replayed in this stage.
-        replay: what the replay policy says about its choice; any plain values. The report shows ``distances`` and
-            ``budgets`` (earlier task -> its distance to the new task, examples it was given), ``instructions`` (a list
-            of ``{task, instruction, insinfo, tags, drawn, available}``, highest InsInfo first; of
-            ``instruction_count`` in all), ``gains`` (earlier task -> mean information gain of its key parts) and
-            ``notes`` (a list of sentences).
-        objective: what the objective says about the stage; any plain values, ``notes`` as in ``replay``.
-        routing: what the router decided and how it did; empty where there is one set for all. ``assigned`` (name of
-            the set), ``new`` (made for this stage, not reused), ``scores`` (earlier set -> its score for the new task),
-            ``threshold`` (from which a set is reused), ``reject_below`` (scores that go to the base model),
-            ``trained_by`` (task -> its set, so far), ``answers`` (task -> set -> prompts answered by it, ``__base__``
-            for the base model), ``accuracy`` (share of the trained tasks' prompts that their own set answered),
-            ``to_base`` (share of the other tasks' prompts that the base model answered), ``seconds`` (of choosing),
-            ``truncated`` (training prompts too long to be read whole), ``notes`` (sentences).
+        replay, objective, routing: what the parts of the method decided; ``None`` where there was nothing to decide
+            (no earlier task to replay, one adapter set for all).
         steps: optimizer steps; ``train_seconds`` and ``evaluate_seconds``: wall time (summed over resumed parts).
         losses: ``(step, training loss)`` as logged.
         balance_weights: per optimizer step ``(step, mean, minimum, maximum, fallback fraction)`` of the balance
@@ -54,13 +187,14 @@ class StageRecord:
         truncated: examples whose input was shortened to fit the length limit.
         skipped: examples left out because the user asked to skip what cannot fit.
         test_truncated, test_skipped: the same of the test examples that were answered.
-        held_out: held-out task -> score in [0, 100] after this stage; empty where none was evaluated.
-        violations: task, held-out or not -> kind of violation that applies to it -> share of its answers, in [0, 1]
-            (:mod:`cit_fast.evaluation.violations`); of every task that was evaluated, empty for one that declares no
-            constraint.
+        violations: task name, held-out or not -> kind of violation that applies to it -> share of its answers in per
+            cent (:mod:`cit_fast.evaluation.violations`); of every task that was evaluated, empty for one that declares
+            no constraint.
         notes: sentences for whoever reads the record: media that were not seen, layers that did not move.
         files: path of every other file in the stage's folder -> its SHA-256, filled in when the stage is committed.
     """
+
+    __pydantic_config__ = _STRICT
 
     index: int
     trained: list[str]
@@ -68,9 +202,9 @@ class StageRecord:
     adapter: str = "shared"
     train_examples: int = 0
     replayed: dict[str, int] = field(default_factory=dict)
-    replay: dict[str, Any] = field(default_factory=dict)
-    objective: dict[str, Any] = field(default_factory=dict)
-    routing: dict[str, Any] = field(default_factory=dict)
+    replay: ReplayRecord | None = None
+    objective: ObjectiveRecord | None = None
+    routing: RoutingRecord | None = None
     steps: int = 0
     train_seconds: float = 0.0
     evaluate_seconds: float = 0.0
@@ -80,7 +214,6 @@ class StageRecord:
     skipped: int = 0
     test_truncated: int = 0
     test_skipped: int = 0
-    held_out: dict[str, float] = field(default_factory=dict)
     violations: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
@@ -101,6 +234,8 @@ class RunRecord:
         environment: versions, hardware, thread count, effective batch size.
         experts: task name -> score of a model trained on that task alone (for Relative Gain); may be empty.
     """
+
+    __pydantic_config__ = _STRICT
 
     name: str
     method: dict[str, Any]
@@ -138,33 +273,13 @@ def _read(path: Path, kind: type[_Record], check: bool = True) -> _Record:
     version = raw.get("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
         raise RunError(f"{path}: written in format version {version}; this cit-fast reads version {FORMAT_VERSION}")
-    known = {entry.name for entry in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    unknown = sorted(set(raw) - known)
-    if unknown:
-        raise RunError(f"{path}: unknown key {unknown[0]!r}")
-    lists, objects = (
-        {"tasks", "trained", "held_out_tasks", "notes"},
-        {
-            "metrics",
-            "method",
-            "config",
-            "environment",
-            "experts",
-            "scores",
-            "held_out",
-            "violations",
-            "constraints",
-            "files",
-        },
-    )  # fmt: skip
-    for key in sorted(lists | objects | {"replayed", "replay", "objective", "routing"}):
-        wanted = list if key in lists else dict
-        if key in raw and not isinstance(raw[key], wanted):
-            raise RunError(f"{path}: damaged ({key} is no {'list' if wanted is list else 'object'})")
     try:
-        return kind(**raw)
-    except TypeError as error:
-        raise RunError(f"{path}: damaged ({error})") from None
+        return TypeAdapter(kind).validate_python(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        what = "unknown key" if first["type"] == "unexpected_keyword_argument" else first["msg"]
+        raise RunError(f"{path}: damaged ({place}: {what[0].lower()}{what[1:]})") from None
 
 
 def read_run(folder: Path) -> RunRecord:
