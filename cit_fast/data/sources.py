@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
 import random
 from collections import Counter
@@ -27,6 +26,7 @@ from cit_fast.data.readers import class_names, kind, read_dataset, read_file, st
 from cit_fast.data.records import ReadOptions
 from cit_fast.errors import ConfigError, DataError
 from cit_fast.text import file_name, normalise_label
+from cit_fast.values import choices
 
 _log = logging.getLogger(__name__)
 
@@ -271,9 +271,7 @@ def _source_of_text(text: str) -> TaskSource:
         return TaskSource(path=text)
     if "/" in text or Path(text).suffix:
         raise DataError(f"{text}: no such file or folder")
-    near = difflib.get_close_matches(text, names, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"built in are {', '.join(names)}"
-    raise DataError(f"{text!r} is neither a built-in task nor a file or folder; {hint}")
+    raise DataError(f"{text!r} is neither a built-in task nor a file or folder; {choices(text, names)}")
 
 
 def _exists(path: str) -> bool:

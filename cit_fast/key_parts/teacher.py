@@ -38,8 +38,8 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class FrozenStates:
-    """Hidden states and information gains of M_{t-1}, by the pairs' ``index``.
+class TeacherStates:
+    """Hidden states and information gains of the teacher M_{t-1}, by the pairs' ``index``.
 
     Args:
         states: per process that worked on them, [tokens, d]; read from the disk as they are needed.
@@ -59,7 +59,7 @@ class FrozenStates:
         return self.states[which][start : start + count]
 
 
-def freeze(
+def teacher_states(
     model: nn.Module,
     pairs: Sequence[EncodedPair],
     collate: PairCollator,
@@ -68,8 +68,8 @@ def freeze(
     context: Literal["masked", "full"] = "masked",
     batch_size: int = 16,
     folder: Path | None = None,
-) -> FrozenStates:
-    """Pass every pair through the model as it is now.
+) -> TeacherStates:
+    """Compute the hidden states and gains of every pair under the model as it is now (the teacher).
 
     Several processes share the work and read each other's files. What an earlier part of the run left in ``folder`` is
     taken up, if it is of the same weights, tokens and options.
@@ -157,7 +157,7 @@ def _labelled(pair: EncodedPair) -> int:
     return sum(label != IGNORED for label in pair.full.labels)
 
 
-def _joined(shards: Sequence[dict[str, Tensor]]) -> FrozenStates:
+def _joined(shards: Sequence[dict[str, Tensor]]) -> TeacherStates:
     places: dict[int, tuple[int, int, int]] = {}
     gains: dict[int, float] = {}
     for which, shard in enumerate(shards):
@@ -168,7 +168,7 @@ def _joined(shards: Sequence[dict[str, Tensor]]) -> FrozenStates:
         ):
             places[index], gains[index] = (which, start, count), gain
     seconds = max(float(shard["seconds"]) for shard in shards)
-    return FrozenStates(tuple(shard["states"] for shard in shards), places, gains, seconds)
+    return TeacherStates(tuple(shard["states"] for shard in shards), places, gains, seconds)
 
 
 # ------------------------------------------------------------------------------------------------------- on disk

@@ -29,7 +29,7 @@ from cit_fast.key_parts.hidden import pair_collator, pair_hidden
 from cit_fast.key_parts.layout import GroupingCollator
 from cit_fast.key_parts.pairs import EncodedPair, PairCollator, encode_pairs
 from cit_fast.key_parts.sources import chat_of, check_key_parts, key_parts_for_run
-from cit_fast.key_parts.teacher import FrozenStates, freeze
+from cit_fast.key_parts.teacher import TeacherStates, teacher_states
 from cit_fast.key_parts.wordings import chat_pools, data_pools, draw_wordings
 from cit_fast.methods.objectives.cross_entropy import CrossEntropy
 from cit_fast.methods.objectives.objective import plain_inputs
@@ -119,7 +119,7 @@ class KPIG:
         with evaluating(model):
             head = head_of(model)  # which tries the model: before anything is wrapped around it
         self._frozen_head = _copied(head) if _trains(head) else None
-        frozen = freeze(
+        frozen = teacher_states(
             model,
             masked,
             collate,
@@ -191,7 +191,7 @@ class FrozenPairCollator:
     ADDED = ("frozen", "temperature", "compared")
 
     pairs: PairCollator | GroupingCollator
-    frozen: FrozenStates
+    frozen: TeacherStates
     temperature: float | None
     width: int
 
@@ -244,7 +244,7 @@ def _copied(head: Head) -> Head:
 
 
 def _record(
-    examples: Sequence[Example], frozen: FrozenStates, without: int, wordings: dict[str, int]
+    examples: Sequence[Example], frozen: TeacherStates, without: int, wordings: dict[str, int]
 ) -> ObjectiveRecord:
     """What the stage's record says: mean gain of each task, and how many examples could be compared."""
     by_task: dict[str, list[float]] = {}
