@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from cit_fast.key_parts.head import Head, head_of
 from cit_fast.key_parts.hidden import pair_hidden
 from cit_fast.key_parts.layout import GroupingCollator, alike_together
 from cit_fast.key_parts.pairs import EncodedPair, PairCollator
+from cit_fast.models.digests import fingerprint
 from cit_fast.models.forward import evaluating
 from cit_fast.models.prompts import IGNORED
 from cit_fast.ops import key_part_information_gain, token_gain
@@ -224,20 +224,4 @@ def _key(model: nn.Module, pairs: Sequence[EncodedPair], alpha: float, context: 
         digest.update(repr((pair.index, pair.full.input_ids, masked, pair.scored)).encode())
         digest.update(repr(pair.full.labels).encode())
     digest.update(fingerprint(model).encode())
-    return digest.hexdigest()
-
-
-@torch.no_grad()
-def fingerprint(model: nn.Module) -> str:
-    """Digest that changes when weights are trained: of each tensor its name, dtype, sum and norm."""
-    digest = hashlib.blake2b(digest_size=16)
-    names, numbers = [], []
-    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-        if tensor.is_floating_point():
-            names.append(f"{name}/{tensor.dtype}/{tuple(tensor.shape)}")
-            wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-            numbers += [tensor.sum(dtype=torch.float64), torch.linalg.vector_norm(tensor, dtype=wide).double()]
-    digest.update("\n".join(names).encode())
-    values = torch.stack([number.to(numbers[0].device) for number in numbers]).tolist() if numbers else []
-    digest.update(repr(["nan" if math.isnan(value) else value for value in values]).encode())
     return digest.hexdigest()

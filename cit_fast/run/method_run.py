@@ -44,7 +44,8 @@ from cit_fast.methods.routing import SharedRouter, routing_record
 from cit_fast.methods.stage import Selection, Stage, StageInputs
 from cit_fast.methods.updates import PlainUpdate
 from cit_fast.models.adapters import load_weights, loading_whole, prompt_encoder, save_weights, train_adapter
-from cit_fast.models.pretrained import cache_folder, load_model, load_tokenizer, model_identity, resolve_model
+from cit_fast.models.digests import model_identity
+from cit_fast.models.pretrained import cache_folder, load_model, load_tokenizer, resolve_model
 from cit_fast.models.rewritten_base import RewrittenBase, refuse_sharded, rewrites_base
 from cit_fast.processes import from_rank_zero
 from cit_fast.run.answer import Evaluated, evaluate
