@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     {"errors"},
     {"text", "values", "files", "processes"},
+    {"cache"},
     {"ops", "kernels"},
     {"optim"},
     {"data"},

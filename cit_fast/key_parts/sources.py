@@ -6,9 +6,7 @@ the clause alone, averaged over a few examples of the instruction. The clauses t
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -17,9 +15,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from cit_fast.cache import JsonCache
 from cit_fast.data.example import Example
-from cit_fast.errors import ConfigError, DataError, RunError
-from cit_fast.files import read_checked_json, write_checked_json
+from cit_fast.errors import ConfigError, DataError
 from cit_fast.key_parts.by_chat import ask_for_key_parts
 from cit_fast.key_parts.clauses import Span, clauses
 from cit_fast.key_parts.gain import pair_gains
@@ -242,9 +240,9 @@ def _discovered(
     of: dict[str, list[Example]] = {}
     for example in examples:
         of.setdefault(example.instruction, []).append(example)
-    settings = {"version": _VERSION, "model": identity, "alpha": alpha, **options}
-    kept = _DiscoveryCache(cache if identity else None, settings)
-    found = {text: spans for text in of if (spans := kept.read(text)) is not None}
+    setting = {"version": _VERSION, "model": identity, "alpha": alpha, **options}
+    kept = JsonCache(None if cache is None or not identity else cache / "key-parts", setting)
+    found = {text: spans for text in of if (spans := _kept_spans(kept, text)) is not None}
     missing = [text for text in of if text not in found]
     for start in range(0, len(missing), _AT_A_TIME):
         some = missing[start : start + _AT_A_TIME]
@@ -252,7 +250,15 @@ def _discovered(
         gains = clause_gains(model, encoder, samples, alpha=alpha, batch_size=batch_size)
         for text in some:
             found[text] = choose_clauses(gains[text], options["share"])
-            kept.write(text, found[text], gains[text])
+            kept.put(
+                text,
+                {
+                    "key_parts": [list(span) for span in found[text]],
+                    "clauses": [
+                        {"span": list(span), "text": text[slice(*span)], "gain": gain} for span, gain in gains[text]
+                    ],
+                },
+            )
         if progress is not None:
             progress(len(found), len(of))
     return found
@@ -332,37 +338,11 @@ def _spread(examples: Sequence[Example], count: int) -> list[Example]:
     return [examples[k * len(examples) // count] for k in range(count)]
 
 
-class _DiscoveryCache:
-    """Discovered key parts on disk, a file per instruction; one that is damaged is not there."""
-
-    def __init__(self, cache: Path | None, settings: Mapping[str, Any]) -> None:
-        digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=12).hexdigest()
-        self._folder = None if cache is None else cache / "key-parts" / digest
-        self._settings = dict(settings)
-
-    def _path(self, folder: Path, text: str) -> Path:
-        return folder / f"{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}.json"
-
-    def read(self, text: str) -> tuple[Span, ...] | None:
-        if self._folder is None:
-            return None
-        try:
-            found = read_checked_json(self._path(self._folder, text))
-            spans = tuple((int(start), int(end)) for start, end in found["key_parts"])
-            Example(text, references=("-",), key_parts=spans)
-        except (OSError, RunError, ValueError, KeyError, TypeError, DataError):
-            return None
-        return spans if found["instruction"] == text else None
-
-    def write(self, text: str, spans: Sequence[Span], gains: Sequence[tuple[Span, float]]) -> None:
-        if self._folder is not None:
-            clauses_and_gains = [{"span": list(span), "text": text[slice(*span)], "gain": gain} for span, gain in gains]
-            write_checked_json(
-                self._path(self._folder, text),
-                {
-                    "instruction": text,
-                    "key_parts": [list(span) for span in spans],
-                    "clauses": clauses_and_gains,
-                    "settings": self._settings,
-                },
-            )
+def _kept_spans(kept: JsonCache, text: str) -> tuple[Span, ...] | None:
+    """The key parts that were discovered in an instruction, if they are spans of it."""
+    try:
+        spans = tuple((int(start), int(end)) for start, end in (kept.get(text) or {})["key_parts"])
+        Example(text, references=("-",), key_parts=spans)
+    except (ValueError, KeyError, TypeError, DataError):
+        return None
+    return spans

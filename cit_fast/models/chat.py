@@ -6,7 +6,6 @@ or killed run has got is there for the next one. Nothing here reaches the networ
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -15,16 +14,14 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from filelock import FileLock
 from tqdm.auto import tqdm
 
+from cit_fast.cache import JsonCache
 from cit_fast.errors import ConfigError, RunError
-from cit_fast.files import read_checked_json, write_checked_json
 from cit_fast.text import cut, first_line
 
 _Read = TypeVar("_Read")
@@ -41,7 +38,7 @@ class Chat(ABC):
 
     def __init__(self, identity: Mapping[str, Any], cache: Path | None) -> None:
         self.identity = dict(identity)
-        self.cache = cache
+        self.cache = JsonCache(cache, self.identity)
 
     def complete(self, prompts: Sequence[str]) -> list[str]:
         """One answer per prompt, in order; a prompt that occurs twice is asked once.
@@ -53,53 +50,29 @@ class Chat(ABC):
         open_prompts = [prompt for prompt in dict.fromkeys(prompts) if prompt not in kept]
         if open_prompts:
             # Of several processes that want the same answers, one asks and the others find them.
-            with nullcontext() if self.cache is None else FileLock(self._folder(self.cache) / ".lock"):
+            with self.cache.locked():
                 late = {prompt: answer for prompt in open_prompts if (answer := self._kept(prompt)) is not None}
                 kept |= late
                 asked = [prompt for prompt in open_prompts if prompt not in late]
                 with tqdm(total=len(asked), desc="asking the chat model", disable=len(asked) < _BAR_FROM) as bar:
                     for prompt, answer in self._answers(asked):
                         kept[prompt] = answer
-                        self._keep(prompt, answer)
+                        self.cache.put(prompt, {"answer": answer})
                         bar.update(1)
         return [kept[prompt] for prompt in prompts]
 
     def forget(self, prompts: Sequence[str]) -> None:
         """Keep the answers to these prompts no longer: they were of no use, and the next call asks again."""
-        if self.cache is not None:
-            for prompt in prompts:
-                self._path(self.cache, prompt).unlink(missing_ok=True)
+        for prompt in prompts:
+            self.cache.forget(prompt)
 
     @abstractmethod
     def _answers(self, prompts: Sequence[str]) -> Iterator[tuple[str, str]]:
         """``(prompt, answer)`` for every prompt, each as soon as it is there, in any order."""
 
-    def _folder(self, cache: Path) -> Path:
-        name = hashlib.blake2b(json.dumps(self.identity, sort_keys=True).encode(), digest_size=12).hexdigest()
-        folder = cache / name
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(f"{folder}: answers cannot be kept there ({error.strerror})") from error
-        return folder
-
-    def _path(self, cache: Path, prompt: str) -> Path:
-        return self._folder(cache) / f"{hashlib.blake2b(prompt.encode(), digest_size=16).hexdigest()}.json"
-
     def _kept(self, prompt: str) -> str | None:
-        if self.cache is None:
-            return None
-        try:
-            found = read_checked_json(self._path(self.cache, prompt))
-            answer = found["answer"] if found["prompt"] == prompt else None
-        except (OSError, RunError, KeyError):
-            return None  # not there, or damaged: asked again
+        answer = (self.cache.get(prompt) or {}).get("answer")
         return answer if isinstance(answer, str) else None
-
-    def _keep(self, prompt: str, answer: str) -> None:
-        if self.cache is not None:
-            kept = {"model": self.identity, "prompt": prompt, "answer": answer}
-            write_checked_json(self._path(self.cache, prompt), kept)
 
 
 class ChatEndpoint(Chat):
@@ -180,7 +153,7 @@ class ChatEndpoint(Chat):
             finally:
                 stop.set()
         if failed:
-            kept = f"; the {answered} that came are kept in {self._folder(self.cache)}" if self.cache else ""
+            kept = f"; the {answered} that came are kept in {self.cache.folder}" if self.cache.folder else ""
             raise RunError(
                 f"{self.url}: no answer to {len(prompts) - answered} of {len(prompts)} prompts "
                 f"({failed[0]}){kept}{', so the same command goes on from there' if kept else ''}"

@@ -137,8 +137,8 @@ def test_damaged_answers_are_asked_again(serve, tmp_path):
         chat.complete(["a", "b"])
         files = sorted(tmp_path.glob("*/*.json"))
         assert len(files) == 2
-        files[0].write_text('{"prompt"')
-        files[1].write_text(json.dumps({"prompt": "something else", "answer": "wrong"}))
+        files[0].write_text('{"key"')
+        files[1].write_text(json.dumps({"key": "something else", "answer": "wrong"}))
         assert endpoint(server, tmp_path).complete(["a", "b"]) == ["answer to a", "answer to b"]
     assert len(server.requests) == 4
 

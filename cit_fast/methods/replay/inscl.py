@@ -8,19 +8,17 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
+from cit_fast.cache import JsonCache
 from cit_fast.data.example import Task
 from cit_fast.embeddings.build import build_embedder
 from cit_fast.embeddings.embedder import Embedder
 from cit_fast.embeddings.measure import task_clouds
-from cit_fast.errors import ConfigError, RunError
+from cit_fast.errors import ConfigError
 from cit_fast.evaluation.records import RankedInstruction, ReplayRecord
-from cit_fast.files import read_checked_json, write_checked_json
 from cit_fast.methods.replay.allocation import Budget, allocate
 from cit_fast.methods.replay.insinfo import draw_by_insinfo, insinfo
 from cit_fast.methods.replay.tags import LLMTagger, OfflineTagger, Tagger, merge_similar
@@ -124,16 +122,16 @@ class InsCLReplay:
     def _distances(self, stage: Stage, embedder: Embedder) -> list[float]:
         """W of each earlier task to the new one: one row, kept with the run so that it is computed once."""
         tasks = [*stage.seen, stage.task]
-        path = None if stage.kept is None else stage.kept / f"distances-{len(stage.seen) + 1:02d}.json"
-        key = _digest([embedder.name, self.weights, self.distance, [[e.instruction for e in t.train] for t in tasks]])
-        kept = _read_row(path, key, len(stage.seen))
-        if kept is not None:
-            return kept
+        setting = {"embedder": embedder.name, "weights": self.weights, "distance": self.distance}
+        kept = JsonCache(None if stage.kept is None else stage.kept / "distances", setting)
+        key = _digest([[example.instruction for example in task.train] for task in tasks])
+        found = (kept.get(key) or {}).get("distances")
+        if isinstance(found, list) and len(found) == len(stage.seen):
+            return [float(distance) for distance in found]
         clouds, weights = task_clouds(tasks, embedder, self.weights)
         pairs = [(earlier, len(stage.seen)) for earlier in range(len(stage.seen))]
         row: list[float] = wasserstein_matrix(clouds, weights, method=self.distance, pairs=pairs).distances.tolist()
-        if path is not None:
-            write_checked_json(path, {"key": key, "distances": row})
+        kept.put(key, {"distances": row})
         return row
 
     # -- instructions --------------------------------------------------------------------------------------------
@@ -229,15 +227,3 @@ def _check_chat(spec: Mapping[str, Any]) -> None:
 
 def _digest(value: Any) -> str:
     return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
-
-
-def _read_row(path: Path | None, key: str, count: int) -> list[float] | None:
-    """The row that an earlier part of this run computed; ``None`` if there is none, of other data, or damaged."""
-    if path is None:
-        return None
-    try:
-        found = read_checked_json(path)
-        row = [float(value) for value in found["distances"]] if found["key"] == key else None
-    except (OSError, RunError, ValueError, KeyError, TypeError):
-        return None
-    return row if row is not None and len(row) == count and all(map(math.isfinite, row)) else None

@@ -204,7 +204,7 @@ def test_one_new_row_per_task_and_never_twice(model, tmp_path, monkeypatch):
 @pytest.mark.parametrize("damage", ["{", "[]", '{"key": 1}', None])
 def test_a_kept_row_that_is_damaged_or_of_other_data_is_computed_anew(model, tmp_path, damage):
     asked = InsCLReplay().select(stage(model, [COLOURS, FRUIT], kept=tmp_path)).record
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.rglob("*.json")
     other = NEW
     if damage is None:
         other = task("new", ("pear", 3))
