@@ -28,7 +28,8 @@ from cit_fast.key_parts.layout import GroupingCollator, alike_together
 from cit_fast.key_parts.pairs import PairCollator, encode_pair, encode_pairs, shared_prefix
 from cit_fast.key_parts.sources import find_key_parts
 from cit_fast.models.config import ModelConfig
-from cit_fast.models.pretrained import cache_folder, load_model, load_tokenizer, model_identity, resolve_model
+from cit_fast.models.digests import model_identity
+from cit_fast.models.pretrained import cache_folder, load_model, load_tokenizer, resolve_model
 from cit_fast.models.prompts import PromptEncoder
 
 DTYPES = ("float32", "bfloat16")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -260,45 +259,12 @@ def distances(
     ),
 ) -> None:
     """Measure how far instruction sets are from each other: a table, a clustered heat map, CSV and Parquet."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from cit_fast.analysis.distances import check_options, how_measured, measure_distances
-    from cit_fast.data import find_tasks, load_task
-    from cit_fast.embeddings import build_embedder
-    from cit_fast.models.config import ModelConfig
-    from cit_fast.models.pretrained import cache_folder, resolve_model
+    from cit_fast.analysis.distances import distances_between, how_measured
     from cit_fast.report.distances import distance_tables, write_distances
 
-    check_options(weights, metric, method)
-    if out.exists() and not out.is_dir():
-        raise RunError(f"{out}: cannot be written (it is no folder)")
-    sources = find_tasks(data)
-    if len(sources) < 2:
-        raise DataError(f"{' '.join(data)}: only one task ({sources[0].name}); distances need at least two")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        started: dict[str, TaskID] = {}
-
-        def progress(what: str, done: int, total: int) -> None:
-            if what not in started:
-                started[what] = bars.add_task(what)
-            bars.update(started[what], completed=done, total=total)
-
-        tasks = []
-        for number, source in enumerate(sources, 1):
-            tasks.append(load_task(source, dev=0, test=0))
-            progress("Reading tasks", number, len(sources))
-        # Only the quickstart's model comes from a wheel where no hub can be reached.
-        default = ModelConfig()
-        model = str(resolve_model(default)) if embedder in {"tokens", default.name} else embedder
-        result = measure_distances(
-            tasks,
-            build_embedder(model, cache=cache_folder() / "embeddings"),
-            weights=weights,
-            metric=metric,
-            method=method,
-            progress=progress,
-        )
+    _check_output(out)
+    with _progress_bars() as progress:
+        result = distances_between(data, embedder, weights=weights, metric=metric, method=method, progress=progress)
     console = Console()
     for table in distance_tables(result, console.width):
         console.print(table)
@@ -341,45 +307,21 @@ def score(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the scores and the picture.")] = Path("score"),
 ) -> None:
     """Measure how far a model's answers depend on the words that define each task: a table, a histogram, JSONL."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from cit_fast.analysis.key_part_gains import check_options, how_scored, score_tasks
-    from cit_fast.data import find_tasks, load_task
-    from cit_fast.data.example import unseen_media
-    from cit_fast.inference.load_any import load_any_model
-    from cit_fast.models.pretrained import cache_folder
+    from cit_fast.analysis.key_part_gains import how_scored, score_model
     from cit_fast.report.key_part_gains import score_tables, write_scores
 
-    source = check_options(key_parts, alpha, threshold)
-    if out.exists() and not out.is_dir():
-        raise RunError(f"{out}: cannot be written (it is no folder)")
-    sources = find_tasks(data)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        started: dict[str, TaskID] = {}
-
-        def progress(what: str, done: int, total: int) -> None:
-            if what not in started:
-                started[what] = bars.add_task(what)
-            bars.update(started[what], completed=done, total=total)
-
-        tasks = []
-        for number, place in enumerate(sources, 1):
-            marked = place if markers is None else dataclasses.replace(place, key_part_markers=markers)
-            tasks.append(load_task(marked, train=examples, dev=0, test=0))
-            progress("Reading tasks", number, len(sources))
-        loaded = load_any_model(model, max_length)
-        result = score_tasks(
-            loaded.model,
-            loaded.encoder,
-            tasks,
-            name=model,
-            key_parts=source,
+    _check_output(out)
+    with _progress_bars() as progress:
+        result = score_model(
+            model,
+            data,
+            key_parts=key_parts,
+            markers=markers,
+            examples=examples,
             alpha=alpha,
             threshold=threshold,
+            max_length=max_length,
             batch_size=batch_size,
-            identity=loaded.identity,
-            cache=cache_folder(),
             progress=progress,
         )
     console = Console()
@@ -387,9 +329,8 @@ def score(
         console.print(table)
         console.print()
     console.print(how_scored(result), highlight=False, markup=False)
-    unseen = unseen_media(example for task in tasks for example in task.train)
-    if unseen is not None:
-        console.print(unseen, highlight=False)
+    if result.unseen is not None:
+        console.print(result.unseen, highlight=False)
     console.print(f"Picture: {write_scores(result, out)}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -424,6 +365,29 @@ def _run_folders(paths: list[Path]) -> list[Path]:
         else:
             folders += inner
     return folders
+
+
+def _check_output(folder: Path) -> None:
+    """Refuse an output that is a file before anything is measured."""
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder}: cannot be written (it is no folder)")
+
+
+@contextlib.contextmanager
+def _progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """A function that shows how far something has come: its name, how much is done, how much there is."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        started: dict[str, TaskID] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in started:
+                started[what] = bars.add_task(what)
+            bars.update(started[what], completed=done, total=total)
+
+        yield progress
 
 
 @contextlib.contextmanager
@@ -461,7 +425,7 @@ def _interrupt_as_our_own() -> Iterator[None]:
 
 def main() -> None:
     """Run the command line; an error a user can act on is one line and exit code 2."""
-    # What the libraries below tell each other about names on their way out is no news for who runs a command.
+    # Hide deprecation warnings of transformers, PEFT and Accelerate: a user of the command cannot act on them.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|accelerate")
     try:
         with _interrupt_as_our_own():

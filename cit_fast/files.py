@@ -1,4 +1,4 @@
-"""Writes that are whole or not there: a reader, or a run resumed after a kill, never sees half a file."""
+"""Atomic writes: a reader, or a run resumed after a kill, never sees half a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work shared by the processes of a distributed run; with one process, plain calls."""
+"""Work split over the processes of a distributed run; with one process, these are plain calls."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ _Found = TypeVar("_Found")
 
 
 def rank_and_count() -> tuple[int, int]:
-    """This process's number, and how many there are."""
+    """The rank of this process, and the number of processes."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
 
 
-def shared_out(items: Sequence[_Item], work: Callable[[Sequence[_Item]], Sequence[_Found]]) -> list[_Found]:
-    """What ``work`` finds for the items, each process doing its part; the same list on all of them.
+def split_over_ranks(items: Sequence[_Item], work: Callable[[Sequence[_Item]], Sequence[_Found]]) -> list[_Found]:
+    """Run ``work`` on this rank's share of the items and gather the results of all ranks.
 
     Args:
-        items: the same on all processes; process r of n takes items r, r + n, ...
+        items: the same on all ranks; rank r of n takes items r, r + n, ...
         work: gives any number of plain results for some items, maybe none; not called without items.
+
+    Returns:
+        The results of rank 0, then of rank 1, ...: the same list on all ranks.
     """
     rank, count = rank_and_count()
     mine = items[rank::count]
@@ -35,8 +38,8 @@ def shared_out(items: Sequence[_Item], work: Callable[[Sequence[_Item]], Sequenc
     return [one for part in gathered for one in part]
 
 
-def decided_by_first(value: Callable[[], _Found]) -> _Found:
-    """``value()`` of the first process, on all of them: where others might find something else by rounding."""
+def from_rank_zero(value: Callable[[], _Found]) -> _Found:
+    """Broadcast ``value()`` of rank 0 to all ranks, where another rank might get another value by rounding."""
     rank, count = rank_and_count()
     if count == 1:
         return value()
@@ -46,6 +49,6 @@ def decided_by_first(value: Callable[[], _Found]) -> _Found:
 
 
 def wait_for_all() -> None:
-    """Until every process is here."""
+    """A barrier: return when every process has called this."""
     if rank_and_count()[1] > 1:
         torch.distributed.barrier()

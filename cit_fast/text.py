@@ -1,4 +1,4 @@
-"""Small things about texts: words of any script, labels that are compared, errors in one line."""
+"""Text helpers: words of any script, the form in which labels are compared, errors in one line."""
 
 from __future__ import annotations
 

@@ -1,10 +1,12 @@
-"""Options checked against the types that a class or function declares for them; the base of every configuration."""
+"""Values of a configuration: checked by declared types, looked up by dotted path, and the base class of sections."""
 
 from __future__ import annotations
 
 import difflib
+import importlib
+import inspect
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from typing import Any
 
@@ -16,6 +18,8 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
 )
+
+from cit_fast.errors import ConfigError
 
 
 class Section(BaseModel):
@@ -29,6 +33,29 @@ def choices(given: str, known: Iterable[str]) -> str:
     names = sorted(known)
     near = difflib.get_close_matches(given, names, n=1)
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
+
+
+def imported(path: str, where: str, kind: typing.Literal["class", "function"]) -> Callable[..., Any]:
+    """The callable at a dotted path, ``package.module.name`` or ``package.module:name``.
+
+    Args:
+        where: beginning of an error's message.
+        kind: what is wanted, for an error's message; anything callable but a module is taken.
+
+    Raises:
+        ConfigError: no dotted path, a module that cannot be imported, or no callable there.
+    """
+    module_name, _, name = path.replace(":", ".").rpartition(".")
+    if not all(word.isidentifier() for word in (*module_name.split("."), name)):
+        raise ConfigError(f"{where} is no dotted path; write package.module.{kind}")
+    try:
+        found = getattr(importlib.import_module(module_name), name)
+    except Exception as error:  # whatever a module of the user's own raises when it is imported
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ConfigError(f"{where} cannot be imported: {reason}") from error
+    if not callable(found) or inspect.ismodule(found):
+        raise ConfigError(f"{where} is a {type(found).__name__}, not a {kind}")
+    return typing.cast("Callable[..., Any]", found)
 
 
 def checked_value(key: str, value: Any, hints: Mapping[str, Any], *, open_ended: bool = False) -> Any:

@@ -181,7 +181,7 @@ def test_distances(tasks, tiny_model_folder, monkeypatch, capsys, tmp_path):
     ("arguments", "message"),
     [
         (["DATA/one.jsonl"], "only one task (one); distances need at least two"),
-        (["DATA", "unitz"], "did you mean units"),
+        (["DATA", "unitz"], "did you mean 'units'"),
         (["DATA/none.jsonl", "DATA"], "none.jsonl: no such file or folder"),
         (["DATA", "--embedder", "tokenz"], "embedder (tokens, sentence or a model): no folder 'tokenz'"),
         (["DATA", "--weights", "equal"], "weights: 'equal' is unknown"),

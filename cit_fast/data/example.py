@@ -1,4 +1,4 @@
-"""Example, Task and TaskStream: the data every other part of cit-fast speaks of."""
+"""The data model: Example, Task and TaskStream."""
 
 from __future__ import annotations
 
@@ -56,9 +56,7 @@ class Example:
         try:
             "".join((self.instruction, self.input, *self.references, *(text for _, text in self.messages))).encode()
         except UnicodeEncodeError:
-            raise DataError(
-                f"{where}: invalid Unicode: a lone surrogate (half of a character, as of a cut emoji)"
-            ) from None
+            raise DataError(f"{where}: invalid Unicode: a lone surrogate") from None
         end_of_previous = 0
         for start, end in self.key_parts:
             if not (end_of_previous <= start < end <= len(self.instruction)):
@@ -75,7 +73,7 @@ class Example:
 
     @property
     def masked_instruction(self) -> str:
-        """``mask(x)``: the instruction with every key part replaced by ``[MASK]`` (KPIG, METHODS section 2)."""
+        """``mask(x)``: the instruction with every key part replaced by ``[MASK]`` (KPIG, arXiv 2403.10056)."""
         pieces, position = [], 0
         for start, end in self.key_parts:
             pieces += [self.instruction[position:start], MASK]

@@ -161,7 +161,7 @@ def _data_files(folder: Path) -> list[Path]:
 
 
 def _split_name(path: Path) -> str:
-    """What a file's name says of its split: its stem in small letters, without the number of a shard."""
+    """The split that a file's name suggests: its stem in small letters, without a shard's number."""
     return _SHARD.sub("", stem(path)).lower()
 
 
@@ -186,7 +186,7 @@ def _inside(folder: Path, name: Any) -> str:
 
 
 def _root_cause(error: BaseException) -> str:
-    """What the first error of a chain says; those after it say where it passed."""
+    """The message of the first error of a chain; the later ones only say where it passed."""
     while error.__cause__ is not None:
         error = error.__cause__
     return " ".join(str(error).split()) or type(error).__name__

@@ -253,7 +253,7 @@ def _numbered(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
 
 
 def _dialect(text: str) -> tuple[str, bool]:
-    """What stands between the cells of the header, and whether blanks follow it."""
+    """The delimiter of the header, and whether blanks follow it."""
     header = next(line for line in text.split("\n") if line.strip())
     delimiter = max(_DELIMITERS, key=header.count)
     cells = header.split(delimiter)[1:]

@@ -1,4 +1,4 @@
-"""Records of every format in use, brought to :class:`~cit_fast.data.example.Example`.
+"""Convert records of every supported format to :class:`~cit_fast.data.example.Example`.
 
 =====================  =================================================================================
 format                 one record
@@ -62,7 +62,7 @@ FIELDS = frozenset(_COMMON_FIELDS).union(*_FIELDS.values())
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How records are to be understood.
+    """Options that say how records are read.
 
     Args:
         task: task name given to every example.
@@ -249,7 +249,7 @@ class _Fields:
 
 @dataclass(frozen=True)
 class _Parts:
-    """What a normaliser takes out of a record."""
+    """The parts of an example that a normaliser finds in a record."""
 
     instruction: str
     references: tuple[str, ...]  # without empty ones

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
 import random
 from collections import Counter
@@ -22,11 +21,12 @@ from cit_fast.data.folders import (
     tasks_below,
     wanted,
 )
-from cit_fast.data.labels import inferred_labels
+from cit_fast.data.inferred_labels import inferred_labels
 from cit_fast.data.readers import class_names, kind, read_dataset, read_file, stem
 from cit_fast.data.records import ReadOptions
 from cit_fast.errors import ConfigError, DataError
 from cit_fast.text import file_name, normalise_label
+from cit_fast.values import choices
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class TaskSource:
         labels: the closed set of answers. Otherwise taken from the folder's ``labels.json`` or from the
             answer column of a dataset where that is a class label.
         infer_labels: where none of those says, take the distinct answers of the whole source for the closed set if
-            they are few and come again and again (see :func:`cit_fast.data.labels.inferred_labels`).
+            they are few and come again and again (see :func:`cit_fast.data.inferred_labels.inferred_labels`).
         answer_pattern, answer_format, extractive, wordy_above: what a good answer keeps to, for the V-score; see
             :class:`~cit_fast.data.example.Task`.
         splits: ``train``, ``dev``, ``test`` -> the source's own split name or file stem, e.g.
@@ -170,7 +170,7 @@ def load_stream(
 
 
 def origin(source: TaskSource | str) -> tuple[str, ...]:
-    """What tells the place a source reads from apart from other places, whatever name and options it gives them."""
+    """Identify the place that a source reads from, whatever its name and options are."""
     if isinstance(source, str):
         source = _source_of_text(source)
     if source.path is not None:
@@ -271,9 +271,7 @@ def _source_of_text(text: str) -> TaskSource:
         return TaskSource(path=text)
     if "/" in text or Path(text).suffix:
         raise DataError(f"{text}: no such file or folder")
-    near = difflib.get_close_matches(text, names, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"built in are {', '.join(names)}"
-    raise DataError(f"{text!r} is neither a built-in task nor a file or folder; {hint}")
+    raise DataError(f"{text!r} is neither a built-in task nor a file or folder; {choices(text, names)}")
 
 
 def _exists(path: str) -> bool:
@@ -353,7 +351,7 @@ def _name_of(source: TaskSource) -> str:
 
 
 def _answered(opened: _Opened, labels: tuple[str, ...], where: str) -> _Opened:
-    """The examples that have an answer, and one of the labels where there are some; read now, for they are counted."""
+    """The examples with an answer, one of the labels where there are some; they are read here to be counted."""
     examples = {split: opened.read(split, list(range(count))) for split, count in opened.counts.items() if count}
     if not labels:
         return _in_memory(examples, labels)

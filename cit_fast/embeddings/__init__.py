@@ -2,11 +2,11 @@
 
 from cit_fast.embeddings.build import build_embedder
 from cit_fast.embeddings.cache import CachedEmbedder
-from cit_fast.embeddings.digests import model_digest
 from cit_fast.embeddings.embedder import Embedder
 from cit_fast.embeddings.measure import WEIGHTS, instruction_measure, task_clouds
 from cit_fast.embeddings.sentence import SentenceEmbedder
 from cit_fast.embeddings.token_mean import TokenMeanEmbedder
+from cit_fast.models.digests import model_digest
 
 __all__ = [
     "WEIGHTS",

@@ -1,4 +1,4 @@
-"""The embedder that a short text names."""
+"""Build an embedder from its name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def build_embedder(
     cache: str | Path | None = None,
     device: str | None = None,
 ) -> Embedder:
-    """The embedder that a short text describes.
+    """Build the embedder that ``spec`` names.
 
     Args:
         spec: ``"tokens"``: token means of ``model``; ``"sentence"``: all-MiniLM-L6-v2; else a folder or hub name of a

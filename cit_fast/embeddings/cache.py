@@ -25,7 +25,7 @@ _ROWS_PER_FILE = 1024
 
 
 class CachedEmbedder:
-    """An embedder that embeds a text once.
+    """Wraps an embedder so that it embeds each text once.
 
     A text's key is the BLAKE2b digest of the embedder's name and of the text. Files hold up to 1024 keys and points
     each, in a folder per embedder, and are called by the digest of their own content: processes that write at the same

@@ -1,4 +1,4 @@
-"""The protocol of what turns instructions into points."""
+"""The protocol of embedders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The measure that a task is: its distinct instructions as points, each with its share of the task (InsCL)."""
+"""A task as a discrete measure: its distinct instructions as points, weighted by their share of the task (InsCL)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BLOCK = 1024  # texts between two reports of progress
 
 
 def instruction_measure(examples: Task | Sequence[Example], weights: str = "real") -> tuple[list[str], Tensor]:
-    """The discrete measure of a task over its distinct instructions (METHODS.md section 3).
+    """The discrete measure of a task over its distinct instructions (InsCL, arXiv 2403.11435).
 
     Args:
         examples: a task, for its training split, or examples.

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from cit_fast.embeddings.digests import hash_tensor, tokenizer_content
 from cit_fast.errors import ConfigError, DataError
+from cit_fast.models.digests import model_digest
 from cit_fast.text import first_line
 
 SENTENCE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
@@ -60,12 +59,7 @@ class SentenceEmbedder:
             settings = (
                 f"{self._model} {self._model.max_seq_length} {self._model.prompts} {self._model.default_prompt_name}"
             )
-            digest = hashlib.blake2b(settings.encode(), digest_size=16)
-            for key, value in sorted(self._model.state_dict().items()):
-                digest.update(key.encode())
-                hash_tensor(digest, value)
-            digest.update(tokenizer_content(self._model.tokenizer))
-            self._name = f"sentence:{digest.hexdigest()}"
+            self._name = f"sentence:{model_digest(self._model, self._model.tokenizer, settings)}"
         return self._name
 
     def embed(self, texts: Sequence[str]) -> Tensor:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cit_fast.embeddings.digests import ROWS, hash_tensor, tokenizer_content
 from cit_fast.embeddings.weights import read_input_embeddings, read_tokenizer
 from cit_fast.errors import ConfigError, DataError
+from cit_fast.models.digests import ROWS, hash_tensor, tokenizer_content
 from cit_fast.models.pretrained import model_folder
 
 _BATCH = 256  # texts whose tokens are held at a time

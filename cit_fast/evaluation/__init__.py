@@ -1,4 +1,4 @@
-"""Scores, continual metrics, stored predictions; :mod:`.generation`, which needs torch, is imported apart."""
+"""Scores, continual metrics, violations, and the predictions and records that a run leaves."""
 
 from __future__ import annotations
 

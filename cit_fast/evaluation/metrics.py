@@ -20,8 +20,6 @@ in Unicode's form NFC: a letter with its accent is the same text in one characte
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import math
 import re
 import string
@@ -31,6 +29,7 @@ from dataclasses import dataclass
 
 from cit_fast.errors import ConfigError, DataError
 from cit_fast.text import composed, normalise_label, words
+from cit_fast.values import choices, imported
 
 
 @dataclass(frozen=True)
@@ -98,22 +97,11 @@ def resolve_metric(metric: str) -> Metric:
     """
     if metric in METRICS:
         return METRICS[metric]
-    module_name, separator, attribute = metric.partition(":") if ":" in metric else metric.rpartition(".")
-    if not separator:
-        near = difflib.get_close_matches(metric, METRICS, n=2, cutoff=0.5)
-        hint = f"; did you mean {' or '.join(near)}?" if near else "."
+    if ":" not in metric and "." not in metric:
         raise ConfigError(
-            f"unknown metric {metric!r}{hint} Known: {', '.join(METRICS)}, or a dotted path to a function"
+            f"unknown metric {metric!r}; {choices(metric, METRICS)} (your own function: package.module:function)"
         )
-    if not all(part.isidentifier() for part in [*module_name.split("."), attribute]):
-        raise ConfigError(f"metric {metric!r} is no dotted path; write package.module:function")
-    try:
-        function = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"metric {metric!r} cannot be imported: {error}") from None
-    if not callable(function):
-        raise ConfigError(f"metric {metric!r} is a {type(function).__name__}, not a function")
-    return function  # type: ignore[no-any-return]
+    return imported(metric, f"metric {metric!r}", "function")
 
 
 def _checked(metric: str, result: Score | Sequence[float], count: int) -> Score:

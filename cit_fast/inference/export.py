@@ -166,7 +166,7 @@ def _few_logits(model: Any) -> Tensor:
 
 
 def _check_alike(expected: Tensor, found: Tensor, what: str) -> None:
-    """See that two models give the same logits, up to the rounding of merged weights.
+    """Check that two models give the same logits, up to the rounding of merged weights.
 
     Raises:
         RunError: they do not.
@@ -180,7 +180,7 @@ def _check_alike(expected: Tensor, found: Tensor, what: str) -> None:
 
 
 def _check_exported(target: Path, folders: Mapping[str, Path], names: Sequence[str], base: ModelConfig) -> None:
-    """See that PEFT makes of the folders in ``target`` what answers here; of sets that differ in weights alone, of one.
+    """Check that the folders in ``target``, loaded by PEFT, answer as here; of sets alike but for their weights, one.
 
     Raises:
         RunError: it does not.

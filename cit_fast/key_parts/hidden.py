@@ -1,4 +1,4 @@
-"""Both contexts' hidden states in one forward pass of the model, and which models can share prefixes in it."""
+"""Hidden states of the full and the masked context in one forward pass, with shared prefixes where the model can."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class PairHidden(NamedTuple):
     """[T] bool: the answer's own tokens, over which the information gain sums; of the others (end of turn, earlier
     turns of a conversation) only the cross-entropy knows. Every pair has at least one, and they are consecutive."""
     router_loss: Tensor | None = None
-    """See :func:`cit_fast.methods.objectives.objective.router_loss`; of both contexts together."""
+    """See :func:`cit_fast.models.forward.router_loss`; of both contexts together."""
 
     def only_scored(self) -> PairHidden:
         """The scored tokens alone, ``offsets`` counted anew: what ``token_gain`` and the alpha-weighted sum take."""
@@ -71,7 +71,7 @@ def pair_hidden(model: nn.Module, batch: Mapping[str, Any]) -> PairHidden:
         raise ConfigError("torch_compile: pairs of full and masked instructions need the model uncompiled")
     inputs = {name: value for name, value in batch.items() if name not in _OURS}
     if "branch" in batch:
-        inputs["attention_mask"] = _branch_mask(model, batch["branch"], batch["visible"])
+        inputs["attention_mask"] = _shared_row_mask(model, batch["branch"], batch["visible"])
     places = torch.cat([batch["full_at"], batch["masked_at"]])
     caught: list[Tensor] = []
 
@@ -91,8 +91,8 @@ def pair_hidden(model: nn.Module, batch: Mapping[str, Any]) -> PairHidden:
     return PairHidden(full, masked, targets, batch["offsets"], batch["scored"], router_loss(model, output))
 
 
-def _branch_mask(model: nn.Module, branch: Tensor, visible: Tensor) -> Tensor:
-    """[R, 1, S, S]: which place (last) each place may look at; made where the model is, from 2 S numbers a row."""
+def _shared_row_mask(model: nn.Module, branch: Tensor, visible: Tensor) -> Tensor:
+    """The attention mask [R, 1, S, S] of shared rows, built on the model's device from two numbers per position."""
     places = torch.arange(branch.shape[1], device=branch.device)
     earlier = places[None, :] <= places[:, None]
     own = branch[:, :, None] == branch[:, None, :]  # padding sees earlier padding: attention to nothing would be NaN
@@ -128,7 +128,7 @@ def pair_collator(
         ConfigError: ``share_prefix`` is True and the model does not take it.
     """
     packed = "flash" in str(unwrap(model).config._attn_implementation) and _device(model).type == "cuda"  # type: ignore[union-attr]
-    share = takes_branches(model) if share_prefix is not False else False
+    share = honours_4d_mask(model) if share_prefix is not False else False
     if share_prefix is True and not share:
         raise ConfigError(
             f"share_prefix: {type(unwrap(model)).__name__} does not honour an attention mask of four dimensions; "
@@ -141,8 +141,8 @@ def pair_collator(
 
 
 @torch.no_grad()
-def takes_branches(model: nn.Module) -> bool:
-    """Whether the model computes a shared row as it computes separate ones.
+def honours_4d_mask(model: nn.Module) -> bool:
+    """Whether the model honours a 4-D attention mask, so that a shared row gives what separate rows give.
 
     Tried once per model on a dozen tokens: the hidden states of both contexts must equal those of separate passes, and
     a branch must not notice what stands in the other. Layers that are no attention (state spaces, linear attention),
@@ -153,11 +153,11 @@ def takes_branches(model: nn.Module) -> bool:
         if "flash" in str(base.config._attn_implementation):  # type: ignore[union-attr]
             return False  # another implementation may be set later
         with evaluating(base):
-            _can[base] = _try_branches(base)
+            _can[base] = _try_shared_rows(base)
     return _can[base]
 
 
-def _try_branches(base: nn.Module) -> bool:
+def _try_shared_rows(base: nn.Module) -> bool:
     vocabulary = base.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
 
     def tokens(*numbers: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Pairs in fewer places: rows that share what sequences begin with, where that is less work than rows of their own.
+"""Batch layouts in which sequences share their common prefix, where that is less work than separate rows.
 
 The examples of a task begin with the same template and often with the same instruction, full ones with full ones and
 masked ones with masked ones. A row then holds that beginning once and, after it, what each sequence has of its own::
@@ -97,7 +97,7 @@ class GroupingCollator:
 
 
 def alike_together(pairs: Sequence[EncodedPair], size: int, share_prefix: bool) -> list[list[int]]:
-    """Numbers of the pairs in batches of ``size``, the longest batch first: memory runs out at once or never.
+    """Indices of the pairs in batches of similar length, longest first, so that memory runs out at once or never.
 
     With ``share_prefix`` those that begin alike are together, else those of like length.
     """
@@ -115,7 +115,7 @@ def _first_label(one: Encoded) -> int:
 
 
 def joint_length(pair: EncodedPair) -> int:
-    """Places of a pair that shares the beginning of its own two sequences."""
+    """The row length of a pair whose two sequences share their common prefix."""
     full = len(pair.full.input_ids)
     if pair.masked is None:
         return full

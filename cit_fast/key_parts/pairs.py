@@ -53,7 +53,7 @@ class EncodedPair:
 
 
 class EncodedPairs(NamedTuple):
-    """What :func:`encode_pairs` made of some examples."""
+    """The result of :func:`encode_pairs`."""
 
     pairs: list[EncodedPair]
     """The examples that fit, in order; ``index`` says which they are."""

@@ -18,10 +18,13 @@ from torch import nn
 from cit_fast.cache import JsonCache
 from cit_fast.data.example import Example
 from cit_fast.errors import ConfigError, DataError
+from cit_fast.key_parts.by_chat import ask_for_key_parts
 from cit_fast.key_parts.clauses import Span, clauses
 from cit_fast.key_parts.gain import pair_gains
 from cit_fast.key_parts.pairs import EncodedPair, encode_pair, name_of
+from cit_fast.models.chat import Chat, build_chat
 from cit_fast.models.prompts import ExampleTooLongError, PromptEncoder
+from cit_fast.processes import from_rank_zero
 
 SOURCES = ("data", "discover", "llm")
 KeyPartSource = str | Mapping[str, Any]
@@ -118,12 +121,8 @@ def find_key_parts(
     distinct = list(dict.fromkeys(example.instruction for example in examples))
     found: dict[str, tuple[Span, ...]]
     if name == "llm":
-        from cit_fast.key_parts.by_chat import ask_for_key_parts
-        from cit_fast.models.chat import build_chat
-
         unusable = options.pop("unusable")
-        chat = build_chat(options, None if cache is None else cache / "chat")
-        found, dropped = ask_for_key_parts(chat, distinct, unusable=unusable)
+        found, dropped = ask_for_key_parts(chat_of(options, cache), distinct, unusable=unusable)
         if progress is not None:
             progress(len(distinct), len(distinct))
     else:
@@ -144,6 +143,83 @@ def _summary(source: str, found: Mapping[str, Sequence[Span]], dropped: int) -> 
         "spans": sum(map(len, found.values())),
         "dropped": dropped,
     }
+
+
+# ------------------------------------------------------------------------------------------------- of a whole run
+
+
+def check_key_parts(source: KeyPartSource) -> None:
+    """Refuse a run's source of key parts that is neither ``"auto"`` nor what :func:`check_source` takes.
+
+    Raises:
+        ConfigError: what is wrong with it.
+    """
+    if source == "auto":
+        return
+    try:
+        name, options = check_source(source)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; or auto: data where it gives key parts, else discover") from None
+    if name == "llm" and "local" not in options:
+        chat_of({key: value for key, value in options.items() if key != "unusable"}, None)
+
+
+def key_parts_for_run(
+    examples: Sequence[Example],
+    source: KeyPartSource,
+    model: nn.Module,
+    encoder: PromptEncoder,
+    *,
+    alpha: float = 0.3,
+    run: Path | None = None,
+    cache: Path | None = None,
+) -> list[Example]:
+    """Give a run's examples their key parts, found once in a run and the same on every process.
+
+    Args:
+        examples: of any tasks.
+        source: ``"auto"``: those of the data, and for instructions without any what ``"discover"`` finds; or a source
+            of :func:`find_key_parts`.
+        model: as it is now, for what is discovered; an instruction is searched once in a run.
+        encoder: turns examples into the model's tokens.
+        alpha: of the information gain that discovery ranks clauses by.
+        run: folder of the run, where what was discovered is kept.
+        cache: shared by all runs, where a chat model's answers are kept.
+
+    Raises:
+        DataError, RunError: as :func:`find_key_parts`.
+    """
+    if source == "data":
+        return list(examples)
+    open_ones = [example for example in examples if source != "auto" or not example.key_parts]
+    if not open_ones:
+        return list(examples)
+    asked = "discover" if source == "auto" else source
+    discovers = check_source(asked)[0] == "discover"
+
+    def find() -> dict[str, tuple[tuple[int, int], ...]]:
+        found = find_key_parts(
+            open_ones,
+            asked,
+            model=model,
+            encoder=encoder,
+            identity="the model of this run when it met the instruction",
+            alpha=alpha,
+            cache=run if discovers else cache,
+        )
+        return {example.instruction: example.key_parts for example in found.examples}
+
+    spans = from_rank_zero(find)
+    chosen = {id(example) for example in open_ones}
+    return [
+        replace(example, key_parts=spans[example.instruction]) if id(example) in chosen else example
+        for example in examples
+    ]
+
+
+def chat_of(spec: Mapping[str, Any], cache: Path | None) -> Chat:
+    """The chat model of a configuration, with its answers kept in the cache shared by all runs."""
+    return build_chat(spec, None if cache is None else cache / "chat")
 
 
 # ------------------------------------------------------------------------------------------------------ discovery

@@ -1,4 +1,4 @@
-"""What the model of the stage before says about a stage's examples, worked out once and kept with the stage.
+"""The teacher of KPIG: hidden states of the model before the stage, computed once and kept with the stage.
 
 KPIG compares the live model with M_{t-1}, which no longer changes: one pass without gradients gives the final hidden
 states that predict each example's answer, and the information gain of its key parts. Hidden states, because they are
@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from cit_fast.key_parts.head import Head, head_of
 from cit_fast.key_parts.hidden import pair_hidden
 from cit_fast.key_parts.layout import GroupingCollator, alike_together
 from cit_fast.key_parts.pairs import EncodedPair, PairCollator
+from cit_fast.models.digests import fingerprint
 from cit_fast.models.forward import evaluating
 from cit_fast.models.prompts import IGNORED
 from cit_fast.ops import key_part_information_gain, token_gain
@@ -38,8 +38,8 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class FrozenStates:
-    """Hidden states and information gains of M_{t-1}, by the pairs' ``index``.
+class TeacherStates:
+    """Hidden states and information gains of the teacher M_{t-1}, by the pairs' ``index``.
 
     Args:
         states: per process that worked on them, [tokens, d]; read from the disk as they are needed.
@@ -59,7 +59,7 @@ class FrozenStates:
         return self.states[which][start : start + count]
 
 
-def freeze(
+def teacher_states(
     model: nn.Module,
     pairs: Sequence[EncodedPair],
     collate: PairCollator,
@@ -68,8 +68,8 @@ def freeze(
     context: Literal["masked", "full"] = "masked",
     batch_size: int = 16,
     folder: Path | None = None,
-) -> FrozenStates:
-    """Pass every pair through the model as it is now.
+) -> TeacherStates:
+    """Compute the hidden states and gains of every pair under the model as it is now (the teacher).
 
     Several processes share the work and read each other's files. What an earlier part of the run left in ``folder`` is
     taken up, if it is of the same weights, tokens and options.
@@ -157,7 +157,7 @@ def _labelled(pair: EncodedPair) -> int:
     return sum(label != IGNORED for label in pair.full.labels)
 
 
-def _joined(shards: Sequence[dict[str, Tensor]]) -> FrozenStates:
+def _joined(shards: Sequence[dict[str, Tensor]]) -> TeacherStates:
     places: dict[int, tuple[int, int, int]] = {}
     gains: dict[int, float] = {}
     for which, shard in enumerate(shards):
@@ -168,7 +168,7 @@ def _joined(shards: Sequence[dict[str, Tensor]]) -> FrozenStates:
         ):
             places[index], gains[index] = (which, start, count), gain
     seconds = max(float(shard["seconds"]) for shard in shards)
-    return FrozenStates(tuple(shard["states"] for shard in shards), places, gains, seconds)
+    return TeacherStates(tuple(shard["states"] for shard in shards), places, gains, seconds)
 
 
 # ------------------------------------------------------------------------------------------------------- on disk
@@ -224,20 +224,4 @@ def _key(model: nn.Module, pairs: Sequence[EncodedPair], alpha: float, context: 
         digest.update(repr((pair.index, pair.full.input_ids, masked, pair.scored)).encode())
         digest.update(repr(pair.full.labels).encode())
     digest.update(fingerprint(model).encode())
-    return digest.hexdigest()
-
-
-@torch.no_grad()
-def fingerprint(model: nn.Module) -> str:
-    """Digest that changes when weights are trained: of each tensor its name, dtype, sum and norm."""
-    digest = hashlib.blake2b(digest_size=16)
-    names, numbers = [], []
-    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-        if tensor.is_floating_point():
-            names.append(f"{name}/{tensor.dtype}/{tuple(tensor.shape)}")
-            wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-            numbers += [tensor.sum(dtype=torch.float64), torch.linalg.vector_norm(tensor, dtype=wide).double()]
-    digest.update("\n".join(names).encode())
-    values = torch.stack([number.to(numbers[0].device) for number in numbers]).tolist() if numbers else []
-    digest.update(repr(["nan" if math.isnan(value) else value for value in values]).encode())
     return digest.hexdigest()

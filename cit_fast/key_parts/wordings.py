@@ -169,7 +169,7 @@ def _wording(item: Any) -> Wording | None:
         spans.append((start, end))
     try:
         example = Example(text, "", ("-",), key_parts=tuple(sorted(spans)))
-    except DataError:  # half a character
+    except DataError:  # invalid Unicode
         return None
     if not any(map(str.isalnum, example.masked_instruction.replace(MASK, ""))):
         return None

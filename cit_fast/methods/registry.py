@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import typing
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from typing import Any
 from cit_fast.errors import CitFastError, ConfigError
 from cit_fast.methods.config import MethodConfig, Part
 from cit_fast.text import first_line
-from cit_fast.values import checked_value, choices
+from cit_fast.values import checked_value, choices, imported
 
 PARTS: dict[str, dict[str, str]] = {
     "router": {
@@ -98,13 +97,12 @@ def build_part(kind: str, part: Part, method: str) -> Any:
     """
     where = f"method {method!r}: {kind}"
     dotted = PARTS[kind].get(part.name, part.name)
-    module_name, _, class_name = dotted.replace(":", ".").rpartition(".")
-    if not module_name:
+    if "." not in dotted.replace(":", "."):
         raise ConfigError(
             f"{where}: unknown name {part.name!r}; {choices(part.name, PARTS[kind])} "
             "(your own class: package.module.Class)"
         )
-    factory = _factory(part.name, module_name, class_name, where)
+    factory = imported(dotted, f"{where}: {part.name!r}", "class")
     try:
         signature = inspect.signature(factory)
         hints = typing.get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
@@ -130,15 +128,3 @@ def _check_methods(kind: str, part: Any, where: str) -> None:
     for name in METHODS[kind]:
         if not callable(getattr(part, name, None)):
             raise ConfigError(f"{where} it has no {name}()")
-
-
-def _factory(name: str, module_name: str, class_name: str, where: str) -> Any:
-    if not all(word.isidentifier() for word in (*module_name.split("."), class_name)):
-        raise ConfigError(f"{where}: {name!r} is no dotted path; write package.module.Class")
-    try:
-        factory = getattr(importlib.import_module(module_name), class_name)
-    except Exception as error:  # whatever a module of the user's own raises when it is imported
-        raise ConfigError(f"{where}: {name!r} cannot be imported: {first_line(error)}") from error
-    if not callable(factory) or inspect.ismodule(factory):
-        raise ConfigError(f"{where}: {name!r} is a {type(factory).__name__}, not a class")
-    return factory

@@ -1,4 +1,4 @@
-"""Every row of a batch through its own adapter set, over one base model.
+"""Mixed-adapter batches: every row of a batch uses its own adapter set, over one base model.
 
 With LoRA (Hu et al., 2021, equation 3), row ``i`` and its set ``s`` give ``y_i = W x_i + c_s B_s A_s x_i``. PEFT's own
 mixing of adapters runs a loop over the sets of a batch in each of the model's layers. Here the matrices of the batch's

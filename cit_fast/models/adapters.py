@@ -1,4 +1,4 @@
-"""A language model with its adapter sets: made for training, saved with a stage, and taken up again."""
+"""Create, save and load the adapter sets of a language model."""
 
 from __future__ import annotations
 
@@ -146,21 +146,25 @@ def load_weights(base: Any, folder: Path, trainable: bool = False) -> Any:
     return model
 
 
-def load_adapter(model: Any, folder: Path, trainable: bool = False) -> Any:
-    """``model``, bare or with adapters, with the one in a PEFT folder, under the folder's name.
+def load_adapter(model: Any, folder: Path, trainable: bool = False, *, name: str | None = None) -> Any:
+    """``model``, bare or with adapters, with the one in a PEFT folder.
+
+    Args:
+        name: of the adapter set in the model; ``None``: the folder's name.
 
     Raises:
         RunError: a missing or damaged file, weights that are not finite, or an adapter of another base model.
     """
+    name = name or folder.name
     read_adapter_config(folder)
     read_adapter_weights(folder)
     try:
         if isinstance(model, PeftModel):
-            model.load_adapter(str(folder), folder.name, is_trainable=trainable)
+            model.load_adapter(str(folder), name, is_trainable=trainable)
         else:
-            model = PeftModel.from_pretrained(model, str(folder), adapter_name=folder.name, is_trainable=trainable)
+            model = PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=trainable)
     except Exception as error:  # PEFT and safetensors raise half a dozen kinds for a damaged or foreign file
-        if isinstance(model, PeftModel) and folder.name in model.peft_config:
-            model.delete_adapter(folder.name)  # half of it is in the model
+        if isinstance(model, PeftModel) and name in model.peft_config:
+            model.delete_adapter(name)  # half of it is in the model
         raise RunError(f"{folder}: cannot be loaded: {first_line(error)}") from error
     return model

@@ -1,4 +1,4 @@
-"""A tokenizer's chat template, tried once: what is trained and what is asked is what it renders.
+"""A tokenizer's chat template: training texts and prompts are what it renders.
 
 A template renders a conversation in two ways: whole, and up to where the assistant speaks (``add_generation_prompt``).
 With most templates a whole conversation begins with the second text, and then that is the prompt. With others it does

@@ -118,7 +118,7 @@ def choose_collator(
 
 
 def resolve_attention(attn_implementation: str, device: torch.device | str) -> str:
-    """``"auto"`` made a name: the newest flash attention that runs on the device, else ``sdpa``.
+    """Resolve ``"auto"``: the newest flash attention that runs on the device, else ``sdpa``.
 
     Any other name is returned as it is: transformers knows more of them than are listed here.
     """
@@ -135,30 +135,6 @@ def resolve_attention(attn_implementation: str, device: torch.device | str) -> s
         if major >= 8 and utils.is_flash_attn_2_available():
             return "flash_attention_2"
     return "sdpa"
-
-
-def left_pad(
-    prompts: Sequence[Sequence[int]], pad_token_id: int, lengths: Sequence[int] | None = None
-) -> dict[str, torch.Tensor]:
-    """Pad prompts on the left, as generation needs them.
-
-    Args:
-        prompts: B lists of token ids.
-        pad_token_id: token that fills.
-        lengths: pad to the smallest of these lengths that holds the longest prompt; ``None``: to the longest.
-
-    Returns:
-        ``input_ids`` and ``attention_mask``: int64, ``[B, T]``.
-    """
-    longest = max(map(len, prompts))
-    length = longest if lengths is None else padded_length(longest, lengths)
-    input_ids = torch.full((len(prompts), length), pad_token_id, dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        start = length - len(prompt)
-        input_ids[row, start:] = torch.tensor(prompt)
-        attention_mask[row, start:] = 1
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
 def padded_length(length: int, lengths: Sequence[int] = LENGTHS) -> int:

@@ -35,7 +35,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def head_input(model: nn.Module, select: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Let the output projection see ``select(hidden)`` instead of its input; of a model without one, nothing happens.
+    """Give the output projection ``select(hidden)`` instead of ``hidden``; no effect on a model without one.
 
     The one place where cit-fast hooks into a model's forward pass: the model is called as a whole, so that every
     wrapper does its own work, and only what the projection has to multiply changes.

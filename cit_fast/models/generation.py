@@ -187,7 +187,7 @@ def _answer_with_sets(
 
 @contextlib.contextmanager
 def _one_set(model: Any, bank: AdapterBank | None, name: str) -> Iterator[None]:
-    """The set ``name`` answers; afterwards the model's own is active, and gradients are asked for where they were."""
+    """Activate adapter set ``name`` inside; afterwards restore the active set and every ``requires_grad``."""
     if bank is not None:
         with bank.answering([name]):
             yield

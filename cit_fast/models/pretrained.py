@@ -116,7 +116,7 @@ def base_of_adapter(folder: Path, *, where: str = "model.name") -> str | None:
         base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{where}: {path} cannot be read: {first_line(error)}") from None
-    if not isinstance(base, str):
+    if not isinstance(base, str) or not base:
         raise ConfigError(f"{where}: {path} names no base model")
     return base
 
@@ -217,24 +217,3 @@ def load_model(folder: Path, config: ModelConfig) -> Any:
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"model.name: {folder} cannot be loaded: {first_line(error)}") from None
-
-
-_BLOCK, _BLOCKS = 1 << 20, 64
-
-
-def model_identity(folder: Path, name: str) -> str:
-    """Digest that changes when a model changes: its weights, its configuration, its tokenizer or its chat template.
-
-    Files up to 64 MiB count whole; of a larger one, its size and 64 blocks of a mebibyte spread evenly over it, its
-    beginning and its end among them.
-    """
-    digest = hashlib.sha256(name.encode())
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        size = path.stat().st_size
-        digest.update(f"\0{path.name}\0{size}\0".encode())
-        starts = {k * max(size - _BLOCK, 0) // (_BLOCKS - 1) for k in range(_BLOCKS)}
-        with path.open("rb") as file:
-            for start in sorted(starts if size > _BLOCKS * _BLOCK else range(0, size, _BLOCK)):
-                file.seek(start)
-                digest.update(file.read(_BLOCK))
-    return digest.hexdigest()

@@ -57,7 +57,7 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class EncodedExamples:
-    """What :meth:`PromptEncoder.encode_all` made of some examples.
+    """The result of :meth:`PromptEncoder.encode_all`.
 
     Args:
         encoded: the examples that fit, in order.
@@ -74,7 +74,7 @@ class EncodedExamples:
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompts:
-    """What :meth:`PromptEncoder.encode_prompts` made of examples; as :class:`EncodedExamples`."""
+    """The result of :meth:`PromptEncoder.encode_prompts`; fields as in :class:`EncodedExamples`."""
 
     prompts: list[list[int]]
     indices: list[int]
@@ -165,7 +165,7 @@ class PromptEncoder:
         return int(eos if pad is None or beyond else pad)
 
     def fit_to(self, model: Any) -> None:
-        """See that the model has what the tokens need; from then on a token that it lacks is an error.
+        """Check that the model's embeddings and positions cover the tokens; from then on others are an error.
 
         A padding token that was added to the tokenizer and not to the model is replaced by EOS: padding is masked.
 

@@ -41,7 +41,7 @@ class _Box:
 
 
 class Pages(NamedTuple):
-    """What is drawn of all distances."""
+    """The page and the picture of all distances."""
 
     html: str
     png: bytes

@@ -44,9 +44,10 @@ from cit_fast.methods.routing import SharedRouter, routing_record
 from cit_fast.methods.stage import Selection, Stage, StageInputs
 from cit_fast.methods.updates import PlainUpdate
 from cit_fast.models.adapters import load_weights, loading_whole, prompt_encoder, save_weights, train_adapter
-from cit_fast.models.pretrained import cache_folder, load_model, load_tokenizer, model_identity, resolve_model
+from cit_fast.models.digests import model_identity
+from cit_fast.models.pretrained import cache_folder, load_model, load_tokenizer, resolve_model
 from cit_fast.models.rewritten_base import RewrittenBase, refuse_sharded, rewrites_base
-from cit_fast.processes import decided_by_first
+from cit_fast.processes import from_rank_zero
 from cit_fast.run.answer import Evaluated, evaluate
 from cit_fast.run.arguments import training_arguments
 from cit_fast.run.config import RunConfig
@@ -593,7 +594,7 @@ def _of_one_date(config: RunConfig, folder: RunFolder) -> RunConfig:
         except (TypeError, ValueError):
             raise RunError(f"{folder.path / 'run.json'}: damaged (config.data.date is {began!r})") from None
 
-    data = config.data.model_copy(update={"date": decided_by_first(date)})
+    data = config.data.model_copy(update={"date": from_rank_zero(date)})
     return config.model_copy(update={"data": data})
 
 

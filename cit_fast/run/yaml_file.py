@@ -53,7 +53,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid YAML: {first_line(error)}") from None
     if text is None:
         raise ConfigError(f"{path}: {'a folder' if path.is_dir() else 'no regular file'}; give the YAML file")
-    raw = _parsed(text, f"{path}")
+    raw = parse_yaml(text, f"{path}")
     raw = {} if raw is None else raw
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a mapping of keys was expected, not {type(raw).__name__}")
@@ -61,7 +61,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _parsed(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        ConfigError: it is no YAML; the message starts with ``where`` and the line.
+    """
     try:
         return yaml.load(text, _Loader)  # noqa: S506  # a safe loader
     except yaml.YAMLError as error:
@@ -147,7 +152,7 @@ def set_key(raw: dict[str, Any], override: str, spelt_out: Callable[[str, str], 
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"--set {override}: write it as key.path=value")
-    value = _parsed(text, f"--set {key}={text}")
+    value = parse_yaml(text, f"--set {key}={text}")
     check_plain(value, f"--set {key}")
     target: Any = raw
     *parents, last = key.split(".")

@@ -182,8 +182,8 @@ def test_builtin_task():
 
 
 def test_unknown_builtin_task_names_near_ones():
-    assert "neither a built-in task nor a file or folder; did you mean dates" in failing(DataError, "date")
-    assert "built in are dates, " in failing(DataError, "qqqqqq")
+    assert "neither a built-in task nor a file or folder; did you mean 'dates'" in failing(DataError, "date")
+    assert "known: amounts, " in failing(DataError, "qqqqqq")
     assert "dates" in failing(DataError, {"builtin": "date"})
 
 
@@ -359,7 +359,7 @@ def test_places_without_tasks(tmp_path):
     (tmp_path / "notes.txt").write_text("not data")
     with pytest.raises(DataError, match=r"no tasks in it: no data files"):
         find_tasks([str(tmp_path)])
-    with pytest.raises(DataError, match=r"did you mean units"):
+    with pytest.raises(DataError, match=r"did you mean 'units'"):
         find_tasks(["unitz"])
     with pytest.raises(DataError, match=r"no such file or folder"):
         find_tasks([str(tmp_path / "nowhere")])

@@ -131,7 +131,7 @@ def test_rescore_of_a_run_with_other_metrics(run_folder):
     path = run_folder / "run.json"
     text = path.read_text()
     path.write_text(text.replace('"accuracy"', '"acuracy"'))
-    with pytest.raises(ConfigError, match="did you mean accuracy"):
+    with pytest.raises(ConfigError, match="did you mean 'accuracy'"):
         rescore(run_folder, write=True)
     path.write_text(text.replace('"b": "accuracy"', '"c": "accuracy"'))
     with pytest.raises(RunError, match=r"run.json: metrics names none for task 'b'"):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cit_fast.data import Example, Task
 from cit_fast.data.builtin import builtin_stream
 from cit_fast.data.example import ANSWER_FORMATS
-from cit_fast.data.labels import inferred_labels
+from cit_fast.data.inferred_labels import inferred_labels
 from cit_fast.errors import DataError
 from cit_fast.evaluation.violations import FORMATS, KINDS, Constraints, task_set_scores, violation_rates
 

@@ -7,7 +7,7 @@ import torch
 
 from cit_fast.data import Example
 from cit_fast.errors import ConfigError, DataError
-from cit_fast.key_parts.hidden import pair_collator, pair_hidden, shortest_window, takes_branches
+from cit_fast.key_parts.hidden import honours_4d_mask, pair_collator, pair_hidden, shortest_window
 from cit_fast.key_parts.pairs import EncodedPair, PairCollator, encode_pair, encode_pairs
 from cit_fast.models.prompts import Encoded, PromptEncoder
 
@@ -223,7 +223,7 @@ def test_a_packed_row_holds_every_sequence(encoder, examples):
 def test_a_model_is_tried_before_it_shares(make_model, name, takes, dtype):
     more = {"n_layer": 2, "n_head": 4} if name == "Bloom" else {}
     model = make_model(name, dtype, **more).train()
-    assert takes_branches(model) is takes
+    assert honours_4d_mask(model) is takes
     assert model.training
     assert pair_collator(model, 0).share_prefix is takes
     if not takes:

@@ -12,7 +12,6 @@ from cit_fast.models.collation import (
     PackingCollator,
     PaddingCollator,
     choose_collator,
-    left_pad,
     padded_length,
     resolve_attention,
 )
@@ -90,16 +89,6 @@ def test_lengths():
 def test_unusable_lengths(lengths):
     with pytest.raises(ConfigError, match="ascending positive"):
         PaddingCollator(0, lengths)
-
-
-@given(prompts=st.lists(st.lists(st.integers(1, 9), max_size=6), min_size=1, max_size=4))
-def test_left_pad(prompts):
-    batch = left_pad(prompts, 0)
-    longest = max(map(len, prompts))
-    for row, prompt in enumerate(prompts):
-        assert batch["input_ids"][row].tolist() == [0] * (longest - len(prompt)) + prompt
-        assert batch["attention_mask"][row].tolist() == [0] * (longest - len(prompt)) + [1] * len(prompt)
-    assert left_pad(prompts, 0, (4, 8))["input_ids"].shape == (len(prompts), 4 if longest <= 4 else 8)
 
 
 def test_choice_without_flash_attention():

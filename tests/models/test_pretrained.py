@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from cit_fast.errors import ConfigError
-from cit_fast.models import pretrained
+from cit_fast.models import digests, pretrained
 from cit_fast.models.config import ModelConfig
-from cit_fast.models.pretrained import cache_folder, load_model, model_identity, resolve_model
+from cit_fast.models.digests import model_identity
+from cit_fast.models.pretrained import cache_folder, load_model, resolve_model
 
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -141,7 +142,7 @@ def test_identity_follows_the_weights(tiny_model_folder, tmp_path):
 
 
 def test_identity_samples_large_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrained, "_BLOCK", 16)
+    monkeypatch.setattr(digests, "_BLOCK", 16)
     (tmp_path / "model.safetensors").write_bytes(bytes(100_000))
     before = model_identity(tmp_path, "m")
     for position in (0, 99_999):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 from cit_fast.data.builtin import goods, messages, notes
 from cit_fast.data.builtin.kinds import Draw, Kind, Split, parse_wording, split_of
 from cit_fast.data.example import Example, Task, TaskStream
 from cit_fast.errors import DataError
+from cit_fast.values import choices
 
 _ORDER = (
     "dates",
@@ -55,8 +55,7 @@ def builtin_task(name: str, *, seed: int = 0, train: int = 320, dev: int = 32, t
     ('exact_match', '\\\\d{4}-\\\\d{2}-\\\\d{2}')
     """
     if name not in _KINDS:
-        near = difflib.get_close_matches(name, _KINDS) or list(_KINDS)
-        raise DataError(f"there is no built-in task {name!r}; did you mean {', '.join(near)}?")
+        raise DataError(f"there is no built-in task {name!r}; {choices(name, _KINDS)}")
     kind = _KINDS[name]
     return Task(
         name=name,

@@ -27,9 +27,9 @@ from cit_fast.evaluation.records import ObjectiveRecord
 from cit_fast.key_parts.head import Head, head_of
 from cit_fast.key_parts.hidden import pair_collator, pair_hidden
 from cit_fast.key_parts.layout import GroupingCollator
-from cit_fast.key_parts.of_run import chat_of, check_key_parts, key_parts_for_run
 from cit_fast.key_parts.pairs import EncodedPair, PairCollator, encode_pairs
-from cit_fast.key_parts.teacher import FrozenStates, freeze
+from cit_fast.key_parts.sources import chat_of, check_key_parts, key_parts_for_run
+from cit_fast.key_parts.teacher import TeacherStates, teacher_states
 from cit_fast.key_parts.wordings import chat_pools, data_pools, draw_wordings
 from cit_fast.methods.objectives.cross_entropy import CrossEntropy
 from cit_fast.methods.objectives.objective import plain_inputs
@@ -54,7 +54,7 @@ class KPIG:
             :func:`cit_fast.key_parts.sources.find_key_parts`.
         instructions: which wording an example is trained with: ``"own"``, the one it has; ``"data"``, one drawn from
             those that its task has in the data; or a chat model's options, to draw from a pool that it makes. See
-            :func:`cit_fast.key_parts.wordings.with_other_wordings`.
+            :func:`cit_fast.key_parts.wordings.draw_wordings`.
         share_prefix: see :func:`cit_fast.key_parts.hidden.pair_collator`.
         batch_size: examples at a time in the pass of the earlier model.
 
@@ -119,7 +119,7 @@ class KPIG:
         with evaluating(model):
             head = head_of(model)  # which tries the model: before anything is wrapped around it
         self._frozen_head = _copied(head) if _trains(head) else None
-        frozen = freeze(
+        frozen = teacher_states(
             model,
             masked,
             collate,
@@ -191,7 +191,7 @@ class FrozenPairCollator:
     ADDED = ("frozen", "temperature", "compared")
 
     pairs: PairCollator | GroupingCollator
-    frozen: FrozenStates
+    frozen: TeacherStates
     temperature: float | None
     width: int
 
@@ -244,7 +244,7 @@ def _copied(head: Head) -> Head:
 
 
 def _record(
-    examples: Sequence[Example], frozen: FrozenStates, without: int, wordings: dict[str, int]
+    examples: Sequence[Example], frozen: TeacherStates, without: int, wordings: dict[str, int]
 ) -> ObjectiveRecord:
     """What the stage's record says: mean gain of each task, and how many examples could be compared."""
     by_task: dict[str, list[float]] = {}

@@ -17,10 +17,10 @@ from cit_fast.data.example import Example
 from cit_fast.errors import ConfigError, DataError
 from cit_fast.evaluation.records import ReplayRecord
 from cit_fast.key_parts.gain import information_gain
-from cit_fast.key_parts.of_run import check_key_parts, key_parts_for_run
+from cit_fast.key_parts.sources import check_key_parts, key_parts_for_run
 from cit_fast.methods.replay.allocation import Budget, allocate
 from cit_fast.methods.stage import Selection, Stage
-from cit_fast.processes import shared_out
+from cit_fast.processes import split_over_ranks
 
 
 class KPIGReplay:
@@ -121,7 +121,7 @@ class KPIGReplay:
             )
             return [(mine[each.index][0], each.gain) for each in found if each.gain is not None]
 
-        by_number: Mapping[int, float] = dict(shared_out(numbered, score))
+        by_number: Mapping[int, float] = dict(split_over_ranks(numbered, score))
         means = []
         start = 0
         for task, own in zip(stage.seen, drawn, strict=True):

@@ -1,6 +1,6 @@
 """What the switch network sees of a prompt: the last token's hidden state of a language model (SwitchCIT).
 
-Source: Wu et al., arXiv 2407.11780; METHODS.md section 4.
+Source: Wu et al., arXiv 2407.11780.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from cit_fast.embeddings.build import build_embedder
 from cit_fast.embeddings.cache import CachedEmbedder
-from cit_fast.embeddings.digests import model_digest
 from cit_fast.embeddings.embedder import Embedder
 from cit_fast.embeddings.token_mean import TokenMeanEmbedder
 from cit_fast.errors import ConfigError, DataError
 from cit_fast.methods.stage import Stage
+from cit_fast.models.digests import model_digest
 from cit_fast.models.pretrained import model_folder
 from cit_fast.text import first_line
 

@@ -1,6 +1,6 @@
 """LCIA's instruction grouping: reuse the adapter set whose instructions are most alike, or grow a new one.
 
-Source: Qiao et al., ICML 2025, arXiv 2410.10868, and its released code; METHODS.md section 1. Answers are ours: per
+Source: Qiao et al., ICML 2025, arXiv 2410.10868, and its released code. Answers are ours: per
 prompt, not per file, and none of the sets may be the answer.
 """
 

@@ -1,6 +1,6 @@
 """SwitchCIT's switch network: a small classifier over a frozen language model's features picks the adapter.
 
-Source: Wu et al., arXiv 2407.11780; METHODS.md section 4.
+Source: Wu et al., arXiv 2407.11780.
 """
 
 from __future__ import annotations

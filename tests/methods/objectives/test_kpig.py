@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from cit_fast.data import Example, Task
 from cit_fast.errors import ConfigError, DataError
 from cit_fast.key_parts import teacher as frozen_module
-from cit_fast.key_parts.teacher import fingerprint
 from cit_fast.methods.objectives import KPIG, CrossEntropy
 from cit_fast.methods.stage import Stage
+from cit_fast.models.digests import fingerprint
 from cit_fast.models.prompts import PromptEncoder
 
 ALPHA, LAMBDA = 0.3, 0.02

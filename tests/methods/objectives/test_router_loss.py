@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cit_fast.errors import ConfigError
-from cit_fast.key_parts.hidden import pair_collator, pair_hidden, takes_branches
+from cit_fast.key_parts.hidden import honours_4d_mask, pair_collator, pair_hidden
 from cit_fast.key_parts.pairs import encode_pairs
 from cit_fast.methods.objectives import KPIG, CrossEntropy
 from cit_fast.models.collation import PaddingCollator
@@ -69,7 +69,7 @@ def test_pairs_have_it_too(make_model, encoder, examples):
     assert hidden.router_loss > 0.1
     assert hidden.only_scored().router_loss is hidden.router_loss
     # The loss reads a mask of two dimensions: a model that asks for it cannot have shared rows.
-    assert not takes_branches(model)
+    assert not honours_4d_mask(model)
     assert not collate.share_prefix
     batch = collate(pairs)
     with_router = KPIG()(model, {**batch, "frozen": hidden.masked, **_nothing(hidden)}, None)

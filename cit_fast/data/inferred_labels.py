@@ -1,4 +1,4 @@
-"""The closed set of answers of a task that does not name one, found in its answers."""
+"""Infer the closed set of labels of a task that does not declare one, from its answers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LEAST_REPETITIONS = 10
 
 
 def inferred_labels(references: Sequence[Sequence[str]]) -> tuple[str, ...]:
-    """The distinct answers, most frequent first, if they look like a closed set; otherwise nothing.
+    """The distinct answers, most frequent first, if they look like a closed set; otherwise an empty tuple.
 
     A closed set has 2 to 20 answers, and on average at least ten examples for each. Answers that differ only as
     ``accuracy`` overlooks it (case, quotes, a final full stop) are one, in their most frequent spelling.
