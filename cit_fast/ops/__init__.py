@@ -24,7 +24,7 @@ from cit_fast.ops.information_gain import (
     token_gain_from_statistics,
     token_gain_statistics,
 )
-from cit_fast.ops.wasserstein import WarmStart, Wasserstein, wasserstein_matrix
+from cit_fast.ops.wasserstein import Wasserstein, wasserstein_matrix
 
 __all__ = [
     "BALANCE_GRANULARITIES",
@@ -33,7 +33,6 @@ __all__ = [
     "BalanceRule",
     "BalanceWeights",
     "TokenGain",
-    "WarmStart",
     "Wasserstein",
     "adamw_balance_ema_",
     "adamw_balance_ema_capturable_",
