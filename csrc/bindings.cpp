@@ -22,10 +22,10 @@ namespace {
 
 using Table = std::vector<std::int64_t>;
 
-// One row per tensor: numel, rows; then address and dtype of param, average, grad, previous_grad (address 0 = none).
-constexpr std::size_t kEmaColumns = 10;
+// One row per tensor: numel; then address and dtype of param, average, grad, previous_grad (address 0 = none).
+constexpr std::size_t kEmaColumns = 9;
 // The same, then address and dtype of exp_avg, exp_avg_sq.
-constexpr std::size_t kAdamWColumns = 14;
+constexpr std::size_t kAdamWColumns = 13;
 // One row per pair of clouds: address of the cost (float64), n, m, elements between its rows; addresses of a and b; of
 // the plan and the potentials f and g to be written (address 0 = none).
 constexpr std::size_t kTransportColumns = 9;
@@ -44,11 +44,11 @@ cit::Array array(const std::int64_t* columns) {
 }
 
 cit::EmaTensor ema_tensor(const std::int64_t* row) {
-  return {row[0], row[1], array(row + 2), array(row + 4), array(row + 6), array(row + 8)};
+  return {row[0], array(row + 1), array(row + 3), array(row + 5), array(row + 7)};
 }
 
 cit::AdamWTensor adamw_tensor(const std::int64_t* row) {
-  return {ema_tensor(row), array(row + 10), array(row + 12)};
+  return {ema_tensor(row), array(row + 9), array(row + 11)};
 }
 
 template <class Tensor>

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from cit_fast.ops.balance_ema import (
-    BALANCE_GRANULARITIES,
     BALANCE_RULES,
-    BalanceGranularity,
     BalanceRule,
     BalanceWeights,
     adamw_balance_ema_,
@@ -27,9 +25,7 @@ from cit_fast.ops.information_gain import (
 from cit_fast.ops.wasserstein import Wasserstein, wasserstein_matrix
 
 __all__ = [
-    "BALANCE_GRANULARITIES",
     "BALANCE_RULES",
-    "BalanceGranularity",
     "BalanceRule",
     "BalanceWeights",
     "TokenGain",

@@ -52,9 +52,7 @@ struct Line {
     return out;
   }
 
-  cit::TransportPair pair() const {
-    return {cost.data(), n, m, stride, a.data(), b.data(), nullptr, nullptr, nullptr};
-  }
+  cit::TransportPair pair() const { return {cost.data(), n, m, stride, a.data(), b.data(), nullptr, nullptr, nullptr}; }
 
   double exact() const {
     std::vector<std::pair<double, double>> steps;
@@ -155,11 +153,10 @@ void test_special_costs() {
   broken[8] = std::numeric_limits<double>::infinity();
   const cit::SinkhornOptions options{0.0, 1e-6, 100, 0.0, 0.0, 2};
   cit::TransportResult out[3];
-  cit::sinkhorn(
-      {{zero.data(), 3, 3, 3, weight.data(), weight.data(), nullptr, nullptr, nullptr},
-       {huge.data(), 3, 3, 3, weight.data(), weight.data(), nullptr, nullptr, nullptr},
-       {broken.data(), 3, 3, 3, weight.data(), weight.data(), nullptr, nullptr, nullptr}},
-      options, out);
+  cit::sinkhorn({{zero.data(), 3, 3, 3, weight.data(), weight.data(), nullptr, nullptr, nullptr},
+                 {huge.data(), 3, 3, 3, weight.data(), weight.data(), nullptr, nullptr, nullptr},
+                 {broken.data(), 3, 3, 3, weight.data(), weight.data(), nullptr, nullptr, nullptr}},
+                options, out);
   check(out[0].upper == 0.0 && out[0].epsilon == 0.0, "all costs 0");
   check(std::fabs(out[1].upper - 1e-300) < 1e-310 && out[1].lower == 0.0, "costs too small for epsilon");
   check(std::isnan(out[2].epsilon), "a cost that is not finite");

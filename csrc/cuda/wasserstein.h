@@ -1,6 +1,6 @@
 // Entropic transport of many pairs of point clouds on a GPU: the launches of wasserstein.cu. The definition is
-// cit_fast/ops/wasserstein/reference.py, the same steps on the CPU are csrc/cpu/wasserstein.cpp. Everything is enqueued on
-// the stream; nothing is allocated, copied or waited for. Errors of the CUDA runtime are std::runtime_error.
+// cit_fast/ops/wasserstein/reference.py, the same steps on the CPU are csrc/cpu/wasserstein.cpp. Everything is enqueued
+// on the stream; nothing is allocated, copied or waited for. Errors of the CUDA runtime are std::runtime_error.
 #pragma once
 
 #include <cstddef>
