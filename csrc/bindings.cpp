@@ -22,14 +22,13 @@ namespace {
 
 using Table = std::vector<std::int64_t>;
 
-// One row per tensor: numel, rows; then address and dtype of param, average, grad, previous_grad (address 0 = none).
-constexpr std::size_t kEmaColumns = 10;
+// One row per tensor: numel; then address and dtype of param, average, grad, previous_grad (address 0 = none).
+constexpr std::size_t kEmaColumns = 9;
 // The same, then address and dtype of exp_avg, exp_avg_sq.
-constexpr std::size_t kAdamWColumns = 14;
+constexpr std::size_t kAdamWColumns = 13;
 // One row per pair of clouds: address of the cost (float64), n, m, elements between its rows; addresses of a and b; of
-// the plan and the potentials f and g to be written, of the potential to start from, and of the last to be written
-// (address 0 = none).
-constexpr std::size_t kTransportColumns = 11;
+// the plan and the potentials f and g to be written (address 0 = none).
+constexpr std::size_t kTransportColumns = 9;
 // One row per cloud: address of the points (float64) and of the panels (float32 or float64), n, d.
 constexpr std::size_t kCloudColumns = 4;
 // One row per pair of clouds: address of the panels of both and of the cost, n, m, d.
@@ -45,11 +44,11 @@ cit::Array array(const std::int64_t* columns) {
 }
 
 cit::EmaTensor ema_tensor(const std::int64_t* row) {
-  return {row[0], row[1], array(row + 2), array(row + 4), array(row + 6), array(row + 8)};
+  return {row[0], array(row + 1), array(row + 3), array(row + 5), array(row + 7)};
 }
 
 cit::AdamWTensor adamw_tensor(const std::int64_t* row) {
-  return {ema_tensor(row), array(row + 10), array(row + 12)};
+  return {ema_tensor(row), array(row + 9), array(row + 11)};
 }
 
 template <class Tensor>
@@ -69,12 +68,9 @@ cit::TransportPair transport_pair(const std::int64_t* row) {
           row[3],
           pointer<const double>(row[4]),
           pointer<const double>(row[5]),
-          0.0,
           pointer<double>(row[6]),
           pointer<double>(row[7]),
-          pointer<double>(row[8]),
-          pointer<const double>(row[9]),
-          pointer<double>(row[10])};
+          pointer<double>(row[8])};
 }
 
 template <class Real>
@@ -168,17 +164,15 @@ PYBIND11_MODULE(_native, m) {
 
   m.def(
       "sinkhorn",
-      [](const Table& table, const std::vector<double>& epsilons, double tolerance, std::int64_t max_iterations,
-         double gap, double cost_error, bool clamp_epsilon, int threads, std::int64_t results) {
-        auto pairs = rows(table, kTransportColumns, transport_pair);
-        if (epsilons.size() != pairs.size()) throw std::invalid_argument("epsilons: expected one for each pair");
-        for (std::size_t k = 0; k < pairs.size(); ++k) pairs[k].epsilon = epsilons[k];
+      [](const Table& table, double epsilon, double tolerance, std::int64_t max_iterations, double gap,
+         double cost_error, int threads, std::int64_t results) {
+        const auto pairs = rows(table, kTransportColumns, transport_pair);
         py::gil_scoped_release release;
-        cit::sinkhorn(pairs, {tolerance, max_iterations, gap, cost_error, clamp_epsilon, threads},
+        cit::sinkhorn(pairs, {epsilon, tolerance, max_iterations, gap, cost_error, threads},
                       pointer<cit::TransportResult>(results));
       },
-      py::arg("table"), py::arg("epsilons"), py::kw_only(), py::arg("tolerance"), py::arg("max_iterations"),
-      py::arg("gap"), py::arg("cost_error"), py::arg("clamp_epsilon"), py::arg("threads"), py::arg("results"));
+      py::arg("table"), py::kw_only(), py::arg("epsilon"), py::arg("tolerance"), py::arg("max_iterations"),
+      py::arg("gap"), py::arg("cost_error"), py::arg("threads"), py::arg("results"));
 
   m.def(
       "exact_transport",
@@ -193,26 +187,26 @@ PYBIND11_MODULE(_native, m) {
 
   m.def(
       "pack_clouds",
-      [](const Table& table, bool single, int threads) {
+      [](const Table& table, bool use_float32, int threads) {
         const auto pack = [&](const auto& clouds) {
           py::gil_scoped_release release;
           cit::pack_clouds(clouds, threads);
         };
-        single ? pack(rows(table, kCloudColumns, cloud<float>)) : pack(rows(table, kCloudColumns, cloud<double>));
+        use_float32 ? pack(rows(table, kCloudColumns, cloud<float>)) : pack(rows(table, kCloudColumns, cloud<double>));
       },
-      py::arg("table"), py::kw_only(), py::arg("single"), py::arg("threads"));
+      py::arg("table"), py::kw_only(), py::arg("use_float32"), py::arg("threads"));
 
   m.def(
       "cosine_costs",
-      [](const Table& table, bool single, double rounding, int threads) {
+      [](const Table& table, bool use_float32, double rounding, int threads) {
         const auto build = [&](const auto& pairs) {
           py::gil_scoped_release release;
           cit::cosine_costs(pairs, rounding, threads);
         };
-        single ? build(rows(table, kCosineColumns, cosine_cost<float>))
-               : build(rows(table, kCosineColumns, cosine_cost<double>));
+        use_float32 ? build(rows(table, kCosineColumns, cosine_cost<float>))
+                    : build(rows(table, kCosineColumns, cosine_cost<double>));
       },
-      py::arg("table"), py::kw_only(), py::arg("single"), py::arg("rounding"), py::arg("threads"));
+      py::arg("table"), py::kw_only(), py::arg("use_float32"), py::arg("rounding"), py::arg("threads"));
   m.attr("FLOAT_COST_ERROR") = cit::kFloatCostError;
 
   m.def("has_bfloat16_products", &cit::has_bfloat16_products);

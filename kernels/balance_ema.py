@@ -1,12 +1,13 @@
 """Balance-weight EMA for lists of tensors of any sizes and dtypes: three Triton kernels, each launched once for a list.
 
-    sweep    a = |p - e|_1, b = |g|_1, c = |g - g_prev|_1 of each row, g_prev <- g; with AdamW the pending
+    sweep    a = |p - e|_1, b = |g|_1, c = |g - g_prev|_1 of each tensor, g_prev <- g; with AdamW the pending
              e += alpha (p - e) and the step of p, m, v come first, on the same loads
-    weights  alpha of each row from its a, b, c
+    weights  alpha of each tensor from its a, b, c
     apply    e += alpha (p - e)
 
-``reference/balance_ema.py`` has the equations. Bytes per float32 element: sweep 20, with AdamW 44 (4 less where g_prev
-is not written); apply 12. There is next to no arithmetic, so all that counts is wide loads, and enough of them at once.
+``cit_fast/ops/balance_ema/reference.py`` has the equations. Bytes per float32 element: sweep 20, with AdamW 44 (4 less
+where g_prev is not written); apply 12. There is next to no arithmetic, so all that counts is wide loads, and enough of
+them at once.
 
 * A program takes a chunk, about 16 Ki elements of one tensor, and finds its addresses, dtypes and shape in tables in
   device memory: 224 small tensors cost the launches of one large one. At 4 TB/s a processor of an H200 needs 10 to
@@ -14,8 +15,6 @@ is not written); apply 12. There is next to no arithmetic, so all that counts is
   of 7 M elements still is three chunks for each processor.
 * A program walks its chunk in tiles of 128 groups of 8 neighbours: one 16-byte access of each of 128 threads for a
   16-bit stream and two for a float32 one, all streams in flight together.
-* A row is what has a weight of its own. Rows shorter than a tile lie side by side in it, each in a power of two of
-  groups, so that rows of 16 elements do not leave 126 of 128 groups idle.
 * Sums of a chunk go to a fixed slot and are added in float64 in a fixed order; inside a tile neighbours are added
   pairwise. So the bits depend on the values alone: not on the grid, the number of warps, the alignment, the other
   tensors of the list, nor on a layout that the compiler chose. Multiplications and additions must not be contracted
@@ -27,30 +26,39 @@ is not written); apply 12. There is next to no arithmetic, so all that counts is
 
 The dtype of a stream is known at compile time where all tensors of the list agree; else it is MIXED, and the code of
 the tensor is taken from the table. ``DTYPES`` has one for each of the six streams.
+
+The kernels are compiled for sm_80 and sm_90 and interpreted on the CPU in the tests, but have not run on a GPU yet, so
+they serve only where the backend is forced.
 """
 
 from __future__ import annotations
 
+import math
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
 import triton
 import triton.language as tl
-from cit_fast.kernels.elements import ABSENT, GROUP, load, random_key, store, store_state
+from cit_fast.kernels.elements import ABSENT, GROUP, MIXED, load, random_key, store, store_state
+from torch import Tensor
 
-RELEASED = tl.constexpr(0)
-PAPER = tl.constexpr(1)
-FIXED = tl.constexpr(2)
+from cit_fast.errors import BackendError
+from cit_fast.ops.balance_ema.native import DTYPES, RULES, empty_weights
+from cit_fast.ops.balance_ema.reference import AdamWOptions, BalanceOptions, BalanceWeights
 
-# Columns of `shapes` [tensors, 8], int64.
-ROW_SIZE = tl.constexpr(0)  # elements of a row
-ROWS = tl.constexpr(1)
-SPAN_LOG = tl.constexpr(2)  # log2 of the groups of a tile that share a row
-ROWS_PER_CHUNK = tl.constexpr(3)  # 1 where a row has several chunks
-ROW_CHUNKS = tl.constexpr(4)  # chunks, and slots, of a row
-FIRST_CHUNK = tl.constexpr(5)
-FIRST_SLOT = tl.constexpr(6)
-FIRST_ROW = tl.constexpr(7)  # among the rows of all tensors
+RELEASED = tl.constexpr(RULES["released"])
+PAPER = tl.constexpr(RULES["paper"])
+FIXED = tl.constexpr(RULES["fixed"])
+
+# Columns of `sizes` [tensors, 2], int64.
+SIZE = tl.constexpr(0)  # elements
+FIRST_CHUNK = tl.constexpr(1)  # an empty tensor has one too: it must get its zeros from somewhere
 
 # Columns of `streams` [tensors, 8], int64: six addresses, 0 where there is none, then the codes: four bits of dtype for
-# each, and one that says that all rows of all streams are whole groups and start at a multiple of 16 bytes.
+# each, and one that says that all streams start at a multiple of 16 bytes.
 PARAM = tl.constexpr(0)
 AVERAGE = tl.constexpr(1)
 GRAD = tl.constexpr(2)
@@ -64,11 +72,11 @@ ALIGNED_BIT = tl.constexpr(24)
 # A seed of its own for each step must not be compiled for.
 @triton.jit(do_not_specialize=["seed"])
 def sweep_kernel(
-    shapes,
+    sizes,
     streams,
     chunks,  # [chunks] int32: the tensor of each
-    slots,  # [slots, 3] float32, written: a, b, c of each chunk of each row
-    alphas,  # [rows] float32: pending weights (ADAMW only)
+    slots,  # [chunks, 3] float32, written: a, b, c of each chunk
+    alphas,  # [tensors] float32: pending weights (ADAMW only)
     seed,
     beta1_rest,  # 1 - beta1
     beta2,
@@ -80,69 +88,53 @@ def sweep_kernel(
     DTYPES: tl.constexpr,
     ADAMW: tl.constexpr,
     STORE_GRADS: tl.constexpr,
-    BY_ROW: tl.constexpr,  # False: every tensor is one row
     LOG_GROUPS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Norms of every row, before them AdamW where asked for; see the top of the file."""
+    """Norms of every chunk, before them AdamW where asked for; see the top of the file."""
     chunk = tl.program_id(0)
     tensor = tl.load(chunks + chunk)
-    shape = shapes + 8 * tensor
-    row_size, row_chunks, span_log, begin, first_row, first_slot, rows, cols = _locate(
-        shape, chunk, BY_ROW, LOG_GROUPS, CHUNK
-    )
+    begin, count = _locate(sizes + 2 * tensor, chunk, CHUNK)
     codes, addresses = _streams(streams + 8 * tensor)
     keys = (random_key(seed, tensor, 0), random_key(seed, tensor, 1), random_key(seed, tensor, 2))
     adamw = (beta1_rest, beta2, beta2_rest, decayed, step_size, root_scale, eps)
-    aligned = _is_aligned(codes, cols)
-    for row_begin in range(0, rows, (1 << LOG_GROUPS) >> span_log):
-        alpha = tl.zeros((1 << LOG_GROUPS,), tl.float32)
-        if ADAMW:
-            alpha = _alphas(alphas + first_row, row_begin, rows, span_log, BY_ROW, LOG_GROUPS)
-        a = tl.zeros((1 << LOG_GROUPS,), tl.float32)
-        b = tl.zeros((1 << LOG_GROUPS,), tl.float32)
-        c = tl.zeros((1 << LOG_GROUPS,), tl.float32)
-        if aligned:
-            for col_begin in range(0, cols, (1 << span_log) * GROUP):
-                row, col = _groups(row_begin, col_begin, span_log, BY_ROW, LOG_GROUPS)
-                offs = (row * row_size.to(tl.int32) + col)[:, None] + tl.arange(0, GROUP)[None, :]
-                mask = ((row < rows) & (col < cols))[:, None]
+    alpha = 0.0
+    if ADAMW:
+        alpha = tl.load(alphas + tensor)
+    a = tl.zeros((1 << LOG_GROUPS,), tl.float32)
+    b = tl.zeros((1 << LOG_GROUPS,), tl.float32)
+    c = tl.zeros((1 << LOG_GROUPS,), tl.float32)
+    group = GROUP * tl.arange(0, 1 << LOG_GROUPS)
+    if _is_aligned(codes, count):
+        for left in range(0, count, GROUP << LOG_GROUPS):
+            offs = (left + group)[:, None] + tl.arange(0, GROUP)[None, :]
+            mask = (left + group < count)[:, None]
+            more_a, more_b, more_c = _step(
+                addresses, codes, begin, offs, mask, alpha, keys, adamw, DTYPES, ADAMW, STORE_GRADS, True
+            )
+            a += _sum_neighbours(more_a, 3)
+            b += _sum_neighbours(more_b, 3)
+            c += _sum_neighbours(more_c, 3)
+    else:
+        for left in range(0, count, GROUP << LOG_GROUPS):
+            sums_a = (a, a, a)
+            sums_b = (b, b, b)
+            sums_c = (c, c, c)
+            for place in range(GROUP):
+                offs = left + group + place
                 more_a, more_b, more_c = _step(
-                    addresses, codes, begin, offs, mask, alpha[:, None], keys, adamw, DTYPES, ADAMW, STORE_GRADS, True
+                    addresses, codes, begin, offs, offs < count, alpha, keys, adamw, DTYPES, ADAMW, STORE_GRADS, False
                 )
-                a += _sum_neighbours(more_a, 3)
-                b += _sum_neighbours(more_b, 3)
-                c += _sum_neighbours(more_c, 3)
-        else:
-            for col_begin in range(0, cols, (1 << span_log) * GROUP):
-                row, col = _groups(row_begin, col_begin, span_log, BY_ROW, LOG_GROUPS)
-                sums_a = (a, a, a)
-                sums_b = (b, b, b)
-                sums_c = (c, c, c)
-                for place in range(GROUP):
-                    offs = row * row_size.to(tl.int32) + col + place
-                    mask = (row < rows) & (col + place < cols)
-                    more_a, more_b, more_c = _step(
-                        addresses, codes, begin, offs, mask, alpha, keys, adamw, DTYPES, ADAMW, STORE_GRADS, False
-                    )
-                    sums_a = _pairwise(sums_a, more_a, place)
-                    sums_b = _pairwise(sums_b, more_b, place)
-                    sums_c = _pairwise(sums_c, more_c, place)
-                a += sums_a[2]
-                b += sums_b[2]
-                c += sums_c[2]
-        # After `level` halvings a lane holds the sum of 2^level groups.
-        for level in tl.static_range(LOG_GROUPS + 1):
-            if span_log == level:
-                of_chunk = row_begin + tl.arange(0, (1 << LOG_GROUPS) >> level)
-                at = slots + 3 * (first_slot + of_chunk * row_chunks)
-                tl.store(at, a, of_chunk < rows)
-                tl.store(at + 1, b, of_chunk < rows)
-                tl.store(at + 2, c, of_chunk < rows)
-            if level < LOG_GROUPS:
-                a = _sum_neighbours(a, 1)
-                b = _sum_neighbours(b, 1)
-                c = _sum_neighbours(c, 1)
+                sums_a = _pairwise(sums_a, more_a, place)
+                sums_b = _pairwise(sums_b, more_b, place)
+                sums_c = _pairwise(sums_c, more_c, place)
+            a += sums_a[2]
+            b += sums_b[2]
+            c += sums_c[2]
+    slot = slots + 3 * chunk + tl.arange(0, 1)
+    tl.store(slot, _sum_neighbours(a, LOG_GROUPS))
+    tl.store(slot + 1, _sum_neighbours(b, LOG_GROUPS))
+    tl.store(slot + 2, _sum_neighbours(c, LOG_GROUPS))
 
 
 @triton.jit
@@ -197,46 +189,42 @@ def _step(
 
 @triton.jit
 def weights_kernel(
-    groups,  # [programs, 4] int64: first row, first slot, rows, slots of each row; one of the last two is 1
+    sizes,
     slots,
-    norms,  # [rows, 3] float64, written
-    alphas,  # [rows] float32, written
-    fallbacks,  # [rows] uint8, written
+    norms,  # [tensors, 3] float64, written
+    alphas,  # [tensors] float32, written
+    fallbacks,  # [tensors] uint8, written
     constant,  # alpha where the rule gives none, rounded from float64
     RULE: tl.constexpr,  # ABSENT: norms only
+    CHUNK: tl.constexpr,
     LOG_TILE: tl.constexpr,
 ):
-    """Equations (2) and (3): a program has up to a tile of rows of one slot each, or one row of any number of slots."""
-    group = groups + 4 * tl.program_id(0)
-    first_row = tl.load(group)
-    first_slot = tl.load(group + 1)
-    rows = tl.load(group + 2)
-    row_slots = tl.load(group + 3)
+    """Equations (2) and (3) for one tensor, whose chunks have a slot each."""
+    tensor = tl.program_id(0)
+    first = tl.load(sizes + 2 * tensor + FIRST_CHUNK)
+    count = tl.maximum(tl.cdiv(tl.load(sizes + 2 * tensor + SIZE), CHUNK), 1)
     lane = tl.arange(0, 1 << LOG_TILE)
     distance = tl.zeros((1 << LOG_TILE,), tl.float64)
     gradient = tl.zeros((1 << LOG_TILE,), tl.float64)
     change = tl.zeros((1 << LOG_TILE,), tl.float64)
-    count = rows * row_slots
     for begin in range(0, count, 1 << LOG_TILE):
-        at = slots + 3 * (first_slot + begin + lane)
+        at = slots + 3 * (first + begin + lane)
         mask = begin + lane < count
         distance += tl.load(at, mask, other=0.0).to(tl.float64)
         gradient += tl.load(at + 1, mask, other=0.0).to(tl.float64)
         change += tl.load(at + 2, mask, other=0.0).to(tl.float64)
-    single = row_slots == 1
-    distance = tl.where(single, distance, _sum_neighbours(distance, LOG_TILE))
-    gradient = tl.where(single, gradient, _sum_neighbours(gradient, LOG_TILE))
-    change = tl.where(single, change, _sum_neighbours(change, LOG_TILE))
-    mask = lane < rows
-    row = first_row + lane
-    tl.store(norms + 3 * row, distance, mask)
-    tl.store(norms + 3 * row + 1, gradient, mask)
-    tl.store(norms + 3 * row + 2, change, mask)
+    distance = _sum_neighbours(distance, LOG_TILE)
+    gradient = _sum_neighbours(gradient, LOG_TILE)
+    change = _sum_neighbours(change, LOG_TILE)
+    one = tl.arange(0, 1)
+    tl.store(norms + 3 * tensor + one, distance)
+    tl.store(norms + 3 * tensor + 1 + one, gradient)
+    tl.store(norms + 3 * tensor + 2 + one, change)
     if RULE != ABSENT:
         finite = (distance < float("inf")) & (gradient < float("inf"))  # false for NaN
         if RULE == FIXED:
-            alpha = tl.zeros((1 << LOG_TILE,), tl.float32) + constant
-            fallback = lane < 0
+            alpha = tl.zeros((1,), tl.float32) + constant
+            fallback = one < 0
         else:
             weight = 1.0 + gradient
             if RULE == RELEASED:
@@ -247,23 +235,22 @@ def weights_kernel(
             usable = (product > 0.0) & (weight > 0.0) & (weight < 1.0)  # false for NaN
             if RULE == PAPER:
                 weight = 1.0 - weight
-            # 0 marks a row that is left out, so a weight too small for a float32 becomes the smallest one.
+            # 0 marks a tensor that is left out, so a weight too small for a float32 becomes the smallest one.
             alpha = tl.where(usable, weight.to(tl.float32), constant)
             alpha = tl.maximum(alpha, 1.1754943508222875e-38)
             fallback = (usable == 0) & finite
-        tl.store(alphas + row, tl.where(finite, alpha, 0.0), mask)
-        tl.store(fallbacks + row, fallback.to(tl.uint8), mask)
+        tl.store(alphas + tensor + one, tl.where(finite, alpha, 0.0))
+        tl.store(fallbacks + tensor + one, fallback.to(tl.uint8))
 
 
 @triton.jit(do_not_specialize=["seed"])
 def apply_kernel(
-    shapes,
+    sizes,
     streams,
     chunks,
-    alphas,  # [rows] float32; 0 leaves a row as it is
+    alphas,  # [tensors] float32; 0 leaves a tensor as it is
     seed,
     DTYPES: tl.constexpr,
-    BY_ROW: tl.constexpr,
     LOG_GROUPS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -271,24 +258,19 @@ def apply_kernel(
     # Backwards: the chunks that the sweep read last are the ones still in the cache.
     chunk = tl.num_programs(0) - 1 - tl.program_id(0)
     tensor = tl.load(chunks + chunk)
-    shape = shapes + 8 * tensor
-    row_size, _, span_log, begin, first_row, _, rows, cols = _locate(shape, chunk, BY_ROW, LOG_GROUPS, CHUNK)
+    begin, count = _locate(sizes + 2 * tensor, chunk, CHUNK)
     codes, addresses = _streams(streams + 8 * tensor)
     key = random_key(seed, tensor, 0)
-    aligned = _is_aligned(codes, cols)
-    for row_begin in range(0, rows, (1 << LOG_GROUPS) >> span_log):
-        alpha = _alphas(alphas + first_row, row_begin, rows, span_log, BY_ROW, LOG_GROUPS)
-        for col_begin in range(0, cols, (1 << span_log) * GROUP):
-            row, col = _groups(row_begin, col_begin, span_log, BY_ROW, LOG_GROUPS)
-            offs = row * row_size.to(tl.int32) + col
-            if aligned:
-                wide = offs[:, None] + tl.arange(0, GROUP)[None, :]
-                mask = ((row < rows) & (col < cols))[:, None]
-                _apply(addresses, codes, begin, wide, mask, alpha[:, None], key, DTYPES, True)
-            else:
-                for place in range(GROUP):
-                    mask = (row < rows) & (col + place < cols)
-                    _apply(addresses, codes, begin, offs + place, mask, alpha, key, DTYPES, False)
+    alpha = tl.load(alphas + tensor)
+    aligned = _is_aligned(codes, count)
+    for left in range(0, count, GROUP << LOG_GROUPS):
+        offs = left + GROUP * tl.arange(0, 1 << LOG_GROUPS)
+        if aligned:
+            wide = offs[:, None] + tl.arange(0, GROUP)[None, :]
+            _apply(addresses, codes, begin, wide, (offs < count)[:, None], alpha, key, DTYPES, True)
+        else:
+            for place in range(GROUP):
+                _apply(addresses, codes, begin, offs + place, offs + place < count, alpha, key, DTYPES, False)
 
 
 @triton.jit
@@ -303,28 +285,10 @@ def _apply(addresses, codes, begin, offs, mask, alpha, key, DTYPES: tl.constexpr
 
 
 @triton.jit
-def _locate(shape, chunk, BY_ROW: tl.constexpr, LOG_GROUPS: tl.constexpr, CHUNK: tl.constexpr):
-    """What a chunk is.
-
-    Elements and chunks of a row, and log2 of the groups of a tile that share one; in the tensor the first element of
-    the chunk; among those of all tensors its first row, and the slot for it; how many rows it has, and columns of each.
-    """
-    row_size = tl.load(shape + ROW_SIZE)
-    row_chunks = tl.load(shape + ROW_CHUNKS)
-    rows_per_chunk = tl.load(shape + ROWS_PER_CHUNK)
-    local = chunk - tl.load(shape + FIRST_CHUNK)
-    row = local // row_chunks * rows_per_chunk
-    col = local % row_chunks * CHUNK
-    cols = tl.minimum(row_size - col, CHUNK).to(tl.int32)
-    first_row = tl.load(shape + FIRST_ROW) + row
-    first_slot = tl.load(shape + FIRST_SLOT) + row * row_chunks + local % row_chunks
-    if BY_ROW:
-        rows = tl.minimum(tl.load(shape + ROWS) - row, rows_per_chunk).to(tl.int32)
-        span_log = tl.load(shape + SPAN_LOG).to(tl.int32)
-    else:
-        rows: tl.constexpr = 1
-        span_log: tl.constexpr = LOG_GROUPS
-    return row_size, row_chunks, span_log, row * row_size + col, first_row, first_slot, rows, cols
+def _locate(size, chunk, CHUNK: tl.constexpr):
+    """The first element of a chunk in its tensor, and how many it has."""
+    begin = (chunk - tl.load(size + FIRST_CHUNK)) * CHUNK
+    return begin, tl.minimum(tl.load(size + SIZE) - begin, CHUNK).to(tl.int32)
 
 
 @triton.jit
@@ -342,33 +306,9 @@ def _streams(stream):
 
 
 @triton.jit
-def _is_aligned(codes, cols):
+def _is_aligned(codes, count):
     """Whether the chunk is whole groups at multiples of 16 bytes; the last chunk of a tensor may not be."""
-    return ((codes >> ALIGNED_BIT) & 1 == 1) & (cols % GROUP == 0)
-
-
-@triton.jit
-def _groups(row_begin, col_begin, span_log, BY_ROW: tl.constexpr, LOG_GROUPS: tl.constexpr):
-    """Row and first column of each group of a tile."""
-    group = tl.arange(0, 1 << LOG_GROUPS)
-    if BY_ROW:
-        row = row_begin + (group >> span_log)
-        col = col_begin + GROUP * (group & ((1 << span_log) - 1))
-    else:
-        row = tl.zeros_like(group)
-        col = col_begin + GROUP * group
-    return row, col
-
-
-@triton.jit
-def _alphas(alphas, row_begin, rows, span_log, BY_ROW: tl.constexpr, LOG_GROUPS: tl.constexpr):
-    """The weight of each group of a tile."""
-    row, _ = _groups(row_begin, 0, span_log, BY_ROW, LOG_GROUPS)
-    if BY_ROW:
-        alpha = tl.load(alphas + row, row < rows, other=0.0)
-    else:
-        alpha = tl.zeros((1 << LOG_GROUPS,), tl.float32) + tl.load(alphas)
-    return alpha
+    return ((codes >> ALIGNED_BIT) & 1 == 1) & (count % GROUP == 0)
 
 
 # Values
@@ -399,3 +339,210 @@ def _pairwise(sums, x, place):
     four = tl.where(place % 4 == 1, two, tl.where(place % 4 == 3, four + two, four))
     eight = tl.where(place == 3, four, tl.where(place == 7, eight + four, eight))
     return two, four, eight
+
+
+# Launches
+
+_LOG_GROUPS = 7
+_CHUNK = 16 * (GROUP.value << _LOG_GROUPS)
+_LOG_SLOTS = 10  # of a program of weights_kernel
+_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+_TILING = {"LOG_GROUPS": _LOG_GROUPS, "CHUNK": _CHUNK, **_OPTIONS}
+_CACHED = 16
+_NO_STEP = dict.fromkeys(("beta1_rest", "beta2", "beta2_rest", "decayed", "step_size", "root_scale", "eps"), 0.0)
+
+
+def balance_norms_(
+    params: list[Tensor],
+    averages: list[Tensor],
+    grads: list[Tensor],
+    previous_grads: list[Tensor],
+    store_grads: bool,
+) -> Tensor:
+    """See :func:`cit_fast.ops.balance_norms_`."""
+    with _device_of(params):
+        call = _Call([params, averages, grads, previous_grads, [], []])
+        return call.weights(call.sweep(store_grads), None, None).norms
+
+
+def balance_ema_(
+    params: list[Tensor],
+    averages: list[Tensor],
+    grads: list[Tensor],
+    previous_grads: list[Tensor],
+    options: BalanceOptions,
+) -> BalanceWeights:
+    """See :func:`cit_fast.ops.balance_ema_`."""
+    with _device_of(params):
+        call = _Call([params, averages, grads, previous_grads, [], []])
+        weights = call.weights(call.sweep(options.store_grads), options, None)
+        call.apply(weights.alphas, options.seed)
+    return weights
+
+
+def adamw_balance_ema_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    averages: list[Tensor],
+    previous_grads: list[Tensor],
+    alphas: Tensor,
+    adamw: AdamWOptions,
+    options: BalanceOptions,
+) -> BalanceWeights:
+    """See :func:`cit_fast.ops.adamw_balance_ema_`."""
+    # In float64 here; rounded to float32 at the launch.
+    step = {
+        "beta1_rest": 1 - adamw.beta1,
+        "beta2": adamw.beta2,
+        "beta2_rest": 1 - adamw.beta2,
+        "decayed": 1 - adamw.lr * adamw.weight_decay,
+        "step_size": adamw.lr / (1 - adamw.beta1**adamw.step),
+        "root_scale": 1 / math.sqrt(1 - adamw.beta2**adamw.step),
+        "eps": adamw.eps,
+    }
+    with _device_of(params):
+        call = _Call([params, averages, grads, previous_grads, exp_avgs, exp_avg_sqs])
+        return call.weights(call.sweep(options.store_grads, step, alphas, options.seed), options, alphas)
+
+
+def flush_balance_ema_(params: list[Tensor], averages: list[Tensor], alphas: Tensor, seed: int) -> None:
+    """See :func:`cit_fast.ops.flush_balance_ema_`."""
+    with _device_of(params):
+        _Call([params, averages, [], [], [], []]).apply(alphas, seed)
+
+
+class _Call:
+    """The tables of one list of tensors on the device, and the launches that read them."""
+
+    def __init__(self, streams: list[list[Tensor]]) -> None:
+        """``streams`` in the order of the columns; an empty list is a stream that is not there."""
+        self.params = streams[0]
+        self.device = self.params[0].device
+        stream = _current_stream(self.device)
+        self.layout = _layout(tuple(param.numel() for param in self.params), self.device, stream)
+        self.streams = _table_on(_stream_table(streams).tobytes(), self.device, stream)
+        self.dtypes = tuple(_common_dtype(tensors) for tensors in streams)
+
+    def sweep(
+        self, store_grads: bool, step: dict[str, float] | None = None, alphas: Tensor | None = None, seed: int = 0
+    ) -> Tensor:
+        """Launch sweep_kernel; returns the slots."""
+        sizes, chunks = self.layout
+        slots = torch.empty(len(chunks), 3, device=self.device)
+        sweep_kernel[(len(chunks),)](
+            sizes,
+            self.streams,
+            chunks,
+            slots,
+            slots if alphas is None else alphas,
+            _as_int32(seed),
+            **(step or _NO_STEP),
+            DTYPES=self.dtypes,
+            ADAMW=step is not None,
+            STORE_GRADS=store_grads,
+            **_TILING,
+        )
+        return slots
+
+    def weights(self, slots: Tensor, options: BalanceOptions | None, alphas: Tensor | None) -> BalanceWeights:
+        """Launch weights_kernel, which writes to ``alphas`` where given; without options: the norms alone."""
+        weights = empty_weights(self.params)
+        if alphas is not None:
+            weights = weights._replace(alphas=alphas)
+        constant = 0.0
+        if options is not None:
+            constant = options.fallback if options.rule == "released" else 1 - options.decay
+        weights_kernel[(len(self.params),)](
+            self.layout.sizes,
+            slots,
+            weights.norms,
+            weights.alphas,
+            weights.fallbacks.view(torch.uint8),
+            constant,
+            RULE=ABSENT.value if options is None else RULES[options.rule],
+            CHUNK=_CHUNK,
+            LOG_TILE=_LOG_SLOTS,
+            **_OPTIONS,
+        )
+        return weights
+
+    def apply(self, alphas: Tensor, seed: int) -> None:
+        """Launch apply_kernel."""
+        sizes, chunks = self.layout
+        apply_kernel[(len(chunks),)](
+            sizes, self.streams, chunks, alphas, _as_int32(seed), DTYPES=self.dtypes, **_TILING
+        )
+
+
+def _device_of(params: list[Tensor]) -> AbstractContextManager[Any]:
+    device = params[0].device
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _current_stream(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    if torch.cuda.is_current_stream_capturing():
+        raise BackendError(
+            "the triton backend of the balance-weight EMA cannot be captured in a CUDA graph: its tables are copied "
+            "from host memory that is gone when the graph runs"
+        )
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def _as_int32(seed: int) -> int:
+    """The same 32 bits; a value that would not fit makes Triton compile the kernel again for 64 bits."""
+    return seed - (1 << 32) if seed >= 1 << 31 else seed
+
+
+def _common_dtype(tensors: list[Tensor]) -> int:
+    dtypes = {tensor.dtype for tensor in tensors}
+    if not dtypes:
+        return ABSENT.value
+    return DTYPES[dtypes.pop()] if len(dtypes) == 1 else MIXED.value
+
+
+# Tables. Cached on the device by what they are built from, so that a list that stays the same costs no copy. A copy is
+# in order with its own stream only, which is why the stream is part of the key.
+
+
+class _Layout(NamedTuple):
+    """How a list of tensors is cut into chunks."""
+
+    sizes: Tensor
+    """[tensors, 2]; the columns are at the top of the file."""
+    chunks: Tensor
+    """[chunks]: the tensor of each."""
+
+
+@lru_cache(maxsize=_CACHED)
+def _layout(numels: tuple[int, ...], device: torch.device, stream: int) -> _Layout:
+    counts = np.array([max(1, -(-numel // _CHUNK)) for numel in numels])
+    sizes = np.stack([np.array(numels, np.int64), np.cumsum(counts) - counts], axis=1)
+    chunks = np.repeat(np.arange(len(numels), dtype=np.int32), counts)
+    return _Layout(_to_device(sizes, device), _to_device(chunks, device))
+
+
+def _stream_table(streams: list[list[Tensor]]) -> np.ndarray:
+    table = np.zeros((len(streams[0]), 8), np.int64)
+    for column, tensors in enumerate(streams):
+        if tensors:
+            table[:, column] = [tensor.data_ptr() for tensor in tensors]
+            table[:, CODES.value] |= np.array([DTYPES[tensor.dtype] for tensor in tensors]) << 4 * column
+    aligned = (table[:, : CODES.value] % 16 == 0).all(axis=1)
+    table[:, CODES.value] |= aligned.astype(np.int64) << ALIGNED_BIT.value
+    return table
+
+
+@lru_cache(maxsize=_CACHED)
+def _table_on(table: bytes, device: torch.device, stream: int) -> Tensor:
+    return _to_device(np.frombuffer(table, np.int64).reshape(-1, 8).copy(), device)
+
+
+def _to_device(table: np.ndarray, device: torch.device) -> Tensor:
+    if device.type != "cuda":
+        return torch.from_numpy(table)
+    # Pinned, so that the copy waits for nothing; torch keeps both sides alive until the stream is done with them.
+    return torch.from_numpy(table).pin_memory().to(device, non_blocking=True)

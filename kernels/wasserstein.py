@@ -19,10 +19,16 @@ second-level cache of the GPU.
   sums of columns and all that the bounds are made of. The plan of the bounds is formed with the same operations in
   MASSES and in BOUNDS, so that its masses are right to the last places whatever the size of the exponents.
 * All sums are in a fixed order; there are no atomic operations.
+
+The kernels are compiled for sm_80 and sm_90 and interpreted on the CPU in the tests, but have not run on a GPU yet, so
+they serve only where the backend is forced.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 from cit_fast.kernels.wasserstein_passes import (
@@ -58,6 +64,11 @@ from cit_fast.kernels.wasserstein_passes import (
     pass_over,
     read_mode,
 )
+from torch import Tensor
+
+from cit_fast.errors import BackendError, CitFastError
+from cit_fast.ops.wasserstein.cuda import Batch, on_gpu
+from cit_fast.ops.wasserstein.reference import Distances, TransportOptions
 
 # As in the reference and in csrc/cpu/wasserstein.cpp.
 EPSILON_OF_SPREAD = tl.constexpr(0.05)
@@ -84,7 +95,7 @@ def solve_kernel(
     vectors,  # float64
     partials,  # float64
     scalars,  # [strips, 8] float64
-    results,  # [pairs, 6] float64, written
+    results,  # [pairs, 5] float64, written: lower and upper bound, iterations, marginal error, epsilon
     TILE_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,  # at least the columns of each pair
     FINE_ROWS: tl.constexpr,  # a tile of float64
@@ -159,7 +170,7 @@ def _combine(memory, pair, CHUNK: tl.constexpr):
     elif mode == REACH:
         _after_reach(state, now, by_column, b_ptr, sums, strips, m, CHUNK)
     elif mode == BOUNDS:
-        _after_bounds(state, now, by_column, b_ptr, sums, numbers, strips, m, results + 6 * pair, CHUNK)
+        _after_bounds(state, now, b_ptr, sums, numbers, strips, m, results + 5 * pair, CHUNK)
     elif mode == MEAN:
         tl.store(state + MEAN_COST, _sum_numbers(numbers, strips))
         tl.store(state + MODE, VARIANCE + 0.0)
@@ -306,29 +317,24 @@ def _after_reach(state, now, by_column, b_ptr, sums, strips, m, CHUNK: tl.conste
 
 
 @triton.jit
-def _after_bounds(state, now, by_column, b_ptr, sums, numbers, strips, m, out, CHUNK: tl.constexpr):
+def _after_bounds(state, now, b_ptr, sums, numbers, strips, m, out, CHUNK: tl.constexpr):
     lower = tl.zeros((CHUNK,), tl.float64)
-    value = tl.zeros((CHUNK,), tl.float64)
     for left in range(0, m, CHUNK):
         cols = left + tl.arange(0, CHUNK)
         b = tl.load(b_ptr + cols, cols < m, other=0.0)
         least = tl.full((CHUNK,), float("inf"), tl.float64)
         for strip in range(strips):
             least = tl.minimum(least, tl.load(sums + 2 * strip * m + cols, cols < m, other=0.0))
-        g = tl.load(by_column + G * m + cols, cols < m, other=0.0)
         lower += b * least
-        value += tl.where(b >= LEAST_MASS, b * g, 0.0)
-    epsilon = now[0]
     missing_mass = _sum_numbers(numbers + 2, strips)
     missing_cost = _sum_numbers(numbers + 1, strips) / tl.where(missing_mass > 0.0, missing_mass, 1.0)
     upper = _sum_numbers(numbers, strips) + missing_cost
     dual = _sum_numbers(numbers + 3, strips) + tl.sum(lower, axis=0)
     tl.store(out, tl.maximum(tl.minimum(dual, upper), 0.0))
     tl.store(out + 1, upper)
-    tl.store(out + 2, epsilon * _sum_numbers(numbers + 4, strips) + tl.sum(value, axis=0))
-    tl.store(out + 3, tl.load(state + COUNT))
-    tl.store(out + 4, tl.load(state + ERROR))
-    tl.store(out + 5, epsilon)
+    tl.store(out + 2, tl.load(state + COUNT))
+    tl.store(out + 3, tl.load(state + ERROR))
+    tl.store(out + 4, now[0])
     tl.store(state + MODE, DONE + 0.0)
 
 
@@ -346,3 +352,125 @@ def _sum_numbers(numbers, strips):
     for strip in range(1, strips):
         total += tl.load(numbers + 8 * strip)
     return total
+
+
+# --- launches ---
+
+# Columns at most, the warps that take them and the registers of a thread, set so that the compiler does not spill and
+# at least 256 threads fit a processor. A tile of K is whole rows, a tile of float64 parts of rows: 16 and 2 elements
+# for each thread.
+_WIDTHS = {64: (4, 168), 256: (4, 128), 1024: (8, 168), 4096: (8, 168), 8192: (16, 128)}
+_TILE, _FINE_TILE = 16 * 32, 2 * 32
+_CHUNK = 256
+_COMBINE = {"num_warps": 4, "maxnreg": 128}
+
+# Pairs of this many costs or columns are shared among programs, so many rows each.
+_LARGE, _WIDE = 1 << 18, 4096
+_STRIP = 64
+
+# Passes over large pairs between two looks of the host whether they are done.
+_PASSES = 32
+_COARSE_PASSES = 32 * 24  # at most: halvings of epsilon, two for each of 10 iterations, and a few before and after
+
+
+def wasserstein_matrix(
+    points: Tensor, offsets: Tensor, weights: Tensor, pairs: Tensor, options: TransportOptions
+) -> Distances:
+    """Distances by these kernels; see :func:`cit_fast.ops.wasserstein.reference.wasserstein_matrix`."""
+    return on_gpu(iterate, points, offsets, weights, pairs, options)
+
+
+class _Layout(NamedTuple):
+    """Where a batch's pairs are in the scratch memory; the columns of ``table`` are in wasserstein_passes.py."""
+
+    table: Tensor
+    """[pairs, 10] int64."""
+    vectors: int
+    partials: int
+    strips: int
+
+
+def _layout(table: Tensor) -> _Layout:
+    n, m = table[:, 2], table[:, 3]
+    if int(m.max()) > max(_WIDTHS):
+        raise BackendError(
+            f"wasserstein_matrix: the triton backend takes at most {max(_WIDTHS)} points in the second cloud of a "
+            f"pair, not {int(m.max())}; use backend 'reference'"
+        )
+    strips = torch.where(_is_large(table), (n + _STRIP - 1) // _STRIP, 1)
+    lengths = torch.stack([4 * m + 3 * n, strips, 2 * strips * m])
+    ends = lengths.cumsum(dim=1)
+    first = ends - lengths
+    columns = [*table.unbind(dim=1), first[0], strips, first[1], first[2]]
+    vectors, count, partials = ends[:, -1].tolist()
+    return _Layout(torch.stack(columns, dim=1), vectors, partials, count)
+
+
+def iterate(batch: Batch) -> Tensor:
+    """The pairs of a batch, small ones in a launch for each width, largest first; then the large ones."""
+    # The host looks only now and then whether large pairs are done, because each look waits for the device.
+    where = batch.costs.device
+    layout = _layout(batch.table)
+    state = torch.zeros(len(layout.table), 16, dtype=torch.float64, device=where)
+    state[:, EPSILON.value] = 1.0
+    state[:, TARGET.value] = batch.epsilons
+    state[:, TOLERANCE.value] = batch.options.tolerance
+    state[:, MOST.value] = batch.options.max_iterations
+    table = layout.table.to(where)
+    vectors, partials = (state.new_empty(size) for size in (layout.vectors, layout.partials))
+    scalars, results = state.new_empty(layout.strips, 8), state.new_empty(len(table), 5)
+    kernels = torch.empty_like(batch.costs)
+    matrix = (table, state, batch.costs, kernels, batch.weights, vectors, partials, scalars)
+    between = (table, state, batch.weights, vectors, partials, scalars, results)
+
+    large: list[tuple[Tensor, int, dict[str, Any]]] = []
+    for block, small_order, large_order in _orders(layout.table):
+        options = _options(block)
+        if len(small_order):
+            solve_kernel[(len(small_order),)](small_order.to(where), *matrix, results, **options)
+        if len(large_order):
+            most = int(layout.table[large_order.long(), STRIPS.value].max())
+            large.append((large_order.to(where), most, options))
+    for order, strips, options in large:
+        combine = {"CHUNK": options["CHUNK"], **_COMBINE}
+        for _ in range(0, _COARSE_PASSES + 2 * batch.options.max_iterations, _PASSES):
+            for _ in range(_PASSES):
+                pass_kernel[(strips, len(order))](order, *matrix, **options)
+                combine_kernel[(len(order),)](order, *between, **combine)
+            if bool((state[order.long(), MODE.value] == DONE.value).all()):
+                break
+        else:
+            raise CitFastError("wasserstein_matrix: the triton backend did not come to an end; use backend 'reference'")
+    return results
+
+
+def _orders(table: Tensor) -> list[tuple[int, Tensor, Tensor]]:
+    """For each width of a tile, the pairs that one program solves and those that many share, largest first."""
+    size = table[:, 2] * table[:, 3]
+    blocks = torch.tensor(sorted(_WIDTHS))
+    block = blocks[torch.searchsorted(blocks, table[:, 3].contiguous())]
+    orders = []
+    for width in sorted(set(block.tolist())):
+        pairs = (block == width).nonzero()[:, 0]
+        pairs = pairs[size[pairs].argsort(descending=True, stable=True)]
+        is_large = _is_large(table[pairs])
+        small, large = (pairs[each].to(torch.int32) for each in (~is_large, is_large))
+        orders.append((width, small, large))
+    return orders
+
+
+def _is_large(table: Tensor) -> Tensor:
+    n, m = table[:, 2], table[:, 3]
+    return (n * m >= _LARGE) | (m > _WIDE)
+
+
+def _options(block: int) -> dict[str, Any]:
+    (warps, registers), chunk = _WIDTHS[block], min(block, _CHUNK)
+    return {
+        "TILE_ROWS": max(1, _TILE * warps // block),
+        "BLOCK": block,
+        "FINE_ROWS": _FINE_TILE * warps // chunk,
+        "CHUNK": chunk,
+        "num_warps": warps,
+        "maxnreg": registers,
+    }

@@ -64,7 +64,7 @@ def read_mode(state, pair):
 def pass_over(
     matrix, pair, strip, TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr, FINE_ROWS: tl.constexpr, CHUNK: tl.constexpr
 ):
-    """Sums over the rows of a strip: up to two for each column and five numbers."""
+    """Sums over the rows of a strip: up to two for each column and four numbers."""
     table, state, costs, kernels, weights, vectors, partials, scalars = matrix
     row = table + 10 * pair
     at = tl.load(row + COST)
@@ -198,7 +198,6 @@ def _bounds(tile, first, a_ptr, by_column, by_row, n, sums, numbers, FINE_ROWS: 
     missing_cost = tl.zeros((FINE_ROWS,), tl.float64)
     missing_mass = tl.zeros((FINE_ROWS,), tl.float64)
     dual = tl.zeros((FINE_ROWS,), tl.float64)
-    value = tl.zeros((FINE_ROWS,), tl.float64)
     for begin in range(first, last, FINE_ROWS):
         rows = begin + tl.arange(0, FINE_ROWS)
         mass = tl.zeros((FINE_ROWS,), tl.float64)
@@ -215,21 +214,15 @@ def _bounds(tile, first, a_ptr, by_column, by_row, n, sums, numbers, FINE_ROWS: 
             g = tl.load(by_column + G * m + cols, cols < m, other=float("-inf"))
             f = tl.minimum(f, tl.min(c - g[None, :], axis=1))
         a = tl.load(a_ptr + rows, rows < last, other=0.0)
-        ratio = tl.load(by_row + RATIO * n + rows, rows < last, other=1.0)
-        log_sum = tl.log(tl.where(rows < last, a, 1.0) / ratio) + tl.load(
-            by_row + TOP * n + rows, rows < last, other=0.0
-        )
         missing_row = tl.maximum(a - mass, 0.0)
         missing_cost += missing_row * to_missing
         missing_mass += missing_row
         dual += a * f
-        value -= a * log_sum
         tl.store(by_row + F * n + rows, f, rows < last)
     tl.store(numbers, tl.sum(plan_cost, axis=0))
     tl.store(numbers + 1, tl.sum(missing_cost, axis=0))
     tl.store(numbers + 2, tl.sum(missing_mass, axis=0))
     tl.store(numbers + 3, tl.sum(dual, axis=0))
-    tl.store(numbers + 4, tl.sum(value, axis=0))
     tl.debug_barrier()
     for left in range(0, m, CHUNK):
         cols = left + tl.arange(0, CHUNK)

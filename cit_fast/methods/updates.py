@@ -7,7 +7,7 @@ from typing import Protocol
 from torch.optim import AdamW, Optimizer
 
 from cit_fast.errors import ConfigError
-from cit_fast.ops.balance_ema import BalanceGranularity, BalanceRule, check_granularity, check_rule
+from cit_fast.ops.balance_ema import BalanceRule, check_rule
 from cit_fast.optim import AdamWBalanceEMA, AveragingOptimizer, BalanceEMA, BalanceSummary, find_balance_ema
 
 
@@ -43,7 +43,7 @@ class BalanceEMAUpdate:
     """LCIA's average of the weights: starts as a copy at a stage's first step, replaces the live weights at its end.
 
     Args:
-        rule, decay, fallback, granularity: see :class:`cit_fast.optim.BalanceEMA`.
+        rule, decay, fallback: see :class:`cit_fast.optim.BalanceEMA`.
     """
 
     def __init__(
@@ -51,11 +51,9 @@ class BalanceEMAUpdate:
         rule: BalanceRule = "released",
         decay: float = 0.99,
         fallback: float = 0.01,
-        granularity: BalanceGranularity = "tensor",
     ) -> None:
         check_rule("balance-ema", rule, decay, fallback)
-        check_granularity("balance-ema", granularity)
-        self.rule, self.decay, self.fallback, self.granularity = rule, decay, fallback, granularity
+        self.rule, self.decay, self.fallback = rule, decay, fallback
 
     def wrap(self, optimizer: Optimizer) -> Optimizer:
         """torch's AdamW becomes an :class:`AdamWBalanceEMA`, any other is put into a :class:`BalanceEMA`."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from cit_fast.ops.balance_ema import (
-    BALANCE_GRANULARITIES,
     BALANCE_RULES,
-    BalanceGranularity,
     BalanceRule,
     BalanceWeights,
     adamw_balance_ema_,
@@ -24,16 +22,13 @@ from cit_fast.ops.information_gain import (
     token_gain_from_statistics,
     token_gain_statistics,
 )
-from cit_fast.ops.wasserstein import WarmStart, Wasserstein, wasserstein_matrix
+from cit_fast.ops.wasserstein import Wasserstein, wasserstein_matrix
 
 __all__ = [
-    "BALANCE_GRANULARITIES",
     "BALANCE_RULES",
-    "BalanceGranularity",
     "BalanceRule",
     "BalanceWeights",
     "TokenGain",
-    "WarmStart",
     "Wasserstein",
     "adamw_balance_ema_",
     "adamw_balance_ema_capturable_",

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -51,7 +51,7 @@ PREFERENCE: dict[str, tuple[Backend, ...]] = {
 }
 """Device type -> backends in the order they are tried. Any other device type is served by the reference alone."""
 
-_implementations: dict[str, dict[Backend, Callable[..., Any]]] = {}
+_implementations: dict[str, dict[Backend, Callable[..., Any] | str]] = {}
 _only_when_forced: set[tuple[str, Backend]] = set()
 _forced: ContextVar[Backend | None] = ContextVar("cit_fast_backend", default=None)
 
@@ -117,6 +117,16 @@ def register(
     return decorate
 
 
+def register_lazily(op: str, backend: Backend, address: str, *, only_when_forced: bool = False) -> None:
+    """Register an implementation by its address, ``"package.module:function"``, which is imported when it is chosen.
+
+    So nobody imports triton who does not run its kernels. The other arguments are those of :func:`register`.
+    """
+    _implementations.setdefault(op, {})[backend] = address
+    if only_when_forced:
+        _only_when_forced.add((op, backend))
+
+
 def resolve(op: str, device: torch.device, *, cannot: Mapping[Backend, str] | None = None) -> Callable[..., Any]:
     """Return the implementation of ``op`` to run for tensors on ``device``.
 
@@ -135,12 +145,20 @@ def resolve(op: str, device: torch.device, *, cannot: Mapping[Backend, str] | No
     forced = forced_backend()
     if forced is not None:
         if forced in usable:
-            return implementations[forced]
+            return _load(op, forced)
         raise BackendError(_cannot_serve(op, forced, device, cannot.get(forced), usable))
     for candidate in usable:
         if (op, candidate) not in _only_when_forced:
-            return implementations[candidate]
+            return _load(op, candidate)
     raise BackendError(f"op {op!r} has no backend for device {device.type!r}")
+
+
+def _load(op: str, which: Backend) -> Callable[..., Any]:
+    implementation = _implementations[op][which]
+    if isinstance(implementation, str):
+        module, _, name = implementation.partition(":")
+        implementation = _implementations[op][which] = getattr(importlib.import_module(module), name)
+    return cast("Callable[..., Any]", implementation)
 
 
 def _cannot_serve(op: str, forced: Backend, device: torch.device, reason: str | None, usable: list[Backend]) -> str:

@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 from cit_fast.errors import CitFastError
 from cit_fast.ops.backends import resolve
 from cit_fast.ops.balance_ema import (
-    BalanceGranularity,
+    AdamWOptions,
+    BalanceOptions,
     BalanceRule,
     adamw_balance_ema_,
     balance_weights,
@@ -41,7 +42,7 @@ class AdamWSweep(Sweep):
 
     Attributes:
         exp_avgs, exp_avg_sqs: the local parts of the moments.
-        alphas: [rows], float32: weights of the last step, to be applied when the parameters are read next.
+        alphas: [tensors], float32: weights of the last step, to be applied when the parameters are read next.
         steps: [n], float32: ``state[p]["step"]`` are its elements.
         step: their common value.
         group: the first parameter group with the options of these parameters.
@@ -79,7 +80,7 @@ class AdamWBalanceEMA(AveragingOptimizer):
         betas: Decay of the two moments, each in [0, 1).
         eps: Added to the root of the second moment, not negative.
         weight_decay: Not negative.
-        rule, decay, fallback, scope, granularity, average_dtype, keep_gradients: As in
+        rule, decay, fallback, scope, average_dtype, keep_gradients: As in
             :class:`cit_fast.optim.BalanceEMA`.
         state_dtype: Dtype of the moments, ``torch.float32`` or ``torch.bfloat16`` (with stochastic rounding),
             whatever that of the parameters (float64 for float64 parameters).
@@ -107,12 +108,11 @@ class AdamWBalanceEMA(AveragingOptimizer):
         decay: float = 0.99,
         fallback: float = 0.01,
         scope: Literal["task", "stream"] = "task",
-        granularity: BalanceGranularity = "tensor",
         average_dtype: torch.dtype = torch.float32,
         state_dtype: torch.dtype = torch.float32,
         keep_gradients: Literal["reference", "copy"] = "reference",
     ) -> None:
-        options = AverageOptions(rule, decay, fallback, scope, granularity, average_dtype, keep_gradients)
+        options = AverageOptions(rule, decay, fallback, scope, average_dtype, keep_gradients)
         options.check("AdamWBalanceEMA")
         check_dtype("AdamWBalanceEMA", "state_dtype", state_dtype)
         self._begin(options, state_dtype)
@@ -205,8 +205,9 @@ class AdamWBalanceEMA(AveragingOptimizer):
         seed = step * _GOLDEN + index
         if sweep.takes(grads):
             run = resolve("adamw_balance_ema_", params[0].device)
-            options = (step, lr, *betas, eps, weight_decay, self.rule, self.decay, self.fallback)
-            weights = run(*lists, sweep.alphas, *options, self.granularity, sweep.copies, seed & 0xFFFFFFFF)
+            adamw = AdamWOptions(step, lr, *betas, eps, weight_decay)
+            options = BalanceOptions(self.rule, self.decay, self.fallback, sweep.copies, seed & 0xFFFFFFFF)
+            weights = run(*lists, sweep.alphas, adamw, options)
             increment_version(params)
         else:
             weights = adamw_balance_ema_(
@@ -220,7 +221,6 @@ class AdamWBalanceEMA(AveragingOptimizer):
                 rule=self.rule,
                 decay=self.decay,
                 fallback=self.fallback,
-                granularity=self.granularity,
                 store_grads=sweep.copies,
                 seed=seed,
             )
@@ -268,7 +268,9 @@ class AdamWBalanceEMA(AveragingOptimizer):
         for param, each in zip(params, steps.unbind(), strict=True):
             self.state[param][STEP] = each
         alphas = [
-            self._pending[param] if param in self._pending else torch.zeros(self._rows_of(param), device=param.device)
+            self._pending[param]
+            if param in self._pending
+            else torch.zeros(self._weights_of(param), device=param.device)
             for param in params
         ]
         return self._fill_sweep(
@@ -315,13 +317,13 @@ class AdamWBalanceEMA(AveragingOptimizer):
     def _flush(self, params: list[Tensor], averages: list[Tensor], alphas: Tensor, index: int) -> None:
         seed = self._sweeps[0].step * _GOLDEN + index + 0x55555555 if self._sweeps else index
         parts = [part for param in params for part in self._parts(param, param)]
-        flush_balance_ema_(parts, averages, alphas, granularity=self.granularity, seed=seed)
+        flush_balance_ema_(parts, averages, alphas, seed=seed)
 
     def _set_aside_pending(self) -> None:
         """Keep what is pending by parameter, while sweeps are made anew."""
         if self._behind:
             for sweep in self._sweeps:
-                self._pending.update(zip(sweep.params, torch.split(sweep.alphas, sweep.rows), strict=True))
+                self._pending.update(zip(sweep.params, torch.split(sweep.alphas, sweep.weights), strict=True))
         self._sweeps = []
 
     def _forget_sweeps(self) -> None:

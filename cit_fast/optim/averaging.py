@@ -15,15 +15,13 @@ from torch.optim import Optimizer
 
 from cit_fast.errors import CitFastError
 from cit_fast.ops.balance_ema import (
-    BalanceGranularity,
     BalanceRule,
     BalanceWeights,
-    check_granularity,
     check_rule,
 )
 from cit_fast.optim.engines import GivenParameters, refuse_partitions, refuse_swap
 from cit_fast.optim.partitions import Partition, can_publish, find_partition, publish
-from cit_fast.optim.sharding import Reduction, is_sharded, local, reduction, reshard, rows_of
+from cit_fast.optim.sharding import Reduction, is_sharded, local, reduction, reshard
 from cit_fast.optim.sweeps import AVERAGE, PREVIOUS_GRAD, Sweep, owns_its_memory, unique
 
 AnySweep = TypeVar("AnySweep", bound=Sweep)
@@ -31,10 +29,7 @@ _STATE_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class BalanceSummary(NamedTuple):
-    """The last step's balance weights in four numbers, over the tensors (rows) that were averaged (0 where none was).
-
-    On a parameter that is sharded by rows, ``granularity="row"`` counts the rows of this process.
-    """
+    """The last step's balance weights in four numbers, over the tensors that were averaged (0 where none was)."""
 
     mean: float
     minimum: float
@@ -43,10 +38,9 @@ class BalanceSummary(NamedTuple):
 
 
 class LastStep(NamedTuple):
-    """What one call of the op decided: parameters, weights of each, the weights of all; for which flat partition."""
+    """What one call of the op decided: parameters, a weight for each; for which flat partition."""
 
     params: list[Tensor]
-    rows: list[int]
     weights: BalanceWeights
     flat: Tensor | None = None
 
@@ -58,14 +52,12 @@ class AverageOptions(NamedTuple):
     decay: float = 0.99
     fallback: float = 0.01
     scope: Literal["task", "stream"] = "task"
-    granularity: BalanceGranularity = "tensor"
     average_dtype: torch.dtype = torch.float32
     keep_gradients: Literal["reference", "copy"] = "reference"
 
     def check(self, owner: str) -> None:
         """Raise CitFastError that starts with ``owner`` unless every option is one that it can be."""
         check_rule(owner, self.rule, self.decay, self.fallback)
-        check_granularity(owner, self.granularity)
         check_dtype(owner, "average_dtype", self.average_dtype)
         if self.scope not in ("task", "stream"):
             raise CitFastError(f"{owner}: scope={self.scope!r} is unknown; accepted: task, stream")
@@ -86,7 +78,6 @@ class AveragingOptimizer(Optimizer):
     decay: float
     fallback: float
     scope: Literal["task", "stream"]
-    granularity: BalanceGranularity
     average_dtype: torch.dtype
     keep_gradients: Literal["reference", "copy"]
 
@@ -114,7 +105,7 @@ class AveragingOptimizer(Optimizer):
             return
         name = type(self).__name__
         options.check(name)
-        for field in ("rule", "granularity", "average_dtype", "keep_gradients"):
+        for field in ("rule", "average_dtype", "keep_gradients"):
             if getattr(options, field) != getattr(known, field):
                 raise CitFastError(
                     f"{name}: {field} was {getattr(known, field)!r} and is {getattr(options, field)!r} now; "
@@ -199,12 +190,12 @@ class AveragingOptimizer(Optimizer):
 
     # Reporting
 
-    def balance_weights(self) -> dict[str | int, float | list[float]]:
+    def balance_weights(self) -> dict[str | int, float]:
         """The last step's weight alpha, the share of the new values, of each parameter that had a gradient.
 
-        0 means that the parameter was left out; with ``granularity="row"`` there is a list of weights, one for each
-        row. Keys are the names, where the optimizer was given ``named_parameters()``, else the positions over all
-        groups; what has left the groups since is not in it. Waits for the device; empty before the first step.
+        0 means that the parameter was left out. Keys are the names, where the optimizer was given
+        ``named_parameters()``, else the positions over all groups; what has left the groups since is not in it. Waits
+        for the device; empty before the first step.
         """
         keys = self._given.keys()  # the engine's groups hold other tensors
         keys.update((id(param), i) for i, param in enumerate(self._parameters()))
@@ -212,13 +203,11 @@ class AveragingOptimizer(Optimizer):
             keys.update(
                 {id(param): name for param, name in zip(group["params"], group.get("param_names", ()), strict=False)}
             )
-        found: dict[str | int, float | list[float]] = {}
-        for params, rows, weights, _ in self._last:
-            for param, alphas in zip(params, torch.split(weights.alphas.cpu(), rows), strict=True):
-                if id(param) not in keys:
-                    continue
-                by_row = self.granularity == "row" and param.dim() > 1
-                found[keys.get(id(param), f"partition {len(found)}")] = alphas.tolist() if by_row else alphas.item()
+        found: dict[str | int, float] = {}
+        for params, weights, _ in self._last:
+            for param, alpha in zip(params, weights.alphas.tolist(), strict=True):
+                if id(param) in keys:
+                    found[keys[id(param)]] = alpha
         return found
 
     def balance_summary(self) -> BalanceSummary | None:
@@ -239,7 +228,7 @@ class AveragingOptimizer(Optimizer):
 
     @property
     def skipped_updates(self) -> int:
-        """How often an average (a row of it) was left out for values not finite, since this object was made."""
+        """How often an average was left out for values not finite, since this object was made."""
         return sum(int(count) for count in self._skipped.values())
 
     def _report(self, sweep: Sweep, weights: BalanceWeights) -> None:
@@ -247,10 +236,9 @@ class AveragingOptimizer(Optimizer):
         skipped = (weights.alphas == 0).sum()
         self._skipped[device] = self._skipped[device] + skipped if device in self._skipped else skipped
         if sweep.partition is None:
-            self._last.append(LastStep(sweep.params, sweep.rows, weights))
+            self._last.append(LastStep(sweep.params, weights))
         else:
-            whole = sweep.partition.params
-            self._last.append(LastStep(whole, [1] * len(whole), weights, sweep.params[0]))
+            self._last.append(LastStep(sweep.partition.params, weights, sweep.params[0]))
 
     def _begin_report(self, present: Sequence[Tensor]) -> None:
         """A new step, or the part of an engine's step that concerns the partitions in ``present``."""
@@ -344,11 +332,6 @@ class AveragingOptimizer(Optimizer):
         if not self._given.is_partition(param):
             return None
         if param not in self._partitions:
-            if self.granularity == "row" and self.rule != "fixed":
-                raise CitFastError(
-                    f'{type(self).__name__}: granularity="row" is not possible on DeepSpeed\'s flat partitions, which '
-                    'cut through rows; use granularity="tensor"'
-                )
             found = find_partition(self._given.alive(), param)
             if found is None and self.rule != "fixed":
                 raise refuse_partitions(type(self).__name__, self.rule)
@@ -363,9 +346,10 @@ class AveragingOptimizer(Optimizer):
     def _local_state(self, params: Iterable[Tensor], name: str) -> list[Tensor]:
         return [part for param in params for part in self._parts(param, self.state[param][name])]
 
-    def _rows_of(self, param: Tensor) -> int:
+    def _weights_of(self, param: Tensor) -> int:
+        """How many weights this process keeps for ``param``."""
         partition = self._partition_of(param)
-        return rows_of(param, self.granularity) if partition is None else len(partition.pieces)
+        return 1 if partition is None else len(partition.pieces)
 
     # Sweeps
 
@@ -425,7 +409,7 @@ class AveragingOptimizer(Optimizer):
 
     def _over(self, param: Tensor) -> Reduction | Partition | None:
         """Over which processes norms are summed."""
-        return self._partition_of(param) or reduction(param, self.granularity)
+        return self._partition_of(param) or reduction(param)
 
     def _copies(self, param: Tensor) -> bool:
         return (
@@ -448,7 +432,7 @@ class AveragingOptimizer(Optimizer):
             params=params,
             entries=entries,
             averages=self._local_state(params, AVERAGE),
-            rows=[self._rows_of(param) for param in params],
+            weights=[self._weights_of(param) for param in params],
             over=self._over(params[0]),
             copies=self._copies(params[0]),
             sharded=any(map(is_sharded, params)),

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from cit_fast.errors import CitFastError, ConfigError
 from cit_fast.ops.backends import resolve
 from cit_fast.ops.balance_ema import (
-    BalanceGranularity,
+    BalanceOptions,
     BalanceRule,
     BalanceWeights,
     balance_ema_,
@@ -59,7 +59,6 @@ class BalanceEMA(AveragingOptimizer):
         decay: Share of the old average, in [0, 1), for ``fixed`` and where ``paper`` has no usable weight.
         fallback: Share of the new parameters, in (0, 1], where ``released`` has no usable weight.
         scope: ``"task"``: :meth:`start_task` begins a new average; ``"stream"``: one average lives across tasks.
-        granularity: ``"tensor"``: a weight for each tensor; ``"row"``: for each row of a matrix.
         average_dtype: ``torch.float32``, or ``torch.bfloat16`` (half the memory; stochastic rounding keeps it from
             standing still). Averages of float64 parameters are float64.
         keep_gradients: How the previous gradients are kept. ``"reference"``: the gradient tensors themselves, which
@@ -86,11 +85,10 @@ class BalanceEMA(AveragingOptimizer):
         decay: float = 0.99,
         fallback: float = 0.01,
         scope: Literal["task", "stream"] = "task",
-        granularity: BalanceGranularity = "tensor",
         average_dtype: torch.dtype = torch.float32,
         keep_gradients: Literal["reference", "copy"] = "reference",
     ) -> None:
-        options = AverageOptions(rule, decay, fallback, scope, granularity, average_dtype, keep_gradients)
+        options = AverageOptions(rule, decay, fallback, scope, average_dtype, keep_gradients)
         if not isinstance(optimizer, Optimizer) or isinstance(optimizer, AveragingOptimizer):
             raise CitFastError(
                 f"BalanceEMA: optimizer is a {type(optimizer).__name__}; "
@@ -271,7 +269,7 @@ class BalanceEMA(AveragingOptimizer):
             if sweep.over is None:
                 self._report(sweep, self._run(sweep, lists, seed + i))
             else:
-                norms = balance_norms_(*lists, granularity=self.granularity, store_grads=sweep.copies)
+                norms = balance_norms_(*lists, store_grads=sweep.copies)
                 spread.setdefault(sweep.over, []).append((sweep, params, norms, seed + i))
             sweep.keep(grads)
         for over, parts in spread.items():
@@ -279,15 +277,15 @@ class BalanceEMA(AveragingOptimizer):
             for (sweep, params, _, sweep_seed), norms in zip(parts, summed, strict=True):
                 weights = balance_weights(norms, **options)
                 alphas = sweep.own(weights.alphas.clone())
-                flush_balance_ema_(params, sweep.averages, alphas, granularity=self.granularity, seed=sweep_seed)
+                flush_balance_ema_(params, sweep.averages, alphas, seed=sweep_seed)
                 self._report(sweep, weights)
 
     def _run(self, sweep: Sweep, lists: tuple[list[Tensor], ...], seed: int) -> BalanceWeights:
         params, averages, grads, previous = lists
         if sweep.takes(grads):
             run = resolve("balance_ema_", params[0].device)
-            options = (self.rule, self.decay, self.fallback, self.granularity, sweep.copies, seed & 0xFFFFFFFF)
-            weights: BalanceWeights = run(*lists, *options)
+            options = BalanceOptions(self.rule, self.decay, self.fallback, sweep.copies, seed & 0xFFFFFFFF)
+            weights: BalanceWeights = run(*lists, options)
             return weights
         return balance_ema_(
             params,
@@ -297,7 +295,6 @@ class BalanceEMA(AveragingOptimizer):
             rule=self.rule,
             decay=self.decay,
             fallback=self.fallback,
-            granularity=self.granularity,
             store_grads=sweep.copies,
             seed=seed,
         )

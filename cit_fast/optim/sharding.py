@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from cit_fast.ops.balance_ema.reference import row_count
-
 
 class Reduction(NamedTuple):
     """The process groups over which the norms of a tensor are summed, one for each mesh dimension that shards it."""
@@ -25,7 +23,7 @@ class Reduction(NamedTuple):
     dims: tuple[int, ...]
 
     def sum_norms(self, norms: Sequence[Tensor]) -> list[Tensor]:
-        """The norms [rows, 3] of several calls, each summed over the processes, in one all-reduce a dimension."""
+        """The norms [tensors, 3] of several calls, each summed over the processes, in one all-reduce a dimension."""
         import torch.distributed as dist
 
         together = torch.cat(list(norms))
@@ -59,26 +57,13 @@ def local_gradient(param: Tensor) -> Tensor:
     return local(grad)
 
 
-def reduction(param: Tensor, granularity: str) -> Reduction | None:
-    """Over which processes the norms of ``param`` are to be summed; None where this one holds all of them.
-
-    Rows are whole where only dimension 0 is sharded: each process then weighs its own.
-    """
+def reduction(param: Tensor) -> Reduction | None:
+    """Over which processes the norms of ``param`` are to be summed; None where this one holds all of them."""
     if not is_sharded(param):
         return None
-    by_row = granularity == "row" and param.dim() > 1
     mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
-    dims = tuple(
-        i
-        for i, placement in enumerate(placements)
-        if not placement.is_replicate() and not (by_row and placement.is_shard(0)) and mesh.size(i) > 1
-    )
+    dims = tuple(i for i, placement in enumerate(placements) if not placement.is_replicate() and mesh.size(i) > 1)
     return Reduction(mesh, dims) if dims else None
-
-
-def rows_of(param: Tensor, granularity: str) -> int:
-    """How many weights this process keeps for the parameter."""
-    return row_count(local(param), granularity)
 
 
 def reshard(model: torch.nn.Module | None) -> None:

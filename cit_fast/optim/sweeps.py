@@ -1,4 +1,6 @@
-"""What goes through the op in one call, kept between steps so that a step in the usual case only collects gradients.
+"""A sweep is the list of tensors of one call of the op, kept between steps.
+
+So a step in the usual case only collects gradients.
 
 Previous gradients without a copy: the gradient tensors of a step are kept themselves as the previous gradients of the
 next one, where ``zero_grad`` sets ``p.grad`` to None and backward then makes new tensors. That is safe for a gradient
@@ -32,7 +34,7 @@ class Sweep:
         params: on one device, each with a gradient.
         entries: ``optimizer.state[p]`` of each.
         averages: the local part of each average.
-        rows: how many weights each has.
+        weights: how many weights each has: one, or one for each piece of a flat partition.
         over: where the norms are summed over processes, a ``sharding.Reduction`` or a ``Partition``.
         copies: whether previous gradients have tensors of their own that the op writes (or there are none,
             ``rule="fixed"``); else they are kept by reference. ``previous`` holds them: None where there is none yet.
@@ -46,7 +48,7 @@ class Sweep:
     params: list[Tensor]
     entries: list[dict[str, Any]]
     averages: list[Tensor]
-    rows: list[int]
+    weights: list[int]
     over: Any
     copies: bool
     sharded: bool
@@ -90,7 +92,7 @@ class Sweep:
         return [cast("Tensor", param.grad) for param in self.params]
 
     def own(self, alphas: Tensor) -> Tensor:
-        """Of the weights that follow from the summed norms those of :meth:`local_params`."""
+        """This process's share of the weights that follow from the summed norms."""
         return alphas if self.partition is None else self.partition.own(alphas)
 
     def takes(self, grads: Sequence[Tensor]) -> bool:

@@ -12,12 +12,12 @@
 namespace cit {
 namespace {
 
-// Up to this many elements a row is one task: p and e (1 MiB) are still in the second-level cache when the average is
-// updated.
-constexpr std::int64_t kWholeRow = 131072;
+// Up to this many elements a tensor is one task: p and e (1 MiB) are still in the second-level cache when the average
+// is updated.
+constexpr std::int64_t kWhole = 131072;
 
-// Longer rows are summed and updated in batches of this many elements, where the rows allow it: 8 MiB of p and e, that
-// a third-level cache still has when the average is updated.
+// Longer tensors are summed and updated in batches of this many elements, where their ends allow it: 8 MiB of p and e,
+// that a third-level cache still has when the average is updated.
 constexpr std::int64_t kBatch = 1 << 20;
 
 const BalanceEmaKernels& kernels() {
@@ -34,42 +34,31 @@ const BalanceEmaKernels& kernels() {
   return simd_baseline::kBalanceEma;
 }
 
-// A unit of work: a piece of one long row, or some whole rows.
+// A unit of work: a whole tensor, or a piece of a long one.
 struct Task {
   std::int64_t tensor;
-  std::int64_t row;   // the first, counted over all tensors
-  std::int64_t rows;  // 0: a piece of one
+  bool whole;
   std::int64_t begin;
-  std::int64_t count;  // elements: of the piece, or of each row
+  std::int64_t count;
 };
 
-// Rows longer than `whole_limit` are cut into chunks; shorter ones go together until they make a chunk.
+// Tensors longer than `whole_limit` are cut into chunks.
 template <class Tensors, class EmaOf>
 std::vector<Task> split(const Tensors& tensors, std::int64_t whole_limit, const EmaOf& ema_of) {
   std::vector<Task> tasks;
-  std::int64_t row = 0;
   for (std::size_t i = 0; i < tensors.size(); ++i) {
-    const EmaTensor& tensor = ema_of(tensors[i]);
+    const std::int64_t size = ema_of(tensors[i]).numel;
     const auto index = static_cast<std::int64_t>(i);
-    const std::int64_t size = tensor.rows > 0 ? tensor.numel / tensor.rows : 0;
-    if (size > whole_limit) {
-      for (std::int64_t begin = 0; begin < tensor.numel; begin += size, ++row) {
-        for (std::int64_t at = 0; at < size; at += kChunk) {
-          tasks.push_back({index, row, 0, begin + at, std::min(kChunk, size - at)});
-        }
-      }
+    if (size <= whole_limit) {
+      tasks.push_back({index, true, 0, size});
       continue;
     }
-    const std::int64_t together = std::max<std::int64_t>(1, kChunk / std::max<std::int64_t>(1, size));
-    for (std::int64_t first = 0; first < tensor.rows; first += together) {
-      tasks.push_back({index, row + first, std::min(together, tensor.rows - first), first * size, size});
-    }
-    row += tensor.rows;
+    for (std::int64_t at = 0; at < size; at += kChunk) tasks.push_back({index, false, at, std::min(kChunk, size - at)});
   }
   return tasks;
 }
 
-// Neighbouring tasks, whole rows only.
+// Neighbouring tasks, whole tensors only.
 struct Tasks {
   const Task* data;
   std::int64_t count;
@@ -85,9 +74,9 @@ void for_each_batch(const std::vector<Task>& tasks, std::int64_t elements, const
   std::size_t first = 0;
   std::int64_t size = 0;
   for (std::size_t k = 0; k < tasks.size(); ++k) {
-    size += tasks[k].count * std::max<std::int64_t>(1, tasks[k].rows);
-    const bool row_ends = k + 1 == tasks.size() || tasks[k + 1].row != tasks[k].row;
-    if (!row_ends || (size < elements && k + 1 < tasks.size())) continue;
+    size += tasks[k].count;
+    const bool tensor_ends = k + 1 == tasks.size() || tasks[k + 1].tensor != tasks[k].tensor;
+    if (!tensor_ends || (size < elements && k + 1 < tasks.size())) continue;
     body(Tasks{tasks.data() + first, static_cast<std::int64_t>(k + 1 - first)});
     first = k + 1;
     size = 0;
@@ -98,31 +87,24 @@ const EmaTensor& itself(const EmaTensor& tensor) {
   return tensor;
 }
 
-template <class Body>
-void for_each_row(const Task& task, const Body& body) {
-  for (std::int64_t k = 0; k < task.rows; ++k) body(task.row + k, task.begin + k * task.count);
-}
-
 void add(Norms& total, const Norms& part) {
   total.distance += part.distance;
   total.gradient += part.gradient;
   total.gradient_change += part.gradient_change;
 }
 
-// Adds the partial norms of the pieces of each long row in order and hands them over.
+// Adds the partial norms of the pieces of each long tensor in order and calls finish(tensor, norms).
 template <class Finish>
 void finish_pieces(const Tasks& tasks, const std::vector<Norms>& partial, const Finish& finish) {
   for (std::int64_t k = 0; k < tasks.count;) {
-    if (tasks.data[k].rows > 0) {
+    if (tasks.data[k].whole) {
       ++k;
       continue;
     }
-    const std::int64_t row = tasks.data[k].row;
+    const std::int64_t tensor = tasks.data[k].tensor;
     Norms total{};
-    for (; k < tasks.count && tasks.data[k].rows == 0 && tasks.data[k].row == row; ++k) {
-      add(total, partial[static_cast<std::size_t>(k)]);
-    }
-    finish(row, total);
+    for (; k < tasks.count && tasks.data[k].tensor == tensor; ++k) add(total, partial[static_cast<std::size_t>(k)]);
+    finish(tensor, total);
   }
 }
 
@@ -131,21 +113,21 @@ RoundingKeys rounding_keys(std::uint32_t seed, std::int64_t tensor) {
   return {rounding_key(seed, index, 0), rounding_key(seed, index, 1), rounding_key(seed, index, 2)};
 }
 
-void store_norms(double* target, std::int64_t row, const Norms& norms) {
-  target[3 * row] = norms.distance;
-  target[3 * row + 1] = norms.gradient;
-  target[3 * row + 2] = norms.gradient_change;
+void store_norms(double* target, std::int64_t tensor, const Norms& norms) {
+  target[3 * tensor] = norms.distance;
+  target[3 * tensor + 1] = norms.gradient;
+  target[3 * tensor + 2] = norms.gradient_change;
 }
 
-void store_weight(const Results& results, std::int64_t row, const Norms& norms, const RuleOptions& rule) {
+void store_weight(const Results& results, std::int64_t tensor, const Norms& norms, const RuleOptions& rule) {
   const Weight weight = balance_weight(norms, rule);
-  results.alphas[row] = weight.alpha;
-  results.fallbacks[row] = weight.fallback;
-  store_norms(results.norms, row, norms);
+  results.alphas[tensor] = weight.alpha;
+  results.fallbacks[tensor] = weight.fallback;
+  store_norms(results.norms, tensor, norms);
 }
 
-// Calls finish(task, row, begin, norms) for each row of a task of whole rows as soon as it is summed, and afterwards
-// finish_piece(row, norms) for each row in pieces.
+// Calls finish(task, norms) for each whole tensor as soon as it is summed, and afterwards finish_piece(tensor, norms)
+// for each tensor in pieces.
 template <class Finish, class FinishPieces>
 void sum_norms(const std::vector<EmaTensor>& tensors, const Tasks& tasks, const SweepOptions& sweep,
                const Finish& finish, const FinishPieces& finish_piece) {
@@ -154,14 +136,11 @@ void sum_norms(const std::vector<EmaTensor>& tensors, const Tasks& tasks, const 
   parallel_for_blocks(tasks.count, sweep.threads, false, [&](std::int64_t k) {
     const Task& task = tasks.data[k];
     const EmaTensor& tensor = tensors[task.tensor];
-    if (task.rows == 0) partial[k] = run.norms(tensor, sweep.store_grads, task.begin, task.count);
-    for_each_row(task, [&](std::int64_t row, std::int64_t begin) {
-      Norms total{};
-      for (std::int64_t at = 0; at < task.count; at += kChunk) {
-        add(total, run.norms(tensor, sweep.store_grads, begin + at, std::min(kChunk, task.count - at)));
-      }
-      finish(task, row, begin, total);
-    });
+    Norms total{};
+    for (std::int64_t at = 0; at < task.count; at += kChunk) {
+      add(total, run.norms(tensor, sweep.store_grads, task.begin + at, std::min(kChunk, task.count - at)));
+    }
+    task.whole ? finish(task, total) : void(partial[k] = total);
   });
   finish_pieces(tasks, partial, finish_piece);
 }
@@ -182,33 +161,32 @@ AdamWStep prepare(const AdamWOptions& options) {
 }  // namespace
 
 void balance_norms(const std::vector<EmaTensor>& tensors, const SweepOptions& sweep, double* norms) {
-  const auto store = [&](std::int64_t row, const Norms& total) { store_norms(norms, row, total); };
+  const auto store = [&](std::int64_t tensor, const Norms& total) { store_norms(norms, tensor, total); };
   const auto tasks = split(tensors, kChunk, itself);
   sum_norms(
-      tensors, all(tasks), sweep,
-      [&](const Task&, std::int64_t row, std::int64_t, const Norms& total) { store(row, total); }, store);
+      tensors, all(tasks), sweep, [&](const Task& task, const Norms& total) { store(task.tensor, total); }, store);
 }
 
 void balance_ema(const std::vector<EmaTensor>& tensors, const RuleOptions& rule, const SweepOptions& sweep,
                  const Results& results) {
   const BalanceEmaKernels& run = kernels();
-  const auto tasks = split(tensors, kWholeRow, itself);
-  const auto apply = [&](const Task& task, std::int64_t row, std::int64_t begin) {
-    if (results.alphas[row] == 0.0f) return;
-    run.apply(tensors[task.tensor], rounding_keys(sweep.seed, task.tensor), results.alphas[row], begin, task.count);
+  const auto tasks = split(tensors, kWhole, itself);
+  const auto apply = [&](const Task& task) {
+    const float alpha = results.alphas[task.tensor];
+    if (alpha == 0.0f) return;
+    run.apply(tensors[task.tensor], rounding_keys(sweep.seed, task.tensor), alpha, task.begin, task.count);
   };
   for_each_batch(tasks, kBatch, [&](const Tasks& batch) {
     sum_norms(
         tensors, batch, sweep,
-        [&](const Task& task, std::int64_t row, std::int64_t begin, const Norms& norms) {
-          store_weight(results, row, norms, rule);
-          apply(task, row, begin);
+        [&](const Task& task, const Norms& norms) {
+          store_weight(results, task.tensor, norms, rule);
+          apply(task);
         },
-        [&](std::int64_t row, const Norms& norms) { store_weight(results, row, norms, rule); });
+        [&](std::int64_t tensor, const Norms& norms) { store_weight(results, tensor, norms, rule); });
     // Backwards: what was read last is what is still in the cache.
     parallel_for_blocks(batch.count, sweep.threads, true, [&](std::int64_t k) {
-      const Task& task = batch.data[k];
-      if (task.rows == 0) apply(task, task.row, task.begin);
+      if (!batch.data[k].whole) apply(batch.data[k]);
     });
   });
 }
@@ -221,16 +199,12 @@ void adamw_balance_ema(const std::vector<AdamWTensor>& tensors, const AdamWOptio
   std::vector<Norms> partial(tasks.size());
   parallel_for(static_cast<std::int64_t>(tasks.size()), sweep.threads, [&](std::int64_t k) {
     const Task& task = tasks[k];
-    const RoundingKeys keys = rounding_keys(sweep.seed, task.tensor);
-    const auto piece = [&](std::int64_t row, std::int64_t begin) {
-      return run.adamw(tensors[task.tensor], step, keys, results.alphas[row], sweep.store_grads, begin, task.count);
-    };
-    if (task.rows == 0) partial[k] = piece(task.row, task.begin);
-    for_each_row(task,
-                 [&](std::int64_t row, std::int64_t begin) { store_weight(results, row, piece(row, begin), rule); });
+    partial[k] = run.adamw(tensors[task.tensor], step, rounding_keys(sweep.seed, task.tensor),
+                           results.alphas[task.tensor], sweep.store_grads, task.begin, task.count);
+    if (task.whole) store_weight(results, task.tensor, partial[k], rule);
   });
   finish_pieces(all(tasks), partial,
-                [&](std::int64_t row, const Norms& norms) { store_weight(results, row, norms, rule); });
+                [&](std::int64_t tensor, const Norms& norms) { store_weight(results, tensor, norms, rule); });
 }
 
 void flush_balance_ema(const std::vector<EmaTensor>& tensors, const SweepOptions& sweep, const float* alphas) {
@@ -238,12 +212,9 @@ void flush_balance_ema(const std::vector<EmaTensor>& tensors, const SweepOptions
   const auto tasks = split(tensors, kChunk, itself);
   parallel_for(static_cast<std::int64_t>(tasks.size()), sweep.threads, [&](std::int64_t k) {
     const Task& task = tasks[k];
-    const RoundingKeys keys = rounding_keys(sweep.seed, task.tensor);
-    const auto apply = [&](std::int64_t row, std::int64_t begin) {
-      if (alphas[row] != 0.0f) run.apply(tensors[task.tensor], keys, alphas[row], begin, task.count);
-    };
-    if (task.rows == 0) apply(task.row, task.begin);
-    for_each_row(task, apply);
+    const float alpha = alphas[task.tensor];
+    if (alpha == 0.0f) return;
+    run.apply(tensors[task.tensor], rounding_keys(sweep.seed, task.tensor), alpha, task.begin, task.count);
   });
 }
 

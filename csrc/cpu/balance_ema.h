@@ -1,12 +1,12 @@
-// Exponential moving average of parameters with a weight per tensor, or per row of it, that follows from the gradients
-// (LCIA).
+// Exponential moving average of parameters with a weight per tensor that follows from the gradients (LCIA).
 //
-//   a = |p - e|_1,  b = |g|_1,  c = |g - g_prev|_1          per row, e before its update
+//   a = |p - e|_1,  b = |g|_1,  c = |g - g_prev|_1          per tensor, e before its update
 //   alpha = released: 2 (1 + b) / (a c)    paper: 1 - (1 + b) / (a c)    fixed: 1 - decay
 //   e <- e + alpha (p - e),  g_prev <- g
 //
-// The definition that this is tested against is cit_fast/ops/balance_ema/reference.py. Sums: 16 float lanes over each chunk
-// of 16 Ki elements of a row, then double over the chunks in order, so the number of threads never changes a bit.
+// The definition that this is tested against is cit_fast/ops/balance_ema/reference.py. Sums: 16 float lanes over each
+// chunk of 16 Ki elements of a tensor, then double over the chunks in order, so the number of threads never changes a
+// bit.
 #pragma once
 
 #include <cstdint>
@@ -25,11 +25,8 @@ struct RuleOptions {
   double fallback;  // alpha that `released` falls back to
 };
 
-// `rows` rows of numel / rows neighbouring elements, each with norms and a weight of its own; 1 for one weight per
-// tensor.
 struct EmaTensor {
   std::int64_t numel;
-  std::int64_t rows;
   Array param;
   Array average;  // float32 or bfloat16, like the moments
   Array grad;
@@ -54,11 +51,11 @@ struct SweepOptions {
   int threads;
 };
 
-// Where results go: one entry for each row of all tensors in order.
+// Where results go: one entry for each tensor.
 struct Results {
-  float* alphas;    // 0 where a row was left out because p or g held a value that is not finite
+  float* alphas;    // 0 where a tensor was left out because p or g held a value that is not finite
   bool* fallbacks;  // the rule gave no usable weight
-  double* norms;    // a, b, c of each row
+  double* norms;    // a, b, c of each tensor
 };
 
 void balance_norms(const std::vector<EmaTensor>& tensors, const SweepOptions& sweep, double* norms);

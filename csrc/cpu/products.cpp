@@ -27,11 +27,11 @@ template <class Real>
 const TileKernels<Real>& tile_kernels();
 template <>
 const TileKernels<float>& tile_kernels() {
-  return kernels().single;
+  return kernels().float_tiles;
 }
 template <>
 const TileKernels<double>& tile_kernels() {
-  return kernels().twice;
+  return kernels().double_tiles;
 }
 
 // Some columns of one pair.

@@ -35,8 +35,8 @@ struct TileKernels {
 };
 
 struct ProductKernels {
-  TileKernels<float> single;
-  TileKernels<double> twice;
+  TileKernels<float> float_tiles;
+  TileKernels<double> double_tiles;
 };
 
 namespace simd_baseline {

@@ -72,11 +72,11 @@ template <class Real>
 const ScalingKernels<Real>& scaling_kernels();
 template <>
 const ScalingKernels<float>& scaling_kernels() {
-  return kernels().single;
+  return kernels().float_scaling;
 }
 template <>
 const ScalingKernels<double>& scaling_kernels() {
-  return kernels().twice;
+  return kernels().double_scaling;
 }
 
 // Zeros at an address that is a multiple of a cache line.
@@ -271,14 +271,7 @@ class Iteration {
     out.upper = bounds.plan_cost;
     if (bounds.missing_mass > 0.0) out.upper += bounds.missing_cost / bounds.missing_mass;
     double dual = bounds.dual_rows;
-    for (std::int64_t j = 0; j < m; ++j) {
-      dual += problem_.b[j] * feasible[j];
-      if (v[j] > 0.0) out.entropic_value += problem_.b[j] * g[j];
-    }
-    for (std::int64_t i = 0; i < n; ++i) {
-      const double a = problem_.a[i];
-      out.entropic_value += epsilon_ * a * (std::log(au[i] / a) - row_shift_[i]);
-    }
+    for (std::int64_t j = 0; j < m; ++j) dual += problem_.b[j] * feasible[j];
     out.lower = std::max(0.0, std::min(dual, out.upper));
     out.epsilon = epsilon_;
     if (pair.plan != nullptr) {
@@ -351,11 +344,9 @@ double standard_deviation(const Problem& problem, const CostRange& range) {
   return range.largest * std::sqrt(variance);
 }
 
-double effective_epsilon(const TransportPair& pair, const Problem& problem, const CostRange& range, bool clamp) {
-  double epsilon = pair.epsilon;
+double effective_epsilon(double epsilon, const Problem& problem, const CostRange& range) {
   if (epsilon == 0.0) epsilon = kEpsilonOfSpread * standard_deviation(problem, range);
-  const double low = kSmallestEpsilon * range.largest, high = kLargestEpsilon * range.largest;
-  return std::max(clamp ? std::min(epsilon, high) : epsilon, low);
+  return std::max(std::min(epsilon, kLargestEpsilon * range.largest), kSmallestEpsilon * range.largest);
 }
 
 TransportResult solve(const TransportPair& pair, const SinkhornOptions& options) {
@@ -367,10 +358,8 @@ TransportResult solve(const TransportPair& pair, const SinkhornOptions& options)
     return out;
   }
   if (range.largest < kLeastCost) {
-    out.entropic_value = range.mean;
     out.upper = range.mean + options.cost_error;
     out.epsilon = range.largest;
-    if (pair.potential != nullptr) std::fill_n(pair.potential, pair.m, 0.0);
     if (pair.plan != nullptr) {
       for (std::int64_t k = 0; k < pair.n * pair.m; ++k) pair.plan[k] = pair.a[k / pair.m] * pair.b[k % pair.m];
       std::fill_n(pair.f, pair.n, 0.0);
@@ -378,40 +367,33 @@ TransportResult solve(const TransportPair& pair, const SinkhornOptions& options)
     }
     return out;
   }
-  double epsilon = effective_epsilon(pair, problem, range, options.clamp_epsilon);
+  double epsilon = effective_epsilon(options.epsilon, problem, range);
   const double tolerance = options.tolerance;
-  Iteration<float> single(problem);
-  std::unique_ptr<Iteration<double>> twice;
+  Iteration<float> in_float(problem);
+  std::unique_ptr<Iteration<double>> in_double;
   std::int64_t coarse = 0, used = 0;
-  if (pair.start != nullptr) {
-    for (std::int64_t j = 0; j < pair.m; ++j) problem.g[j] = problem.takes_part(j) ? pair.start[j] : -kInfinity;
-  } else {
-    for (double level = range.largest; level > epsilon; level /= kCoarser) {
-      coarse += single.alternate(level, std::max(tolerance, kCoarseTolerance), kCoarseIterations);
-      single.advance();
-    }
+  for (double level = range.largest; level > epsilon; level /= kCoarser) {
+    coarse += in_float.alternate(level, std::max(tolerance, kCoarseTolerance), kCoarseIterations);
+    in_float.advance();
   }
   while (true) {
     used +=
-        single.alternate(epsilon, std::max(kFloatShare * tolerance, kFloatTolerance), options.max_iterations - used);
-    out = single.finish(pair);
+        in_float.alternate(epsilon, std::max(kFloatShare * tolerance, kFloatTolerance), options.max_iterations - used);
+    out = in_float.finish(pair);
     if (out.marginal_error > tolerance && used < options.max_iterations) {
-      single.hand_over();
-      if (!twice) twice = std::make_unique<Iteration<double>>(problem);
-      used += twice->alternate(epsilon, tolerance, options.max_iterations - used);
-      out = twice->finish(pair);
-      twice->hand_over();
+      in_float.hand_over();
+      if (!in_double) in_double = std::make_unique<Iteration<double>>(problem);
+      used += in_double->alternate(epsilon, tolerance, options.max_iterations - used);
+      out = in_double->finish(pair);
+      in_double->hand_over();
     } else {
-      single.hand_over();
+      in_float.hand_over();
     }
     out.upper += options.cost_error;
     out.lower = std::max(0.0, out.lower - options.cost_error);
     const bool certified = options.gap == 0.0 || out.upper - out.lower <= options.gap * out.upper;
     if (certified || used >= options.max_iterations || epsilon <= kSmallestEpsilon * range.largest) break;
     epsilon = std::max(epsilon / kFiner, kSmallestEpsilon * range.largest);
-  }
-  if (pair.potential != nullptr) {
-    for (std::int64_t j = 0; j < pair.m; ++j) pair.potential[j] = problem.takes_part(j) ? problem.g[j] : 0.0;
   }
   out.iterations = static_cast<double>(coarse + used);
   return out;
@@ -427,11 +409,11 @@ CostRange cost_range(const TransportPair& pair) {
 void coarse_potential(const TransportPair& pair, const CostRange& range, double* g) {
   Problem problem(pair);
   if (range.largest >= kLeastCost) {
-    Iteration<float> single(problem);
+    Iteration<float> in_float(problem);
     double level = kSpreadsOfStart * standard_deviation(problem, range);
     for (int k = 0; k < kStartLevels; ++k, level *= kStartRatio) {
-      single.alternate(std::max(level, kSmallestEpsilon * range.largest), 0.0, kStartIterations[k]);
-      single.advance();
+      in_float.alternate(std::max(level, kSmallestEpsilon * range.largest), 0.0, kStartIterations[k]);
+      in_float.advance();
     }
   }
   for (std::int64_t j = 0; j < pair.m; ++j) g[j] = problem.takes_part(j) ? problem.g[j] : 0.0;

@@ -12,30 +12,26 @@ namespace cit {
 struct TransportPair {
   const double* cost;  // [n, m], rows `stride` apart, not negative
   std::int64_t n, m, stride;
-  const double* a;      // [n], positive, sum 1
-  const double* b;      // [m], positive, sum 1
-  double epsilon;       // 0: automatic
-  double* plan;         // [n, m], not strided; or nullptr: neither it nor f and g are wanted
-  double* f;            // [n] potentials
-  double* g;            // [m]
-  const double* start;  // [m] column potential to start from, at once at the last epsilon; or nullptr
-  double* potential;    // [m] column potential after the last iteration; or nullptr
+  const double* a;  // [n], positive, sum 1
+  const double* b;  // [m], positive, sum 1
+  double* plan;     // [n, m], not strided; or nullptr: neither it nor f and g are wanted
+  double* f;        // [n] potentials
+  double* g;        // [m]
 };
 
 struct SinkhornOptions {
+  double epsilon;    // brought into the range where float64 can tell the plan from its limit; 0: automatic
   double tolerance;  // L1 error of the marginals
   std::int64_t max_iterations;
-  double gap;          // epsilon goes down until upper - lower is at most this share of upper; 0: it stays
-  double cost_error;   // how far a cost may be from the true one: the bounds are those of the true costs
-  bool clamp_epsilon;  // into the range relative to the largest cost where float64 can tell the plan from its limit
+  double gap;         // epsilon goes down until upper - lower is at most this share of upper; 0: it stays
+  double cost_error;  // how far a cost may be from the true one: the bounds are those of the true costs
   int threads;
 };
 
 // A row of doubles for Python: iterations is a whole number.
 struct TransportResult {
-  double lower;           // <= min <pi, C>
-  double upper;           // >= min <pi, C>: the cost of the rounded plan
-  double entropic_value;  // min <pi, C> + epsilon KL(pi || a b^T)
+  double lower;  // <= min <pi, C>
+  double upper;  // >= min <pi, C>: the cost of the rounded plan
   double iterations;
   double marginal_error;
   double epsilon;  // as used; 0 where all costs are 0; NaN where a cost is not finite, and all else is 0

@@ -79,8 +79,8 @@ struct WassersteinKernels {
   CostSums (*range)(const CostMatrix& cost, const double* a, const double* b);
   // sum_ij a_i b_j ((C_ij - mean) scale)^2
   double (*variance)(const CostMatrix& cost, const double* a, const double* b, double mean, double scale);
-  ScalingKernels<float> single;
-  ScalingKernels<double> twice;
+  ScalingKernels<float> float_scaling;
+  ScalingKernels<double> double_scaling;
 };
 
 namespace simd_baseline {

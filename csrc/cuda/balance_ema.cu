@@ -7,9 +7,9 @@
 // processor, each thread with up to twelve 16-byte loads. One block works on about 8 Ki elements of one tensor
 // (layout.h); the GPU's scheduler hands the blocks out, which evens out the load of lists that are small.
 //
-// Sums go to one slot for each piece of a row and are added in double in a fixed order by whichever block of the row is
-// last: the only atomic operation counts blocks, and the bits depend neither on the order of the blocks nor on the GPU.
-// The weights never visit the host.
+// Sums go to one slot for each piece of a tensor and are added in double in a fixed order by whichever block of the
+// tensor is last: the only atomic operation counts blocks, and the bits depend neither on the order of the blocks nor
+// on the GPU. The weights never visit the host.
 #include <mutex>
 #include <stdexcept>
 #include <unordered_map>

@@ -25,10 +25,10 @@ struct Launch {
   CUstream_st* stream;
 };
 
-// What the norms kernels write, in device memory, one element for each row. alphas and fallbacks may be null: only the
-// norms are wanted.
+// What the norms kernels write, in device memory, one element for each tensor. alphas and fallbacks may be null: only
+// the norms are wanted.
 struct Outcome {
-  double* norms;  // [rows, 3]
+  double* norms;  // [tensors, 3]
   float* alphas;
   bool* fallbacks;
   RuleOptions rule;

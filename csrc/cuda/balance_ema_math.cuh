@@ -1,4 +1,4 @@
-// What one thread of csrc/cuda/balance_ema_blocks.cuh does to the elements of a row, on a GPU or on the host.
+// What one thread of csrc/cuda/balance_ema_blocks.cuh does to the elements of a tensor, on a GPU or on the host.
 #pragma once
 
 #include <cmath>
@@ -26,7 +26,7 @@ CIT_HOST_DEVICE inline Tensor open_tensor(const Lists& lists, const Shape& shape
   return tensor;
 }
 
-// The elements of one row, or of one piece of it, that a thread goes through: groups `lane`, `lane` + `lanes`, ...
+// The elements of one tensor, or of one piece of it, that a thread goes through: groups `lane`, `lane` + `lanes`, ...
 struct Span {
   std::int64_t begin;
   int count;
@@ -37,7 +37,7 @@ CIT_HOST_DEVICE inline int group_count(int count, int i) {
   return count - i < kGroup ? count - i : kGroup;
 }
 
-// The part of a thread, or more, of the three norms. A sum that is not finite marks the row as one to leave out.
+// The part of a thread, or more, of the three norms. A sum that is not finite marks the tensor as one to leave out.
 struct Partial {
   float distance, gradient, gradient_change;
 };
@@ -165,7 +165,7 @@ CIT_HOST_DEVICE inline Partial adamw_on_span(const Tensor& tensor, const Step& s
     const Group new_p = from_floats(p, p_dtype);
     store(streams[kParam], at, n, new_p);
     to_floats(new_p, p_dtype, p);
-    // Past the end of the row p is 0 / 0 when eps is 0.
+    // Past the end of the tensor p is 0 / 0 when eps is 0.
 #pragma unroll
     for (int k = 0; k < kGroup; ++k) sums.distance += k < n ? absolute(p[k] - e[k]) : 0.0f;
     add_gradients(tensor, at, n, g_group, g, previous_group, store_grads, sums);

@@ -18,12 +18,9 @@ using cit::Rule;
 // A thread adds 32 floats, then come 8 levels of a tree and the pieces in double.
 constexpr double kNormTolerance = 48.0 / (1 << 24);
 
-struct Size {
-  std::int64_t rows, row_size;
-};
-constexpr Size kSizes[] = {{1, 0},    {5, 0},    {0, 7},     {1, 1},     {3, 5},    {7, 8},    {9, 16},
-                           {300, 16}, {2, 33},   {3, 255},   {2, 2047},  {5, 2050}, {3, 4100}, {2, 8191},
-                           {1, 8192}, {2, 8193}, {2, 20000}, {1, 40000}, {9000, 1}};
+// No elements, a part of a group, lanes of a warp, a whole block, one piece and several.
+constexpr std::int64_t kSizes[] = {0,    1,    5,    7,    8,    16,   33,   255,   300,
+                                   1800, 2047, 2050, 4100, 8191, 8192, 8193, 20000, 40000};
 
 int failures = 0;
 
@@ -97,24 +94,22 @@ struct Memory {
 };
 
 struct One {
-  Size size;
+  std::int64_t size;
   std::vector<Memory> streams;  // in the order of Stream; no elements where there is none
 };
 
 struct Case {
   std::vector<One> tensors;
   bool moments, previous;
-  std::int64_t rows = 0;
 };
 
-Case make_case(bool by_row, bool moments, bool previous, int offset, unsigned seed) {
+Case make_case(bool moments, bool previous, int offset, unsigned seed) {
   std::mt19937 random(seed);
   std::normal_distribution<float> normal;
   const auto any = [&](int n) { return static_cast<DType>(random() % n); };
   Case made{{}, moments, previous};
-  for (const Size& size : kSizes) {
-    const std::int64_t count = size.rows * size.row_size;
-    One one{by_row ? size : Size{1, count}, {}};
+  for (const std::int64_t count : kSizes) {
+    One one{count, {}};
     const DType dtypes[kStreams] = {any(3), any(2), any(3), any(3), any(2), any(2)};
     for (int s = 0; s < kStreams; ++s) one.streams.emplace_back(count, dtypes[s], offset);
     for (std::int64_t i = 0; i < count; ++i) {
@@ -127,13 +122,12 @@ Case make_case(bool by_row, bool moments, bool previous, int offset, unsigned se
                                       0.01f * std::abs(normal(random))};
       for (int s = 0; s < kStreams; ++s) one.streams[s].set(i, values[s]);
     }
-    made.rows += one.size.rows;
     made.tensors.push_back(std::move(one));
   }
   const float nan = std::numeric_limits<float>::quiet_NaN(), infinity = std::numeric_limits<float>::infinity();
   made.tensors[4].streams[kGrad].set(3, nan);
-  made.tensors[7].streams[kGrad].set(1700, -infinity);
-  made.tensors[9].streams[kPreviousGrad].set(300, nan);
+  made.tensors[9].streams[kGrad].set(1700, -infinity);
+  made.tensors[8].streams[kPreviousGrad].set(299, nan);
   made.tensors[10].streams[kParam].set(2046, infinity);
   made.tensors[16].streams[kGrad].set(19999, infinity);
   made.tensors[17].streams[kParam].set(39999, nan);
@@ -145,7 +139,7 @@ struct Results {
   std::vector<float> alphas;
   std::vector<char> fallbacks;
 
-  explicit Results(std::int64_t rows) : norms(3 * rows, -1.0), alphas(rows, 0.0f), fallbacks(rows) {}
+  explicit Results(std::size_t count) : norms(3 * count, -1.0), alphas(count, 0.0f), fallbacks(count) {}
 };
 
 // Runs what the kernels run, its blocks in random order.
@@ -161,15 +155,13 @@ struct Emulation {
       const bool there = s >= kExpAvg ? on.moments : s != kPreviousGrad || on.previous;
       for (One& one : on.tensors) table.push_back(there ? reinterpret_cast<std::int64_t>(one.streams[s].data()) : 0);
     }
-    std::vector<std::int64_t> rows, row_sizes, dtypes;
+    std::vector<std::int64_t> sizes, dtypes;
     for (const One& one : on.tensors) {
-      rows.push_back(one.size.rows);
-      row_sizes.push_back(one.size.row_size);
+      sizes.push_back(one.size);
       dtypes.push_back(0);
       for (int s = 0; s < kStreams; ++s) dtypes.back() |= static_cast<std::int64_t>(one.streams[s].dtype) << 8 * s;
     }
-    layout = make_layout(rows, row_sizes, dtypes);
-    expect(layout.rows == on.rows, "the number of rows", 0, layout.rows);
+    layout = make_layout(sizes, dtypes);
     table.insert(table.end(), layout.words.begin(), layout.words.end());
     slots.resize(layout.slots);
     for (std::int64_t i = 0; i < layout.blocks; ++i) order.push_back(i);
@@ -197,35 +189,30 @@ struct Emulation {
   }
 };
 
-// Calls body(tensor number, tensor, row of all, element).
+// Calls body(tensor number, tensor, element).
 template <class Body>
 void each_element(Case& on, const Body& body) {
-  std::int64_t first_row = 0;
   for (std::size_t t = 0; t < on.tensors.size(); ++t) {
-    One& one = on.tensors[t];
-    for (std::int64_t i = 0; i < one.size.rows * one.size.row_size; ++i) {
-      body(t, one, first_row + i / one.size.row_size, i);
-    }
-    first_row += one.size.rows;
+    for (std::int64_t i = 0; i < on.tensors[t].size; ++i) body(t, on.tensors[t], i);
   }
 }
 
 void defined_apply(Case& on, const std::vector<float>& alphas, std::uint32_t seed) {
-  each_element(on, [&](std::size_t t, One& one, std::int64_t row, std::int64_t i) {
-    if (alphas[row] == 0.0f) return;
+  each_element(on, [&](std::size_t t, One& one, std::int64_t i) {
+    if (alphas[t] == 0.0f) return;
     const float p = one.streams[kParam].get(i), e = one.streams[kAverage].get(i);
-    one.streams[kAverage].set_state(i, e + alphas[row] * (p - e), seed, t, 0);
+    one.streams[kAverage].set_state(i, e + alphas[t] * (p - e), seed, t, 0);
   });
 }
 
 std::vector<double> defined_norms(Case& on, bool store_grads) {
-  std::vector<double> norms(3 * on.rows);
-  each_element(on, [&](std::size_t, One& one, std::int64_t row, std::int64_t i) {
+  std::vector<double> norms(3 * on.tensors.size());
+  each_element(on, [&](std::size_t t, One& one, std::int64_t i) {
     const float g = one.streams[kGrad].get(i);
-    norms[3 * row] += std::abs(one.streams[kParam].get(i) - one.streams[kAverage].get(i));
-    norms[3 * row + 1] += std::abs(g);
+    norms[3 * t] += std::abs(one.streams[kParam].get(i) - one.streams[kAverage].get(i));
+    norms[3 * t + 1] += std::abs(g);
     if (!on.previous) return;
-    norms[3 * row + 2] += std::abs(g - one.streams[kPreviousGrad].get(i));
+    norms[3 * t + 2] += std::abs(g - one.streams[kPreviousGrad].get(i));
     if (store_grads) one.streams[kPreviousGrad].set(i, g);
   });
   return norms;
@@ -237,7 +224,7 @@ void defined_adamw(Case& on, int step, double lr, const AdamW& adamw, std::uint3
   const auto keep = static_cast<float>(1 - lr * adamw.weight_decay);
   const auto root_scale = static_cast<float>(1 / std::sqrt(1 - std::pow(adamw.beta2, step)));
   const auto step_size = static_cast<float>(lr / (1 - std::pow(adamw.beta1, step)));
-  each_element(on, [&](std::size_t t, One& one, std::int64_t, std::int64_t i) {
+  each_element(on, [&](std::size_t t, One& one, std::int64_t i) {
     const float g = one.streams[kGrad].get(i);
     if (!std::isfinite(g)) return;
     float p = one.streams[kParam].get(i), m = one.streams[kExpAvg].get(i), v = one.streams[kExpAvgSq].get(i);
@@ -267,16 +254,16 @@ void compare(const Case& here, const Case& expected) {
 }
 
 void compare_weights(const Results& is, const std::vector<double>& norms, Rule rule, bool with_weights) {
-  for (std::size_t row = 0; row < is.alphas.size(); ++row) {
+  for (std::size_t t = 0; t < is.alphas.size(); ++t) {
     for (int k = 0; k < 3; ++k) {
-      const double x = is.norms[3 * row + k], y = norms[3 * row + k];
-      expect(std::isfinite(y) ? std::abs(x - y) <= kNormTolerance * y : !std::isfinite(x), "a norm", row, k);
+      const double x = is.norms[3 * t + k], y = norms[3 * t + k];
+      expect(std::isfinite(y) ? std::abs(x - y) <= kNormTolerance * y : !std::isfinite(x), "a norm", t, k);
     }
     if (!with_weights) continue;
     const cit::Weight right =
-        cit::balance_weight({is.norms[3 * row], is.norms[3 * row + 1], is.norms[3 * row + 2]}, {rule, 0.9, 0.01});
-    expect(is.alphas[row] == right.alpha, "alpha", row, 0);
-    expect(static_cast<bool>(is.fallbacks[row]) == right.fallback, "fallback", row, 0);
+        cit::balance_weight({is.norms[3 * t], is.norms[3 * t + 1], is.norms[3 * t + 2]}, {rule, 0.9, 0.01});
+    expect(is.alphas[t] == right.alpha, "alpha", t, 0);
+    expect(static_cast<bool>(is.fallbacks[t]) == right.fallback, "fallback", t, 0);
   }
 }
 
@@ -284,18 +271,18 @@ void check_slots(const Emulation& emulation) {
   for (const Slot& slot : emulation.slots) expect(slot.done == 0, "a counter after the call", 0, slot.done);
 }
 
-void check_ema(HostBlocks* blocks, bool by_row, Rule rule, bool store_grads, int offset, unsigned seed) {
+void check_ema(HostBlocks* blocks, Rule rule, bool store_grads, int offset, unsigned seed) {
   const bool previous = rule != Rule::kFixed;
-  Case here = make_case(by_row, false, previous, offset, seed),
-       expected = make_case(by_row, false, previous, offset, seed);
+  Case here = make_case(false, previous, offset, seed), expected = make_case(false, previous, offset, seed);
   Emulation emulation(here, blocks, seed);
-  Results results(here.rows), only_norms(here.rows);
+  Results results(here.tensors.size()), only_norms(here.tensors.size());
   Outcome outcome = emulation.outcome(only_norms, rule, false);
   outcome.alphas = nullptr;
   emulation.norms(outcome);
   compare(here, expected);
   emulation.norms(emulation.outcome(results, rule, store_grads));
-  expect(std::memcmp(only_norms.norms.data(), results.norms.data(), 24 * here.rows) == 0, "the second run", 0, 0);
+  expect(std::memcmp(only_norms.norms.data(), results.norms.data(), 24 * here.tensors.size()) == 0, "the second run", 0,
+         0);
   compare_weights(results, defined_norms(expected, store_grads), rule, true);
   compare(here, expected);
   emulation.apply(results.alphas.data(), seed);
@@ -304,12 +291,11 @@ void check_ema(HostBlocks* blocks, bool by_row, Rule rule, bool store_grads, int
   check_slots(emulation);
 }
 
-void check_adamw(HostBlocks* blocks, bool by_row, Rule rule, bool store_grads, int offset, unsigned seed) {
+void check_adamw(HostBlocks* blocks, Rule rule, bool store_grads, int offset, unsigned seed) {
   const bool previous = rule != Rule::kFixed;
-  Case here = make_case(by_row, true, previous, offset, seed),
-       expected = make_case(by_row, true, previous, offset, seed);
+  Case here = make_case(true, previous, offset, seed), expected = make_case(true, previous, offset, seed);
   Emulation emulation(here, blocks, seed);
-  Results results(here.rows);
+  Results results(here.tensors.size());
   const AdamW adamw{0.9, 0.95, seed % 2 == 0 ? 0.0 : 1e-8, 0.1};
   for (int step = 1; step <= 3; ++step) {
     const std::vector<float> pending = results.alphas;  // none at first, then from the step before
@@ -326,7 +312,7 @@ void check_adamw(HostBlocks* blocks, bool by_row, Rule rule, bool store_grads, i
 // More pieces than threads that add them up.
 void check_many_pieces(HostBlocks* blocks) {
   const std::int64_t count = (kThreads + 9) * kPiece + 3;
-  Case one{{{{1, count}, {}}}, false, true, 1};
+  Case one{{{count, {}}}, false, true};
   for (int s = 0; s < kStreams; ++s) one.tensors[0].streams.emplace_back(s < kExpAvg ? count : 0, DType::kFloat32, 0);
   std::mt19937 random(1);
   std::uniform_real_distribution<float> uniform;
@@ -360,13 +346,13 @@ void check_rounding() {
 
 // The bits must not depend on the order of the blocks.
 void check_order(HostBlocks* blocks) {
-  Case once = make_case(true, false, true, 0, 5), again = make_case(true, false, true, 0, 5);
+  Case once = make_case(false, true, 0, 5), again = make_case(false, true, 0, 5);
   Emulation first(once, blocks, 1), second(again, blocks, 2);
   expect(first.order != second.order, "the order of the blocks", 0, 0);
-  Results x(once.rows), y(once.rows);
+  Results x(once.tensors.size()), y(once.tensors.size());
   first.norms(first.outcome(x, Rule::kReleased, true));
   second.norms(second.outcome(y, Rule::kReleased, true));
-  expect(std::memcmp(x.norms.data(), y.norms.data(), 24 * once.rows) == 0, "norms in another order", 0, 0);
+  expect(std::memcmp(x.norms.data(), y.norms.data(), 24 * once.tensors.size()) == 0, "norms in another order", 0, 0);
 }
 
 }  // namespace
@@ -374,13 +360,11 @@ void check_order(HostBlocks* blocks) {
 int main() {
   HostBlocks blocks;
   unsigned seed = 1;
-  for (const bool by_row : {false, true}) {
-    for (const Rule rule : {Rule::kReleased, Rule::kPaper, Rule::kFixed}) {
-      for (const bool store_grads : {true, false}) {
-        for (const int offset : {0, 1, 4}) {
-          check_ema(&blocks, by_row, rule, store_grads, offset, seed++);
-          check_adamw(&blocks, by_row, rule, store_grads, offset, seed++);
-        }
+  for (const Rule rule : {Rule::kReleased, Rule::kPaper, Rule::kFixed}) {
+    for (const bool store_grads : {true, false}) {
+      for (const int offset : {0, 1, 4}) {
+        check_ema(&blocks, rule, store_grads, offset, seed++);
+        check_adamw(&blocks, rule, store_grads, offset, seed++);
       }
     }
   }

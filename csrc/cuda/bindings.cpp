@@ -52,12 +52,11 @@ PYBIND11_MODULE(_native_cuda, m) {
 
   m.def(
       "layout",
-      [](const std::vector<std::int64_t>& rows, const std::vector<std::int64_t>& row_sizes,
-         const std::vector<std::int64_t>& dtypes) {
-        cit::gpu::Layout layout = cit::gpu::make_layout(rows, row_sizes, dtypes);
-        return std::make_tuple(std::move(layout.words), layout.rows, layout.slots, layout.blocks);
+      [](const std::vector<std::int64_t>& sizes, const std::vector<std::int64_t>& dtypes) {
+        cit::gpu::Layout layout = cit::gpu::make_layout(sizes, dtypes);
+        return std::make_tuple(std::move(layout.words), layout.slots, layout.blocks);
       },
-      py::arg("rows"), py::arg("row_sizes"), py::arg("dtypes"));
+      py::arg("sizes"), py::arg("dtypes"));
 
   m.def(
       "upload",

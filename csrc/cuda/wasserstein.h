@@ -1,6 +1,6 @@
 // Entropic transport of many pairs of point clouds on a GPU: the launches of wasserstein.cu. The definition is
-// cit_fast/ops/wasserstein/reference.py, the same steps on the CPU are csrc/cpu/wasserstein.cpp. Everything is enqueued on
-// the stream; nothing is allocated, copied or waited for. Errors of the CUDA runtime are std::runtime_error.
+// cit_fast/ops/wasserstein/reference.py, the same steps on the CPU are csrc/cpu/wasserstein.cpp. Everything is enqueued
+// on the stream; nothing is allocated, copied or waited for. Errors of the CUDA runtime are std::runtime_error.
 #pragma once
 
 #include <cstddef>
@@ -34,7 +34,7 @@ struct TransportWork {
   float* kernels;              // as large as costs; used by pairs that do not fit the shared memory
   const double* weights;       // positive, sum 1 in each cloud
   const double* epsilons;      // [rows of the table]; 0: automatic
-  double* results;             // [rows of the table, 6], see cpu/wasserstein.h: lower .. epsilon
+  double* results;             // [rows of the table, 5], see cpu/wasserstein.h: lower .. epsilon
   double* scratch;             // transport_scratch(rows, columns) for each block
   std::int64_t rows, columns;  // most rows that a block has of a pair, most columns
   std::size_t shared_bytes;    // of a block

@@ -416,7 +416,7 @@ class Transport {
   // The cost of the plan after rounding, and the potentials made feasible by two c-transforms.
   CIT_TEAM_LONG void bounds(double epsilon, double iterations, double error) {
     const double inverse = 1.0 / epsilon;
-    double x[5] = {};  // cost of what is kept; of what is missing; what is missing; dual; entropic value
+    double x[4] = {};  // cost of what is kept; of what is missing; what is missing; dual
     for (int row = warp(); row < count_; row += kWarps) {
       double mass = 0.0, plan_cost = 0.0, to_missing = 0.0, minus_f = -infinity();
       for (int j = lane(); j < m_; j += 32) {
@@ -436,7 +436,6 @@ class Transport {
         x[1] += lacks * to_missing;
         x[2] += lacks;
         x[3] -= a()[row] * minus_f;
-        x[4] -= epsilon * a()[row] * (top()[row] + log(a()[row] / ratio()[row]));
         f()[row] = -minus_f;
       }
     }
@@ -456,19 +455,17 @@ class Transport {
           }
         }
         x[3] += b()[j] * least;
-        if (takes_part(j)) x[4] += b()[j] * g()[j];
       }
     }
     reduce_team(x);
     if (team_.rank() == 0 && team_.thread() == 0) {
-      double* const out = work_.results + 6 * row_;
+      double* const out = work_.results + 5 * row_;
       const double upper = x[0] + (x[2] > 0.0 ? x[1] / x[2] : 0.0);
       out[0] = larger(x[3] < upper ? x[3] : upper, 0.0);
       out[1] = upper;
-      out[2] = x[4];
-      out[3] = iterations;
-      out[4] = error;
-      out[5] = epsilon;
+      out[2] = iterations;
+      out[3] = error;
+      out[4] = epsilon;
     }
   }
 

@@ -24,7 +24,7 @@ from cit_fast.ops import (
     flush_balance_ema_,
 )
 from cit_fast.ops.balance_ema import reference
-from cit_fast.ops.balance_ema.reference import balance_weight, row_count
+from cit_fast.ops.balance_ema.reference import BalanceOptions, balance_weight
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,7 +36,6 @@ pytestmark = [
 NORM_RTOL = 72 * 2**-24
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 STATE_DTYPES = [torch.float32, torch.bfloat16]
-GRANULARITIES = ["tensor", "row"]
 SHAPES = [(1,), (0,), (3, 5), (7,), (9, 8), (16, 2), (2047,), (4, 4, 17), (3, 255), (2, 8192), (8193,), (2, 20_000)]
 SHAPES += [(0, 7), (5, 0), (300, 500), (4096, 16), (16, 4096), (9000, 1)]
 ADAMW: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -52,7 +51,6 @@ class Lists:
     previous_grads: list[Tensor]
     exp_avgs: list[Tensor]
     exp_avg_sqs: list[Tensor]
-    granularity: str = "tensor"
     rule: str = "released"
     store_grads: bool = True
     alphas: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -67,11 +65,11 @@ class Lists:
         return (self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, *ema)
 
     def options(self) -> dict[str, Any]:
-        return {"rule": self.rule, "granularity": self.granularity, "store_grads": self.store_grads}
+        return {"rule": self.rule, "store_grads": self.store_grads}
 
     def norms(self) -> Tensor:
         ema = (self.params, self.averages, self.grads, self.previous_grads)
-        return balance_norms_(*ema, granularity=self.granularity, store_grads=self.store_grads)
+        return balance_norms_(*ema, store_grads=self.store_grads)
 
     def ema(self, seed: int = 0) -> BalanceWeights:
         ema = (self.params, self.averages, self.grads, self.previous_grads)
@@ -81,7 +79,7 @@ class Lists:
         return adamw_balance_ema_(*self.adamw_lists(), step=step, lr=lr, seed=seed, **ADAMW, **self.options())
 
     def flush(self, seed: int = 0) -> None:
-        flush_balance_ema_(self.params, self.averages, self.alphas, granularity=self.granularity, seed=seed)
+        flush_balance_ema_(self.params, self.averages, self.alphas, seed=seed)
 
 
 NAMES = [each.name for each in fields(Lists)][:6]
@@ -106,8 +104,7 @@ def make(
         values = (param, param + 4 * offset.sign(), grad, grad + change, 0.1 * m, 0.01 * v.abs())
         for name, value, its_dtype in zip(NAMES, values, dtypes, strict=True):
             getattr(lists, name).append(value.to(its_dtype).cuda())
-    rows = sum(row_count(param, lists.granularity) for param in lists.params)
-    lists.alphas = torch.rand(rows, generator=generator).cuda()
+    lists.alphas = torch.rand(len(lists.params), generator=generator).cuda()
     lists.alphas[::3] = 0  # nothing pending
     return lists
 
@@ -160,47 +157,45 @@ def check_adamw(lists: Lists, steps: int = 2) -> None:
     for step in range(1, steps + 1):
         expected = lists.on("cpu")
         before = [each.clone() for each in expected.previous_grads]
-        options = (expected.rule, 0.99, 0.01, expected.granularity, expected.store_grads, 40 + step)
-        scalars = (step, 1e-2, *ADAMW["betas"], ADAMW["eps"], ADAMW["weight_decay"])
-        reference.adamw_balance_ema_(*expected.adamw_lists(), *scalars, *options)
+        options = BalanceOptions(expected.rule, 0.99, 0.01, expected.store_grads, 40 + step)
+        adamw = AdamWOptions(step, 1e-2, *ADAMW["betas"], ADAMW["eps"], ADAMW["weight_decay"])
+        reference.adamw_balance_ema_(*expected.adamw_lists(), adamw, options)
         weights = lists.adamw(step, seed=40 + step)
         assert weights.alphas is lists.alphas
         assert_same(lists, expected, params_ulps=2)
         params = [each.cpu() for each in lists.params]  # p - e may be as small as what they are off
         ema = (params, expected.averages, expected.grads, before)
-        assert_norms(weights.norms, reference.balance_norms_(*ema, lists.granularity, store_grads=False))
+        assert_norms(weights.norms, reference.balance_norms_(*ema, store_grads=False))
         assert_weights(weights, lists)
 
 
 def check_ema(lists: Lists) -> None:
     expected = lists.on("cpu")
     ema = (expected.params, expected.averages, expected.grads, expected.previous_grads)
-    right = reference.balance_norms_(*ema, expected.granularity, expected.store_grads)
+    right = reference.balance_norms_(*ema, expected.store_grads)
     norms_alone = lists.on("cuda").norms()
     weights = lists.ema(seed=7)
     assert_norms(weights.norms, right)
     assert torch.equal(weights.norms.nan_to_num(), norms_alone.nan_to_num())
     assert_weights(weights, lists)
     alphas = weights.alphas.cpu()
-    reference.flush_balance_ema_(expected.params, expected.averages, alphas, expected.granularity, 7)
+    reference.flush_balance_ema_(expected.params, expected.averages, alphas, 7)
     assert_same(lists, expected)
 
 
 @pytest.mark.parametrize("rule", BALANCE_RULES)
-@pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("state_dtype", STATE_DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_matches_the_reference(dtype: torch.dtype, state_dtype: torch.dtype, granularity: str, rule: str) -> None:
-    check_ema(make(SHAPES, dtype, state_dtype, granularity=granularity, rule=rule))
-    check_adamw(make(SHAPES, dtype, state_dtype, granularity=granularity, rule=rule, seed=1))
+def test_matches_the_reference(dtype: torch.dtype, state_dtype: torch.dtype, rule: str) -> None:
+    check_ema(make(SHAPES, dtype, state_dtype, rule=rule))
+    check_adamw(make(SHAPES, dtype, state_dtype, rule=rule, seed=1))
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize(("grad_dtype", "previous_dtype"), list(product(DTYPES, DTYPES)), ids=str)
-def test_mixed_dtypes(grad_dtype: torch.dtype, previous_dtype: torch.dtype, granularity: str) -> None:
+def test_mixed_dtypes(grad_dtype: torch.dtype, previous_dtype: torch.dtype) -> None:
     dtypes = {"grad_dtype": grad_dtype, "previous_dtype": previous_dtype}
-    check_ema(make(SHAPES, torch.bfloat16, granularity=granularity, **dtypes))
-    check_adamw(make(SHAPES, torch.bfloat16, granularity=granularity, **dtypes), steps=1)
+    check_ema(make(SHAPES, torch.bfloat16, **dtypes))
+    check_adamw(make(SHAPES, torch.bfloat16, **dtypes), steps=1)
 
 
 def test_every_tensor_its_own_state_dtype() -> None:
@@ -210,18 +205,16 @@ def test_every_tensor_its_own_state_dtype() -> None:
     check_adamw(lists)
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_gradients_that_are_not_to_be_stored(granularity: str) -> None:
-    lists = make(SHAPES, granularity=granularity, store_grads=False)
+def test_gradients_that_are_not_to_be_stored() -> None:
+    lists = make(SHAPES, store_grads=False)
     before = [each.clone() for each in lists.previous_grads]
     check_ema(lists)
     check_adamw(lists)
     assert all(torch.equal(x, y) for x, y in zip(lists.previous_grads, before, strict=True))
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_fixed_needs_no_previous_gradients(granularity: str) -> None:
-    lists = make(SHAPES, rule="fixed", granularity=granularity)
+def test_fixed_needs_no_previous_gradients() -> None:
+    lists = make(SHAPES, rule="fixed")
     lists.previous_grads = []
     check_ema(lists)
     check_adamw(lists)
@@ -229,7 +222,7 @@ def test_fixed_needs_no_previous_gradients(granularity: str) -> None:
 
 def test_many_tensors() -> None:
     check_adamw(make([(1 + 997 * i % 40_009,) for i in range(224)], torch.bfloat16, seed=2))
-    check_adamw(make([(8 + i % 9, 1 + 97 * i % 409) for i in range(1000)], granularity="row", seed=3), steps=1)
+    check_adamw(make([(8 + i % 9, 1 + 97 * i % 409) for i in range(1000)], seed=3), steps=1)
 
 
 def test_a_large_tensor() -> None:
@@ -237,10 +230,9 @@ def test_a_large_tensor() -> None:
     check_adamw(make([(512, 8193)], torch.bfloat16, torch.bfloat16, seed=3), steps=1)
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_tensors_that_are_not_aligned_give_the_same_bits(dtype: torch.dtype, granularity: str) -> None:
-    aligned = make([(30, 1001), (5, 8)], dtype, granularity=granularity, seed=4)
+def test_tensors_that_are_not_aligned_give_the_same_bits(dtype: torch.dtype) -> None:
+    aligned = make([(30, 1001), (5, 8)], dtype, seed=4)
     shifted = aligned.on("cuda")
     for name in NAMES:
         for i, tensor in enumerate(getattr(shifted, name)):
@@ -267,18 +259,17 @@ def test_same_bits_every_time_and_in_any_company() -> None:
         assert all(torch.equal(a, b) for a, b in zip(getattr(once, name), getattr(crowd, name)[-4:], strict=True))
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("where", ["params", "grads", "previous_grads"])
-def test_values_that_are_not_finite(where: str, value: float, granularity: str) -> None:
-    lists = make([(4, 10), (2, 100_000), (7,)], granularity=granularity, seed=7)
+def test_values_that_are_not_finite(where: str, value: float) -> None:
+    lists = make([(4, 10), (2, 100_000), (7,)], seed=7)
     for tensor in getattr(lists, where)[:2]:
         tensor.view(-1)[-1] = value
     check_ema(lists.on("cuda"))
     if where == "params":
         lists.alphas.zero_()  # or the pending update, which is of the step before, would take it in
     check_adamw(lists, steps=1)
-    bad = [0, 1] if granularity == "tensor" else [3, 5]
+    bad = [0, 1]
     assert (lists.alphas[bad] == 0).all().item() == (where != "previous_grads")
     assert lists.alphas[-1].item() > 0
     if where == "grads":
@@ -288,16 +279,13 @@ def test_values_that_are_not_finite(where: str, value: float, granularity: str) 
 def test_only_empty_tensors() -> None:
     weights = make([(0,), (0, 3)]).ema()
     assert weights.fallbacks.tolist() == [True, True]
-    assert make([(0, 3)], granularity="row").ema().alphas.shape == (0,)
-    assert make([(2, 0)], granularity="row").ema().fallbacks.tolist() == [True, True]
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("state_dtype", STATE_DTYPES, ids=str)
-def test_flush(state_dtype: torch.dtype, granularity: str) -> None:
-    lists = make(SHAPES, torch.bfloat16, state_dtype, granularity=granularity)
+def test_flush(state_dtype: torch.dtype) -> None:
+    lists = make(SHAPES, torch.bfloat16, state_dtype)
     expected = lists.on("cpu")
-    reference.flush_balance_ema_(expected.params, expected.averages, expected.alphas, granularity, 3)
+    reference.flush_balance_ema_(expected.params, expected.averages, expected.alphas, 3)
     lists.flush(seed=3)
     assert_same(lists, expected)
     assert not lists.alphas.any().item()
@@ -344,9 +332,8 @@ def capture(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     return graph, result
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_graph_of_the_average(granularity: str) -> None:
-    lists = make(SHAPES, granularity=granularity)
+def test_graph_of_the_average() -> None:
+    lists = make(SHAPES)
     expected = lists.on("cuda")
     graph, weights = capture(lists.ema)
     assert_same(lists, expected)  # a capture runs nothing
@@ -364,11 +351,10 @@ def test_graph_of_the_average(granularity: str) -> None:
         assert_same(lists, expected)
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("state_dtype", STATE_DTYPES, ids=str)
 @pytest.mark.parametrize("step_dtype", [torch.float32, torch.int64], ids=str)
-def test_graph_of_adamw(step_dtype: torch.dtype, state_dtype: torch.dtype, granularity: str) -> None:
-    lists = make(SHAPES, torch.bfloat16, state_dtype, granularity=granularity)
+def test_graph_of_adamw(step_dtype: torch.dtype, state_dtype: torch.dtype) -> None:
+    lists = make(SHAPES, torch.bfloat16, state_dtype)
     expected = lists.on("cuda")
     step, lr = torch.zeros((), device="cuda", dtype=step_dtype), torch.zeros((), device="cuda", dtype=torch.float64)
 

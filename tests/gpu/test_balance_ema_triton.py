@@ -5,21 +5,20 @@ pytest tests/gpu
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from pytest_process import run_tests
 from torch import Tensor
 
 from cit_fast import backend
 from cit_fast.errors import BackendError
 from cit_fast.ops import adamw_balance_ema_, balance_ema_, flush_balance_ema_
-from cit_fast.ops.balance_ema import triton as glue
 
 pytest.importorskip("triton")
+from cit_fast.kernels import balance_ema as kernels
+
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 CASES = Path(__file__).parent.parent / "kernels" / "balance_ema_cases.py"
@@ -54,10 +53,7 @@ def run(lists: list[list[Tensor]], steps: int = 2, which: str = "triton"):
 
 
 def test_all_cases_of_the_interpreter() -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_I", "PYTEST_"))}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_tests(CASES)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -80,7 +76,7 @@ def test_the_number_of_warps_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> 
     once = copy(lists)
     weights = run(once)
     for warps in (1, 2, 8):
-        monkeypatch.setitem(glue._OPTIONS, "num_warps", warps)
+        monkeypatch.setitem(kernels._TILING, "num_warps", warps)
         again = copy(lists)
         assert torch.equal(run(again).norms, weights.norms)
         assert same(again, once)
@@ -106,7 +102,7 @@ def test_runs_on_the_current_stream_and_never_waits() -> None:
 def test_a_list_that_stays_costs_no_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     lists = make([(1000,)])
     run(lists)
-    monkeypatch.setattr(glue, "_to_device", lambda *_: pytest.fail("copied again"))
+    monkeypatch.setattr(kernels, "_to_device", lambda *_: pytest.fail("copied again"))
     run(lists)
 
 

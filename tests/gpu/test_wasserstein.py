@@ -5,13 +5,11 @@ pytest tests/gpu
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from pytest_process import run_tests
 from torch import Tensor
 
 from cit_fast import available_backends, backend
@@ -48,13 +46,7 @@ def run(which: str, clouds: list[Tensor], device: str = "cuda", **options: objec
 
 
 def test_all_cases(which: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_I", "PYTEST_"))}
-    environment.pop("CIT_FAST_HOST_LIBRARY", None)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
-    done = subprocess.run(
-        command, env={**environment, "CIT_FAST_CASES": which}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_tests(CASES, CIT_FAST_CASES=which)
 
 
 # Each tier of the CUDA kernels, on GPUs with and without clusters, and of the Triton kernels.

@@ -17,7 +17,7 @@ from cit_fast.kernels import balance_ema as kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cit_fast.ops.balance_ema import triton as glue
+from cit_fast.ops.balance_ema.native import RULES
 
 ARCHITECTURES = (80, 90)
 REGISTERS = 65536  # of a processor
@@ -31,7 +31,7 @@ STREAMS = {
     "mixed": (MIXED,) * 6,
 }
 TYPES = {
-    **dict.fromkeys(("shapes", "streams", "groups"), "*i64"),
+    **dict.fromkeys(("sizes", "streams"), "*i64"),
     **dict.fromkeys(("slots", "alphas"), "*fp32"),
     "chunks": "*i32",
     "norms": "*fp64",
@@ -44,13 +44,14 @@ TYPES = {
 def build(name: str, architecture: int, **options: object) -> tuple[str, str]:
     """PTX as it is at run time, and what the machine code made of it uses."""
     kernel = getattr(kernels, name)
+    options["CHUNK"] = kernels._CHUNK
     if name != "weights_kernel":
-        options |= {"LOG_GROUPS": glue._LOG_GROUPS, "CHUNK": glue._CHUNK}
+        options["LOG_GROUPS"] = kernels._LOG_GROUPS
     signature = {arg: "constexpr" if arg in options else TYPES.get(arg, "fp32") for arg in kernel.arg_names}
     # As the launcher does: memory that torch allocates is aligned.
     attributes = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
     source = ASTSource(kernel, signature, options, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=glue._OPTIONS)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=kernels._OPTIONS)
     assert compiled.metadata.shared <= 8192
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -65,7 +66,7 @@ def check(usage: str, programs: int) -> None:
     print(f"{registers} registers")  # noqa: T201 - pytest -rA shows it
     assert "STACK:0 " in usage
     assert "LOCAL:0 " in usage
-    assert registers <= REGISTERS // (32 * glue._OPTIONS["num_warps"]) // programs
+    assert registers <= REGISTERS // (32 * kernels._OPTIONS["num_warps"]) // programs
 
 
 def vectors(ptx: str, access: str) -> int:
@@ -83,40 +84,39 @@ def accesses(dtypes: tuple[int, ...], *, state: int) -> int:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("by_row", [False, True], ids=["tensor", "row"])
 @pytest.mark.parametrize("streams", STREAMS)
 class TestKernels:
-    def test_adamw(self, streams: str, by_row: bool, architecture: int) -> None:
+    def test_adamw(self, streams: str, architecture: int) -> None:
         dtypes = STREAMS[streams]
-        ptx, usage = build("sweep_kernel", architecture, DTYPES=dtypes, ADAMW=True, STORE_GRADS=True, BY_ROW=by_row)
+        ptx, usage = build("sweep_kernel", architecture, DTYPES=dtypes, ADAMW=True, STORE_GRADS=True)
         # Four programs are 4096 elements in flight, 98 KB of float32; the rare cases have less.
-        check(usage, 2 if streams == "mixed" else 3 if by_row else 4)
+        check(usage, 2 if streams == "mixed" else 4)
         assert vectors(ptx, "ld") == accesses(dtypes, state=0)
         assert vectors(ptx, "st") == accesses(dtypes[:2] + dtypes[3:], state=3)
 
-    def test_norms(self, streams: str, by_row: bool, architecture: int) -> None:
+    def test_norms(self, streams: str, architecture: int) -> None:
         dtypes = (*STREAMS[streams][:4], ABSENT, ABSENT)
-        ptx, usage = build("sweep_kernel", architecture, DTYPES=dtypes, ADAMW=False, STORE_GRADS=True, BY_ROW=by_row)
+        ptx, usage = build("sweep_kernel", architecture, DTYPES=dtypes, ADAMW=False, STORE_GRADS=True)
         check(usage, 4)
         assert vectors(ptx, "ld") == accesses(dtypes, state=0)
         assert vectors(ptx, "st") == accesses(dtypes[3:4], state=0)
 
-    def test_apply(self, streams: str, by_row: bool, architecture: int) -> None:
+    def test_apply(self, streams: str, architecture: int) -> None:
         dtypes = (*STREAMS[streams][:2], *(ABSENT,) * 4)
-        ptx, usage = build("apply_kernel", architecture, DTYPES=dtypes, BY_ROW=by_row)
+        ptx, usage = build("apply_kernel", architecture, DTYPES=dtypes)
         check(usage, 8)
         assert vectors(ptx, "ld") == accesses(dtypes, state=0)
         assert vectors(ptx, "st") == accesses(dtypes[1:2], state=1)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("rule", [*glue.RULES, None])
+@pytest.mark.parametrize("rule", [*RULES, None])
 def test_weights(rule: str | None, architecture: int) -> None:
-    options = {"RULE": glue._ABSENT if rule is None else glue.RULES[rule], "LOG_TILE": glue._LOG_ROWS}
+    options = {"RULE": ABSENT if rule is None else RULES[rule], "LOG_TILE": kernels._LOG_SLOTS}
     _, usage = build("weights_kernel", architecture, **options)
     check(usage, 4)
 
 
 def test_fused_multiply_add_is_off() -> None:
-    ptx, _ = build("sweep_kernel", 90, DTYPES=STREAMS["float32"], ADAMW=True, STORE_GRADS=True, BY_ROW=False)
+    ptx, _ = build("sweep_kernel", 90, DTYPES=STREAMS["float32"], ADAMW=True, STORE_GRADS=True)
     assert "fma.rn.f32" not in ptx

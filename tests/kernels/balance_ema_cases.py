@@ -88,15 +88,14 @@ def assert_same_weights(got, expected) -> None:
     assert torch.equal(got.fallbacks, expected.fallbacks)
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "row"])
 @pytest.mark.parametrize("dtype", [F32, F16], ids=str)
-def test_ema_is_the_reference(dtype: torch.dtype, granularity: str) -> None:
+def test_ema_is_the_reference(dtype: torch.dtype) -> None:
     lists = make(SHAPES, dtype)
     for param, average in zip(lists.params, lists.averages, strict=True):
         average.mul_(1e-3).add_(param)  # so that most weights are usable
     expected = lists.copy()
-    weights = lists.ema(granularity=granularity)
-    expected_weights = expected.ema("reference", granularity=granularity)
+    weights = lists.ema()
+    expected_weights = expected.ema("reference")
     assert_same_weights(weights, expected_weights)
     assert not weights.fallbacks.all()
     assert_same(lists, expected, "params", "grads", "previous_grads")
@@ -122,18 +121,16 @@ def test_rules(rule: str) -> None:
     assert torch.equal(lists.averages[2], expected.averages[2])
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "row"])
 @pytest.mark.parametrize(("dtype", "state"), [(F32, F32), (BF16, F32), (F16, BF16), (BF16, BF16)], ids=str)
-def test_adamw_is_the_reference(dtype: torch.dtype, state: torch.dtype, granularity: str) -> None:
+def test_adamw_is_the_reference(dtype: torch.dtype, state: torch.dtype) -> None:
     lists = make([(1,), (3, 5), (1031,), (40, 16), (0, 3)], dtype, state)
     lists.grads[1].view(-1)[2] = float("inf")
     lists.grads[3].view(-1)[-1] = float("nan")
-    rows = 4 if granularity == "row" else 0
-    alphas = torch.rand(5 if not rows else 1 + 3 + 1 + 40, device=DEVICE)
+    alphas = torch.rand(5, device=DEVICE)
     alphas[2] = 0
     expected, expected_alphas = lists.copy(), alphas.clone()
-    weights = lists.adamw(alphas, granularity=granularity, seed=2**32 - 5)
-    expected_weights = expected.adamw(expected_alphas, "reference", granularity=granularity, seed=2**32 - 5)
+    weights = lists.adamw(alphas, seed=2**32 - 5)
+    expected_weights = expected.adamw(expected_alphas, "reference", seed=2**32 - 5)
     assert weights.alphas is alphas or torch.equal(weights.alphas, alphas)
     assert_same(lists, expected, "averages", "grads", "previous_grads", "exp_avgs", "exp_avg_sqs")
     for p, right in zip(lists.params, expected.params, strict=True):
@@ -223,31 +220,14 @@ def test_alignment_changes_no_bit(dtype: torch.dtype) -> None:
         tensors = getattr(shifted, field.name)
         for j, tensor in enumerate(tensors):
             tensors[j] = torch.cat([tensor.new_zeros(i), tensor.flatten()])[i:].view(tensor.shape)
-    alphas = torch.rand(18, device=DEVICE)
-    weights = aligned.adamw(alphas.clone(), granularity="row", seed=3)
-    shifted_weights = shifted.adamw(alphas.clone(), granularity="row", seed=3)
+    alphas = torch.rand(2, device=DEVICE)
+    weights = aligned.adamw(alphas.clone(), seed=3)
+    shifted_weights = shifted.adamw(alphas.clone(), seed=3)
     assert torch.equal(weights.norms, shifted_weights.norms)
     assert_same(shifted, aligned)
-    aligned.flush(alphas, granularity="row", seed=4)
-    shifted.flush(alphas, granularity="row", seed=4)
+    aligned.flush(alphas, seed=4)
+    shifted.flush(alphas, seed=4)
     assert_same(shifted, aligned)
-
-
-@pytest.mark.parametrize("width", [1, 8, 9, 16, 200, 1024, 1032, 16384 + 16])
-def test_a_row_has_the_bits_of_a_tensor_of_its_own(width: int) -> None:
-    rows = 2 if width > 2000 else 5 if width > 16 else 130  # short rows: more than a tile of them
-    some = [0, 1] if rows == 2 else [0, 1, 2, rows - 2, rows - 1]
-    lists = make([(rows, width)])
-    apart = Lists(*([getattr(lists, field.name)[0][row].clone() for row in some] for field in fields(lists)))
-    alphas = torch.rand(rows, device=DEVICE)
-    if width < 1000:
-        weights, apart_weights = lists.adamw(alphas.clone(), granularity="row"), apart.adamw(alphas[some])
-    else:
-        weights, apart_weights = lists.ema(granularity="row"), apart.ema()
-    for got, expected in zip(weights, apart_weights, strict=True):
-        assert torch.equal(got[some], expected)
-    for field in fields(lists):
-        assert torch.equal(getattr(lists, field.name)[0][some], torch.stack(getattr(apart, field.name)))
 
 
 def test_the_list_and_the_grid_change_no_bit() -> None:
@@ -276,14 +256,12 @@ def test_norms_alone_and_gradients_that_are_kept() -> None:
     lists = make([(3, 16), (1031,)], BF16)
     expected = lists.copy()
     with backend("triton"):
-        norms = balance_norms_(
-            *(getattr(lists, f.name) for f in fields(lists)[:4]), granularity="row", store_grads=False
-        )
+        norms = balance_norms_(*(getattr(lists, f.name) for f in fields(lists)[:4]), store_grads=False)
     assert_same(lists, expected)
     with backend("reference"):
-        right = balance_norms_(*(getattr(expected, f.name) for f in fields(lists)[:4]), granularity="row")
+        right = balance_norms_(*(getattr(expected, f.name) for f in fields(lists)[:4]))
     torch.testing.assert_close(norms, right, rtol=NORM_RTOL, atol=0, equal_nan=True)
-    lists.adamw(torch.zeros(4, device=DEVICE), granularity="row", store_grads=False)
+    lists.adamw(torch.zeros(2, device=DEVICE), store_grads=False)
     assert_same(lists, make([(3, 16), (1031,)], BF16), "grads", "previous_grads", "averages")
     lists.previous_grads = []
     lists.ema(rule="fixed", decay=0.5)
@@ -305,18 +283,18 @@ def test_values_that_are_not_finite_stay_out_of_the_average() -> None:
 
 def test_offsets_beyond_2_31() -> None:
     """The last chunk of a tensor of more than 2^31 elements, alone: the rest of its memory is never touched."""
-    from cit_fast.ops.balance_ema import triton as glue
+    from cit_fast.kernels import balance_ema as kernels
 
     chunk = 1 << 17
-    numel = chunk * glue._CHUNK + 24
+    numel = chunk * kernels._CHUNK + 24
     p, e = (torch.empty(numel, dtype=BF16, device=DEVICE) for _ in range(2))
     start, alphas = torch.arange(24, dtype=BF16, device=DEVICE), torch.full((1,), 0.5, device=DEVICE)
     p[-24:], e[-24:] = start, start * 3
-    call = glue._Call([[p], [e], [], [], [], []], "tensor")
-    shapes = call.layout.shapes.clone()
-    assert shapes[0, 5] == 0
-    shapes[0, 5] = -chunk  # now the first program takes the last chunk
-    call.layout = call.layout._replace(shapes=shapes, chunks=call.layout.chunks[-1:])
+    call = kernels._Call([[p], [e], [], [], [], []])
+    sizes = call.layout.sizes.clone()
+    assert sizes[0, 1] == 0
+    sizes[0, 1] = -chunk  # now the first program takes the last chunk
+    call.layout = call.layout._replace(sizes=sizes, chunks=call.layout.chunks[-1:])
     call.apply(alphas, 0)
     assert torch.equal(e[-24:], start * 2)
 

@@ -17,14 +17,12 @@ from cit_fast.kernels import wasserstein as kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cit_fast.ops.wasserstein import triton as glue
-
 ARCHITECTURES = (80, 90)
 REGISTERS = 65536  # of a processor
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 POINTERS = {"order": "*i32", "table": "*i64", "costs": "*fp32", "kernels": "*fp32"}
-SINGLE = [block for block in glue._WIDTHS if block <= glue._WIDE]
-CHUNKS = sorted({glue._options(block)["CHUNK"] for block in glue._WIDTHS})
+SINGLE = [block for block in kernels._WIDTHS if block <= kernels._WIDE]
+CHUNKS = sorted({kernels._options(block)["CHUNK"] for block in kernels._WIDTHS})
 
 
 def build(name: str, architecture: int, options: dict[str, Any]) -> str:
@@ -58,19 +56,19 @@ def check(usage: str, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("block", SINGLE)
 def test_solve(block: int, architecture: int) -> None:
-    options = glue._options(block)
+    options = kernels._options(block)
     check(build("solve_kernel", architecture, options), options)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("block", list(glue._WIDTHS))
+@pytest.mark.parametrize("block", list(kernels._WIDTHS))
 def test_pass(block: int, architecture: int) -> None:
-    options = glue._options(block)
+    options = kernels._options(block)
     check(build("pass_kernel", architecture, options), options)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_combine(chunk: int, architecture: int) -> None:
-    options = {"CHUNK": chunk, **glue._COMBINE}
+    options = {"CHUNK": chunk, **kernels._COMBINE}
     check(build("combine_kernel", architecture, options), options)

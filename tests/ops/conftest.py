@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from cit_fast import _native, backend
 from cit_fast.ops import adamw_balance_ema_, balance_ema_, flush_balance_ema_
 from cit_fast.ops.balance_ema import reference
 
-# Every kind of length: empty, shorter than a vector, around a vector, a conversion block and a chunk; long rows too.
+# Every kind of length: empty, shorter than a vector, around a vector, a conversion block and a chunk.
 SHAPES = [(1,), (0,), (), (3, 5), (16,), (1023,), (1025,), (4, 4, 17), (16384,), (16385,), (0, 7), (7, 0), (300, 500),
           (2, 16390)]  # fmt: skip
 
@@ -33,14 +34,9 @@ class Lists:
     def run(self, **options: object):
         return balance_ema_(self.params, self.averages, self.grads, self.previous_grads, **options)
 
-    def run_reference(self, *options: object):
-        return reference.balance_ema_(self.params, self.averages, self.grads, self.previous_grads, *options)
-
-    def by_rows(self) -> Lists:
-        """Every row of every matrix as a tensor of its own, in the same memory."""
-        return Lists(
-            *([row for t in getattr(self, f.name) for row in (t if t.dim() > 1 else [t])] for f in fields(self))
-        )
+    def run_reference(self, **options: Any):
+        lists = (self.params, self.averages, self.grads, self.previous_grads)
+        return reference.balance_ema_(*lists, reference.BalanceOptions(**options))
 
 
 @dataclass
@@ -95,12 +91,11 @@ def make_lists(
     return Lists(params, averages, grads, previous)
 
 
-def make_moments(lists: Lists, state_dtype: torch.dtype = torch.float32, granularity: str = "tensor") -> Moments:
+def make_moments(lists: Lists, state_dtype: torch.dtype = torch.float32) -> Moments:
     """AdamW's state before the first step; the averages become ``state_dtype`` too."""
     lists.averages = [average.to(state_dtype) for average in lists.averages]
     zeros = [[torch.zeros(p.shape, dtype=state_dtype) for p in lists.params] for _ in range(2)]
-    rows = sum(len(p) if granularity == "row" and p.dim() > 1 else 1 for p in lists.params)
-    return Moments(lists, zeros[0], zeros[1], torch.zeros(rows))
+    return Moments(lists, zeros[0], zeros[1], torch.zeros(len(lists.params)))
 
 
 @pytest.fixture

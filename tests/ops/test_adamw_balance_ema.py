@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cit_fast import _native, backend
 from cit_fast.errors import CitFastError
-from cit_fast.ops import BALANCE_GRANULARITIES, BALANCE_RULES, balance_weights
+from cit_fast.ops import BALANCE_RULES, balance_weights
 
 NORM_RTOL = 1024 * 2**-24  # float32 sums of at most 1024 positive values per lane
 WEIGHT_RTOL = 3 * NORM_RTOL
@@ -38,29 +38,25 @@ def run(make: Make, moments: Make) -> Make:
         dtype: torch.dtype = torch.float32,
         steps: int = 4,
         shapes: list[tuple[int, ...]] | None = None,
-        granularity: str = "tensor",
         **options: object,
     ) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
-        state = moments(make(shapes, dtype, seed=5), granularity=granularity)
+        state = moments(make(shapes, dtype, seed=5))
         history = []
         for step in range(1, steps + 1):
             state.lists.grads = make(shapes, dtype, seed=100 + step).grads
-            weights = state.step(step, **ADAMW, granularity=granularity, **options)
+            weights = state.step(step, **ADAMW, **options)
             assert weights.alphas is state.alphas
             history.append((weights.alphas.clone(), weights.fallbacks))
-        state.flush(granularity=granularity)
+        state.flush()
         assert not state.alphas.any()
         return state, history
 
     return run_steps
 
 
-@pytest.mark.parametrize("granularity", BALANCE_GRANULARITIES)
 @pytest.mark.parametrize("rule", BALANCE_RULES)
-def test_is_torch_adamw_followed_by_balance_ema(
-    make: Make, run: Make, forced: str, rule: str, granularity: str
-) -> None:
-    state, history = run(rule=rule, granularity=granularity)
+def test_is_torch_adamw_followed_by_balance_ema(make: Make, run: Make, forced: str, rule: str) -> None:
+    state, history = run(rule=rule)
     lists = make(seed=5)
     params = [torch.nn.Parameter(p) for p in lists.params]
     optimizer = torch.optim.AdamW(params, **ADAMW, fused=True)
@@ -69,7 +65,7 @@ def test_is_torch_adamw_followed_by_balance_ema(
             param.grad = grad
         optimizer.step()
         lists.params, lists.grads = [p.detach() for p in params], [p.grad for p in params]
-        weights = lists.run(rule=rule, granularity=granularity)
+        weights = lists.run(rule=rule)
         alphas, fallbacks = history[step - 1]
         torch.testing.assert_close(weights.alphas, alphas, rtol=2 * WEIGHT_RTOL, atol=0)
         assert torch.equal(weights.fallbacks, fallbacks)
@@ -82,12 +78,9 @@ def test_is_torch_adamw_followed_by_balance_ema(
             torch.testing.assert_close(state.exp_avg_sqs[i], optimizer.state[param]["exp_avg_sq"], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("granularity", BALANCE_GRANULARITIES)
 @pytest.mark.parametrize("dtype", list(PARAM_RTOL), ids=str)
-def test_one_native_step_is_the_definition(
-    make: Make, moments: Make, simd: str, dtype: torch.dtype, granularity: str
-) -> None:
-    native = moments(make(None, dtype), granularity=granularity)
+def test_one_native_step_is_the_definition(make: Make, moments: Make, simd: str, dtype: torch.dtype) -> None:
+    native = moments(make(None, dtype))
     for k, moment in enumerate((native.exp_avgs, native.exp_avg_sqs)):
         for tensor, other in zip(moment, make(seed=40 + k).params, strict=True):
             tensor.copy_(other.abs())
@@ -95,9 +88,9 @@ def test_one_native_step_is_the_definition(
     native.alphas[1::5] = 0
     expected = native.copy()
     with backend("native"):
-        weights = native.step(7, **ADAMW, granularity=granularity)
+        weights = native.step(7, **ADAMW)
     with backend("reference"):
-        expected_weights = expected.step(7, **ADAMW, granularity=granularity)
+        expected_weights = expected.step(7, **ADAMW)
     others = slice(len(native.lists.params), -1)  # all but parameters and weights
     for mine, theirs in zip(tensors_of(native)[others], tensors_of(expected)[others], strict=True):
         assert torch.equal(mine, theirs)
@@ -132,33 +125,12 @@ def test_native_steps_follow_the_reference(run: Make, simd: str, dtype: torch.dt
         assert torch.equal(previous, grad)
 
 
-@pytest.mark.parametrize("granularity", BALANCE_GRANULARITIES)
-def test_bits_do_not_depend_on_threads_or_simd(
-    run: Make, simd: str, with_threads: Callable[[int], None], granularity: str
-) -> None:
-    one = tensors_of(run(steps=2, granularity=granularity, rule="paper")[0])
+def test_bits_do_not_depend_on_threads_or_simd(run: Make, simd: str, with_threads: Callable[[int], None]) -> None:
+    one = tensors_of(run(steps=2, rule="paper")[0])
     _native.set_simd_level("")
     with_threads(3)
-    three = tensors_of(run(steps=2, granularity=granularity, rule="paper")[0])
+    three = tensors_of(run(steps=2, rule="paper")[0])
     assert all(torch.equal(x, y) for x, y in zip(one, three, strict=True))
-
-
-def test_rows_are_treated_like_tensors_of_their_own(make: Make, moments: Make, forced: str) -> None:
-    whole = moments(make([(5, 7), (3,), (2, 16385)]), granularity="row")
-    parts = whole.copy()
-    parts.lists = parts.lists.by_rows()
-    for name in ("exp_avgs", "exp_avg_sqs"):
-        setattr(parts, name, [row for t in getattr(parts, name) for row in (t if t.dim() > 1 else [t])])
-    for step in (1, 2):
-        weights, expected = whole.step(step, **ADAMW, granularity="row"), parts.step(step, **ADAMW)
-        assert torch.equal(weights.fallbacks, expected.fallbacks)
-    assert torch.equal(whole.alphas, parts.alphas)
-    rows = whole.lists.by_rows()
-    assert all(
-        torch.equal(x, y)
-        for name in ("params", "averages", "previous_grads")
-        for x, y in zip(getattr(rows, name), getattr(parts.lists, name), strict=True)
-    )
 
 
 def test_gradients_that_the_caller_keeps_are_not_stored(make: Make, moments: Make, forced: str) -> None:
@@ -263,7 +235,6 @@ def test_eps_zero_on_odd_lengths(make: Make, moments: Make, forced: str, size: i
         ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\)"),
         ({"betas": (0.9, 0.99, 0.999)}, r"betas=\(0.9, 0.99, 0.999\) must be two numbers"),
         ({"rule": "mean"}, "adamw_balance_ema_: rule='mean'"),
-        ({"granularity": "row"}, r"alphas must be contiguous float32 of shape \(2,\) on cpu"),
     ],
 )
 def test_bad_options(make: Make, moments: Make, options: dict[str, Any], message: str) -> None:

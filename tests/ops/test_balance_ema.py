@@ -1,4 +1,4 @@
-"""The balance-weight EMA against its definition in float64: numbers, rows, odd shapes, bad input."""
+"""The balance-weight EMA against its definition in float64: numbers, odd shapes, bad input."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from torch import Tensor
 from cit_fast import _native, backend, ops
 from cit_fast.errors import BackendError, CitFastError
 from cit_fast.ops import (
-    BALANCE_GRANULARITIES,
     BALANCE_RULES,
     adamw_balance_ema_,
     balance_ema_,
@@ -55,20 +54,18 @@ def assert_close_to_exact(got: Any, weights: Any, exact: Any, exact_weights: Any
         assert torch.equal(previous, grad.to(previous.dtype))
 
 
-@pytest.mark.parametrize("granularity", BALANCE_GRANULARITIES)
 @pytest.mark.parametrize("rule", BALANCE_RULES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_matches_float64(make: Make, forced: str, dtype: torch.dtype, rule: str, granularity: str) -> None:
+def test_matches_float64(make: Make, forced: str, dtype: torch.dtype, rule: str) -> None:
     lists = make(dtype=dtype)
     exact = lists.copy(torch.float64)
-    exact_weights = exact.run_reference(rule, 0.99, 0.01, granularity)
-    weights = lists.run(rule=rule, granularity=granularity)
+    exact_weights = exact.run_reference(rule=rule)
+    weights = lists.run(rule=rule)
     assert weights.alphas.dtype == torch.float32
     assert weights.norms.dtype == torch.float64
     assert_close_to_exact(lists, weights, exact, exact_weights)
-    if granularity == "tensor":
-        has_elements = torch.tensor([param.numel() > 0 for param in lists.params])
-        assert torch.equal(weights.fallbacks, torch.zeros_like(has_elements) if rule == "fixed" else ~has_elements)
+    has_elements = torch.tensor([param.numel() > 0 for param in lists.params])
+    assert torch.equal(weights.fallbacks, torch.zeros_like(has_elements) if rule == "fixed" else ~has_elements)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -80,7 +77,7 @@ def test_every_simd_level_gives_the_same_bits(
     for previous in lists.previous_grads[::2]:
         previous.data = previous.float()  # a dtype of its own
     best, exact = lists.copy(), lists.copy(torch.float64)
-    exact_weights = exact.run_reference("paper")
+    exact_weights = exact.run_reference(rule="paper")
     weights = lists.run(rule="paper")
     assert_close_to_exact(lists, weights, exact, exact_weights)
     _native.set_simd_level("")
@@ -121,16 +118,15 @@ def test_float_to_half_rounds_as_torch_does(simd: str) -> None:
         assert torch.equal(previous[~nan], expected[~nan])
 
 
-@pytest.mark.parametrize("granularity", BALANCE_GRANULARITIES)
 @pytest.mark.parametrize("size", [100, 16385, 300_000])
 def test_bits_do_not_depend_on_the_number_of_threads(
-    make: Make, with_threads: Callable[[int], None], size: int, granularity: str
+    make: Make, with_threads: Callable[[int], None], size: int
 ) -> None:
     results = []
     for threads in (1, 2, 3, 7):
         lists = make([(size,), (5,), (size // 2 + 1,), (2, size), (size // 50, 50)], seed=2)
         with_threads(threads)
-        weights = lists.run(granularity=granularity)
+        weights = lists.run()
         results.append((weights.alphas, weights.norms, *lists.averages))
     for other in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
@@ -213,31 +209,7 @@ def test_fixed_needs_no_previous_gradients(make: Make, forced: str) -> None:
         torch.testing.assert_close(after, before.lerp(p, 0.1))
 
 
-# Rows, gradients kept by the caller, the parts of the whole
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_rows_are_treated_like_tensors_of_their_own(make: Make, forced: str, dtype: torch.dtype) -> None:
-    whole = make([(5, 7), (3,), (4, 4, 17), (2, 16385), (), (0, 3), (3, 0), (40, 1030)], dtype, seed=6)
-    parts = whole.copy().by_rows()
-    weights, expected = whole.run(granularity="row"), parts.run()
-    assert weights.alphas.shape == (5 + 1 + 4 + 2 + 1 + 0 + 3 + 40,)
-    for name in ("alphas", "fallbacks"):
-        assert torch.equal(getattr(weights, name), getattr(expected, name))
-    # The native sums are the same; torch may add in another order.
-    torch.testing.assert_close(weights.norms, expected.norms, rtol=0 if forced == "native" else 1e-12, atol=0)
-    for one, other in zip(whole.by_rows().averages, parts.averages, strict=True):
-        assert torch.equal(one, other)
-
-
-def test_one_bad_row_does_not_stop_the_others(make: Make, forced: str) -> None:
-    lists = make([(6, 40)])
-    before = lists.averages[0].clone()
-    lists.grads[0][2, 5] = float("nan")
-    lists.params[0][4, 39] = float("inf")
-    weights = lists.run(granularity="row")
-    assert (weights.alphas == 0).tolist() == [False, False, True, False, True, False]
-    assert (lists.averages[0] == before).all(dim=1).tolist() == [False, False, True, False, True, False]
+# Gradients kept by the caller, the parts of the whole
 
 
 def test_gradients_that_the_caller_keeps_are_not_stored(make: Make, forced: str) -> None:
@@ -249,19 +221,18 @@ def test_gradients_that_the_caller_keeps_are_not_stored(make: Make, forced: str)
         assert all(torch.equal(x, y) for x, y in zip(getattr(lists, name), getattr(unchanged, name), strict=True))
 
 
-@pytest.mark.parametrize("granularity", BALANCE_GRANULARITIES)
 @pytest.mark.parametrize("rule", BALANCE_RULES)
-def test_norms_then_weights_then_flush_is_the_whole(make: Make, forced: str, rule: str, granularity: str) -> None:
+def test_norms_then_weights_then_flush_is_the_whole(make: Make, forced: str, rule: str) -> None:
     whole = make()
     whole.grads[3][1, 2] = float("nan")
     parts = whole.copy()
-    expected = whole.run(rule=rule, granularity=granularity)
-    norms = balance_norms_(parts.params, parts.averages, parts.grads, parts.previous_grads, granularity=granularity)
+    expected = whole.run(rule=rule)
+    norms = balance_norms_(parts.params, parts.averages, parts.grads, parts.previous_grads)
     weights = balance_weights(norms, rule=rule)
     assert torch.equal(weights.norms.nan_to_num(7), expected.norms.nan_to_num(7))
     assert torch.equal(weights.alphas, expected.alphas)
     assert torch.equal(weights.fallbacks, expected.fallbacks)
-    flush_balance_ema_(parts.params, parts.averages, weights.alphas, granularity=granularity)
+    flush_balance_ema_(parts.params, parts.averages, weights.alphas)
     for name in names(whole):
         for one, other in zip(getattr(whole, name), getattr(parts, name), strict=True):
             assert torch.equal(one.nan_to_num(7), other.nan_to_num(7))
@@ -286,15 +257,10 @@ def test_other_memory_orders(make: Make) -> None:
     plain = channels_last.copy()
     for name in names(plain):
         getattr(channels_last, name)[0] = getattr(channels_last, name)[0].to(memory_format=torch.channels_last)
-    by_row = copy.deepcopy(channels_last), plain.copy()
     with backend("native"):
         weights = channels_last.run()
     torch.testing.assert_close(weights.alphas, plain.run().alphas)
     torch.testing.assert_close(channels_last.averages, plain.averages)
-    with backend("native"), pytest.raises(BackendError, match="not contiguous, which weights for rows"):
-        by_row[0].run(granularity="row")
-    torch.testing.assert_close(*(lists.run(granularity="row").norms for lists in by_row))
-    torch.testing.assert_close(by_row[0].averages, by_row[1].averages)
 
     strided = make([(6, 8)])
     expected = strided.copy()
@@ -325,17 +291,10 @@ def test_empty_lists() -> None:
     flush_balance_ema_([], [], torch.empty(0))
 
 
-def test_no_rows_at_all(make: Make, forced: str) -> None:
-    lists = make([(0, 4), (0, 2)])
-    assert lists.run(granularity="row").norms.shape == (0, 3)
-    flush_balance_ema_(lists.params, lists.averages, torch.empty(0), granularity="row")
-
-
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shapes=st.lists(st.lists(st.integers(0, 40), max_size=2).map(tuple), min_size=1, max_size=5),
     rule=st.sampled_from(BALANCE_RULES),
-    granularity=st.sampled_from(BALANCE_GRANULARITIES),
     decay=st.floats(0, 0.999),
     fallback=st.floats(0.001, 1),
     seed=st.integers(0, 1000),
@@ -345,26 +304,24 @@ def test_properties(
     make: Make,
     shapes: list[tuple[int, ...]],
     rule: str,
-    granularity: str,
     decay: float,
     fallback: float,
     seed: int,
     in_range: bool,
 ) -> None:
     lists = make(shapes, seed=seed, in_range=in_range)
-    options = {"rule": rule, "decay": decay, "fallback": fallback, "granularity": granularity}
+    options = {"rule": rule, "decay": decay, "fallback": fallback}
     before, exact = lists.copy(), lists.copy(torch.float64)
-    exact_weights = exact.run_reference(*options.values())
+    exact_weights = exact.run_reference(**options)
     weights = lists.run(**options)
     assert ((weights.alphas > 0) & (weights.alphas <= 1)).all()
     assert_close_to_exact(lists, weights, exact, exact_weights)
     for p, old, new in zip(lists.params, before.averages, lists.averages, strict=True):
         # The average moves towards the parameter, never past it (up to rounding).
         assert ((new - p).abs() <= (old - p).abs() * (1 + 1e-6) + 1e-6 * p.abs()).all()
-    # Each row is treated alone: the order of the list and of the rows does not matter.
+    # Each tensor is treated alone: the order of the list does not matter.
     for name in names(before):
-        tensors = [t.flip(0) if granularity == "row" and t.dim() > 1 else t for t in getattr(before, name)]
-        setattr(before, name, tensors[::-1])
+        setattr(before, name, getattr(before, name)[::-1])
     assert torch.equal(before.run(**options).alphas.flip(0), weights.alphas)
 
 
@@ -379,7 +336,6 @@ def put(name: str, index: int, tensor: Tensor | None) -> Callable[[Any], object]
     ("change", "options", "message"),
     [
         (None, {"rule": "best"}, r"balance_ema_: rule='best' is unknown; accepted: released, paper, fixed"),
-        (None, {"granularity": "column"}, r"granularity='column' is unknown; accepted: tensor, row"),
         (None, {"decay": 1.0}, r"decay=1.0 must be in \[0, 1\)"),
         (None, {"decay": float("nan")}, "decay=nan"),
         (None, {"decay": -0.1}, "decay=-0.1"),
@@ -413,14 +369,12 @@ def test_bad_input_is_one_clear_line(
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x: balance_norms_(*x, granularity="element"), "balance_norms_: granularity='element' is unknown"),
-        (lambda x: balance_weights(torch.zeros(2, 2)), r"norms must be float64 of shape \[rows, 3\], not torch.fl"),
+        (lambda x: balance_weights(torch.zeros(2, 2)), r"norms must be float64 of shape \[tensors, 3\], not torch.fl"),
         (lambda x: balance_weights(torch.zeros(1, 3).double(), rule="x"), "balance_weights: rule='x'"),
         (
             lambda x: flush_balance_ema_(x[0], x[1], torch.zeros(2)),
             r"alphas must be contiguous float32 of shape \(1,\) on cpu, not torch.float32 of shape \(2,\)",
         ),
-        (lambda x: flush_balance_ema_(x[0], x[1], torch.zeros(1), granularity="row"), r"of shape \(2,\) on cpu"),
         (lambda x: flush_balance_ema_(x[0], x[1], torch.zeros(1, dtype=torch.float64)), "not torch.float64"),
     ],
 )  # fmt: skip
@@ -448,7 +402,7 @@ def test_expanded_tensors_may_be_read(make: Make) -> None:
 
 
 def test_native_table_with_a_wrong_number_of_columns() -> None:
-    with pytest.raises(ValueError, match="rows of 10 integers"):
+    with pytest.raises(ValueError, match="rows of 9 integers"):
         _native.flush_balance_ema([1, 2, 3], seed=0, threads=1, alphas=0)
     with pytest.raises(ValueError, match="simd level=mmx: unknown"):
         _native.set_simd_level("mmx")

@@ -17,33 +17,33 @@ Make = Callable[..., Any]
 
 def sample(make: Make, moments: Make) -> tuple[Any, Any]:
     shapes = [(3, 5), (1,), (0,), (70,)]
-    return make(shapes), moments(make(shapes), granularity="row")
+    return make(shapes), moments(make(shapes))
 
 
 def test_opcheck(make: Make, moments: Make) -> None:
     lists, state = sample(make, moments)
     x, library, opcheck = state.lists, torch.ops.cit_fast, torch.library.opcheck
     arguments = (lists.params, lists.averages, lists.grads, lists.previous_grads)
-    opcheck(library.balance_norms_.default, (*arguments, "row", True))
-    opcheck(library.balance_ema_.default, (*arguments, "paper", 0.9, 0.1, "tensor", True, 3))
+    opcheck(library.balance_norms_.default, (*arguments, True))
+    opcheck(library.balance_ema_.default, (*arguments, "paper", 0.9, 0.1, True, 3))
     arguments = (
         x.params, x.grads, state.exp_avgs, state.exp_avg_sqs, x.averages, x.previous_grads, state.alphas,
-        1, 0.1, 0.9, 0.99, 1e-8, 0.1, "released", 0.99, 0.01, "row", False, 3,
+        1, 0.1, 0.9, 0.99, 1e-8, 0.1, "released", 0.99, 0.01, False, 3,
     )  # fmt: skip
     opcheck(library.adamw_balance_ema_.default, arguments)
-    opcheck(library.flush_balance_ema_.default, (x.params, x.averages, state.alphas, "row", 3))
+    opcheck(library.flush_balance_ema_.default, (x.params, x.averages, state.alphas, 3))
 
 
 def test_compiles_without_a_graph_break(make: Make, moments: Make) -> None:
     def step(lists: Any, state: Any) -> tuple[Tensor, ...]:
         weights = lists.run(rule="paper")
         x = state.lists
-        norms = balance_norms_(x.params, x.averages, x.grads, x.previous_grads, granularity="row", store_grads=False)
+        norms = balance_norms_(x.params, x.averages, x.grads, x.previous_grads, store_grads=False)
         fused = adamw_balance_ema_(
             x.params, x.grads, state.exp_avgs, state.exp_avg_sqs, x.averages, x.previous_grads, state.alphas,
-            step=1, lr=0.1, granularity="row", seed=-1,
+            step=1, lr=0.1, seed=-1,
         )  # fmt: skip
-        flush_balance_ema_(x.params, x.averages, fused.alphas, granularity="row")
+        flush_balance_ema_(x.params, x.averages, fused.alphas)
         return weights.alphas, fused.fallbacks, fused.norms, balance_weights(norms).alphas
 
     eager, compiled = sample(make, moments), sample(make, moments)

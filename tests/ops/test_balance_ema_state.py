@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cit_fast import backend
 from cit_fast.errors import BackendError
-from cit_fast.ops import BALANCE_GRANULARITIES, balance_ema_, flush_balance_ema_
+from cit_fast.ops import balance_ema_, flush_balance_ema_
 from cit_fast.ops.balance_ema.reference import stochastic_bfloat16
 
 ADAMW = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -95,12 +95,9 @@ def test_what_is_not_finite_or_nearly_so() -> None:
     assert (rounded[:, 5:7].view(torch.int16) == torch.tensor([0, -0x8000], dtype=torch.int16)).all()
 
 
-@pytest.mark.parametrize("granularity", BALANCE_GRANULARITIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_native_state_has_the_bits_of_the_reference(
-    make: Make, moments: Make, simd: str, dtype: torch.dtype, granularity: str
-) -> None:
-    native = moments(make(None, dtype), torch.bfloat16, granularity)
+def test_native_state_has_the_bits_of_the_reference(make: Make, moments: Make, simd: str, dtype: torch.dtype) -> None:
+    native = moments(make(None, dtype), torch.bfloat16)
     native.exp_avgs[3::2] = [t.float() for t in native.exp_avgs[3::2]]  # a dtype of its own for every tensor
     native.lists.averages[2::3] = [t.float() for t in native.lists.averages[2::3]]
     native.alphas.fill_(0.375)
@@ -108,9 +105,9 @@ def test_native_state_has_the_bits_of_the_reference(
     for state, name in ((native, "native"), (expected, "reference")):
         with backend(name):
             state.lists.grads[6][7] = float("nan")
-            state.step(3, **ADAMW, granularity=granularity, seed=77)
+            state.step(3, **ADAMW, seed=77)
             state.alphas.fill_(0.125)
-            state.flush(granularity=granularity, seed=78)
+            state.flush(seed=78)
     for mine, theirs in zip(
         native.exp_avgs + native.exp_avg_sqs, expected.exp_avgs + expected.exp_avg_sqs, strict=True
     ):
@@ -139,15 +136,6 @@ def test_norms_are_those_of_the_stored_average(make: Make, moments: Make, forced
     weights = state.step(1, **ADAMW, seed=1)
     distance = (state.lists.params[0].double() - state.lists.averages[0].double()).abs().sum()
     torch.testing.assert_close(weights.norms[0, 0], distance, rtol=2**-20, atol=0)
-
-
-def test_rows_draw_what_the_whole_tensor_draws(make: Make, forced: str) -> None:
-    whole = make([(30, 50), (2, 16385), (7,)])
-    whole.averages = [average.bfloat16() for average in whole.averages]
-    rows = whole.copy()
-    whole.run(rule="fixed", decay=0.7, seed=3)
-    rows.run(rule="fixed", decay=0.7, seed=3, granularity="row")
-    assert all(torch.equal(x, y) for x, y in zip(whole.averages, rows.averages, strict=True))
 
 
 def test_same_seed_same_bits(make: Make, forced: str, with_threads: Callable[[int], None]) -> None:
@@ -207,7 +195,7 @@ def test_not_contiguous_tensors_go_to_the_reference(make: Make) -> None:
     turned = plain.copy()
     for name in ("params", "averages", "grads", "previous_grads"):
         getattr(turned, name)[0] = getattr(turned, name)[0].t().contiguous().t()
-    with backend("native"), pytest.raises(BackendError, match="not contiguous, which weights for rows and bfloat16"):
+    with backend("native"), pytest.raises(BackendError, match="not contiguous, which bfloat16 state"):
         turned.run()
     turned.run(rule="fixed", seed=2)
     plain.run(rule="fixed", seed=2)

@@ -6,10 +6,10 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from pytest_process import run_tests
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
@@ -45,12 +45,4 @@ def test_teams_on_the_host(tmp_path: Path) -> None:
     source = str(CSRC / "cuda/wasserstein_host.cpp")
     command = [CXX, "-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", f"-I{CSRC}", source]
     subprocess.run([*command, "-o", str(library)], check=True)
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COV_"))}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(CASES)],
-        env={**inherited, "CIT_FAST_CASES": "cuda", "CIT_FAST_HOST_LIBRARY": str(library), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_tests(CASES, CIT_FAST_CASES="cuda", CIT_FAST_HOST_LIBRARY=str(library))

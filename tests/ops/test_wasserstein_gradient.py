@@ -34,13 +34,11 @@ def clouds_and_weights(sizes: tuple[int, ...] = (5, 7, 4), d: int = 3) -> tuple[
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("p", [1.0, 2.0, 1.5])
-@pytest.mark.parametrize("method", ["exact", "sinkhorn-divergence"])
-def test_gradcheck(method: str, p: float, metric: str) -> None:
+def test_gradcheck(p: float, metric: str) -> None:
     clouds, weights = clouds_and_weights((3, 4, 2), d=2)
 
     def distances(*tensors: Tensor) -> Tensor:
-        options = {"epsilon": 0.3, "tolerance": 1e-12, "max_iterations": 20_000}
-        return wasserstein_matrix(tensors[:3], tensors[3:], metric=metric, p=p, method=method, **options).distances
+        return wasserstein_matrix(tensors[:3], tensors[3:], metric=metric, p=p).distances
 
     # Tolerances above the rounding of a difference quotient of values good to 1e-12.
     assert torch.autograd.gradcheck(distances, (*clouds, *weights), eps=1e-5, atol=2e-5, rtol=1e-4)
@@ -160,7 +158,7 @@ def test_compile_without_a_graph_break() -> None:
 def test_opcheck(method: str) -> None:
     clouds, weights = clouds_and_weights((3, 4))
     arguments = (torch.cat(clouds).detach(), torch.tensor([0, 3, 7]), torch.cat(weights).detach())
-    more = (torch.tensor([[0, 1]]), "cosine", 1.0, method, 0.1, 1e-9, 100)
+    more = (torch.tensor([[0, 1]]), "cosine", 1.0, method, 0.1, 1e-9, 100, 0.0)
     for needed in ((True, True), (True, False), (False, True)):
         points, weight = (
             tensor.clone().requires_grad_(want) for tensor, want in zip(arguments[::2], needed, strict=True)

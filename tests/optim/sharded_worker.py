@@ -82,11 +82,10 @@ def fsdp(kind: str, rank: int, world: int, **options: Any) -> dict[str, Any]:
     for step in range(STEPS):
         train(model, optimizer, range(step, step + 1), rank, world)
         train(single, reference, range(step, step + 1), 0, 1)
-        if options.get("granularity") != "row":
-            weights, expected = optimizer.balance_weights(), reference.balance_weights()
-            for key, weight in expected.items():
-                assert abs(weights[key] - weight) < 1e-5, (step, key, weights, expected)
-            used |= set(expected.values())
+        weights, expected = optimizer.balance_weights(), reference.balance_weights()
+        for key, weight in expected.items():
+            assert abs(weights[key] - weight) < 1e-5, (step, key, weights, expected)
+        used |= set(expected.values())
     compare(model, optimizer, single, reference)
     # Averages go in and out of the gathered parameters that FSDP2 keeps after a forward without backward.
     probe = torch.ones(2, 6)
@@ -142,7 +141,7 @@ def ddp(kind: str, rank: int, world: int, bucket_view: bool) -> dict[str, Any]:
 
 
 def other_placements(rank: int, world: int) -> None:
-    """Tensors sharded by columns or replicated, weighed by rows and by tensors."""
+    """Tensors sharded by columns or replicated."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -152,22 +151,21 @@ def other_placements(rank: int, world: int) -> None:
     generator = torch.Generator().manual_seed(1)
     start = torch.randn(4, 6, generator=generator)
     grads = [torch.randn(4, 6, generator=generator) * 10 for _ in range(3)]
-    for granularity in ("tensor", "row"):
-        for mesh, placements in cases:
-            for make in MAKERS.values():
-                param = nn.Parameter(distribute_tensor(start.clone(), mesh, placements))
-                single = nn.Parameter(start.clone())
-                optimizer = make([param], granularity=granularity)
-                reference = make([single], granularity=granularity)
-                for grad in grads:
-                    param.grad = distribute_tensor(grad.clone(), mesh, placements)
-                    single.grad = grad.clone()
-                    optimizer.step()
-                    reference.step()
-                optimizer.flush()
-                reference.flush()
-                torch.testing.assert_close(full(param).detach(), single.detach())
-                torch.testing.assert_close(full(optimizer.state[param]["average"]), reference.state[single]["average"])
+    for mesh, placements in cases:
+        for make in MAKERS.values():
+            param = nn.Parameter(distribute_tensor(start.clone(), mesh, placements))
+            single = nn.Parameter(start.clone())
+            optimizer = make([param])
+            reference = make([single])
+            for grad in grads:
+                param.grad = distribute_tensor(grad.clone(), mesh, placements)
+                single.grad = grad.clone()
+                optimizer.step()
+                reference.step()
+            optimizer.flush()
+            reference.flush()
+            torch.testing.assert_close(full(param).detach(), single.detach())
+            torch.testing.assert_close(full(optimizer.state[param]["average"]), reference.state[single]["average"])
 
 
 def main() -> None:
@@ -181,7 +179,6 @@ def main() -> None:
     for kind in MAKERS:
         for rule in ("released", "paper", "fixed"):
             result[f"fsdp {kind} {rule}"] = fsdp(kind, rank, world, rule=rule)
-        fsdp(kind, rank, world, granularity="row")
         result[f"checkpoint {kind}"] = checkpoint(kind, rank, world, folder / kind)
         result[f"ddp {kind}"] = ddp(kind, rank, world, bucket_view=False)
         result[f"ddp {kind} buckets"] = ddp(kind, rank, world, bucket_view=True)

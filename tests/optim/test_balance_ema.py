@@ -67,7 +67,9 @@ def test_equals_the_definition_after_each_step(rule: str, make_inner: Callable[.
         train(plain, inner, range(step, step + 1))
         grads = [p.grad for p in plain.parameters()]
         previous = previous or [grad.clone() for grad in grads]
-        weights = reference.balance_ema_(values(plain), expected, grads, previous, rule, 0.9, 0.1)
+        weights = reference.balance_ema_(
+            values(plain), expected, grads, previous, reference.BalanceOptions(rule, 0.9, 0.1)
+        )
         torch.testing.assert_close(torch.tensor(list(optimizer.balance_weights().values())), weights.alphas)
         torch.testing.assert_close(averages(optimizer), expected)
     assert same(values(model), values(plain))  # training itself is untouched, bit for bit

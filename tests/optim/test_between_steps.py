@@ -110,7 +110,6 @@ def test_decay_may_follow_a_schedule(kind: str) -> None:
         ("decay", -0.1, r"decay=-0.1 must be in \[0, 1\)"),
         ("fallback", 0.0, r"fallback=0.0 must be in \(0, 1\]"),
         ("rule", "released", "rule was 'fixed' and is 'released' now"),
-        ("granularity", "row", "granularity was 'tensor' and is 'row' now"),
         ("average_dtype", torch.bfloat16, "average_dtype was"),
         ("keep_gradients", "copy", "keep_gradients was 'reference' and is 'copy' now"),
     ],
@@ -150,7 +149,9 @@ def test_a_compiled_step_follows_the_definition(kind: str) -> None:
         step()
         grads = [param.grad.double() for param in model.parameters()]
         previous = previous or [grad.clone() for grad in grads]
-        weights = reference.balance_ema_([value.double() for value in values(model)], expected, grads, previous)
+        weights = reference.balance_ema_(
+            [value.double() for value in values(model)], expected, grads, previous, reference.BalanceOptions()
+        )
     assert not weights.fallbacks.all()
     assert list(optimizer.balance_weights().values()) == pytest.approx(weights.alphas.tolist(), rel=1e-4)
     for average, want in zip(averages(optimizer), expected, strict=True):

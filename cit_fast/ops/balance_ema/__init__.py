@@ -6,38 +6,38 @@ Source: Qiao et al., ICML 2025 (LCIA), arXiv 2410.10868; the equations are at th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from cit_fast.ops.balance_ema import reference, registered
+from cit_fast.ops.backends import Backend, register_lazily, resolve
+from cit_fast.ops.balance_ema import cuda, reference  # noqa: F401 - cuda registers itself
 from cit_fast.ops.balance_ema.checks import (
-    BALANCE_GRANULARITIES,
     BALANCE_RULES,
-    BalanceGranularity,
     BalanceRule,
     adamw_writes,
     check_adamw,
     check_alphas,
-    check_granularity,
     check_lists,
     check_norms,
     check_rule,
 )
-from cit_fast.ops.balance_ema.reference import BalanceWeights
+from cit_fast.ops.balance_ema.native import kernels_cannot
+from cit_fast.ops.balance_ema.reference import AdamWOptions, BalanceOptions, BalanceWeights
 
 __all__ = [
-    "BALANCE_GRANULARITIES",
     "BALANCE_RULES",
-    "BalanceGranularity",
+    "AdamWOptions",
+    "BalanceOptions",
     "BalanceRule",
     "BalanceWeights",
     "adamw_balance_ema_",
     "balance_ema_",
     "balance_norms_",
     "balance_weights",
-    "check_granularity",
     "check_rule",
     "flush_balance_ema_",
 ]
@@ -54,7 +54,6 @@ def balance_ema_(
     rule: BalanceRule = "released",
     decay: float = 0.99,
     fallback: float = 0.01,
-    granularity: BalanceGranularity = "tensor",
     store_grads: bool = True,
     seed: int = 0,
 ) -> BalanceWeights:
@@ -79,19 +78,16 @@ def balance_ema_(
             ``alpha = 1 - (1 + b) / (a c)``; ``"fixed"``: ``alpha = 1 - decay``.
         decay: Share of the old average, in [0, 1), for ``fixed`` and where ``paper``'s fraction is not in (0, 1).
         fallback: ``alpha``, in (0, 1], where ``released``'s fraction is not in (0, 1).
-        granularity: ``"tensor"``: a weight for each tensor. ``"row"``: a weight for each of the ``shape[0]`` rows of a
-            tensor of two or more dimensions, and one for a tensor of fewer; the kernels want contiguous tensors then.
         store_grads: False reads ``previous_grads`` only. The caller then keeps the gradient tensors themselves for
             the next call, and 4 bytes a parameter are not written.
         seed: Any integer, of which the lowest 32 bits count, for the stochastic rounding of bfloat16 averages:
             another one at each step, or the same elements round the same way again and again.
 
     Returns:
-        ``BalanceWeights(alphas [rows] float32, fallbacks [rows] bool, norms [rows, 3] float64)`` on the tensors'
-        device, rows of all tensors in order (``"tensor"``: rows = n); nothing is synchronised with the host. A row
-        whose parameter or gradient holds NaN or infinity (or whose absolute values sum beyond float32 within 16 Ki
-        elements) is left out: its alpha is 0 and its average stays, so an average never becomes NaN. A row without
-        elements falls back.
+        ``BalanceWeights(alphas [n] float32, fallbacks [n] bool, norms [n, 3] float64)`` on the tensors' device;
+        nothing is synchronised with the host. A tensor whose parameter or gradient holds NaN or infinity (or whose
+        absolute values sum beyond float32 within 16 Ki elements) is left out: its alpha is 0 and its average stays,
+        so an average never becomes NaN. A tensor without elements falls back.
 
     Raises:
         CitFastError: Lists of different length, tensors that do not fit each other, a tensor that is written but
@@ -104,15 +100,14 @@ def balance_ema_(
     """
     op = "balance_ema_"
     check_rule(op, rule, decay, fallback)
-    check_granularity(op, granularity)
     lists = {"params": params, "averages": averages, "grads": grads, "previous_grads": previous_grads}
     if not any(lists.values()):
         return _nothing()
     written = ("averages", "previous_grads") if store_grads else ("averages",)
     check_lists(op, lists, written=written, previous_optional=rule == "fixed")
     with torch.no_grad():
-        options = (rule, float(decay), float(fallback), granularity, store_grads, seed & _UINT32)
-        return BalanceWeights(*registered.balance_ema_(*(list(each) for each in lists.values()), *options))
+        options = BalanceOptions(rule, float(decay), float(fallback), store_grads, seed & _UINT32)
+        return BalanceWeights(*_balance_ema(*(list(each) for each in lists.values()), *options))
 
 
 def balance_norms_(
@@ -121,17 +116,16 @@ def balance_norms_(
     grads: Sequence[Tensor],
     previous_grads: Sequence[Tensor],
     *,
-    granularity: BalanceGranularity = "tensor",
     store_grads: bool = True,
 ) -> Tensor:
     """The three L1 norms that decide the weights; then the gradients become the previous ones.
 
     Args:
-        params, averages, grads, granularity, store_grads: As in :func:`balance_ema_`; nothing of them is changed.
+        params, averages, grads, store_grads: As in :func:`balance_ema_`; nothing of them is changed.
         previous_grads: As in :func:`balance_ema_`, **overwritten** if ``store_grads``. ``[]``: the third norm is 0.
 
     Returns:
-        [rows, 3], float64, on the tensors' device: ``|p - e|_1``, ``|g|_1`` and ``|g - g_prev|_1``. Norms of shards
+        [n, 3], float64, on the tensors' device: ``|p - e|_1``, ``|g|_1`` and ``|g - g_prev|_1``. Norms of shards
         add up to those of the whole tensor.
 
     Raises:
@@ -142,14 +136,12 @@ def balance_norms_(
     [[3.0, 1.5, 25.5]]
     """
     op = "balance_norms_"
-    check_granularity(op, granularity)
     lists = {"params": params, "averages": averages, "grads": grads, "previous_grads": previous_grads}
     if not any(lists.values()):
         return _nothing().norms
     check_lists(op, lists, written=("previous_grads",) if store_grads else (), previous_optional=True)
     with torch.no_grad():
-        norms: Tensor = registered.balance_norms_(*(list(each) for each in lists.values()), granularity, store_grads)
-    return norms
+        return _balance_norms(*(list(each) for each in lists.values()), store_grads)
 
 
 def balance_weights(
@@ -158,7 +150,7 @@ def balance_weights(
     """The weights that follow from the norms, by torch operations where the norms are; no host synchronisation.
 
     Args:
-        norms: [rows, 3], float64, as :func:`balance_norms_` returns them.
+        norms: [n, 3], float64, as :func:`balance_norms_` returns them.
         rule, decay, fallback: As in :func:`balance_ema_`.
 
     Returns:
@@ -172,7 +164,7 @@ def balance_weights(
     """
     check_rule("balance_weights", rule, decay, fallback)
     check_norms("balance_weights", norms)
-    alphas, fallbacks = reference.balance_weight(norms, rule, decay, fallback)
+    alphas, fallbacks = reference.balance_weight(norms, BalanceOptions(rule, decay, fallback))
     return BalanceWeights(alphas.float(), fallbacks, norms)
 
 
@@ -193,7 +185,6 @@ def adamw_balance_ema_(
     rule: BalanceRule = "released",
     decay: float = 0.99,
     fallback: float = 0.01,
-    granularity: BalanceGranularity = "tensor",
     store_grads: bool = True,
     seed: int = 0,
 ) -> BalanceWeights:
@@ -204,16 +195,16 @@ def adamw_balance_ema_(
     parameter give the new ``alphas``. With :func:`flush_balance_ema_` before the averages are used, the result is
     that of :func:`balance_ema_` after each AdamW step.
 
-    An element whose gradient is NaN or infinite keeps its parameter and its moments; its row is left out (alpha 0).
+    An element whose gradient is NaN or infinite keeps its parameter and its moments; its tensor is left out (alpha 0).
     Where tensors are sharded over processes, sum ``norms`` over them and copy the ``alphas`` of
     :func:`balance_weights` into ``alphas``: they are applied at the next call only.
 
     Args:
-        params, grads, averages, previous_grads, rule, decay, fallback, granularity, store_grads: As in
+        params, grads, averages, previous_grads, rule, decay, fallback, store_grads: As in
             :func:`balance_ema_`; ``params`` are **changed**.
         exp_avgs, exp_avg_sqs: n tensors each, dtypes as for ``averages``, **changed**: the moments of AdamW. The
             parameter is updated with their values before rounding.
-        alphas: [rows], float32, **changed**: on entry the pending weights (0 = none, as before the first step), on
+        alphas: [n], float32, **changed**: on entry the pending weights (0 = none, as before the first step), on
             return the new ones.
         step: 1 for the first step.
         lr, betas, eps, weight_decay: As in ``torch.optim.AdamW``. ``torch.compile`` compiles anew for each ``lr``, as
@@ -228,7 +219,6 @@ def adamw_balance_ema_(
     """
     op = "adamw_balance_ema_"
     check_rule(op, rule, decay, fallback)
-    check_granularity(op, granularity)
     check_adamw(op, step, lr, betas, eps, weight_decay)
     lists = {
         "params": params,
@@ -241,23 +231,12 @@ def adamw_balance_ema_(
     if not any(lists.values()):
         return _nothing()
     check_lists(op, lists, written=adamw_writes(store_grads), previous_optional=rule == "fixed")
-    check_alphas(op, alphas, params, granularity)
+    check_alphas(op, alphas, params)
+    beta1, beta2 = (float(beta) for beta in betas)
+    adamw = AdamWOptions(int(step), float(lr), beta1, beta2, float(eps), float(weight_decay))
+    options = BalanceOptions(rule, float(decay), float(fallback), store_grads, seed & _UINT32)
     with torch.no_grad():
-        fallbacks, norms = registered.adamw_balance_ema_(
-            *(list(each) for each in lists.values()),
-            alphas,
-            int(step),
-            float(lr),
-            *(float(beta) for beta in betas),
-            float(eps),
-            float(weight_decay),
-            rule,
-            float(decay),
-            float(fallback),
-            granularity,
-            store_grads,
-            seed & _UINT32,
-        )
+        fallbacks, norms = _adamw_balance_ema(*(list(each) for each in lists.values()), alphas, *adamw, *options)
     return BalanceWeights(alphas, fallbacks, norms)
 
 
@@ -266,7 +245,6 @@ def flush_balance_ema_(
     averages: Sequence[Tensor],
     alphas: Tensor,
     *,
-    granularity: BalanceGranularity = "tensor",
     seed: int = 0,
 ) -> None:
     """Apply pending average updates, ``averages += alphas (params - averages)``, and set ``alphas`` to 0.
@@ -274,24 +252,168 @@ def flush_balance_ema_(
     Args:
         params: n tensors, as in :func:`balance_ema_`.
         averages: n tensors of the same shapes, **changed**.
-        alphas: [rows], float32, **changed**: the pending weights that :func:`adamw_balance_ema_` left; 0 = nothing
+        alphas: [n], float32, **changed**: the pending weights that :func:`adamw_balance_ema_` left; 0 = nothing
             pending.
-        granularity, seed: As in :func:`balance_ema_`.
+        seed: As in :func:`balance_ema_`.
 
     Raises:
         CitFastError, BackendError: As in :func:`balance_ema_`.
     """
     op = "flush_balance_ema_"
-    check_granularity(op, granularity)
     lists = {"params": params, "averages": averages}
     if not any(lists.values()):
         return
     check_lists(op, lists, written=("averages",))
-    check_alphas(op, alphas, params, granularity)
+    check_alphas(op, alphas, params)
     with torch.no_grad():
-        registered.flush_balance_ema_(list(params), list(averages), alphas, granularity, seed & _UINT32)
+        _flush_balance_ema(list(params), list(averages), alphas, seed & _UINT32)
         alphas.zero_()
 
 
 def _nothing() -> BalanceWeights:
     return BalanceWeights(torch.empty(0), torch.empty(0, dtype=torch.bool), torch.empty(0, 3, dtype=torch.float64))
+
+
+# The ops as torch knows them; the backend is chosen when one runs. An option is spelt in the function above, in
+# BalanceOptions or AdamWOptions, and in these schemas.
+
+Result = TypeVar("Result")
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
+class _ListOp(Generic[Result]):
+    """A torch.library op on lists of tensors, called past torch's dispatcher where nothing listens there.
+
+    For 224 small tensors in six lists the way through the dispatcher takes longer than the kernel. Tracing, dispatch
+    modes and subclasses of Tensor see the op as any other.
+    """
+
+    def __init__(self, name: str, run: Callable[..., Result], schema: str, mutated: Sequence[int]) -> None:
+        """``mutated``: the positions of the arguments that the op writes."""
+        self.op = torch.library.custom_op(
+            f"cit_fast::{name}",
+            run,
+            mutates_args=[name for i, name in enumerate(run.__annotations__) if i in mutated],
+            schema=schema,
+        )
+        self.run = run
+        self.mutated = mutated
+
+    def __call__(self, *args: Any) -> Result:
+        """Run the op."""
+        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or not _are_plain(args):
+            result: Result = self.op(*args)
+            return result
+        result = self.run(*args)
+        for i in self.mutated:
+            torch.autograd.graph.increment_version(args[i])
+        return result
+
+
+def _are_plain(args: tuple[Any, ...]) -> bool:
+    return all({type(tensor) for tensor in arg} <= _PLAIN for arg in args if isinstance(arg, list))
+
+
+def _list_op(name: str, schema: str, mutated: Sequence[int]) -> Callable[[Callable[..., Result]], _ListOp[Result]]:
+    return lambda run: _ListOp(name, run, schema, mutated)
+
+
+_RULE = "str rule, float decay, float fallback, bool store_grads, SymInt seed"
+
+
+@_list_op(
+    "balance_norms_",
+    "(Tensor[] params, Tensor[] averages, Tensor[] grads, Tensor(a3!)[] previous_grads, bool store_grads) -> Tensor",
+    mutated=[3],
+)
+def _balance_norms(
+    params: list[Tensor],
+    averages: list[Tensor],
+    grads: list[Tensor],
+    previous_grads: list[Tensor],
+    store_grads: bool,
+) -> Tensor:
+    lists = (params, averages, grads, previous_grads)
+    run = resolve("balance_norms_", params[0].device, cannot=kernels_cannot(averages, *lists))
+    norms: Tensor = run(*lists, store_grads)
+    return norms
+
+
+@_balance_norms.op.register_fake
+def _(params: list[Tensor], *_: Any) -> Tensor:
+    return torch.empty(len(params), 3, dtype=torch.float64, device=params[0].device)
+
+
+@_list_op(
+    "balance_ema_",
+    f"(Tensor[] params, Tensor(a1!)[] averages, Tensor[] grads, Tensor(a3!)[] previous_grads, {_RULE}) -> "
+    "(Tensor, Tensor, Tensor)",
+    mutated=[1, 3],
+)
+def _balance_ema(
+    params: list[Tensor],
+    averages: list[Tensor],
+    grads: list[Tensor],
+    previous_grads: list[Tensor],
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    lists = (params, averages, grads, previous_grads)
+    run = resolve("balance_ema_", params[0].device, cannot=kernels_cannot(averages, *lists))
+    weights = run(*lists, BalanceOptions(*options))
+    return weights.alphas.float(), weights.fallbacks, weights.norms
+
+
+@_balance_ema.op.register_fake
+def _(params: list[Tensor], *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    norms = torch.empty(len(params), 3, dtype=torch.float64, device=params[0].device)
+    return norms.new_empty(len(norms), dtype=torch.float32), norms.new_empty(len(norms), dtype=torch.bool), norms
+
+
+@_list_op(
+    "adamw_balance_ema_",
+    "(Tensor(a0!)[] params, Tensor[] grads, Tensor(a2!)[] exp_avgs, Tensor(a3!)[] exp_avg_sqs, "
+    "Tensor(a4!)[] averages, Tensor(a5!)[] previous_grads, Tensor(a6!) alphas, SymInt step, float lr, float beta1, "
+    f"float beta2, float eps, float weight_decay, {_RULE}) -> (Tensor, Tensor)",
+    mutated=[0, 2, 3, 4, 5, 6],
+)
+def _adamw_balance_ema(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    averages: list[Tensor],
+    previous_grads: list[Tensor],
+    alphas: Tensor,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    lists = (params, grads, exp_avgs, exp_avg_sqs, averages, previous_grads)
+    cannot = kernels_cannot([*averages, *exp_avgs, *exp_avg_sqs], *lists)
+    run = resolve("adamw_balance_ema_", params[0].device, cannot=cannot)
+    count = len(AdamWOptions._fields)
+    weights = run(*lists, alphas, AdamWOptions(*options[:count]), BalanceOptions(*options[count:]))
+    return weights.fallbacks, weights.norms
+
+
+@_adamw_balance_ema.op.register_fake
+def _(params: list[Tensor], *arguments: Any) -> tuple[Tensor, Tensor]:
+    alphas = arguments[5]
+    return alphas.new_empty(len(params), dtype=torch.bool), alphas.new_empty(len(params), 3, dtype=torch.float64)
+
+
+@_list_op(
+    "flush_balance_ema_",
+    "(Tensor[] params, Tensor(a1!)[] averages, Tensor alphas, SymInt seed) -> ()",
+    mutated=[1],
+)
+def _flush_balance_ema(params: list[Tensor], averages: list[Tensor], alphas: Tensor, seed: int) -> None:
+    run = resolve("flush_balance_ema_", params[0].device, cannot=kernels_cannot(averages, params, averages))
+    run(params, averages, alphas, seed)
+
+
+@_flush_balance_ema.op.register_fake
+def _(*_: Any) -> None:
+    return None
+
+
+for _name in ("balance_norms_", "balance_ema_", "adamw_balance_ema_", "flush_balance_ema_"):
+    register_lazily(_name, Backend.TRITON, f"cit_fast.kernels.balance_ema:{_name}", only_when_forced=True)

@@ -10,15 +10,10 @@ import torch
 from torch import Tensor
 
 from cit_fast.errors import CitFastError
-from cit_fast.ops.balance_ema.reference import row_count
 
 BalanceRule = Literal["released", "paper", "fixed"]
 BALANCE_RULES: tuple[BalanceRule, ...] = ("released", "paper", "fixed")
 """The rules by name; the position is the number that csrc/cpu/balance_ema.h gives the rule."""
-
-BalanceGranularity = Literal["tensor", "row"]
-BALANCE_GRANULARITIES: tuple[BalanceGranularity, ...] = ("tensor", "row")
-"""What has a weight of its own: a tensor, or each row of a tensor of two or more dimensions."""
 
 _FLOAT_DTYPES = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
 
@@ -31,13 +26,6 @@ def check_rule(op: str, rule: str, decay: float, fallback: float) -> None:
         raise CitFastError(f"{op}: decay={decay} must be in [0, 1)")
     if not 0 < fallback <= 1:
         raise CitFastError(f"{op}: fallback={fallback} must be in (0, 1]")
-
-
-def check_granularity(op: str, granularity: str) -> None:
-    """Raise CitFastError that starts with ``op`` unless ``granularity`` is one of ``BALANCE_GRANULARITIES``."""
-    if granularity not in BALANCE_GRANULARITIES:
-        accepted = ", ".join(BALANCE_GRANULARITIES)
-        raise CitFastError(f"{op}: granularity={granularity!r} is unknown; accepted: {accepted}")
 
 
 def check_adamw(op: str, step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
@@ -114,9 +102,9 @@ def _mismatch(tensor: Tensor | None, param: Tensor, device: torch.device | None,
     return None
 
 
-def check_alphas(op: str, alphas: Tensor, params: Sequence[Tensor], granularity: str) -> None:
-    """Raise CitFastError unless ``alphas`` is contiguous float32 with one entry for each row of the parameters."""
-    expected = (sum(row_count(param, granularity) for param in params),)
+def check_alphas(op: str, alphas: Tensor, params: Sequence[Tensor]) -> None:
+    """Raise CitFastError unless ``alphas`` is contiguous float32 with one entry for each parameter."""
+    expected = (len(params),)
     right = alphas.dtype == torch.float32 and alphas.device == params[0].device and alphas.is_contiguous()
     if tuple(alphas.shape) != expected or not right:
         raise CitFastError(
@@ -129,5 +117,5 @@ def check_norms(op: str, norms: Tensor) -> None:
     """Raise CitFastError unless ``norms`` is what :func:`balance_norms_` returns."""
     if norms.dim() != 2 or norms.shape[1] != 3 or norms.dtype != torch.float64:
         raise CitFastError(
-            f"{op}: norms must be float64 of shape [rows, 3], not {norms.dtype} of shape {tuple(norms.shape)}"
+            f"{op}: norms must be float64 of shape [tensors, 3], not {norms.dtype} of shape {tuple(norms.shape)}"
         )

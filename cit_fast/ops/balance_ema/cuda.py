@@ -33,17 +33,15 @@ from torch import Tensor
 from cit_fast.errors import BackendError, CitFastError
 from cit_fast.ops.backends import Backend, available_backends, register
 from cit_fast.ops.balance_ema.checks import (
-    BalanceGranularity,
     BalanceRule,
     adamw_writes,
     check_adamw,
     check_alphas,
-    check_granularity,
     check_lists,
     check_rule,
 )
-from cit_fast.ops.balance_ema.native import DTYPES, RULES, empty_weights, kernels_cannot
-from cit_fast.ops.balance_ema.reference import BalanceWeights, row_count
+from cit_fast.ops.balance_ema.native import DTYPES, empty_weights, kernels_cannot, outcome
+from cit_fast.ops.balance_ema.reference import AdamWOptions, BalanceOptions, BalanceWeights
 
 _dtype = attrgetter("dtype")
 _shape = attrgetter("shape")
@@ -55,13 +53,12 @@ def _balance_norms(
     averages: list[Tensor],
     grads: list[Tensor],
     previous_grads: list[Tensor],
-    granularity: str,
     store_grads: bool,
 ) -> Tensor:
     from cit_fast import _native_cuda
 
-    norms = empty_weights(params, granularity).norms
-    with _prepared(granularity, params, averages, grads, previous_grads) as plan:
+    norms = empty_weights(params).norms
+    with _prepared(params, averages, grads, previous_grads) as plan:
         _native_cuda.balance_norms(**plan.launch, norms=norms.data_ptr(), store_grads=store_grads)
     return norms
 
@@ -72,20 +69,14 @@ def _balance_ema(
     averages: list[Tensor],
     grads: list[Tensor],
     previous_grads: list[Tensor],
-    rule: str,
-    decay: float,
-    fallback: float,
-    granularity: str,
-    store_grads: bool,
-    seed: int,
+    options: BalanceOptions,
 ) -> BalanceWeights:
     from cit_fast import _native_cuda
 
     _check_seed_may_be_frozen("balance_ema_", averages)
-    weights = empty_weights(params, granularity)
-    outcome = _outcome(weights, rule, decay, fallback, store_grads)
-    with _prepared(granularity, params, averages, grads, previous_grads) as plan:
-        _native_cuda.balance_ema(**plan.launch, **outcome, seed=seed)
+    weights = empty_weights(params)
+    with _prepared(params, averages, grads, previous_grads) as plan:
+        _native_cuda.balance_ema(**plan.launch, **outcome(weights, options), seed=options.seed)
     return weights
 
 
@@ -98,18 +89,8 @@ def _adamw_balance_ema(
     averages: list[Tensor],
     previous_grads: list[Tensor],
     alphas: Tensor,
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    rule: str,
-    decay: float,
-    fallback: float,
-    granularity: str,
-    store_grads: bool,
-    seed: int,
+    adamw: AdamWOptions,
+    options: BalanceOptions,
 ) -> BalanceWeights:
     from cit_fast import _native_cuda
 
@@ -118,31 +99,19 @@ def _adamw_balance_ema(
             "adamw_balance_ema_: a CUDA graph would repeat this very step count and learning rate at each replay; "
             "capture adamw_balance_ema_capturable_, which reads both from device memory"
         )
-    weights = empty_weights(params, granularity)._replace(alphas=alphas)
-    outcome = _outcome(weights, rule, decay, fallback, store_grads)
-    with _prepared(granularity, params, averages, grads, previous_grads, exp_avgs, exp_avg_sqs) as plan:
-        _native_cuda.adamw_balance_ema(
-            **plan.launch,
-            **outcome,
-            seed=seed,
-            step=step,
-            lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            eps=eps,
-            weight_decay=weight_decay,
-        )
+    weights = empty_weights(params)._replace(alphas=alphas)
+    how = {**outcome(weights, options), **adamw._asdict(), "seed": options.seed}
+    with _prepared(params, averages, grads, previous_grads, exp_avgs, exp_avg_sqs) as plan:
+        _native_cuda.adamw_balance_ema(**plan.launch, **how)
     return weights
 
 
 @register("flush_balance_ema_", Backend.CUDA, only_when_forced=True)
-def _flush_balance_ema(
-    params: list[Tensor], averages: list[Tensor], alphas: Tensor, granularity: str, seed: int
-) -> None:
+def _flush_balance_ema(params: list[Tensor], averages: list[Tensor], alphas: Tensor, seed: int) -> None:
     from cit_fast import _native_cuda
 
     _check_seed_may_be_frozen("flush_balance_ema_", averages)
-    with _prepared(granularity, params, averages) as plan:
+    with _prepared(params, averages) as plan:
         _native_cuda.flush_balance_ema(**plan.launch, alphas=alphas.data_ptr(), seed=seed)
 
 
@@ -164,7 +133,6 @@ def adamw_balance_ema_capturable_(
     rule: BalanceRule = "released",
     decay: float = 0.99,
     fallback: float = 0.01,
-    granularity: BalanceGranularity = "tensor",
     store_grads: bool = True,
     seed: int = 0,
 ) -> BalanceWeights:
@@ -176,7 +144,7 @@ def adamw_balance_ema_capturable_(
 
     Args:
         params, grads, exp_avgs, exp_avg_sqs, averages, previous_grads, alphas, betas, eps, weight_decay, rule, decay,
-            fallback, granularity, store_grads: As in :func:`cit_fast.ops.adamw_balance_ema_`; CUDA tensors.
+            fallback, store_grads: As in :func:`cit_fast.ops.adamw_balance_ema_`; CUDA tensors.
         step: One element, float32 or int64, on the same device: 1 for the first step; counted up by the caller,
             ``step += 1`` in the graph.
         lr: One element, float32 or float64, on the same device. Read as it is: not checked.
@@ -188,7 +156,6 @@ def adamw_balance_ema_capturable_(
     """
     op = "adamw_balance_ema_capturable_"
     check_rule(op, rule, decay, fallback)
-    check_granularity(op, granularity)
     check_adamw(op, 1, 0.0, betas, eps, weight_decay)
     lists: dict[str, Sequence[Tensor]] = {
         "params": params,
@@ -202,16 +169,17 @@ def adamw_balance_ema_capturable_(
         raise CitFastError(f"{op}: params is empty")
     written = adamw_writes(store_grads)
     check_lists(op, lists, written=written, previous_optional=rule == "fixed")
-    check_alphas(op, alphas, params, granularity)
+    check_alphas(op, alphas, params)
     _check_scalar(op, "step", step, params[0], (torch.float32, torch.int64))
     _check_scalar(op, "lr", lr, params[0], (torch.float32, torch.float64))
-    _check_kernels(op, lists, granularity)
+    _check_kernels(op, lists)
     from cit_fast import _native_cuda
 
-    weights = empty_weights(params, granularity)._replace(alphas=alphas)
-    outcome = _outcome(weights, rule, decay, fallback, store_grads)
+    # The seed of a step follows from the step count in device memory, so a replayed graph draws other bits each time.
+    options = BalanceOptions(rule, decay, fallback, store_grads, seed & 0xFFFFFFFF)
+    weights = empty_weights(params)._replace(alphas=alphas)
     prepared = torch.empty(_native_cuda.STEP_BYTES, dtype=torch.uint8, device=params[0].device)
-    with _prepared(granularity, params, averages, grads, previous_grads, exp_avgs, exp_avg_sqs) as plan:
+    with _prepared(params, averages, grads, previous_grads, exp_avgs, exp_avg_sqs) as plan:
         _native_cuda.step_on_device(
             prepared.data_ptr(),
             step=step.data_ptr(),
@@ -222,26 +190,14 @@ def adamw_balance_ema_capturable_(
             beta2=betas[1],
             eps=eps,
             weight_decay=weight_decay,
-            seed=seed & 0xFFFFFFFF,
+            seed=options.seed,
             device=plan.launch["device"],
             stream=plan.launch["stream"],
         )
-        _native_cuda.adamw_balance_ema(**plan.launch, **outcome, step_on_device=prepared.data_ptr())
+        _native_cuda.adamw_balance_ema(**plan.launch, **outcome(weights, options), step_on_device=prepared.data_ptr())
     for tensors in (*(lists[name] for name in written), [alphas]):
         torch.autograd.graph.increment_version(tensors)
     return weights
-
-
-def _outcome(weights: BalanceWeights, rule: str, decay: float, fallback: float, store_grads: bool) -> dict[str, Any]:
-    return {
-        "norms": weights.norms.data_ptr(),
-        "alphas": weights.alphas.data_ptr(),
-        "fallbacks": weights.fallbacks.data_ptr(),
-        "rule": RULES[rule],
-        "decay": decay,
-        "fallback": fallback,
-        "store_grads": store_grads,
-    }
 
 
 # Plans: what a list needs in device memory.
@@ -252,7 +208,6 @@ class _Place(NamedTuple):
 
     device: int
     stream: int  # a plan serves one stream, whose order keeps an upload away from the kernels before it
-    granularity: str
     tensors: int
     first: int
     streams: tuple[bool, ...]
@@ -270,13 +225,11 @@ class _Plan:
     def __init__(self, place: _Place, params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> None:
         from cit_fast import _native_cuda
 
-        rows = [row_count(param, place.granularity) for param in params]
-        row_sizes = [param.numel() // n if n else 0 for param, n in zip(params, rows, strict=True)]
         codes = [0] * place.tensors
         present = [stream for stream, there in enumerate(place.streams) if there]
         for at, dtype in enumerate(dtypes):
             codes[at % place.tensors] |= DTYPES[dtype] << 8 * present[at // place.tensors]
-        self.shapes, _, slots, blocks = _native_cuda.layout(rows, row_sizes, codes)
+        self.shapes, slots, blocks = _native_cuda.layout([param.numel() for param in params], codes)
         self.addresses: list[int] = []
         device = params[0].device
         self.table = torch.empty(
@@ -310,14 +263,14 @@ _lock = threading.Lock()  # from the upload to the launch
 
 
 @contextmanager
-def _prepared(granularity: str, *lists: Sequence[Tensor]) -> Iterator[_Plan]:
+def _prepared(*lists: Sequence[Tensor]) -> Iterator[_Plan]:
     """A plan whose table holds these tensors, in the order of csrc/cuda/layout.h; to be launched inside the block."""
     device = lists[0][0].device
     with torch.cuda.device(device), _lock:
-        yield _plan(granularity, lists, torch.cuda.current_stream(device))
+        yield _plan(lists, torch.cuda.current_stream(device))
 
 
-def _plan(granularity: str, lists: tuple[Sequence[Tensor], ...], stream: torch.cuda.Stream) -> _Plan:
+def _plan(lists: tuple[Sequence[Tensor], ...], stream: torch.cuda.Stream) -> _Plan:
     from cit_fast import _native_cuda
 
     params, n = lists[0], len(lists[0])
@@ -326,7 +279,7 @@ def _plan(granularity: str, lists: tuple[Sequence[Tensor], ...], stream: torch.c
         addresses += map(Tensor.data_ptr, tensors) if tensors else [0] * n
     addresses += [0] * (_native_cuda.STREAMS * n - len(addresses))
     there = tuple(map(bool, lists))
-    place = _Place(stream.device_index, stream.cuda_stream, granularity, n, addresses[0], there)
+    place = _Place(stream.device_index, stream.cuda_stream, n, addresses[0], there)
     dtypes = tuple(map(_dtype, chain(*lists)))
     if torch.cuda.is_current_stream_capturing():
         plan = _Plan(place, params, dtypes)  # in the memory of the graph, which uploads at each replay
@@ -363,12 +316,12 @@ def _check_scalar(op: str, name: str, scalar: Tensor, param: Tensor, dtypes: tup
         )
 
 
-def _check_kernels(op: str, lists: dict[str, Sequence[Tensor]], granularity: str) -> None:
+def _check_kernels(op: str, lists: dict[str, Sequence[Tensor]]) -> None:
     status = available_backends()["cuda"]
     reason = None if status.available else status.reason
     if lists["params"][0].device.type != "cuda":
         reason = f"it does not run on {lists['params'][0].device.type} tensors"
     state = [*lists["averages"], *lists["exp_avgs"], *lists["exp_avg_sqs"]]
-    reason = reason or kernels_cannot(state, *lists.values(), granularity=granularity).get(Backend.CUDA)
+    reason = reason or kernels_cannot(state, *lists.values()).get(Backend.CUDA)
     if reason:
         raise BackendError(f"{op}: the CUDA kernels cannot serve: {reason}")

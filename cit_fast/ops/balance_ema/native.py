@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cit_fast.ops.backends import Backend, register
 from cit_fast.ops.balance_ema.checks import BALANCE_RULES
-from cit_fast.ops.balance_ema.reference import BalanceWeights, row_count
+from cit_fast.ops.balance_ema.reference import AdamWOptions, BalanceOptions, BalanceWeights
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/cpu/dtype.h
 RULES: dict[str, int] = {rule: number for number, rule in enumerate(BALANCE_RULES)}  # csrc/cpu/balance_ema.h
@@ -27,14 +28,13 @@ def _balance_norms(
     averages: list[Tensor],
     grads: list[Tensor],
     previous_grads: list[Tensor],
-    granularity: str,
     store_grads: bool,
 ) -> Tensor:
     from cit_fast import _native
 
-    norms = empty_weights(params, granularity).norms
+    norms = empty_weights(params).norms
     _native.balance_norms(
-        ema_table(params, averages, grads, previous_grads, granularity),
+        ema_table(params, averages, grads, previous_grads),
         store_grads=store_grads,
         threads=torch.get_num_threads(),
         norms=norms.data_ptr(),
@@ -48,28 +48,13 @@ def _balance_ema(
     averages: list[Tensor],
     grads: list[Tensor],
     previous_grads: list[Tensor],
-    rule: str,
-    decay: float,
-    fallback: float,
-    granularity: str,
-    store_grads: bool,
-    seed: int,
+    options: BalanceOptions,
 ) -> BalanceWeights:
     from cit_fast import _native
 
-    weights = empty_weights(params, granularity)
-    _native.balance_ema(
-        ema_table(params, averages, grads, previous_grads, granularity),
-        rule=RULES[rule],
-        decay=decay,
-        fallback=fallback,
-        store_grads=store_grads,
-        seed=seed,
-        threads=torch.get_num_threads(),
-        alphas=weights.alphas.data_ptr(),
-        fallbacks=weights.fallbacks.data_ptr(),
-        norms=weights.norms.data_ptr(),
-    )
+    weights = empty_weights(params)
+    table = ema_table(params, averages, grads, previous_grads)
+    _native.balance_ema(table, **outcome(weights, options), seed=options.seed, threads=torch.get_num_threads())
     return weights
 
 
@@ -82,55 +67,28 @@ def _adamw_balance_ema(
     averages: list[Tensor],
     previous_grads: list[Tensor],
     alphas: Tensor,
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    rule: str,
-    decay: float,
-    fallback: float,
-    granularity: str,
-    store_grads: bool,
-    seed: int,
+    adamw: AdamWOptions,
+    options: BalanceOptions,
 ) -> BalanceWeights:
     from cit_fast import _native
 
-    weights = empty_weights(params, granularity)._replace(alphas=alphas)
+    weights = empty_weights(params)._replace(alphas=alphas)
     _native.adamw_balance_ema(
-        ema_table(params, averages, grads, previous_grads, granularity, exp_avgs, exp_avg_sqs),
-        step=step,
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        weight_decay=weight_decay,
-        rule=RULES[rule],
-        decay=decay,
-        fallback=fallback,
-        store_grads=store_grads,
-        seed=seed,
+        ema_table(params, averages, grads, previous_grads, exp_avgs, exp_avg_sqs),
+        **adamw._asdict(),
+        **outcome(weights, options),
+        seed=options.seed,
         threads=torch.get_num_threads(),
-        alphas=alphas.data_ptr(),
-        fallbacks=weights.fallbacks.data_ptr(),
-        norms=weights.norms.data_ptr(),
     )
     return weights
 
 
 @register("flush_balance_ema_", Backend.NATIVE)
-def _flush_balance_ema(
-    params: list[Tensor], averages: list[Tensor], alphas: Tensor, granularity: str, seed: int
-) -> None:
+def _flush_balance_ema(params: list[Tensor], averages: list[Tensor], alphas: Tensor, seed: int) -> None:
     from cit_fast import _native
 
-    _native.flush_balance_ema(
-        ema_table(params, averages, params, [], granularity),
-        seed=seed,
-        threads=torch.get_num_threads(),
-        alphas=alphas.data_ptr(),
-    )
+    table = ema_table(params, averages, params, [])
+    _native.flush_balance_ema(table, seed=seed, threads=torch.get_num_threads(), alphas=alphas.data_ptr())
 
 
 # What the kernels of CPU and GPU have in common.
@@ -141,45 +99,56 @@ def ema_table(
     averages: Sequence[Tensor],
     grads: Sequence[Tensor],
     previous_grads: Sequence[Tensor],
-    granularity: str,
     *moments: Sequence[Tensor],
 ) -> list[int]:
-    """Per tensor: elements, rows, then address and dtype from each list; 0, 0 for previous gradients not there."""
+    """Per tensor: elements, then address and dtype from each list; 0, 0 for previous gradients not there."""
     lists = (params, averages, grads, previous_grads, *moments)
-    columns = [[param.numel() for param in params], [row_count(param, granularity) for param in params]]
+    columns = [[param.numel() for param in params]]
     for tensors in lists:
         columns.append([tensor.data_ptr() for tensor in tensors] or [0] * len(params))
         columns.append([DTYPES[tensor.dtype] for tensor in tensors] or [0] * len(params))
     return list(chain.from_iterable(zip(*columns, strict=True)))
 
 
-def empty_weights(params: Sequence[Tensor], granularity: str) -> BalanceWeights:
+def empty_weights(params: Sequence[Tensor]) -> BalanceWeights:
     """Memory for the results of one call."""
-    rows, device = sum(row_count(param, granularity) for param in params), params[0].device
+    count, device = len(params), params[0].device
     return BalanceWeights(
-        torch.empty(rows, device=device),
-        torch.empty(rows, device=device, dtype=torch.bool),
-        torch.empty(rows, 3, device=device, dtype=torch.float64),
+        torch.empty(count, device=device),
+        torch.empty(count, device=device, dtype=torch.bool),
+        torch.empty(count, 3, device=device, dtype=torch.float64),
     )
 
 
-def kernels_cannot(state: Sequence[Tensor], *lists: Sequence[Tensor], granularity: str) -> dict[Backend, str]:
+def outcome(weights: BalanceWeights, options: BalanceOptions) -> dict[str, Any]:
+    """How a compiled kernel decides the weights, and the addresses to write them to."""
+    return {
+        "norms": weights.norms.data_ptr(),
+        "alphas": weights.alphas.data_ptr(),
+        "fallbacks": weights.fallbacks.data_ptr(),
+        "rule": RULES[options.rule],
+        "decay": options.decay,
+        "fallback": options.fallback,
+        "store_grads": options.store_grads,
+    }
+
+
+def kernels_cannot(state: Sequence[Tensor], *lists: Sequence[Tensor]) -> dict[Backend, str]:
     """Why no kernel can take these tensors; empty when all can.
 
-    Kernels walk flat memory. With state in bfloat16 or a weight for each row the order of the elements matters, so
-    the tensors must be contiguous then.
+    Kernels walk flat memory. With state in bfloat16 the order of the elements matters, so the tensors must be
+    contiguous then.
 
     Args:
         state: Averages and moments.
         lists: All tensors, the parameters first.
-        granularity: As in :func:`cit_fast.ops.balance_ema_`.
     """
     kernels = _KERNELS.get(lists[0][0].device.type, ())
-    reason = _why_not(state, lists, granularity)
+    reason = _why_not(state, lists)
     return dict.fromkeys(kernels, reason) if reason else {}
 
 
-def _why_not(state: Sequence[Tensor], lists: tuple[Sequence[Tensor], ...], granularity: str) -> str | None:
+def _why_not(state: Sequence[Tensor], lists: tuple[Sequence[Tensor], ...]) -> str | None:
     state_dtypes = {tensor.dtype for tensor in state}
     for dtype in state_dtypes - _STATE_DTYPES:
         return f"it keeps averages and moments in float32 or bfloat16, not {dtype}"
@@ -187,8 +156,8 @@ def _why_not(state: Sequence[Tensor], lists: tuple[Sequence[Tensor], ...], granu
         return f"it takes no {dtype}"
     if all(map(Tensor.is_contiguous, chain(*lists))):
         return None
-    if granularity == "row" or torch.bfloat16 in state_dtypes:
-        return "a tensor is not contiguous, which weights for rows and bfloat16 state need"
+    if torch.bfloat16 in state_dtypes:
+        return "a tensor is not contiguous, which bfloat16 state needs"
     for tensors in lists:
         for param, tensor in zip(lists[0], tensors, strict=False):
             if tensor.stride() != param.stride() or not _is_dense(tensor):

@@ -1,13 +1,13 @@
 """Balance-weight EMA in plain PyTorch: the definition every backend is tested against.
 
-Source: Qiao et al., ICML 2025 (LCIA), arXiv 2410.10868. Per tensor, or per row of it, with ``p`` the parameter, ``e``
-its average, ``g`` the gradient:
+Source: Qiao et al., ICML 2025 (LCIA), arXiv 2410.10868. Per tensor, with ``p`` the parameter, ``e`` its average,
+``g`` the gradient:
 
     (1)  a = |p - e|_1      b = |g|_1      c = |g - g_prev|_1          e before its update
     (2)  released:  alpha = 2 (1 + b) / (a c),    or ``fallback`` when that is not in (0, 1)
          paper:     alpha = 1 - (1 + b) / (a c),  or ``1 - decay`` when the fraction is not in (0, 1)
          fixed:     alpha = 1 - decay
-    (3)  alpha = 0 (leave the row out) when a or b is not finite: the average never takes in a NaN
+    (3)  alpha = 0 (leave the tensor out) when a or b is not finite: the average never takes in a NaN
     (4)  e <- e + alpha (p - e),   g_prev <- g
 
 State (averages, moments) in bfloat16 is computed in float32 and written by stochastic rounding: up or down with the
@@ -23,15 +23,44 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from cit_fast.ops.backends import Backend, register
+
+
+class BalanceOptions(NamedTuple):
+    """How averages follow; every backend takes this one object. See :func:`cit_fast.ops.balance_ema_`."""
+
+    rule: str = "released"
+    """Equation (2): ``"released"``, ``"paper"`` or ``"fixed"``."""
+    decay: float = 0.99
+    """Share of the old average for ``fixed``, and where ``paper`` gives no usable weight."""
+    fallback: float = 0.01
+    """alpha where ``released`` gives no usable weight."""
+    store_grads: bool = True
+    """Whether the gradients overwrite the previous ones."""
+    seed: int = 0
+    """Of the stochastic rounding of bfloat16 state, in [0, 2**32)."""
+
+
+class AdamWOptions(NamedTuple):
+    """One step of AdamW; see ``torch.optim.AdamW``."""
+
+    step: int
+    """1 for the first step."""
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+
 
 class BalanceWeights(NamedTuple):
-    """What the balance rule chose for each row of a list of tensors; a row is a whole tensor, or one row of it.
+    """What the balance rule chose for each tensor of a list.
 
     Attributes:
-        alphas: [rows], float32, in (0, 1]: share of the new parameters. 0 marks a row left out because its parameter
-            or its gradient held a value that is not finite.
-        fallbacks: [rows], bool: the rule gave no usable weight and its constant was taken.
-        norms: [rows, 3], float64: a, b and c of equation (1), from which both follow.
+        alphas: [tensors], float32, in (0, 1]: share of the new parameters. 0 marks a tensor left out because its
+            parameter or its gradient held a value that is not finite.
+        fallbacks: [tensors], bool: the rule gave no usable weight and its constant was taken.
+        norms: [tensors, 3], float64: a, b and c of equation (1), from which both follow.
     """
 
     alphas: Tensor
@@ -39,52 +68,49 @@ class BalanceWeights(NamedTuple):
     norms: Tensor
 
 
+@register("balance_ema_", Backend.REFERENCE)
 def balance_ema_(
     params: Sequence[Tensor],
     averages: Sequence[Tensor],
     grads: Sequence[Tensor],
     previous_grads: Sequence[Tensor],
-    rule: str = "released",
-    decay: float = 0.99,
-    fallback: float = 0.01,
-    granularity: str = "tensor",
-    store_grads: bool = True,
-    seed: int = 0,
+    options: BalanceOptions,
 ) -> BalanceWeights:
     """One EMA step, (1) to (4); see :func:`cit_fast.ops.balance_ema_`. float64 averages give float64 weights."""
-    norms = balance_norms_(params, averages, grads, previous_grads, granularity, store_grads)
-    alphas, fallbacks = balance_weight(norms, rule, decay, fallback)
+    norms = balance_norms_(params, averages, grads, previous_grads, options.store_grads)
+    alphas, fallbacks = balance_weight(norms, options)
     alphas = alphas.to(_compute_dtype(averages[0]))
-    flush_balance_ema_(params, averages, alphas, granularity, seed)
+    flush_balance_ema_(params, averages, alphas, options.seed)
     return BalanceWeights(alphas, fallbacks, norms)
 
 
+@register("balance_norms_", Backend.REFERENCE)
 def balance_norms_(
     params: Sequence[Tensor],
     averages: Sequence[Tensor],
     grads: Sequence[Tensor],
     previous_grads: Sequence[Tensor],
-    granularity: str = "tensor",
     store_grads: bool = True,
 ) -> Tensor:
-    """Equation (1), [rows, 3] float64; then ``g_prev <- g`` if ``store_grads``."""
+    """Equation (1), [tensors, 3] float64; then ``g_prev <- g`` if ``store_grads``."""
     norms = []
     for i, (param, average, grad) in enumerate(zip(params, averages, grads, strict=True)):
         dtype = _compute_dtype(average)
         g = grad.to(dtype)
-        distance = _l1(param.to(dtype) - average.to(dtype), granularity)
-        gradient = _l1(g, granularity)
+        distance = _l1(param.to(dtype) - average.to(dtype))
+        gradient = _l1(g)
         change = torch.zeros_like(gradient)
         if previous_grads:
-            change = _l1(g - previous_grads[i].to(dtype), granularity)
+            change = _l1(g - previous_grads[i].to(dtype))
             if store_grads:
                 previous_grads[i].copy_(grad)
-        norms.append(torch.stack((distance, gradient, change), dim=1))
-    return torch.cat(norms)
+        norms.append(torch.stack((distance, gradient, change)))
+    return torch.stack(norms)
 
 
-def balance_weight(norms: Tensor, rule: str, decay: float, fallback: float) -> tuple[Tensor, Tensor]:
-    """Equations (2) and (3) for norms [rows, 3]: (alpha [rows], whether it is the fallback [rows])."""
+def balance_weight(norms: Tensor, options: BalanceOptions) -> tuple[Tensor, Tensor]:
+    """Equations (2) and (3) for norms [tensors, 3]: (alpha [tensors], whether it is the fallback [tensors])."""
+    rule, decay, fallback, *_ = options
     distance, gradient, change = norms.unbind(1)
     if rule == "fixed":
         alpha = torch.full_like(distance, 1 - decay)
@@ -100,22 +126,17 @@ def balance_weight(norms: Tensor, rule: str, decay: float, fallback: float) -> t
     return torch.where(finite, alpha, 0.0), fell_back & finite
 
 
-def flush_balance_ema_(
-    params: Sequence[Tensor],
-    averages: Sequence[Tensor],
-    alphas: Tensor,
-    granularity: str = "tensor",
-    seed: int = 0,
-) -> None:
-    """Equation (4) for the averages, with ``alphas`` [rows]."""
-    counts = [row_count(param, granularity) for param in params]
-    for i, (param, average, alpha) in enumerate(zip(params, averages, torch.split(alphas, counts), strict=True)):
+@register("flush_balance_ema_", Backend.REFERENCE)
+def flush_balance_ema_(params: Sequence[Tensor], averages: Sequence[Tensor], alphas: Tensor, seed: int = 0) -> None:
+    """Equation (4) for the averages, with ``alphas`` [tensors]."""
+    for i, (param, average, alpha) in enumerate(zip(params, averages, alphas, strict=True)):
         dtype = _compute_dtype(average)
-        e, weight = by_rows(average.to(dtype), granularity), alpha.to(dtype).unsqueeze(1)
-        moved = e + weight * (by_rows(param.to(dtype), granularity) - e)
-        _write(average, torch.where(weight == 0, e, moved).view(average.shape), seed, i, stream=0)
+        e, weight = average.to(dtype), alpha.to(dtype)
+        moved = e + weight * (param.to(dtype) - e)
+        _write(average, torch.where(weight == 0, e, moved), seed, i, stream=0)
 
 
+@register("adamw_balance_ema_", Backend.REFERENCE)
 def adamw_balance_ema_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -124,24 +145,15 @@ def adamw_balance_ema_(
     averages: Sequence[Tensor],
     previous_grads: Sequence[Tensor],
     alphas: Tensor,
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    rule: str = "released",
-    decay: float = 0.99,
-    fallback: float = 0.01,
-    granularity: str = "tensor",
-    store_grads: bool = True,
-    seed: int = 0,
+    adamw: AdamWOptions,
+    options: BalanceOptions,
 ) -> BalanceWeights:
     """Pending (4), then AdamW (Loshchilov and Hutter, 2019, algorithm 2), then (1) to (3); ``alphas`` is replaced.
 
     An element whose gradient is not finite keeps its parameter and moments.
     """
-    flush_balance_ema_(params, averages, alphas, granularity, seed)
+    flush_balance_ema_(params, averages, alphas, options.seed)
+    step, lr, beta1, beta2, eps, weight_decay = adamw
     root_scale = 1 / math.sqrt(1 - beta2**step)
     step_size = lr / (1 - beta1**step)
     for i, (param, grad, exp_avg, exp_avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
@@ -149,33 +161,20 @@ def adamw_balance_ema_(
         p, g, m, v = (each.to(dtype) for each in (param, grad, exp_avg, exp_avg_sq))
         new_m = m + (1 - beta1) * (g - m)
         new_v = beta2 * v + (1 - beta2) * (g * g)
+        # The parameter is updated with the moments before they are rounded to their own dtype.
         new_p = p * (1 - lr * weight_decay) - step_size * (new_m / (new_v.sqrt() * root_scale + eps))
         finite = torch.isfinite(g)
         param.copy_(torch.where(finite, new_p, p))
-        _write(exp_avg, torch.where(finite, new_m, m), seed, i, stream=1)
-        _write(exp_avg_sq, torch.where(finite, new_v, v), seed, i, stream=2)
-    norms = balance_norms_(params, averages, grads, previous_grads, granularity, store_grads)
-    weights, fallbacks = balance_weight(norms, rule, decay, fallback)
+        _write(exp_avg, torch.where(finite, new_m, m), options.seed, i, stream=1)
+        _write(exp_avg_sq, torch.where(finite, new_v, v), options.seed, i, stream=2)
+    norms = balance_norms_(params, averages, grads, previous_grads, options.store_grads)
+    weights, fallbacks = balance_weight(norms, options)
     alphas.copy_(weights)
     return BalanceWeights(alphas, fallbacks, norms)
 
 
-# Rows: the parts of a tensor that have a weight of their own.
-
-
-def row_count(tensor: Tensor, granularity: str) -> int:
-    """1, or ``shape[0]`` of a tensor of two or more dimensions where the granularity is ``"row"``."""
-    return tensor.shape[0] if granularity == "row" and tensor.dim() > 1 else 1
-
-
-def by_rows(tensor: Tensor, granularity: str) -> Tensor:
-    """The elements as [rows, elements of a row]."""
-    rows = row_count(tensor, granularity)
-    return tensor.reshape(rows, tensor.numel() // rows if rows else 0)
-
-
-def _l1(x: Tensor, granularity: str) -> Tensor:
-    return by_rows(x, granularity).abs().sum(dim=1, dtype=torch.float64)
+def _l1(x: Tensor) -> Tensor:
+    return x.abs().sum(dtype=torch.float64)
 
 
 def _compute_dtype(state: Tensor) -> torch.dtype:

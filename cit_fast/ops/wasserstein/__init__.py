@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cit_fast.errors import ConfigError, DataError
-from cit_fast.ops.backends import Backend, backend, forced_backend, resolve
-from cit_fast.ops.wasserstein import cuda as _wasserstein_cuda
-from cit_fast.ops.wasserstein import native as _wasserstein_native
-from cit_fast.ops.wasserstein import triton as _wasserstein_triton
-from cit_fast.ops.wasserstein.reference import METHODS, METRICS
+from cit_fast.errors import ConfigError
+from cit_fast.ops.backends import Backend, backend, forced_backend, register_lazily, resolve
+from cit_fast.ops.wasserstein import native  # noqa: F401 - registers itself
+from cit_fast.ops.wasserstein.checks import check_options, check_values, packed_points, packed_weights, pair_index
+from cit_fast.ops.wasserstein.reference import METHODS, METRICS, TransportOptions
 
-FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-INDEX_DTYPES = (torch.int32, torch.int64)
+__all__ = ["METHODS", "METRICS", "TransportOptions", "Wasserstein", "wasserstein_matrix"]
 
 
 class Wasserstein(NamedTuple):
@@ -41,15 +35,6 @@ class Wasserstein(NamedTuple):
     """float64, L1 distance of the entropic plan's marginals from the weights; 0 where there are no iterations."""
 
 
-@dataclass(frozen=True)
-class WarmStart:
-    """Column potentials of Sinkhorn by pair of cloud indices: pass one object to several calls, and each starts from
-    where the last ended. For clouds that keep their places and sizes while points, weights or epsilon move a little;
-    a pair that is new, or of another size, starts cold. Results are as good, but not the same bits."""
-
-    potentials: dict[tuple[int, int], Tensor] = field(default_factory=dict)
-
-
 def wasserstein_matrix(
     clouds: Sequence[Tensor] | Tensor,
     weights: Sequence[Tensor] | Tensor | None = None,
@@ -63,7 +48,6 @@ def wasserstein_matrix(
     tolerance: float = 1e-6,
     max_iterations: int = 1000,
     gap: float | None = None,
-    warm_start: WarmStart | None = None,
 ) -> Wasserstein:
     """W(a, b) = ( min_pi sum_mn pi_mn c(x_m, y_n)^p )^(1/p) between weighted point clouds.
 
@@ -79,9 +63,8 @@ def wasserstein_matrix(
         offsets: [N+1] int32 or int64, for packed points only: cloud i is rows offsets[i] to offsets[i+1].
         metric: The ground cost c: ``"cosine"`` 1 - cos(x, y), ``"euclidean"`` |x - y|, ``"sqeuclidean"`` |x - y|^2.
         p: Order, at least 1.
-        method: ``"exact"`` (network simplex), ``"sinkhorn"`` (cost of the entropic plan after rounding it to
-            the weights, never below the exact distance) or ``"sinkhorn-divergence"`` (entropic value less its
-            self terms; may lie on either side of the exact distance, also outside the bounds).
+        method: ``"exact"`` (network simplex) or ``"sinkhorn"`` (cost of the entropic plan after rounding it to the
+            weights, never below the exact distance).
         pairs: None: all pairs. An index i: cloud i against all. Else [M, 2] indices.
         epsilon: Entropic regularisation in units of c^p, positive; brought into 1e-9 to 1e6 of the largest
             cost. None: 5 % of the standard deviation of each pair's cost.
@@ -92,8 +75,7 @@ def wasserstein_matrix(
         gap: Sinkhorn halves epsilon until upper - lower is at most this share of upper, for each pair by itself and
             within ``max_iterations``: 1e-3 certifies the distance to a thousandth. ``native`` certifies pairs of up to
             a million costs, and uniform clouds of one size, by the exact solver instead, which stops at such bounds:
-            a fraction of the time, no epsilon. Not for a divergence or a warm start. None: epsilon stays.
-        warm_start: Where Sinkhorn starts from, and what it leaves for the next call; the result has no gradient then.
+            a fraction of the time, no epsilon. None: epsilon stays.
 
     Returns:
         :class:`Wasserstein`. For the exact method lower = distance = upper.
@@ -110,30 +92,19 @@ def wasserstein_matrix(
     >>> wasserstein_matrix([x, y], metric="euclidean").distances.tolist()
     [[0.0, 2.0], [2.0, 0.0]]
     """
-    _check_options(metric, p, method, epsilon, tolerance, max_iterations)
-    if gap is not None and not 0 < gap < 1:
-        raise ConfigError(f"wasserstein_matrix: gap is {gap}; expected a number between 0 and 1, or None")
-    points, offsets = _packed_points(clouds, offsets)
-    weight = _packed_weights(weights, points, offsets, clouds)
-    count = offsets.shape[0] - 1
-    index = _pair_index(pairs, count)
-    # W is symmetric; with each pair in one order, so is its rounding.
-    inputs = points, offsets, weight, index.sort(dim=1).values
-    options: tuple[Any, ...] = (
-        metric,
-        float(p),
-        method,
-        None if epsilon is None else float(epsilon),
-        float(tolerance),
-        max_iterations,
+    if gap == 0:
+        raise ConfigError("wasserstein_matrix: gap is 0.0; expected a number between 0 and 1, or None")
+    options = TransportOptions(
+        metric, float(p), method, None if epsilon is None else float(epsilon), float(tolerance), max_iterations,
         gap or 0.0,
-    )
-    if warm_start is None:
-        values = torch.ops.cit_fast.wasserstein_matrix(*inputs, *options)
-    else:
-        run: Callable[..., tuple[Tensor, ...]] = functools.partial(_run, potentials=warm_start.potentials)
-        with torch.no_grad():
-            values = run(*inputs, *options)
+    )  # fmt: skip
+    check_options(options)
+    points, offsets = packed_points(clouds, offsets)
+    weight = packed_weights(weights, points, offsets, clouds)
+    count = offsets.shape[0] - 1
+    index = pair_index(pairs, count)
+    # W is symmetric; with each pair in one order, so is its rounding.
+    values = torch.ops.cit_fast.wasserstein_matrix(points, offsets, weight, index.sort(dim=1).values, *options)
     if pairs is not None:
         return Wasserstein(*values)
     i, j = index.to(points.device).unbind(dim=1)
@@ -145,77 +116,34 @@ def _symmetric(values: Tensor, i: Tensor, j: Tensor, count: int) -> Tensor:
     return matrix.index_put((i, j), values).index_put((j, i), values)
 
 
-# --- registration -------------------------------------------------------------------------------------------
+# The op as torch knows it. An option is spelt in the function above, in TransportOptions and in this schema.
+
+_OPTIONS = "str metric, float p, str method, float? epsilon, float tolerance, int max_iterations, float gap"
 
 
 @torch.library.custom_op(
     "cit_fast::wasserstein_matrix",
     mutates_args=(),
-    schema="(Tensor points, Tensor offsets, Tensor weights, Tensor pairs, str metric, float p, str method, "
-    "float? epsilon, float tolerance, int max_iterations, float gap=0.0) -> "
+    schema=f"(Tensor points, Tensor offsets, Tensor weights, Tensor pairs, {_OPTIONS}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _wasserstein_matrix(
-    points: Tensor,
-    offsets: Tensor,
-    weights: Tensor,
-    pairs: Tensor,
-    metric: str,
-    p: float,
-    method: str,
-    epsilon: float | None,
-    tolerance: float,
-    max_iterations: int,
-    gap: float = 0.0,
+    points: Tensor, offsets: Tensor, weights: Tensor, pairs: Tensor, *options: Any
 ) -> tuple[Tensor, ...]:
-    return _run(points, offsets, weights, pairs, metric, p, method, epsilon, tolerance, max_iterations, gap)
-
-
-def _run(
-    points: Tensor,
-    offsets: Tensor,
-    weights: Tensor,
-    pairs: Tensor,
-    metric: str,
-    p: float,
-    method: str,
-    epsilon: float | None,
-    tolerance: float,
-    max_iterations: int,
-    gap: float,
-    potentials: dict[tuple[int, int], Tensor] | None = None,
-) -> tuple[Tensor, ...]:
-    _check_values(points, offsets, weights, pairs, metric)
-    more: dict[str, Any] = {}
-    if method != "exact" and gap > 0:
-        more["gap"] = gap
-    if method != "exact" and potentials is not None:
-        more["potentials"] = potentials
-    reason = f"its kernels take no {' or '.join(more)}"
-    cannot = dict.fromkeys((Backend.CUDA, Backend.TRITON), reason) if more else None
+    chosen = TransportOptions(*options)
+    check_values(points, offsets, weights, pairs, chosen.metric)
+    # The kernels of a GPU have one epsilon for each pair from start to end.
+    certifies = chosen.method == "sinkhorn" and chosen.gap > 0
+    cannot = dict.fromkeys((Backend.CUDA, Backend.TRITON), "its kernels take no gap") if certifies else None
     run = resolve("wasserstein_matrix", points.device, cannot=cannot)
     # Autocast reaches into a custom op's body; costs in half precision would make the bounds wrong.
     with torch.autocast(points.device.type, enabled=False):
-        out: tuple[Tensor, ...] = run(
-            points, offsets, weights, pairs, metric, p, method, epsilon, tolerance, max_iterations, **more
-        )
+        out: tuple[Tensor, ...] = run(points, offsets, weights, pairs, chosen)
     return out
 
 
 @_wasserstein_matrix.register_fake
-def _(
-    points: Tensor,
-    offsets: Tensor,
-    weights: Tensor,
-    pairs: Tensor,
-    metric: str,
-    p: float,
-    method: str,
-    epsilon: float | None,
-    tolerance: float,
-    max_iterations: int,
-    gap: float = 0.0,
-) -> tuple[Tensor, ...]:
+def _(points: Tensor, offsets: Tensor, weights: Tensor, pairs: Tensor, *_: Any) -> tuple[Tensor, ...]:
     dtypes = (torch.float64, torch.float64, torch.float64, torch.int64, torch.float64)
     return tuple(points.new_empty((pairs.shape[0],), dtype=dtype) for dtype in dtypes)
 
@@ -224,49 +152,18 @@ def _(
     "cit_fast::wasserstein_gradient",
     mutates_args=(),
     schema="(Tensor points, Tensor offsets, Tensor weights, Tensor pairs, Tensor distances, Tensor gradient, "
-    "str metric, float p, str method, float? epsilon, float tolerance, "
-    "int max_iterations, float gap=0.0) -> (Tensor, Tensor)",
+    f"{_OPTIONS}) -> (Tensor, Tensor)",
 )
-def _wasserstein_gradient(
-    points: Tensor,
-    offsets: Tensor,
-    weights: Tensor,
-    pairs: Tensor,
-    distances: Tensor,
-    gradient: Tensor,
-    metric: str,
-    p: float,
-    method: str,
-    epsilon: float | None,
-    tolerance: float,
-    max_iterations: int,
-    gap: float = 0.0,
-) -> tuple[Tensor, ...]:
+def _wasserstein_gradient(points: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    tensors, options = arguments[:5], TransportOptions(*arguments[5:])
     run = _resolve_gradient(points.device)
     with torch.autocast(points.device.type, enabled=False):
-        out: tuple[Tensor, ...] = run(
-            points, offsets, weights, pairs, distances, gradient, metric, p, method, epsilon, tolerance,
-            max_iterations, gap,
-        )  # fmt: skip
+        out: tuple[Tensor, ...] = run(points, *tensors, options)
     return out
 
 
 @_wasserstein_gradient.register_fake
-def _(
-    points: Tensor,
-    offsets: Tensor,
-    weights: Tensor,
-    pairs: Tensor,
-    distances: Tensor,
-    gradient: Tensor,
-    metric: str,
-    p: float,
-    method: str,
-    epsilon: float | None,
-    tolerance: float,
-    max_iterations: int,
-    gap: float = 0.0,
-) -> tuple[Tensor, ...]:
+def _(points: Tensor, offsets: Tensor, weights: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return torch.empty_like(points), torch.empty_like(weights)
 
 
@@ -290,137 +187,9 @@ def _backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ..
 
 
 _wasserstein_matrix.register_autograd(_backward, setup_context=_setup_context)
-
-
-# --- checks and packing -------------------------------------------------------------------------------------
-
-
-def _check_options(
-    metric: str, p: float, method: str, epsilon: float | None, tolerance: float, max_iterations: int
-) -> None:
-    if metric not in METRICS:
-        raise ConfigError(f"wasserstein_matrix: unknown metric {metric!r}; expected one of {', '.join(METRICS)}")
-    if method not in METHODS:
-        raise ConfigError(f"wasserstein_matrix: unknown method {method!r}; expected one of {', '.join(METHODS)}")
-    if not (p >= 1 and math.isfinite(p)):
-        raise ConfigError(f"wasserstein_matrix: p is {p}; expected a number of at least 1")
-    if epsilon is not None and not (epsilon > 0 and math.isfinite(epsilon)):
-        raise ConfigError(f"wasserstein_matrix: epsilon is {epsilon}; expected a positive number or None")
-    if not (tolerance > 0 and math.isfinite(tolerance)):
-        raise ConfigError(f"wasserstein_matrix: tolerance is {tolerance}; expected a positive number")
-    if max_iterations < 1:
-        raise ConfigError(f"wasserstein_matrix: max_iterations is {max_iterations}; expected at least 1")
-
-
-def _packed_points(clouds: Sequence[Tensor] | Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
-    if isinstance(clouds, Tensor):
-        if offsets is None:
-            raise DataError("wasserstein_matrix: packed points need offsets; or pass a list of [n_i, d] tensors")
-        if offsets.dtype not in INDEX_DTYPES or offsets.dim() != 1 or offsets.shape[0] < 2:
-            raise DataError(
-                f"wasserstein_matrix: offsets is {list(offsets.shape)} {offsets.dtype}; "
-                f"expected [clouds + 1] int32 or int64"
-            )
-        _check_points(clouds, "the packed points", "P", None)
-        return clouds, offsets
-    if offsets is not None:
-        raise DataError("wasserstein_matrix: offsets belong to packed points; a list of clouds needs none")
-    if len(clouds) == 0:
-        raise DataError("wasserstein_matrix: no clouds; expected at least one")
-    for index, cloud in enumerate(clouds):
-        _check_points(cloud, f"cloud {index}", "n", clouds[0])
-    sizes = torch.tensor([0] + [cloud.shape[0] for cloud in clouds])
-    return torch.cat(list(clouds)), sizes.cumsum(0)
-
-
-def _check_points(points: Tensor, name: str, rows: str, first: Tensor | None) -> None:
-    if points.dtype not in FLOAT_DTYPES:
-        raise DataError(f"wasserstein_matrix: {name} is {points.dtype}; expected float16, bfloat16, float32 or float64")
-    if points.dim() != 2 or points.shape[1] == 0:
-        raise DataError(f"wasserstein_matrix: {name} is {list(points.shape)}; expected [{rows}, d]")
-    if first is not None and points.shape[1] != first.shape[1]:
-        raise DataError(
-            f"wasserstein_matrix: {name} has d = {points.shape[1]} and cloud 0 has d = {first.shape[1]}; "
-            f"expected the same"
-        )
-    if first is not None and points.device != first.device:
-        raise DataError(f"wasserstein_matrix: {name} is on {points.device} and cloud 0 on {first.device}; expected one")
-
-
-def _packed_weights(
-    weights: Sequence[Tensor] | Tensor | None,
-    points: Tensor,
-    offsets: Tensor,
-    clouds: Sequence[Tensor] | Tensor,
-) -> Tensor:
-    if weights is None:
-        return points.new_ones(points.shape[0], dtype=torch.float32)
-    if not isinstance(weights, Tensor):
-        if isinstance(clouds, Tensor) or len(weights) != len(clouds):
-            raise DataError(
-                f"wasserstein_matrix: {len(weights)} weight tensors for {offsets.shape[0] - 1} clouds; "
-                f"expected one for each cloud of a list, or one packed tensor"
-            )
-        for index, (weight, cloud) in enumerate(zip(weights, clouds, strict=True)):
-            if weight.shape != cloud.shape[:1]:
-                raise DataError(
-                    f"wasserstein_matrix: the weights of cloud {index} are {list(weight.shape)}; "
-                    f"expected [{cloud.shape[0]}]"
-                )
-        weights = torch.cat(list(weights))
-    if weights.shape != points.shape[:1] or weights.dtype not in FLOAT_DTYPES:
-        raise DataError(
-            f"wasserstein_matrix: the packed weights are {list(weights.shape)} {weights.dtype}; "
-            f"expected [{points.shape[0]}], floating point"
-        )
-    return weights.to(points.device)
-
-
-def _pair_index(pairs: int | Sequence[tuple[int, int]] | Tensor | None, count: int) -> Tensor:
-    if pairs is None:
-        return torch.triu_indices(count, count, offset=1).T.contiguous()
-    if isinstance(pairs, int):
-        others = torch.arange(count)
-        return torch.stack([torch.full_like(others, pairs), others], dim=1)
-    index = pairs if isinstance(pairs, Tensor) else torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
-    if index.dtype not in INDEX_DTYPES or index.dim() != 2 or index.shape[1] != 2:
-        raise DataError(
-            f"wasserstein_matrix: pairs is {list(index.shape)} {index.dtype}; expected [M, 2] int64 or an index"
-        )
-    return index
-
-
-def _check_values(points: Tensor, offsets: Tensor, weights: Tensor, pairs: Tensor, metric: str) -> None:
-    bounds = offsets.tolist()
-    if bounds[0] != 0 or bounds[-1] != points.shape[0] or bounds != sorted(bounds):
-        raise DataError(
-            f"wasserstein_matrix: offsets runs from {bounds[0]} to {bounds[-1]}; "
-            f"expected ascending numbers from 0 to {points.shape[0]}, the number of points"
-        )
-    count = len(bounds) - 1
-    outside = ((pairs < 0) | (pairs >= count)).any(dim=1).nonzero()
-    if len(outside):
-        wrong = tuple(pairs[int(outside[0])].tolist())
-        raise DataError(f"wasserstein_matrix: pair {wrong} is outside the {count} clouds")
-    finite = points.isfinite().all(dim=1)
-    zero = (points == 0).all(dim=1)
-    for cloud, (start, end) in enumerate(itertools.pairwise(bounds)):
-        if start == end:
-            raise DataError(f"wasserstein_matrix: cloud {cloud} is empty; expected at least one point")
-        if not finite[start:end].all():
-            point = int((~finite[start:end]).nonzero()[0])
-            raise DataError(f"wasserstein_matrix: cloud {cloud}, point {point} is not finite")
-        weight = weights[start:end]
-        if not weight.isfinite().all() or (weight < 0).any():
-            raise DataError(
-                f"wasserstein_matrix: cloud {cloud} has weights from {float(weight.min())} to {float(weight.max())}; "
-                f"expected finite numbers, none negative"
-            )
-        if not (weight > 0).any():
-            raise DataError(f"wasserstein_matrix: cloud {cloud} has no mass; expected a positive weight")
-        if metric == "cosine" and zero[start:end].any():
-            point = int(zero[start:end].nonzero()[0])
-            raise DataError(
-                f"wasserstein_matrix: cloud {cloud}, point {point} is all zero, which has no cosine; "
-                f"drop it or use another metric"
-            )
+register_lazily(
+    "wasserstein_matrix", Backend.CUDA, "cit_fast.ops.wasserstein.cuda:wasserstein_matrix", only_when_forced=True
+)
+register_lazily(
+    "wasserstein_matrix", Backend.TRITON, "cit_fast.kernels.wasserstein:wasserstein_matrix", only_when_forced=True
+)

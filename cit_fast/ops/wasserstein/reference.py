@@ -2,23 +2,20 @@
 
     W(a, b) = ( min_pi <pi, C> )^(1/p),   C_mn = c(x_m, y_n)^p,   pi >= 0 with marginals a and b
 
-``exact``                POT's network simplex.
-``sinkhorn``             log-domain Sinkhorn with epsilon scaling; the plan is rounded to exact marginals
-                         (Altschuler, Weed, Rigollet 2017, algorithm 2), so that its cost is never below W^p.
-                         The column potential g, made feasible by f_i = min_j C_ij - g_j and g_j = min_i C_ij
-                         - f_i, gives <a, f> + <b, g> <= W^p.
-``sinkhorn-divergence``  OT_eps(a, b) - (OT_eps(a, a) + OT_eps(b, b)) / 2, with OT_eps = min <pi, C> + eps
-                         KL(pi || a b^T) (Feydy et al. 2019); the bounds are those of ``sinkhorn``.
+``exact``     POT's network simplex.
+``sinkhorn``  log-domain Sinkhorn with epsilon scaling; the plan is rounded to exact marginals (Altschuler, Weed,
+              Rigollet 2017, algorithm 2), so that its cost is never below W^p. The column potential g, made feasible
+              by f_i = min_j C_ij - g_j and g_j = min_i C_ij - f_i, gives <a, f> + <b, g> <= W^p.
 
 Everything is float64 whatever the input, so the bounds hold up to 1e-12 or so.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -28,7 +25,7 @@ from cit_fast.errors import CitFastError, DataError
 from cit_fast.ops.backends import Backend, register
 
 METRICS = ("cosine", "euclidean", "sqeuclidean")
-METHODS = ("exact", "sinkhorn", "sinkhorn-divergence")
+METHODS = ("exact", "sinkhorn")
 
 EPSILON_OF_SPREAD = 0.05
 """Automatic epsilon, as a share of the standard deviation of the cost."""
@@ -46,6 +43,33 @@ COARSE_ITERATIONS, COARSE_TOLERANCE = 10, 0.05
 """Effort per level of the epsilon scaling before the last: it only has to bring the potentials near."""
 
 
+CANCELLATION = 1e-3
+"""Squared distances below this share of |x|^2 + |y|^2 are formed again from differences of coordinates."""
+
+Pair = tuple[int, int]
+Distances = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Distances, lower and upper bounds, iterations (int64) and marginal errors, each [M]; float64 but for the int64."""
+
+
+class TransportOptions(NamedTuple):
+    """What :func:`cit_fast.ops.wasserstein_matrix` was asked for; every backend takes this one object."""
+
+    metric: str
+    """The ground cost c: one of ``METRICS``."""
+    p: float
+    """Order of the distance, at least 1."""
+    method: str
+    """One of ``METHODS``."""
+    epsilon: float | None
+    """Entropic regularisation in units of c^p; None: a share of the spread of each pair's costs."""
+    tolerance: float
+    """Sinkhorn stops at this L1 error of the marginals."""
+    max_iterations: int
+    """Sinkhorn stops here otherwise."""
+    gap: float
+    """Epsilon goes down until upper - lower is at most this share of upper; 0: epsilon stays."""
+
+
 class Cloud(NamedTuple):
     """Points [n, d], unit vectors for the cosine, and weights [n], positive with sum 1; float64."""
 
@@ -60,47 +84,26 @@ class Potentials(NamedTuple):
     g: Tensor
     iterations: int
 
-    def value(self, a: Tensor, b: Tensor) -> Tensor:
-        """OT_eps: the dual value (the plan's mass is 1, so its entropy term vanishes)."""
-        return a @ self.f + b @ self.g
-
 
 class Entropic(NamedTuple):
-    """One pair at the epsilon it ended at: bounds on <pi, C>, the plan and the L1 error of its marginals."""
+    """One pair at the epsilon where it ended: bounds on <pi, C>, the plan and the L1 error of its marginals."""
 
     potentials: Potentials
     plan: Tensor
     lower: float
     upper: float
     marginal_error: float
-    epsilon: float
 
 
-class Result(NamedTuple):
-    """One pair: its distance, bounds on the exact one, iterations, L1 error of the plan's marginals."""
-
-    distance: float
-    lower: float
-    upper: float
-    iterations: int
-    marginal_error: float
+Solve = Callable[[list[Cloud], list[Pair]], Tensor]
+"""The step that backends differ in: from pairs of clouds to [pairs, 5] float64, which are distance, lower and upper
+bound, all to the power p, full iterations and marginal error."""
 
 
 @register("wasserstein_matrix", Backend.REFERENCE)
 def wasserstein_matrix(
-    points: Tensor,
-    offsets: Tensor,
-    weights: Tensor,
-    pairs: Tensor,
-    metric: str,
-    p: float,
-    method: str,
-    epsilon: float | None,
-    tolerance: float,
-    max_iterations: int,
-    gap: float = 0.0,
-    potentials: dict[tuple[int, int], Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    points: Tensor, offsets: Tensor, weights: Tensor, pairs: Tensor, options: TransportOptions
+) -> Distances:
     """Distances of ``pairs`` of packed clouds; see :func:`cit_fast.ops.wasserstein_matrix`.
 
     Args:
@@ -108,56 +111,82 @@ def wasserstein_matrix(
         offsets: [N+1] integer.
         weights: [P], not negative, positive sum in every cloud.
         pairs: [M, 2] integer.
-        metric, p, method, epsilon, tolerance, max_iterations, gap (0: none): as in the public op.
-        potentials: Column potentials by pair, to start from; those of this call are put there.
+        options: As in the public op.
 
     Returns:
         distances, lower, upper, iterations (int64), marginal error, each [M], float64.
     """
-    bounds = offsets.tolist()
-    clouds = [make_cloud(points[i:j], weights[i:j], metric) for i, j in itertools.pairwise(bounds)]
 
-    @functools.cache  # with a given epsilon, each cloud's self term is solved once and not once per pair
-    def self_term(index: int, at_epsilon: float) -> float:
-        x, a = clouds[index]
-        cost = ground_cost(x, x, metric) ** p
-        return float(sinkhorn(cost, a, a, at_epsilon, tolerance, max_iterations).value(a, a))
+    def solve(clouds: list[Cloud], some: list[Pair]) -> Tensor:
+        results = [solve_pair(clouds, pair, options) for pair in some]
+        return torch.tensor(results, dtype=torch.float64, device=points.device).reshape(-1, 5)
 
-    def solve(i: int, j: int) -> Result:
-        (x, a), (y, b) = clouds[i], clouds[j]
-        if i == j or (torch.equal(a, b) and torch.equal(x, y)):
-            return Result(0.0, 0.0, 0.0, 0, 0.0)
-        cost = ground_cost(x, y, metric) ** p
-        largest = float(cost.max())
-        if not math.isfinite(largest):
-            raise DataError(f"clouds {i} and {j}: their cost {metric}^{p:g} overflows float64; scale the points down")
-        if largest == 0:
-            return Result(0.0, 0.0, 0.0, 0, 0.0)
-        if method == "exact":
-            exact = simplex(cost, a, b, f"between clouds {i} and {j}")
-            return Result(exact, exact, exact, 0, 0.0)
-        start = None if potentials is None else potentials.get((i, j))
-        eps = effective_epsilon(cost, a, b, epsilon)
-        found = entropic(cost, a, b, eps, tolerance, max_iterations, gap, start)
-        if potentials is not None:
-            potentials[i, j] = found.potentials.g
-        distance = found.upper
-        if method == "sinkhorn-divergence":
-            own = (self_term(i, found.epsilon) + self_term(j, found.epsilon)) / 2
-            distance = float(found.potentials.value(a, b)) - own
-        iterations = found.potentials.iterations
-        return Result(max(distance, 0.0), max(found.lower, 0.0), found.upper, iterations, found.marginal_error)
+    return solve_pairs(points, offsets, weights, pairs, options, solve)
 
-    results = [solve(i, j) for i, j in pairs.tolist()]
-    values = torch.tensor(results, dtype=torch.float64, device=points.device).reshape(-1, 5)
-    root = values[:, :3] ** (1 / p)
-    return (
-        root[:, 0].clone(),
-        root[:, 1].clone(),
-        root[:, 2].clone(),
-        values[:, 3].long(),
-        values[:, 4].clone(),
+
+def solve_pairs(
+    points: Tensor, offsets: Tensor, weights: Tensor, pairs: Tensor, options: TransportOptions, solve: Solve
+) -> Distances:
+    """What every backend does around its own ``solve``: each pair of clouds that differ is solved once."""
+    clouds = make_clouds(points, offsets, weights, options.metric)
+    pairs = pairs.cpu()
+    differ = clouds_differ(clouds, pairs)
+    places: dict[Pair, int] = {}
+    place = [places.setdefault((i, j), len(places)) for i, j in pairs[differ].tolist()]
+    solved = solve(clouds, list(places))
+    # Identical clouds keep their zeros: their distance is exactly 0, without iterations.
+    values = torch.zeros(len(pairs), 5, dtype=torch.float64, device=points.device)
+    values[differ.to(points.device)] = solved[torch.tensor(place, dtype=torch.int64, device=points.device)]
+    values[:, :3] = values[:, :3].clamp(min=0) ** (1 / options.p)
+    distance, lower, upper, iterations, error = (column.clone() for column in values.unbind(dim=1))
+    return distance, lower, upper, iterations.long(), error
+
+
+def solve_pair(clouds: list[Cloud], pair: Pair, options: TransportOptions) -> tuple[float, ...]:
+    """One row of what :data:`Solve` returns."""
+    (x, a), (y, b) = (clouds[index] for index in pair)
+    cost = ground_cost(x, y, options.metric) ** options.p
+    largest = float(cost.max())
+    if not math.isfinite(largest):
+        raise overflow(pair, options)
+    if largest == 0:
+        return 0.0, 0.0, 0.0, 0.0, 0.0
+    if options.method == "exact":
+        exact = simplex(cost, a, b, f"between clouds {pair[0]} and {pair[1]}")
+        return exact, exact, exact, 0.0, 0.0
+    found = entropic(cost, a, b, options)
+    return found.upper, found.lower, found.upper, float(found.potentials.iterations), found.marginal_error
+
+
+def overflow(pair: Pair, options: TransportOptions) -> DataError:
+    """The error for a pair with a cost that is not finite."""
+    return DataError(
+        f"clouds {pair[0]} and {pair[1]}: their cost {options.metric}^{options.p:g} overflows float64; "
+        f"scale the points down"
     )
+
+
+def make_clouds(points: Tensor, offsets: Tensor, weights: Tensor, metric: str) -> list[Cloud]:
+    """The packed clouds one by one, each as :func:`make_cloud` makes it."""
+    return [make_cloud(points[i:j], weights[i:j], metric) for i, j in itertools.pairwise(offsets.tolist())]
+
+
+def clouds_differ(clouds: list[Cloud], pairs: Tensor) -> Tensor:
+    """[M] bool, CPU: whether the two clouds of a pair differ in a point, in a weight or in their order."""
+    # Only clouds whose first and last point are equal are compared in whole. All these points go to the host in one
+    # copy, because a GPU would have to be waited for at each. Adding 0 makes -0 and 0 the same bytes.
+    firsts = torch.cat([cloud.points[:1] for cloud in clouds])
+    lasts = torch.cat([cloud.points[-1:] for cloud in clouds])
+    ends = (torch.cat([firsts, lasts], dim=1) + 0.0).cpu().numpy()
+    alike: dict[tuple[int, bytes], list[int]] = {}
+    kind = list(range(len(clouds)))
+    for index, cloud in enumerate(clouds):
+        candidates = alike.setdefault((len(cloud.weights), ends[index].tobytes()), [])
+        kind[index] = next((other for other in candidates if all(map(torch.equal, cloud, clouds[other]))), index)
+        if kind[index] == index:
+            candidates.append(index)
+    kinds = torch.tensor(kind)[pairs.long()]
+    return kinds[:, 0] != kinds[:, 1]
 
 
 def make_cloud(points: Tensor, weights: Tensor, metric: str) -> Cloud:
@@ -181,6 +210,24 @@ def ground_cost(x: Tensor, y: Tensor, metric: str) -> Tensor:
     # Coordinate differences, because |x|^2 + |y|^2 - 2 x.y loses the small distances to cancellation.
     distance = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
     return distance if metric == "euclidean" else distance.square()
+
+
+def squared_distances(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
+    """|x_m - y_n|^2, [n, m], by a product: exactly 0 between equal points, to rounding elsewhere. For backends."""
+    centre = y.mean(dim=0)
+    x0, y0 = x - centre, y - centre
+    norms = x0.square().sum(dim=1)[:, None] + y0.square().sum(dim=1)[None, :]
+    out = torch.addmm(norms, x0, y0.T, alpha=-2, out=out)
+    # Where the sum of squares cancels, or overflows, from the differences themselves.
+    doubtful = ~((out >= CANCELLATION * norms) & (out < math.inf))
+    count = int(doubtful.sum())
+    if count * 8 > out.numel():
+        return out.copy_(torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square_())
+    rows, columns = doubtful.nonzero(as_tuple=True)
+    for some in range(0, count, 4096):
+        i, j = rows[some : some + 4096], columns[some : some + 4096]
+        out[i, j] = (x[i] - y[j]).square().sum(dim=1)
+    return out
 
 
 def simplex(cost: Tensor, a: Tensor, b: Tensor, where: str) -> float:
@@ -218,31 +265,20 @@ def effective_epsilon(cost: Tensor, a: Tensor, b: Tensor, epsilon: float | None)
     return min(max(epsilon, low * largest), high * largest)
 
 
-def entropic(
-    cost: Tensor,
-    a: Tensor,
-    b: Tensor,
-    epsilon: float,
-    tolerance: float,
-    max_iterations: int,
-    gap: float = 0.0,
-    start: Tensor | None = None,
-) -> Entropic:
+def entropic(cost: Tensor, a: Tensor, b: Tensor, options: TransportOptions) -> Entropic:
     """The entropic plan and its bounds; epsilon is halved until they are within ``gap``, if that is not 0."""
+    epsilon = effective_epsilon(cost, a, b, options.epsilon)
     smallest = EPSILON_RANGE[0] * float(cost.max())
-    if start is not None and start.shape == b.shape:
-        potentials = Potentials(*_alternate(cost, a, b, start, epsilon, tolerance, max_iterations))
-    else:
-        potentials = sinkhorn(cost, a, b, epsilon, tolerance, max_iterations)
+    potentials = sinkhorn(cost, a, b, epsilon, options.tolerance, options.max_iterations)
     while True:
         plan, error = transport_plan(cost, a, b, potentials, epsilon)
         upper = float((round_to_marginals(plan, a, b) * cost).sum())
         lower = min(dual_bound(cost, a, b, potentials.g), upper)
-        left = max_iterations - potentials.iterations
-        if gap == 0 or upper - lower <= gap * upper or left <= 0 or epsilon <= smallest:
-            return Entropic(potentials, plan, lower, upper, error, epsilon)
+        left = options.max_iterations - potentials.iterations
+        if options.gap == 0 or upper - lower <= options.gap * upper or left <= 0 or epsilon <= smallest:
+            return Entropic(potentials, plan, lower, upper, error)
         epsilon = max(epsilon / 2, smallest)
-        f, g, used = _alternate(cost, a, b, potentials.g, epsilon, tolerance, left)
+        f, g, used = _alternate(cost, a, b, potentials.g, epsilon, options.tolerance, left)
         potentials = Potentials(f, g, potentials.iterations + used)
 
 

@@ -2,9 +2,8 @@
 
     d W^p / d x_i = sum_j pi_ij d c(x_i, y_j)^p / d x_i        d W^p / d a_i = f_i, less its mean under a
 
-``exact``                pi and f of the network simplex; where the best ones are not unique, a subgradient.
-``sinkhorn``             the gradient of OT_eps, which comes to the distance as epsilon goes to 0.
-``sinkhorn-divergence``  that of OT_eps(a, b) - (OT_eps(a, a) + OT_eps(b, b)) / 2, at a fixed epsilon.
+``exact``     pi and f of the network simplex; where the best ones are not unique, a subgradient.
+``sinkhorn``  the gradient of OT_eps, which comes to the distance as epsilon goes to 0.
 
 The weights' gradients are through their scaling to sum 1. Points without weight take no part: their gradients are 0.
 """
@@ -13,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -23,24 +22,25 @@ from cit_fast.ops.backends import Backend, register
 from cit_fast.ops.wasserstein.reference import (
     SIMPLEX_ITERATIONS,
     Cloud,
-    effective_epsilon,
+    Pair,
+    TransportOptions,
     entropic,
     ground_cost,
-    make_cloud,
+    make_clouds,
 )
-
-Term = tuple[int, int, float]
-"""Two clouds and the epsilon between them; 0: automatic, or exact."""
 
 
 class Transport(NamedTuple):
-    """Ground cost c (not to the power p), plan, both [n, m]; potentials f [n] and g [m]; the epsilon they are for."""
+    """Ground cost c (not to the power p), plan, both [n, m]; potentials f [n] and g [m]."""
 
     cost: Tensor
     plan: Tensor
     f: Tensor
     g: Tensor
-    epsilon: float
+
+
+Solve = Callable[[list[Cloud], list[Pair]], Iterator[Transport]]
+"""The step that backends differ in: plans and potentials of pairs of clouds, one pair after the other."""
 
 
 @register("wasserstein_gradient", Backend.REFERENCE)
@@ -51,42 +51,32 @@ def wasserstein_gradient(
     pairs: Tensor,
     distances: Tensor,
     gradient: Tensor,
-    metric: str,
-    p: float,
-    method: str,
-    epsilon: float | None,
-    tolerance: float,
-    max_iterations: int,
-    gap: float = 0.0,
+    options: TransportOptions,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``sum(gradient * distances)`` with respect to points [P, d] and weights [P].
 
     Args:
-        distances, gradient: [M] float64; the others as in :func:`cit_fast.ops.wasserstein.reference.wasserstein_matrix`.
+        distances, gradient: [M] float64.
+        points, offsets, weights, pairs, options: As in :func:`~cit_fast.ops.wasserstein.reference.wasserstein_matrix`.
     """
-    clouds = [make_cloud(points[i:j], weights[i:j], metric) for i, j in itertools.pairwise(offsets.tolist())]
 
-    def transports(terms: Iterable[Term]) -> Iterator[Transport]:
-        for i, j, at_epsilon in terms:
+    def solve(clouds: list[Cloud], some: list[Pair]) -> Iterator[Transport]:
+        for i, j in some:
             (x, a), (y, b) = clouds[i], clouds[j]
-            cost = ground_cost(x, y, metric)
-            power = cost**p
-            if method == "exact":
-                yield Transport(cost, *simplex_plan(power, a, b), 0.0)
-                continue
-            # A self term is at the epsilon where its pair ended.
-            eps = at_epsilon or effective_epsilon(power, a, b, epsilon)
-            found = entropic(power, a, b, eps, tolerance, max_iterations, 0.0 if at_epsilon else gap)
-            yield Transport(cost, found.plan, found.potentials.f, found.potentials.g, found.epsilon)
+            cost = ground_cost(x, y, options.metric)
+            power = cost**options.p
+            if options.method == "exact":
+                yield Transport(cost, *simplex_plan(power, a, b))
+            else:
+                found = entropic(power, a, b, options)
+                yield Transport(cost, found.plan, found.potentials.f, found.potentials.g)
 
-    terms = pair_terms(pairs, distances, gradient, p)
-    divergence = method == "sinkhorn-divergence"
-    return accumulate(points, offsets, weights, clouds, terms, transports, metric, p, divergence=divergence)
+    return accumulate(points, offsets, weights, pair_terms(pairs, distances, gradient, options.p), options, solve)
 
 
-def pair_terms(pairs: Tensor, distances: Tensor, gradient: Tensor, p: float) -> dict[tuple[int, int], float]:
+def pair_terms(pairs: Tensor, distances: Tensor, gradient: Tensor, p: float) -> dict[Pair, float]:
     """d / d W^p of each pair of different clouds whose distance is not 0, where the gradient is 0."""
-    terms: dict[tuple[int, int], float] = {}
+    terms: dict[Pair, float] = {}
     for (i, j), distance, factor in zip(pairs.tolist(), distances.tolist(), gradient.tolist(), strict=True):
         if i != j and distance > 0 and factor != 0:
             terms[i, j] = terms.get((i, j), 0.0) + factor * distance ** (1 - p) / p
@@ -97,41 +87,28 @@ def accumulate(
     points: Tensor,
     offsets: Tensor,
     weights: Tensor,
-    clouds: list[Cloud],
-    terms: dict[tuple[int, int], float],
-    transports: Callable[[Iterable[Term]], Iterator[Transport]],
-    metric: str,
-    p: float,
-    *,
-    divergence: bool,
+    terms: dict[Pair, float],
+    options: TransportOptions,
+    solve: Solve,
 ) -> tuple[Tensor, Tensor]:
     """Sums over the pairs, then through the scaling of points and weights."""
+    clouds = make_clouds(points, offsets, weights, options.metric)
     to_points = [torch.zeros_like(cloud.points) for cloud in clouds]
     to_weights = [torch.zeros_like(cloud.weights) for cloud in clouds]
-
-    def add(i: int, j: int, factor: float, transport: Transport) -> None:
-        x, y = clouds[i].points, clouds[j].points
-        for index, each in zip((i, j), cost_gradient(x, y, transport, metric, p), strict=True):
-            to_points[index] += factor * each
+    for ((i, j), factor), transport in zip(terms.items(), solve(clouds, list(terms)), strict=True):
+        gradients = cost_gradient(clouds[i].points, clouds[j].points, transport, options.metric, options.p)
+        for index, gradient in zip((i, j), gradients, strict=True):
+            to_points[index] += factor * gradient
         to_weights[i] += factor * transport.f
         to_weights[j] += factor * transport.g
 
-    own: dict[tuple[int, float], float] = {}
-    for ((i, j), factor), transport in zip(terms.items(), transports((i, j, 0.0) for i, j in terms), strict=True):
-        add(i, j, factor, transport)
-        for index in (i, j):
-            key = index, transport.epsilon
-            own[key] = own.get(key, 0.0) - factor / 2
-    if divergence:
-        for ((i, _), factor), transport in zip(own.items(), transports((i, i, eps) for i, eps in own), strict=True):
-            add(i, i, factor, transport)
-
     point_gradient, weight_gradient = torch.zeros_like(points), torch.zeros_like(weights)
+    # Points without weight are in no cloud; their gradients stay 0.
     for index, (start, end) in enumerate(itertools.pairwise(offsets.tolist())):
         weight = weights[start:end].double()
         carried = (weight / weight.max() / (weight / weight.max()).sum() > 0).nonzero().flatten() + start
         gradient, (unit, a) = to_points[index], clouds[index]
-        if metric == "cosine":
+        if options.metric == "cosine":
             gradient = gradient - unit * (unit * gradient).sum(dim=1, keepdim=True)
             gradient = gradient / points[carried].double().norm(dim=1, keepdim=True)
         point_gradient[carried] = gradient.to(points.dtype)
