@@ -15,7 +15,15 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README + GUIDE, flags=re.DOTALL)
 
 
 def test_every_way_in_has_its_snippet():
-    ways = ["Linear", "continual_metrics(", "wasserstein_matrix(", " Trainer(", "SFTTrainer(", "export_merged("]
+    ways = [
+        "Linear",
+        "continual_metrics(",
+        "wasserstein_matrix(",
+        "Selection(",
+        " Trainer(",
+        "SFTTrainer(",
+        "export_merged(",
+    ]
     assert [name for name in ways for text in SNIPPETS if name in text] == ways
 
 

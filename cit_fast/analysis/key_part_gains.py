@@ -201,6 +201,7 @@ def score_tasks(
         own = [example for example, name_ in zip(found.examples, of, strict=True) if name_ == task.name]
         if not any(example.key_parts for example in own):
             raise DataError(_no_key_parts(task, own, source))
+    # All tasks go through the model together: batches are fuller, and equal instructions are searched once.
     marked = [k for k, example in enumerate(found.examples) if example.key_parts]
     gains = information_gain(
         model, encoder, [found.examples[k] for k in marked], alpha=alpha, batch_size=batch_size,

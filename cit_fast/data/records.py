@@ -127,6 +127,7 @@ def read_records(records: Iterable[tuple[str, Any]], options: ReadOptions, *, wh
         fields = _Fields(record, options, source)
         data_format = data_format or _detect(fields)
         normalise = _NORMALISERS[data_format]
+        # A Super-NI file is one record that holds all instances of its task.
         for one in _instances(fields) if data_format == "super_ni" else [fields]:
             parts = normalise(one)
             if parts.references:

@@ -89,6 +89,7 @@ class ContinualModel:
         check_files(weights, stage, "router/")
         router = router or _router_of(record, weights)
         folders = adapter_folders(weights, router.sets)
+        # A damaged set is left out by name; one base model serves the others.
         damaged = damaged_sets(weights, stage)
         whole = {name: folder for name, folder in folders.items() if name not in damaged}
         bank, gone = _read_bank(model.to(device), whole)

@@ -116,6 +116,7 @@ def pair_gains(
     device = head.weight.device
     found: dict[int, ExampleGain] = {}
     with evaluating(model), torch.no_grad():
+        # The longest batch goes first: memory runs out at once or never.
         for numbers in alike_together(pairs, batch_size, collate.share_prefix):
             batch = group([pairs[number] for number in numbers])
             hidden = pair_hidden(model, {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})

@@ -209,6 +209,7 @@ def key_parts_for_run(
         )
         return {example.instruction: example.key_parts for example in found.examples}
 
+    # One process searches: others may differ in a last bit, and replay and loss must mask the same words.
     spans = from_rank_zero(find)
     chosen = {id(example) for example in open_ones}
     return [

@@ -189,6 +189,7 @@ class ChatEndpoint(Chat):
 
         headers = {} if os.environ.get(self.key_variable) else {"Authorization": Omit()}
         turns = [{"role": "system", "content": self.system}] if self.system else []
+        # Whatever fails is one line: why, after how many attempts, and never the key.
         model, fields = self.body["model"], {name: value for name, value in self.body.items() if name != "model"}
         try:
             reply = client.chat.completions.with_raw_response.create(

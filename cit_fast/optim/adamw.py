@@ -203,6 +203,7 @@ class AdamWBalanceEMA(AveragingOptimizer):
         step = sweep.step + 1
         lists = (params, grads, sweep.exp_avgs, sweep.exp_avg_sqs, sweep.averages, previous)
         seed = step * _GOLDEN + index
+        # The usual case goes past the public op: its checks hold for these lists since the sweep was filled.
         if sweep.takes(grads):
             run = resolve("adamw_balance_ema_", params[0].device)
             adamw = AdamWOptions(step, lr, *betas, eps, weight_decay)
@@ -358,6 +359,7 @@ class AdamWBalanceEMA(AveragingOptimizer):
         return StateLoading(type(self).__name__, {**dtypes, EXP_AVG_SQ: self.state_dtype})
 
     def _watch_loading(self) -> None:
+        # torch casts state to the parameter's dtype while it loads: ours is taken out before and put back after.
         loaded: dict[int, Any] = {}
 
         def take(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -442,6 +442,7 @@ class AveragingOptimizer(Optimizer):
         if self.rule == "fixed":
             sweep.check_plain()
             return sweep
+        # A gradient that somebody else holds may be overwritten before the next step: such a one is copied first.
         if sweep.copies:
             for param, entry in zip(params, entries, strict=True):
                 grad = cast("Tensor", param.grad).detach()

@@ -99,6 +99,7 @@ class BalanceEMACallback(TrainerCallback):  # type: ignore[misc]
                 'BalanceEMACallback: load_best_model_at_end with final="averaged" needs export=True, or final="live"'
             )
         if self._trainer is not None:
+            # First in the list: the average must be up to date before any other callback evaluates or saves.
             callbacks = self._trainer.callback_handler.callbacks
             callbacks.remove(self)
             callbacks.insert(0, self)

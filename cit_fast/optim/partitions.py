@@ -53,7 +53,7 @@ class Partition:
         return [self._sum(each).to(each.device) for each in norms]
 
     def own(self, alphas: Tensor) -> Tensor:
-        """Of the weights of all ``params`` those of the pieces."""
+        """The weight of each piece: that of the parameter it belongs to."""
         return alphas[torch.tensor([piece.param for piece in self.pieces], dtype=torch.long, device=alphas.device)]
 
     def _sum(self, values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""State in its own dtype through ``load_state_dict``, and bit patterns that survive even a plain optimizer's.
+"""State tensors keep their own dtype through ``load_state_dict``, and their bits through a plain optimizer's.
 
 ``torch.optim.Optimizer.load_state_dict`` casts every floating-point state tensor to its parameter's dtype, which
 would round a float32 average of bfloat16 parameters at every resume.

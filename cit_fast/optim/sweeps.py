@@ -1,6 +1,4 @@
-"""A sweep is the list of tensors of one call of the op, kept between steps.
-
-So a step in the usual case only collects gradients.
+"""A sweep is the list of tensors of one call of the op, cached between steps, which then only collect gradients.
 
 Previous gradients without a copy: the gradient tensors of a step are kept themselves as the previous gradients of the
 next one, where ``zero_grad`` sets ``p.grad`` to None and backward then makes new tensors. That is safe for a gradient

@@ -160,6 +160,7 @@ def collect(folders: Sequence[Path]) -> Runs:
                 metrics=continual_metrics(record, stages),
             )
         )
+    # Scores compare only on the same tasks by the same metrics; the order of arrival may differ.
     groups: dict[frozenset[tuple[str, str | None]], list[RunView]] = {}
     for view in views:
         key_tasks = frozenset((task, view.record.metrics.get(task)) for task in view.record.tasks)

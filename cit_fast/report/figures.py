@@ -137,6 +137,7 @@ def task_curves_figure(views: Sequence[RunView]) -> Figure:
             if view.is_joint:
                 ax.axhline(view.matrix[-1, j], color=colour, linestyle=(0, (4, 3)), linewidth=1.6)
                 continue
+            # Stage 0 is the untrained model; the mark that is filled is the stage that trained the task.
             scores = np.concatenate([view.untrained[j : j + 1], view.matrix[:, j]])
             ax.plot(range(len(scores)), scores, color=colour, linestyle=dash, linewidth=1.8)
             hollow, at = BACKGROUND, view.trained_at[j] + 1

@@ -28,6 +28,7 @@ def score_picture(scores: Scores) -> bytes:
     colour, warm = RUN_COLOURS[0], RUN_COLOURS[1]
     for row, task in enumerate(tasks):
         heights = np.array(counts(task.values, bins), dtype=float)
+        # Each histogram has its own height: what matters is where a task's gains lie, not how many they are.
         heights = heights / heights.max() * 0.8
         low = edges[1:] <= scores.threshold + 1e-9
         for some, fill in ((low, warm), (~low, colour)):

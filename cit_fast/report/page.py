@@ -195,6 +195,7 @@ def _section(view: RunView, runs: Runs, album: _Album) -> dict[str, Any]:
             "Score of every task (columns) after every stage (rows). A frame marks what the stage has just trained.",
         )
     ]
+    # A picture is drawn only where the run has something to show in it; runs on other tasks get curves of their own.
     if view not in runs.compared and view.trained:
         pictures.append(_curves([view], f"{view.label}-tasks", album))
     if view.replayed:

@@ -72,6 +72,7 @@ def evaluate(
         asked += [(task, split[index]) for index in encoded.indices]
         prompts += encoded.prompts
         truncated, skipped = truncated + encoded.truncated, skipped + len(encoded.skipped)
+    # All tasks are answered together, so that batches are full and the router reads each prompt once.
     started = time.perf_counter()
     sets = _routed(model, encoder, [example for _, example in asked], router)
     routing_seconds = time.perf_counter() - started

@@ -333,6 +333,7 @@ class MethodRun:
             raise DataError(
                 f"task {stage.task.name!r}: no training example fits data.max_length; every one was skipped"
             )
+        # What must not move is held against its copy afterwards, and what should have moved as well.
         before = TrainedWeights(model)
         trainer = self._trained(model, stage.index, title, inputs)
         seconds = trainer.record.seconds + inputs.seconds

@@ -155,6 +155,7 @@ def set_key(raw: dict[str, Any], override: str, spelt_out: Callable[[str, str], 
     value = parse_yaml(text, f"--set {key}={text}")
     check_plain(value, f"--set {key}")
     target: Any = raw
+    # A name stands for a mapping of one key, so the path may go through it: replay.fraction over `replay: random`.
     *parents, last = key.split(".")
     for depth, part in enumerate(parents):
         place = ".".join(parents[: depth + 1])

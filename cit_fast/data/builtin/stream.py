@@ -95,6 +95,7 @@ def _examples(kind: Kind, split: Split, seed: int, count: int) -> tuple[Example,
     misses = 0
     while len(examples) < count:
         text, answer = kind.generate(draw)
+        # The text itself decides its split, so that no input is in two of them, whatever the sizes and the seed.
         if text in seen or split_of(text) != split:
             misses += 1
             if misses < _MOST_MISSES:

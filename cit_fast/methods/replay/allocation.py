@@ -90,6 +90,7 @@ def allocate(
     if total > sum(available):
         notes.append(f"The budget of {total} is larger than the history of {sum(available)}: all of it came back.")
         return Allocation(tuple(available), tuple(notes))
+    # Tasks that cannot fill their share give all they have; the rest is shared anew until every share fits.
     shares = [0] * len(weights)
     open_tasks, left = list(range(len(weights))), total
     while open_tasks:

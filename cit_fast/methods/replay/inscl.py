@@ -97,6 +97,7 @@ class InsCLReplay:
         sizes = [len(task.train) for task in stage.seen]
         wanted = sum(Budget(self.fraction, self.per_task).wanted(size) for size in sizes)
         names = [task.name for task in stage.seen]
+        # Distances say how much of each task comes back, InsInfo which of it.
         allocation = allocate(distances, wanted, sizes, names)
         record = ReplayRecord(
             budgets=dict(zip(names, allocation.shares, strict=True)),

@@ -70,6 +70,7 @@ def draw_by_insinfo(
     ranked = sorted(range(len(scores)), key=lambda k: -scores[k])
     if budget < len(ranked):
         return [rng.choice(instances[k]) for k in ranked[:budget]]
+    # Exact shares, so that ties are ties. Each instruction gives at least one; the rest is drawn.
     exact = [Fraction(score) for score in scores]
     whole = sum(exact)
     shares = [score / whole if whole else Fraction(1, len(exact)) for score in exact]

@@ -108,6 +108,7 @@ class KPIGReplay:
             cache=stage.cache,
         )
         numbered = [(k, example) for k, example in enumerate(flat) if example.key_parts]
+        # Long examples first: memory runs out at once or never, and batches hold like lengths.
         numbered.sort(key=lambda entry: -len(entry[1].instruction) - len(entry[1].input))
 
         def score(mine: Sequence[tuple[int, Example]]) -> list[tuple[int, float]]:
