@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from cit_fast import cli
+from cit_fast.methods.config import descriptions
 
 STREAM = ["units", "records"]
 
@@ -153,6 +154,13 @@ def tasks(tmp_path):
         (tmp_path / "data").mkdir(exist_ok=True)
         (tmp_path / "data" / f"{name}.jsonl").write_text("\n".join(lines))
     return tmp_path / "data"
+
+
+def test_presets_are_listed_in_their_own_words(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert call(monkeypatch, "presets") == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed and says in listed for name, says in descriptions().items())
 
 
 def test_distances(tasks, tiny_model_folder, monkeypatch, capsys, tmp_path):

@@ -9,7 +9,6 @@ Source: He et al., ACL 2025, arXiv 2403.10056.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -79,7 +78,7 @@ class KPIGReplay:
             return Selection([])
         rng = stage.rng()
         # The draw does not depend on what is scored: as many are scored, the same examples come first.
-        orders = [_shuffled(len(task.train), rng) for task in stage.seen]
+        orders = [rng.sample(range(len(task.train)), len(task.train)) for task in stage.seen]
         drawn = [[task.train[k] for k in own[: self.scored]] for task, own in zip(stage.seen, orders, strict=True)]
         gains = self._mean_gains(stage, drawn)
         shares = self._shares(gains, [len(task.train) for task in stage.seen])
@@ -154,7 +153,3 @@ class KPIGReplay:
         for task, share in zip(chosen, equal.shares, strict=True):
             shares[task] = share
         return shares
-
-
-def _shuffled(size: int, rng: random.Random) -> list[int]:
-    return rng.sample(range(size), size)
