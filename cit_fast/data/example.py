@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from cit_fast.data.constraints import Constraints
 from cit_fast.errors import DataError
 from cit_fast.text import is_file_name
 
 MASK = "[MASK]"
-ANSWER_FORMATS = ("json", "json_object", "json_list", "number", "list")
-"""What ``answer_format`` may name; :mod:`cit_fast.evaluation.violations` says what each asks of an answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,21 +95,15 @@ def unseen_media(examples: Iterable[Example]) -> str | None:
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(Constraints):
     """A set of examples with one way to score them.
 
     Args:
         name: unique in its stream.
         train, dev, test: the splits; ``dev`` and ``test`` may be empty where nothing is evaluated.
         metric: a name in :data:`cit_fast.evaluation.metrics.METRICS`.
-        labels: the closed set of answers, if there is one.
-        answer_pattern: regular expression that a well-formed answer matches as a whole, if there is one.
-        answer_format: one of :data:`ANSWER_FORMATS`, if a well-formed answer is that.
-        extractive: whether an answer is a span of the example's input, which is then never empty.
-        wordy_above: an answer of more words than this multiple (>= 1) of the longest reference's is too long.
-
-    Labels, pattern, format, extractive and wordy_above are what the V-score judges answers by; what a task does not
-    declare is not held against its answers.
+        labels, answer_pattern, answer_format, extractive, wordy_above: what the V-score judges answers by, each
+            optional; see :class:`~cit_fast.data.constraints.Constraints`.
     """
 
     name: str
@@ -120,11 +111,6 @@ class Task:
     dev: tuple[Example, ...] = field(default=(), repr=False)
     test: tuple[Example, ...] = field(default=(), repr=False)
     metric: str = "rouge_l"
-    labels: tuple[str, ...] = ()
-    answer_pattern: str | None = None
-    answer_format: str | None = None
-    extractive: bool = False
-    wordy_above: float | None = None
 
     def __post_init__(self) -> None:
         if not is_file_name(self.name):
@@ -139,24 +125,7 @@ class Task:
             if any(not example.task for example in examples):  # replay tells examples apart by their task
                 named = tuple(replace(e, task=self.name) if not e.task else e for e in examples)
                 object.__setattr__(self, split, named)
-        if self.answer_pattern is not None:
-            try:
-                re.compile(self.answer_pattern)
-            except re.error as error:
-                raise DataError(f"task {self.name!r}: answer_pattern is no regular expression: {error}") from None
-        self._check_constraints()
-
-    def _check_constraints(self) -> None:
-        if self.answer_format is not None and self.answer_format not in ANSWER_FORMATS:
-            raise DataError(
-                f"task {self.name!r}: answer_format {self.answer_format!r} is unknown; known: "
-                + ", ".join(ANSWER_FORMATS)
-            )
-        if self.wordy_above is not None and not 1.0 <= self.wordy_above < math.inf:
-            raise DataError(
-                f"task {self.name!r}: wordy_above is {self.wordy_above}; it is a multiple of the longest reference's "
-                "words and at least 1"
-            )
+        self.check_constraints(f"task {self.name!r}: ")
         if self.extractive:
             for example in (*self.train, *self.dev, *self.test):
                 if not example.input.strip():

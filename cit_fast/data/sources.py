@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from cit_fast.data.constraints import Constraints
 from cit_fast.data.example import Example, Task, TaskStream
 from cit_fast.data.folders import (
     is_saved_dataset,
@@ -37,7 +38,7 @@ Limits = Mapping[str, "int | None"]
 
 
 @dataclass(frozen=True)
-class TaskSource:
+class TaskSource(Constraints):
     """Where one task comes from; exactly one of ``builtin``, ``path`` and ``dataset``.
 
     Args:
@@ -49,12 +50,11 @@ class TaskSource:
         name: the task's name; otherwise the built-in name or the last part of the path.
         metric: name of the metric; otherwise ``accuracy`` where the answers are a closed set, else
             ``rouge_l``.
-        labels: the closed set of answers. Otherwise taken from the folder's ``labels.json`` or from the
-            answer column of a dataset where that is a class label.
+        labels, answer_pattern, answer_format, extractive, wordy_above: what a good answer keeps to, for the V-score;
+            see :class:`~cit_fast.data.constraints.Constraints`. Labels are otherwise taken from the folder's
+            ``labels.json`` or from the answer column of a dataset where that is a class label.
         infer_labels: where none of those says, take the distinct answers of the whole source for the closed set if
             they are few and come again and again (see :func:`cit_fast.data.inferred_labels.inferred_labels`).
-        answer_pattern, answer_format, extractive, wordy_above: what a good answer keeps to, for the V-score; see
-            :class:`~cit_fast.data.example.Task`.
         splits: ``train``, ``dev``, ``test`` -> the source's own split name or file stem, e.g.
             ``{"train": "train", "test": "validation"}``; otherwise found by their usual names.
         subset: configuration name of the dataset; ``revision``: its branch, tag or commit.
@@ -74,12 +74,7 @@ class TaskSource:
     dataset: str | None = None
     name: str | None = None
     metric: str | None = None
-    labels: tuple[str, ...] = ()
     infer_labels: bool = False
-    answer_pattern: str | None = None
-    answer_format: str | None = None
-    extractive: bool = False
-    wordy_above: float | None = None
     splits: dict[str, str] = field(default_factory=dict)
     subset: str | None = None
     revision: str | None = None
@@ -106,7 +101,7 @@ class TaskSource:
             for option in (*_READING, "infer_labels"):
                 if getattr(self, option):
                     raise ConfigError(f"{option} does not apply to the built-in task {self.builtin!r}")
-        self.read_options("")
+        self.read_options("")  # the constraints are checked by the task, whose name is known
 
     def read_options(self, task: str) -> ReadOptions:
         """The options that concern reading, for a task of this name."""
@@ -292,9 +287,7 @@ def _builtin(name: str, source: TaskSource, seed: int, limits: Limits) -> Task:
 def _described(task: Task, source: TaskSource, labels: tuple[str, ...]) -> Task:
     """The task with the name, metric, labels and pattern that the source asks for."""
     name = source.name or task.name
-    changes: dict[str, Any] = {"metric": source.metric or task.metric, "labels": source.labels or labels}
-    constraints = ("answer_pattern", "answer_format", "extractive", "wordy_above")
-    changes |= {key: value for key in constraints if (value := getattr(source, key))}
+    changes: dict[str, Any] = {"metric": source.metric or task.metric, "labels": labels, **source.declared()}
     if name != task.name:
         changes["name"] = name
         for split in SPLITS:
@@ -329,16 +322,9 @@ def _read(source: TaskSource, seed: int, limits: Limits) -> Task:
     if source.infer_labels and not labels:
         every = (opened.read(split, list(range(count))) for split, count in opened.counts.items())
         labels = inferred_labels([example.references for examples in every for example in examples])
-    return Task(
-        name=name,
-        metric=source.metric or (CLOSED_SET_METRIC if labels else DEFAULT_METRIC),
-        labels=labels,
-        answer_pattern=source.answer_pattern,
-        answer_format=source.answer_format,
-        extractive=source.extractive,
-        wordy_above=source.wordy_above,
-        **splits,
-    )
+    metric = source.metric or (CLOSED_SET_METRIC if labels else DEFAULT_METRIC)
+    fields: dict[str, Any] = {**splits, **source.declared(), "labels": labels}
+    return Task(name=name, metric=metric, **fields)
 
 
 def _name_of(source: TaskSource) -> str:

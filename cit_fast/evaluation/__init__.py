@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cit_fast.data.constraints import Constraints
 from cit_fast.evaluation.continual import ContinualMetrics, continual_metrics, score_matrix
 from cit_fast.evaluation.metrics import METRICS, Score, resolve_metric, score
 from cit_fast.evaluation.predictions import (
@@ -13,7 +14,7 @@ from cit_fast.evaluation.predictions import (
     write_predictions,
 )
 from cit_fast.evaluation.records import RunRecord, StageRecord, read_run, read_stages
-from cit_fast.evaluation.violations import Constraints, TaskSetScores, task_set_scores, violation_rates
+from cit_fast.evaluation.violations import TaskSetScores, task_set_scores, violation_rates
 
 __all__ = [
     "METRICS",

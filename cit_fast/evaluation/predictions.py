@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cit_fast.data.constraints import Constraints
 from cit_fast.errors import DataError, RunError
 from cit_fast.evaluation.metrics import METRICS, score
 from cit_fast.evaluation.records import RunRecord, StageRecord, read_run, read_stages, write_record
-from cit_fast.evaluation.violations import Constraints, task_v_score, violation_rates
+from cit_fast.evaluation.violations import task_v_score, violation_rates
 from cit_fast.files import damaged_files, file_checksum, write_file
 
 

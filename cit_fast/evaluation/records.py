@@ -228,7 +228,7 @@ class RunRecord:
         tasks: task names in order of arrival; ``metrics``: task name -> metric name, of the held-out tasks too.
         held_out_tasks: names of the tasks that are evaluated but never trained.
         constraints: task name, held-out or not -> what it declares of its answers (see
-            :meth:`cit_fast.evaluation.violations.Constraints.to_record`).
+            :meth:`cit_fast.data.constraints.Constraints.to_record`).
         model: model name or path; ``seed``; ``status``: "running" or "finished".
         config: the whole resolved configuration.
         environment: versions, hardware, thread count, effective batch size.

@@ -15,80 +15,19 @@ its own metric.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from cit_fast.data.constraints import KINDS, Constraints
 from cit_fast.errors import DataError
 from cit_fast.text import composed, normalise_label, word_count, words
 
-if TYPE_CHECKING:
-    from cit_fast.data.example import Task
-
-KINDS = {"WFR": "wrong format", "OOS": "out of scope", "WR": "wordy"}
-
 Rates = Mapping[str, float]
 """Kind of violation -> share of the answers that commit it, in points from 0 to 100; only the kinds that apply."""
-
-
-@dataclass(frozen=True)
-class Constraints:
-    """What a task declares of its answers; the fields are those of :class:`cit_fast.data.example.Task`.
-
-    Raises:
-        DataError: a pattern that is no regular expression, or a format that is unknown.
-    """
-
-    answer_pattern: str | None = None
-    answer_format: str | None = None
-    labels: tuple[str, ...] = ()
-    extractive: bool = False
-    wordy_above: float | None = None
-
-    def __post_init__(self) -> None:
-        try:
-            re.compile(self.answer_pattern or "")
-        except re.error as error:
-            raise DataError(f"answer_pattern is no regular expression: {error}") from None
-        if self.answer_format is not None and self.answer_format not in FORMATS:
-            raise DataError(f"answer_format {self.answer_format!r} is unknown; known: {', '.join(FORMATS)}")
-
-    @classmethod
-    def of(cls, task: Task) -> Constraints:
-        """What this task declares."""
-        return cls(**{entry.name: getattr(task, entry.name) for entry in dataclasses.fields(cls)})
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Constraints:
-        """What :meth:`to_record` gave.
-
-        Raises:
-            DataError: keys or values that it does not give.
-        """
-        kinds = {"answer_pattern": str, "answer_format": str, "labels": list, "extractive": bool}
-        for key, value in record.items():
-            if not isinstance(value, kinds.get(key, (int, float) if key == "wordy_above" else ())):
-                raise DataError(f"{key} of value {value!r} is no constraint that a task declares")
-        return cls(**{**record, "labels": tuple(map(str, record.get("labels", ())))})
-
-    def to_record(self) -> dict[str, Any]:
-        """The declared ones as plain JSON values; empty if the task declares none."""
-        declared = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in declared.items() if value}
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """The kinds of violation that apply."""
-        applies = {
-            "WFR": bool(self.answer_pattern or self.answer_format),
-            "OOS": bool(self.labels) or self.extractive,
-            "WR": self.wordy_above is not None,
-        }
-        return tuple(kind for kind in KINDS if applies[kind])
 
 
 def violation_rates(

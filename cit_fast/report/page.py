@@ -13,10 +13,11 @@ from typing import Any
 import yaml
 from matplotlib.figure import Figure
 
+from cit_fast.data.constraints import KINDS
 from cit_fast.errors import RunError
 from cit_fast.evaluation.predictions import Prediction, predictions_path, read_predictions
 from cit_fast.evaluation.records import StageRecord, check_files
-from cit_fast.evaluation.violations import KINDS, TaskSetScores
+from cit_fast.evaluation.violations import TaskSetScores
 from cit_fast.files import write_file, write_json
 from cit_fast.methods.config import descriptions
 from cit_fast.report import figures

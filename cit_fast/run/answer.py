@@ -13,11 +13,11 @@ from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModel
 from tqdm.auto import tqdm
 
+from cit_fast.data.constraints import Constraints
 from cit_fast.data.example import Example, Task
 from cit_fast.errors import ConfigError, DataError
 from cit_fast.evaluation.metrics import score
 from cit_fast.evaluation.predictions import Prediction, judged
-from cit_fast.evaluation.violations import Constraints
 from cit_fast.methods.routing import Router
 from cit_fast.methods.stage import Stage
 from cit_fast.models.adapter_bank import BASE

@@ -22,6 +22,7 @@ from rich.markup import escape
 
 import cit_fast
 from cit_fast.data import TaskStream
+from cit_fast.data.constraints import Constraints
 from cit_fast.data.example import Task, unseen_media
 from cit_fast.errors import CitFastError, ConfigError, DataError, RunError
 from cit_fast.evaluation.predictions import Prediction, write_predictions
@@ -37,7 +38,6 @@ from cit_fast.evaluation.records import (
     read_run,
     read_stages,
 )
-from cit_fast.evaluation.violations import Constraints
 from cit_fast.methods.config import MethodConfig
 from cit_fast.methods.registry import PARTS, build_parts
 from cit_fast.methods.routing import SharedRouter, routing_record

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cit_fast.data import Task, TaskStream, load_task
+from cit_fast.data.constraints import Constraints
 from cit_fast.data.sources import origin
 from cit_fast.errors import CitFastError, ConfigError, DataError
 from cit_fast.evaluation.metrics import score
-from cit_fast.evaluation.violations import Constraints, violation_rates
+from cit_fast.evaluation.violations import violation_rates
 from cit_fast.run.config import RunConfig
 
 

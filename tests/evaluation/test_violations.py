@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from cit_fast.data import Example, Task
 from cit_fast.data.builtin import builtin_stream
-from cit_fast.data.example import ANSWER_FORMATS
+from cit_fast.data.constraints import ANSWER_FORMATS, KINDS, Constraints
 from cit_fast.data.inferred_labels import inferred_labels
 from cit_fast.errors import DataError
-from cit_fast.evaluation.violations import FORMATS, KINDS, Constraints, task_set_scores, violation_rates
+from cit_fast.evaluation.violations import FORMATS, task_set_scores, violation_rates
 
 
 def rates(constraints, predictions, references=None, inputs=None):
@@ -29,7 +29,7 @@ def test_a_kind_applies_only_where_it_is_declared():
     assert list(rates(Constraints(labels=("x",)), ["x"])) == ["OOS"]
     assert list(rates(Constraints(extractive=True), ["x"], inputs=["x"])) == ["OOS"]
     assert list(rates(Constraints(wordy_above=1), ["x"])) == ["WR"]
-    all_three = Constraints("x", "json", ("x",), wordy_above=1)
+    all_three = Constraints(answer_pattern="x", answer_format="json", labels=("x",), wordy_above=1)
     assert list(rates(all_three, ["x"])) == list(all_three.kinds) == list(KINDS)
 
 
