@@ -4,8 +4,8 @@
     M = max z,  s = sum e^{z-M},  a = sum e^{z-M} (z-M),  c = sum e^{z-M} ((z-M) - (w-M_w)),  z_target
     =>  log p_t = z_t - M - log s,  H(p) = log s - a/s,  KL(p||q) = c/s - log s + log s_w,  q likewise
 
-``reference/information_gain.py`` has the definitions. 4 T V d FLOP for T tokens, and next to no bytes: the head once
-for each group of rows below, so tensor cores decide. What follows from that:
+``cit_fast/ops/information_gain/reference.py`` has the definitions. 4 T V d FLOP for T tokens, and next to no bytes: the
+head once for each group of rows below, so tensor cores decide. What follows from that:
 
 * A program has two accumulators [BLOCK_M, BLOCK_N], the two contexts of the same tokens on one tile of the head. The
   tile is loaded once for both, as if the product had twice as many rows, and what a divergence compares is in the same
@@ -18,18 +18,32 @@ for each group of rows below, so tensor cores decide. What follows from that:
 * Logits are in units of log 2, so that e^{z-M} is one instruction; float64 turns them back at the end.
 * float32 goes through the tensor cores in three products of TF32 (``tf32x3``): plain TF32 has an error of 1e-3, and
   products without tensor cores take at least twice as long. Operands of two dtypes are widened to float32 in registers.
+
+The kernels are compiled for sm_80 and sm_90 and interpreted on the CPU in the tests, but have not run on a GPU yet: the
+tables of tiles were chosen by counting, not by timing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from cit_fast.ops.information_gain.native import rows_of
+from cit_fast.ops.information_gain.reference import GAIN_STATISTICS, LogitOptions
+from cit_fast.ops.information_gain.reference import NOWHERE as LEAST_MAXIMUM
 
 # The maximum of logits that are all -inf, so that differences of maxima stay numbers.
-NOWHERE = tl.constexpr(-1e30)
+NOWHERE = tl.constexpr(LEAST_MAXIMUM)
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
-STATISTICS = tl.constexpr(10)  # rows as in reference.GAIN_STATISTICS
+STATISTICS = tl.constexpr(len(GAIN_STATISTICS))
 
 
 # What differs from call to call must not be compiled for.
@@ -252,3 +266,166 @@ def _natural(top, sums, target):
 @triton.jit
 def _at_least_0(x):
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+# Launches
+
+
+class _Tiling(NamedTuple):
+    """Of gain_kernel: rows of each context, entries and columns of a tile; warps; tiles on their way at a time."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+
+
+# By GPU and by the bits of the operands, such that nothing spills. "any" fits 99 KB of shared memory; "unaligned" is
+# for rows that do not start at multiples of 16 bytes, which no asynchronous copy can take.
+_TILINGS = {
+    ("any", 16): _Tiling(64, 128, 32, 8, 3),
+    ("any", 32): _Tiling(32, 64, 32, 4, 3),
+    ("sm_80", 16): _Tiling(128, 128, 32, 8, 4),
+    ("sm_80", 32): _Tiling(64, 64, 16, 4, 4),
+    ("sm_90", 16): _Tiling(128, 128, 64, 8, 4),
+    ("sm_90", 32): _Tiling(128, 64, 32, 8, 3),
+    ("unaligned", 16): _Tiling(32, 64, 32, 4, 2),
+    ("unaligned", 32): _Tiling(32, 32, 32, 4, 2),
+}
+_ARCHITECTURES = {(8, 0): "sm_80", (9, 0): "sm_90"}
+_GROUP_BYTES = 24 << 20  # hidden states of a group of programs, about half of the second-level cache
+_MOST_ROWS = 1 << 14  # of one launch, which bounds the partial results
+_LEAST_TILES, _MOST_TILES = 4, 64
+_MERGE = {"BLOCK": 128, "num_warps": 4}
+
+
+def token_gain(
+    hidden_full: Tensor,
+    hidden_masked: Tensor,
+    lm_head_weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    options: LogitOptions,
+) -> tuple[Tensor, ...]:
+    """See :func:`cit_fast.ops.token_gain`."""
+    tokens = targets.shape[0]
+    gains = tuple(hidden_full.new_empty(tokens, dtype=torch.float32) for _ in range(7))
+    with device_of(hidden_full):
+        for rows in slices(tokens, _MOST_ROWS):
+            partials = _partials(
+                hidden_full[rows], hidden_masked[rows], lm_head_weight, targets[rows], 0, bias, options
+            )
+            splits, _, count = partials.shape
+            gains_kernel[(-(-count // _MERGE["BLOCK"]),)](
+                partials, *(gain[rows] for gain in gains), count, splits, **_MERGE
+            )
+    return gains
+
+
+def token_gain_statistics(
+    hidden_full: Tensor,
+    hidden_masked: Tensor,
+    lm_head_weight: Tensor,
+    targets: Tensor,
+    first_entry: int,
+    bias: Tensor | None,
+    options: LogitOptions,
+) -> Tensor:
+    """See :func:`cit_fast.ops.token_gain_statistics`."""
+    tokens = targets.shape[0]
+    pieces = [hidden_full.new_empty((STATISTICS.value, 0), dtype=torch.float64)]
+    with device_of(hidden_full):
+        for rows in slices(tokens, _MOST_ROWS):
+            partials = _partials(
+                hidden_full[rows], hidden_masked[rows], lm_head_weight, targets[rows], first_entry, bias, options
+            )
+            splits, _, count = partials.shape
+            pieces.append(partials.new_empty((STATISTICS.value, count), dtype=torch.float64))
+            statistics_kernel[(-(-count // _MERGE["BLOCK"]),)](partials, pieces[-1], count, splits, **_MERGE)
+    return torch.cat(pieces, dim=1)
+
+
+def _partials(
+    full: Tensor,
+    masked: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    first_entry: int,
+    bias: Tensor | None,
+    options: LogitOptions,
+) -> Tensor:
+    """Statistics of each piece of the vocabulary, [pieces, 10, T] float32; logits in units of log 2."""
+    (tokens, width), entries = full.shape, weight.shape[0]
+    precise = not full.dtype == masked.dtype == weight.dtype != torch.float32
+    if precise:
+        full, masked = full.float(), masked.float()
+    full, masked = rows_of(full), rows_of(masked)
+    aligned = all(_is_aligned(each) for each in (full, masked, weight))
+    tiling = _TILINGS[_architecture(full.device) if aligned else "unaligned", 32 if precise else 16]
+    blocks = -(-tokens // tiling.BLOCK_M)
+    tiles = _tiles(blocks, -(-entries // tiling.BLOCK_N), _processors(full.device))
+    splits = -(-entries // (tiles * tiling.BLOCK_N))
+    partials = torch.empty(splits, STATISTICS.value, tokens, device=full.device)
+    gain_kernel[(blocks * splits,)](
+        full,
+        masked,
+        weight,
+        partials if bias is None else bias.float().contiguous(),
+        targets.contiguous(),
+        partials,
+        tokens,
+        entries,
+        width,
+        full.stride(0),
+        masked.stride(0),
+        weight.stride(0),
+        first_entry,
+        splits,
+        tiles,
+        min(blocks, max(1, _GROUP_BYTES // (2 * tiling.BLOCK_M * width * full.element_size()))),
+        options.scale,
+        float(options.softcap or 0),
+        BIAS=bias is not None,
+        CAP=options.softcap is not None,
+        EVEN=width % tiling.BLOCK_K == 0,
+        PRECISE=precise,
+        **tiling._asdict(),
+    )
+    return partials
+
+
+def _is_aligned(matrix: Tensor) -> bool:
+    """As Triton sees it, which compiles for it: strides and widths count in multiples of 16 elements."""
+    return matrix.stride(0) % 16 == matrix.shape[1] % 16 == matrix.data_ptr() % 16 == 0
+
+
+def _tiles(blocks: int, tiles: int, processors: int) -> int:
+    """Tiles of a program, so that few processors wait for the last ones."""
+
+    def time(each: int) -> float:
+        waves = -(-blocks * -(-tiles // each) // processors)
+        return waves * (each + 0.5)  # half a tile to start and to end a program
+
+    return min(range(min(tiles, _LEAST_TILES), min(tiles, _MOST_TILES) + 1), key=time)
+
+
+def slices(count: int, size: int) -> Iterator[slice]:
+    """``size`` rows at a time."""
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """The device of ``tensor`` made the current one, if it is a GPU."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+
+
+@cache
+def _architecture(device: torch.device) -> str:
+    return _ARCHITECTURES.get(torch.cuda.get_device_capability(device), "any") if device.type == "cuda" else "any"
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -139,10 +139,6 @@ class Task(Constraints):
         """The distinct instructions of the training split, in order of first appearance."""
         return tuple(dict.fromkeys(example.instruction for example in self.train))
 
-    def limited(self, train: int | None = None, dev: int | None = None, test: int | None = None) -> Task:
-        """The same task with at most so many examples per split (``None``: all), taken from the front."""
-        return replace(self, train=self.train[:train], dev=self.dev[:dev], test=self.test[:test])
-
 
 @dataclass(frozen=True)
 class TaskStream(Sequence[Task]):

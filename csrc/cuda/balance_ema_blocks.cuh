@@ -61,11 +61,8 @@ CIT_HOST_DEVICE inline Work find_work(const Lists& lists, std::int64_t block) {
 }
 
 // What a thread goes through; nothing where it is past the threads that share the work.
-CIT_HOST_DEVICE inline bool has_part(const Work& work, int thread) {
-  return thread < work.lanes;
-}
 CIT_HOST_DEVICE inline Span span_of(const Work& work, int thread) {
-  return {work.begin, work.count, thread, work.lanes};
+  return {work.begin, thread < work.lanes ? work.count : 0, thread, work.lanes};
 }
 
 CIT_HOST_DEVICE inline Norms operator+(const Norms& x, const Norms& y) {
@@ -132,8 +129,7 @@ CIT_HOST_DEVICE void finish_piece(Block& block, const Work& work, const Partial&
 template <class Block, class Sweep>
 CIT_HOST_DEVICE void sweep_work(Block& block, const Work& work, Slot* slots, const Outcome& outcome,
                                 const Sweep& sweep) {
-  Partial sum{};
-  if (has_part(work, block.thread())) sum = sweep(span_of(work, block.thread()));
+  Partial sum = sweep(span_of(work, block.thread()));
   sum = sum_of_lanes(block, sum, work.lanes, block.scratch().of_warp);
   if (work.pieces > 1) {
     finish_piece(block, work, sum, slots, outcome);
@@ -181,7 +177,7 @@ CIT_HOST_DEVICE void apply_of_block(Block& block, const Lists& lists, const floa
   const Work work = find_work(lists, block.index());
   const Tensor tensor = open_tensor(lists, work.shape, work.tensor, seed);
   const float alpha = alphas[work.tensor];
-  if (alpha != 0.0f && has_part(work, block.thread())) apply_to_span(tensor, alpha, span_of(work, block.thread()));
+  if (alpha != 0.0f) apply_to_span(tensor, alpha, span_of(work, block.thread()));
 }
 
 }  // namespace cit::gpu

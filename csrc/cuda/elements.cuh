@@ -2,7 +2,7 @@
 // of everything that only exists on a GPU, so that the host tests run the same code.
 //
 // All streams of a group are loaded as they lie in memory before the first is converted, so that the loads are in
-// flight together. Groups that are not aligned to 16 bytes, or the last of a row, go element by element, in the same
+// flight together. Groups that are not aligned to 16 bytes, or the last of a tensor, go element by element, in the same
 // order: the bits stay the same.
 #pragma once
 
@@ -92,15 +92,23 @@ CIT_HOST_DEVICE inline Group load(const Elements& elements, std::int64_t at, int
   return group;
 }
 
+// Sixteen bytes at once: a plain assignment the compiler may tear apart into words.
+CIT_HOST_DEVICE inline void store_wide(void* target, const uint4& value) {
+#ifdef __CUDA_ARCH__
+  __stwb(static_cast<uint4*>(target), value);
+#else
+  *static_cast<uint4*>(target) = value;
+#endif
+}
+
 CIT_HOST_DEVICE inline void store(const Elements& elements, std::int64_t at, int count, const Group& group) {
   assume_global(elements.data);
   const std::uint32_t* word = group.word;
   if (elements.dtype == kFloat32) {
     auto* target = static_cast<std::uint32_t*>(elements.data) + at;
     if (count == kGroup && is_aligned(target)) {
-      auto* vectors = reinterpret_cast<uint4*>(target);
-      vectors[0] = {word[0], word[1], word[2], word[3]};
-      vectors[1] = {word[4], word[5], word[6], word[7]};
+      store_wide(target, {word[0], word[1], word[2], word[3]});
+      store_wide(target + 4, {word[4], word[5], word[6], word[7]});
       return;
     }
 #pragma unroll
@@ -111,7 +119,7 @@ CIT_HOST_DEVICE inline void store(const Elements& elements, std::int64_t at, int
   }
   auto* target = static_cast<std::uint16_t*>(elements.data) + at;
   if (count == kGroup && is_aligned(target)) {
-    *reinterpret_cast<uint4*>(target) = {word[0], word[1], word[2], word[3]};
+    store_wide(target, {word[0], word[1], word[2], word[3]});
     return;
   }
 #pragma unroll

@@ -24,7 +24,7 @@ from cit_fast.ops import (
     flush_balance_ema_,
 )
 from cit_fast.ops.balance_ema import reference
-from cit_fast.ops.balance_ema.reference import BalanceOptions, balance_weight
+from cit_fast.ops.balance_ema.reference import AdamWOptions, BalanceOptions, balance_weight
 
 pytestmark = [
     pytest.mark.gpu,

@@ -5,20 +5,17 @@ pytest tests/gpu
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from pytest_process import run_tests
 from torch import Tensor
 
 from cit_fast import backend
 from cit_fast.ops import linear_cross_entropy, masked_jsd, token_gain
 from cit_fast.ops.information_gain import TokenGain
-from cit_fast.ops.information_gain import triton as glue
 
 pytest.importorskip("triton")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -76,10 +73,7 @@ def added_at_the_peak(call: Callable[[], object]) -> int:
 
 
 def test_all_cases_of_the_interpreter() -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_I", "PYTEST_"))}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_tests(CASES)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -124,12 +118,14 @@ def test_the_same_call_gives_the_same_bits_on_any_stream(dtype: torch.dtype) -> 
 
 
 def test_memory_is_bounded() -> None:
+    from cit_fast.kernels.information_gain_rows import _WORKSPACE
+
     problem = Problem(4096, 512, 131_072, torch.bfloat16)
     logits = 2 * problem.full.shape[0] * problem.weight.shape[0] * 2  # of both contexts
     with backend("triton"):
         assert added_at_the_peak(problem.gain) < 0.05 * logits
         gradients = 8 * problem.full.numel()
-        assert added_at_the_peak(problem.losses) < glue._WORKSPACE + 2 * gradients + (16 << 20)
+        assert added_at_the_peak(problem.losses) < _WORKSPACE + 2 * gradients + (16 << 20)
 
 
 def test_cuda_graph() -> None:

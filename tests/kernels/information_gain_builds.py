@@ -17,8 +17,6 @@ from cit_fast.kernels import information_gain, information_gain_rows
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cit_fast.ops.information_gain import triton as glue
-
 REGISTERS = 65536  # of a processor
 SHARED = {"any": 99 << 10, "sm_80": 163 << 10, "sm_90": 227 << 10}  # that a program may have
 ARCHITECTURES = (80, 90)
@@ -74,7 +72,7 @@ GAINS = [
 def test_gain(kind: str, architecture: int, dtype: str, even: bool, head: str) -> None:
     hidden, weight = (OPERANDS[each] for each in (dtype.split(" by ") * 2)[:2])
     precise = hidden == "*fp32"
-    tiling = glue._TILINGS[kind, 32 if precise else 16]
+    tiling = information_gain._TILINGS[kind, 32 if precise else 16]
     aligned = kind != "unaligned"
     counts = dict.fromkeys(("width", "full_stride", "masked_stride", "weight_stride"), "i32:16" if aligned else "i32")
     compiled, usage = build(
@@ -100,7 +98,7 @@ def test_gain(kind: str, architecture: int, dtype: str, even: bool, head: str) -
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_gain_of_one_column(architecture: int) -> None:
     """Triton makes a constant of an argument that is 1."""
-    tiling = glue._TILINGS["unaligned", 16]
+    tiling = information_gain._TILINGS["unaligned", 16]
     ones = dict.fromkeys(("width", "full_stride", "masked_stride", "weight_stride"), 1)
     types = {**dict.fromkeys(("full", "masked", "weight"), "*bf16"), "bias": "*fp32", "partials": "*fp32"}
     flags = {"EVEN": False, "PRECISE": False, **HEADS["plain"]}
@@ -113,8 +111,8 @@ def test_gain_of_one_column(architecture: int) -> None:
 def test_merge(name: str, architecture: int) -> None:
     kernel = getattr(information_gain, name)
     results = {arg: "*fp32" for arg in kernel.arg_names if arg not in ("tokens", "splits", "BLOCK")}
-    _, usage = build(kernel, architecture, {**results, "statistics": "*fp64"}, **glue._MERGE)
-    check(usage, glue._MERGE["num_warps"])
+    _, usage = build(kernel, architecture, {**results, "statistics": "*fp64"}, **information_gain._MERGE)
+    check(usage, information_gain._MERGE["num_warps"])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -127,7 +125,7 @@ def test_losses(loss: str, gradient: str | None, architecture: int, head: str) -
     names = ("logits", "live", "frozen", "bias", "bias_live", "bias_frozen", "temperature", "row_weight", "losses")
     types = {**dict.fromkeys(names, "*fp32"), "gradient": gradient or "*fp32", "stride": "i32:16"}
     biases = {f"BIAS{side}": HEADS[head]["BIAS"] for side in ("", "_LIVE", "_FROZEN")}
-    tiling = {"cross_entropy": glue._CROSS_ENTROPY, "jsd": glue._JSD}[loss]
+    tiling = {"cross_entropy": information_gain_rows._CROSS_ENTROPY, "jsd": information_gain_rows._JSD}[loss]
     options = {**tiling, **biases, "CAP": HEADS[head]["CAP"], "GRADIENT": gradient is not None}
     types["gradient_stride"] = "i32:16"
     compiled, usage = build(kernel, architecture, types, **options)
@@ -142,5 +140,5 @@ def test_losses(loss: str, gradient: str | None, architecture: int, head: str) -
 @pytest.mark.parametrize("gradient", ["*bf16", "*fp32"])
 def test_bias(gradient: str, architecture: int) -> None:
     types = {"gradient": gradient, "factors": "*fp32", "grad_bias": "*fp32", "stride": "i32:16"}
-    _, usage = build(information_gain_rows.bias_kernel, architecture, types, **glue._BIAS)
-    check(usage, glue._BIAS["num_warps"])
+    _, usage = build(information_gain_rows.bias_kernel, architecture, types, **information_gain_rows._BIAS)
+    check(usage, information_gain_rows._BIAS["num_warps"])

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from cit_fast.kernels import information_gain as kernels
+from cit_fast.kernels import information_gain_rows as row_kernels
 from torch import Tensor
 
 from cit_fast import backend
@@ -27,7 +29,7 @@ from cit_fast.ops import (
     token_gain_statistics,
 )
 from cit_fast.ops.information_gain import TokenGain
-from cit_fast.ops.information_gain import triton as glue
+from cit_fast.ops.information_gain.reference import PLAIN, Needed
 
 # The interpreter is numpy, which warns of arithmetic with infinities.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -53,17 +55,17 @@ KINDS = [
 def tiles_that_make_many_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
         monkeypatch.setattr(
-            glue,
+            kernels,
             "_TILINGS",
             {
-                (kind, bits): glue._Tiling(32, 64, 32 * bits // 16, 4, 1)
+                (kind, bits): kernels._Tiling(32, 64, 32 * bits // 16, 4, 1)
                 for kind in ("any", "unaligned")
                 for bits in (16, 32)
             },
         )
-        monkeypatch.setattr(glue, "_tiles", lambda blocks, tiles, processors: 5)
-        monkeypatch.setitem(glue._CROSS_ENTROPY, "BLOCK", 512)
-        monkeypatch.setitem(glue._JSD, "BLOCK", 512)
+        monkeypatch.setattr(kernels, "_tiles", lambda blocks, tiles, processors: 5)
+        monkeypatch.setitem(row_kernels._CROSS_ENTROPY, "BLOCK", 512)
+        monkeypatch.setitem(row_kernels._JSD, "BLOCK", 512)
 
 
 def make(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -138,7 +140,7 @@ def loss_and_gradients(loss_of: Callable[..., Tensor], *inputs: Tensor | None) -
 def test_masked_jsd(
     tokens: int, d: int, vocabulary: int, dtype: torch.dtype, head: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(glue, "_WORKSPACE", 1 << 16)  # several chunks of rows
+    monkeypatch.setattr(row_kernels, "_WORKSPACE", 1 << 16)  # several chunks of rows
     options = options_of(head, vocabulary)
     bias = options.pop("bias")
     live, weight = make(tokens, d, seed=1, dtype=dtype), make(vocabulary, d, seed=3, dtype=dtype)
@@ -167,7 +169,7 @@ def test_masked_jsd(
 def test_linear_cross_entropy(
     tokens: int, d: int, vocabulary: int, dtype: torch.dtype, head: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(glue, "_WORKSPACE", 1 << 15)
+    monkeypatch.setattr(row_kernels, "_WORKSPACE", 1 << 15)
     options = options_of(head, vocabulary)
     bias = options.pop("bias")
     hidden, weight = make(tokens, d, seed=1, dtype=dtype), make(vocabulary, d, seed=3, dtype=dtype)
@@ -210,7 +212,7 @@ def test_only_what_is_needed(needed: tuple[bool, bool]) -> None:
 def test_operands_of_two_dtypes(
     hidden_dtype: torch.dtype, weight_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(glue, "_WIDENED", 1000)  # several blocks of the head
+    monkeypatch.setattr(row_kernels, "_WIDENED", 1000)  # several blocks of the head
     full, weight = make(9, 12, dtype=hidden_dtype), make(300, 12, seed=3, dtype=weight_dtype)
     masked, targets = make(9, 12, seed=2, dtype=torch.float16), torch.arange(9, device=DEVICE)
     got, exact = both(lambda to: token_gain(to(full), to(masked), to(weight), targets))
@@ -261,12 +263,12 @@ def test_launches_of_some_rows_and_pieces_give_the_same(monkeypatch: pytest.Monk
             token_gain(full, masked, weight, targets),
             token_gain_statistics(full, masked, weight, targets),
         )
-        monkeypatch.setattr(glue, "_MOST_ROWS", 64)
+        monkeypatch.setattr(kernels, "_MOST_ROWS", 64)
         assert all(torch.equal(x, y) for x, y in zip(token_gain(full, masked, weight, targets), whole, strict=True))
         assert torch.equal(token_gain_statistics(full, masked, weight, targets), statistics)
-        monkeypatch.setattr(glue, "_GROUP_BYTES", 1)
+        monkeypatch.setattr(kernels, "_GROUP_BYTES", 1)
         assert torch.equal(token_gain_statistics(full, masked, weight, targets), statistics)
-        monkeypatch.setattr(glue, "_tiles", lambda blocks, tiles, processors: 1)
+        monkeypatch.setattr(kernels, "_tiles", lambda blocks, tiles, processors: 1)
         for value, right in zip(token_gain(full, masked, weight, targets), whole, strict=True):
             torch.testing.assert_close(value, right, rtol=1e-5, atol=1e-6)
 
@@ -419,16 +421,16 @@ def test_a_target_outside_the_vocabulary_reads_nothing_beyond_it() -> None:
     full, masked, weight = make(6, 8), make(6, 8, seed=1), make(30, 8)
     targets = torch.tensor([0, 30, -1, 2**40, 4, 5], device=DEVICE)
     right = targets.clamp(0, 5)
-    arguments = (None, None, 1.0)
+    arguments = (None, PLAIN)
     good = [0, 4, 5]
-    gains = glue._token_gain(full, masked, weight, targets, *arguments)
-    for value, exact in zip(gains, glue._token_gain(full, masked, weight, right, *arguments), strict=True):
+    gains = kernels.token_gain(full, masked, weight, targets, *arguments)
+    for value, exact in zip(gains, kernels.token_gain(full, masked, weight, right, *arguments), strict=True):
         assert torch.equal(value[good], exact[good])
     assert (gains[0][[1, 2, 3]] == -math.inf).all()
-    needs = (True, False, False)
+    needs = Needed(True, False, False)
     ones = torch.ones(6, device=DEVICE)
-    got = glue._linear_cross_entropy(full, weight, targets, ones, *arguments, needs)
-    exact = glue._linear_cross_entropy(full, weight, right, ones, *arguments, needs)
+    got = row_kernels.linear_cross_entropy(full, weight, targets, ones, *arguments, needs)
+    exact = row_kernels.linear_cross_entropy(full, weight, right, ones, *arguments, needs)
     assert got[0] == math.inf
     assert torch.equal(got[1][good], exact[1][good])
 

@@ -72,7 +72,7 @@ def test_loads_and_stores_are_16_bytes_wide(tmp_path: Path) -> None:
         kernel = ptx[ptx.index(f"{name}_kernel") :]
         kernel = kernel[: kernel.index("\n}")]
         assert len(re.findall(r"ld\.global(?:\.cg)?\.v4", kernel)) >= 3 * loads
-        assert len(re.findall(r"st\.global\.v4", kernel)) >= 3 * stores
+        assert len(re.findall(r"st\.global(?:\.wb)?\.v4", kernel)) >= 3 * stores
 
 
 @needs_nvcc

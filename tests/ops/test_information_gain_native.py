@@ -87,7 +87,8 @@ def test_token_gain(tokens: int, d: int, vocabulary: int, dtype: torch.dtype, he
     with cit_fast.backend("native"):
         gain = token_gain(full, masked, weight, targets, **options)
     exact = reference.token_gain(
-        full.double(), masked.double(), weight.double(), targets, **{k: double(v) for k, v in options.items()}
+        *(full.double(), masked.double(), weight.double(), targets, double(options["bias"])),
+        reference.LogitOptions(options["softcap"], options["scale"]),
     )
     bound = 4 * max(logit_error(each, weight, options["scale"]) for each in (full, masked))
     for name, value, right in zip(TokenGain._fields, gain, exact, strict=True):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cit_fast.ops.information_gain import reference
+from cit_fast.ops.information_gain.reference import LogitOptions, Needed
 
 
 def random_case(dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
@@ -27,7 +28,7 @@ def random_case(dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
 
 def token_gain(case: dict[str, torch.Tensor], chunk_size: int | None = None) -> torch.Tensor:
     out = reference.token_gain(
-        case["hidden"], case["other"], case["weight"], case["targets"], case["bias"], 4.0, 0.5, chunk_size
+        case["hidden"], case["other"], case["weight"], case["targets"], case["bias"], LogitOptions(4.0, 0.5), chunk_size
     )
     return torch.stack(out)
 
@@ -42,9 +43,8 @@ def masked_jsd(case: dict[str, torch.Tensor], chunk_size: int | None = None) -> 
         case["row_weight"],
         case["bias"],
         None,
-        4.0,
-        0.5,
-        (True, True, True),
+        LogitOptions(4.0, 0.5),
+        Needed(True, True, True),
         chunk_size,
     )
 
@@ -98,11 +98,11 @@ def test_bias_of_minus_infinity_takes_a_token_out_of_the_vocabulary() -> None:
     common = (case["temperature"], case["row_weight"])
     heads = (case["weight"], case["weight"])
     big = reference.masked_jsd(
-        case["hidden"], case["other"], *heads, *common, banned, banned, None, 1.0, (True, True, True)
+        case["hidden"], case["other"], *heads, *common, banned, banned, reference.PLAIN, Needed(True, True, True)
     )
     heads, bias = (case["weight"][keep], case["weight"][keep]), case["bias"][keep]
     cut = reference.masked_jsd(
-        case["hidden"], case["other"], *heads, *common, bias, bias, None, 1.0, (True, True, True)
+        case["hidden"], case["other"], *heads, *common, bias, bias, reference.PLAIN, Needed(True, True, True)
     )
     torch.testing.assert_close(big[:2], cut[:2], rtol=1e-12, atol=1e-14)
     torch.testing.assert_close((big[2][keep], big[3][keep]), cut[2:], rtol=1e-12, atol=1e-14)

@@ -14,16 +14,19 @@ INDEX_DTYPES = (torch.int32, torch.int64)
 
 
 def shape(tensor: Tensor) -> str:
+    """The shape of a tensor as messages show it."""
     return str(list(tensor.shape))
 
 
 def check_float(op: str, **tensors: Tensor | None) -> None:
+    """Raise DataError for a tensor that is not floating point."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in FLOAT_DTYPES:
             raise DataError(f"{op}: {name} is {tensor.dtype}; expected float16, bfloat16, float32 or float64")
 
 
 def check_index(op: str, name: str, tensor: Tensor, length: int, meaning: str) -> None:
+    """Raise DataError unless ``tensor`` is [length], int32 or int64."""
     if tensor.dtype not in INDEX_DTYPES or tensor.shape != (length,):
         raise DataError(
             f"{op}: {name} is {shape(tensor)} {tensor.dtype}; expected [{length}] int32 or int64, {meaning}"
@@ -31,6 +34,7 @@ def check_index(op: str, name: str, tensor: Tensor, length: int, meaning: str) -
 
 
 def check_device(op: str, first: Tensor, **others: Tensor | None) -> None:
+    """Raise DataError for a tensor on another device than the first."""
     for name, tensor in others.items():
         if tensor is not None and tensor.device != first.device:
             raise DataError(
@@ -47,6 +51,7 @@ def check_head(
     scale: float,
     side: str = "",
 ) -> None:
+    """Raise DataError or ConfigError unless hidden states, head and options fit each other."""
     check_float(op, **{f"hidden{side}": hidden, f"weight{side}": weight, f"bias{side}": bias})
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or 0 in weight.shape:
         raise DataError(
@@ -62,6 +67,7 @@ def check_head(
 
 
 def check_row_vector(op: str, name: str, tensor: Tensor, rows: int, *, or_scalar: bool = False) -> None:
+    """Raise DataError unless ``tensor`` has one number for each row."""
     check_float(op, **{name: tensor})
     if tensor.shape != (rows,) and not (or_scalar and tensor.dim() == 0):
         expected = f"[{rows}] or a scalar" if or_scalar else f"[{rows}]"
@@ -69,6 +75,7 @@ def check_row_vector(op: str, name: str, tensor: Tensor, rows: int, *, or_scalar
 
 
 def check_offsets(offsets: Tensor, tokens: int) -> None:
+    """Raise DataError unless the offsets describe ``tokens`` tokens, each example at least one."""
     lengths = offsets.diff()
     if int(offsets[0]) != 0 or int(offsets[-1]) != tokens or bool((lengths < 0).any()):
         raise DataError(
@@ -89,3 +96,27 @@ def check_targets(op: str, targets: Tensor, vocabulary: int, row_weight: Tensor 
     if len(outside):
         row = int(outside[0])
         raise DataError(f"{op}: targets[{row}] is {int(targets[row])}; expected a token in [0, {vocabulary})")
+
+
+def check_contexts(
+    op: str,
+    hidden_full: Tensor,
+    hidden_masked: Tensor,
+    lm_head_weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+) -> None:
+    """Raise DataError or ConfigError unless two contexts of the same tokens, head, targets and options fit."""
+    check_head(op, hidden_full, lm_head_weight, bias, softcap, scale)
+    if hidden_masked.shape != hidden_full.shape:
+        raise DataError(
+            f"{op}: hidden_masked is {shape(hidden_masked)} and hidden_full {shape(hidden_full)}; "
+            f"they hold the same tokens, so their shapes must be equal"
+        )
+    check_float(op, hidden_masked=hidden_masked)
+    check_index(op, "targets", targets, hidden_full.shape[0], "one per row of hidden_full")
+    check_device(
+        op, hidden_full, hidden_masked=hidden_masked, lm_head_weight=lm_head_weight, targets=targets, bias=bias
+    )

@@ -6,11 +6,13 @@ float32; hidden states and heads as they are.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from cit_fast.ops.backends import Backend, register
-from cit_fast.ops.information_gain.reference import GAIN_STATISTICS, gains_from_statistics
+from cit_fast.ops.information_gain.reference import GAIN_STATISTICS, LogitOptions, Needed, gains_from_statistics
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/cpu/dtype.h
 _KERNELS = (Backend.NATIVE, Backend.TRITON)
@@ -23,10 +25,9 @@ def _token_gain(
     lm_head_weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
-    softcap: float | None,
-    scale: float,
+    options: LogitOptions,
 ) -> tuple[Tensor, ...]:
-    statistics = _statistics(hidden_full, hidden_masked, lm_head_weight, targets, 0, bias, softcap, scale)
+    statistics = _statistics(hidden_full, hidden_masked, lm_head_weight, targets, 0, bias, options)
     return tuple(gain.float() for gain in gains_from_statistics(statistics))
 
 
@@ -38,8 +39,7 @@ def _statistics(
     targets: Tensor,
     first_entry: int,
     bias: Tensor | None,
-    softcap: float | None,
-    scale: float,
+    options: LogitOptions,
 ) -> Tensor:
     from cit_fast import _native
 
@@ -54,9 +54,7 @@ def _statistics(
         bias=_address(bias),
         targets=targets.data_ptr(),
         first_entry=first_entry,
-        scale=scale,
-        softcap=softcap or 0.0,
-        threads=torch.get_num_threads(),
+        **_how(options),
         statistics=statistics.data_ptr(),
     )
     return statistics
@@ -72,16 +70,15 @@ def _masked_jsd(
     row_weight: Tensor,
     bias_live: Tensor | None,
     bias_frozen: Tensor | None,
-    softcap: float | None,
-    scale: float,
-    needs_grad: tuple[bool, bool, bool],
+    options: LogitOptions,
+    needed: Needed,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from cit_fast import _native
 
     live, frozen = rows_of(hidden_live), rows_of(hidden_frozen)
     temperature, row_weight = temperature.float().contiguous(), row_weight.float().contiguous()
     bias_live_float, bias_frozen_float = _float(bias_live), _float(bias_frozen)
-    gradients = _empty_gradients(hidden_live, weight_live, needs_grad)
+    gradients = _empty_gradients(hidden_live, weight_live, needed)
     loss = _native.masked_jsd(
         _matrix(live),
         _matrix(frozen),
@@ -91,10 +88,8 @@ def _masked_jsd(
         bias_frozen=_address(bias_frozen_float),
         temperature=temperature.data_ptr(),
         row_weight=row_weight.data_ptr(),
-        scale=scale,
-        softcap=softcap or 0.0,
-        threads=torch.get_num_threads(),
-        gradients=_addresses(gradients, needs_grad),
+        **_how(options),
+        gradients=_addresses(gradients, needed),
     )
     return torch.tensor(loss, dtype=torch.float32), *_cast(gradients, hidden_live, weight_live, bias_live)
 
@@ -106,26 +101,23 @@ def _linear_cross_entropy(
     targets: Tensor,
     row_weight: Tensor,
     bias: Tensor | None,
-    softcap: float | None,
-    scale: float,
-    needs_grad: tuple[bool, bool, bool],
+    options: LogitOptions,
+    needed: Needed,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from cit_fast import _native
 
     rows = rows_of(hidden)
     targets, row_weight = targets.long().contiguous(), row_weight.float().contiguous()
     bias_float = _float(bias)
-    gradients = _empty_gradients(hidden, weight, needs_grad)
+    gradients = _empty_gradients(hidden, weight, needed)
     loss = _native.linear_cross_entropy(
         _matrix(rows),
         _matrix(weight),
         bias=_address(bias_float),
         targets=targets.data_ptr(),
         row_weight=row_weight.data_ptr(),
-        scale=scale,
-        softcap=softcap or 0.0,
-        threads=torch.get_num_threads(),
-        gradients=_addresses(gradients, needs_grad),
+        **_how(options),
+        gradients=_addresses(gradients, needed),
     )
     return torch.tensor(loss, dtype=torch.float32), *_cast(gradients, hidden, weight, bias)
 
@@ -157,25 +149,26 @@ def _float(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.float().contiguous()
 
 
+def _how(options: LogitOptions) -> dict[str, Any]:
+    return {"scale": options.scale, "softcap": options.softcap or 0.0, "threads": torch.get_num_threads()}
+
+
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _empty_gradients(
-    hidden: Tensor, weight: Tensor, needs_grad: tuple[bool, bool, bool]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_gradients(hidden: Tensor, weight: Tensor, needed: Needed) -> tuple[Tensor, Tensor, Tensor]:
     """In float32: hidden states (all of it is written), weight and bias (added to)."""
-    needs_hidden, needs_weight, needs_bias = needs_grad
     return (
-        torch.empty(hidden.shape if needs_hidden else 0),
-        torch.zeros(weight.shape if needs_weight else 0),
-        torch.zeros(weight.shape[0] if needs_bias else 0),
+        torch.empty(hidden.shape if needed.hidden else 0),
+        torch.zeros(weight.shape if needed.weight else 0),
+        torch.zeros(weight.shape[0] if needed.bias else 0),
     )
 
 
-def _addresses(gradients: tuple[Tensor, Tensor, Tensor], needs_grad: tuple[bool, bool, bool]) -> tuple[int, int, int]:
+def _addresses(gradients: tuple[Tensor, Tensor, Tensor], needed: Needed) -> tuple[int, int, int]:
     hidden, weight, bias = (
-        tensor.data_ptr() if needed else 0 for tensor, needed in zip(gradients, needs_grad, strict=True)
+        tensor.data_ptr() if wanted else 0 for tensor, wanted in zip(gradients, needed, strict=True)
     )
     return hidden, weight, bias
 

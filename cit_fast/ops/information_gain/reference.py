@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +37,25 @@ exists.
 """
 
 
+class LogitOptions(NamedTuple):
+    """How a head makes logits: cap(scale (h W^T + bias)); every backend takes this one object."""
+
+    softcap: float | None = None
+    """cap(z) = softcap tanh(z / softcap); None: z itself."""
+    scale: float = 1.0
+
+
+class Needed(NamedTuple):
+    """Which gradients of a loss to compute; the others are empty tensors."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+PLAIN = LogitOptions()
+
+
 @register("token_gain", Backend.REFERENCE)
 def token_gain(
     hidden_full: Tensor,
@@ -43,8 +63,7 @@ def token_gain(
     lm_head_weight: Tensor,
     targets: Tensor,
     bias: Tensor | None = None,
-    softcap: float | None = None,
-    scale: float = 1.0,
+    options: LogitOptions = PLAIN,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """log p_t, log q_t, p_t - q_t, H(p), H(q), KL(p||q), KL(q||p), each [T]; see
@@ -55,8 +74,8 @@ def token_gain(
     dtype = accumulation_dtype(hidden_full, hidden_masked, lm_head_weight, bias)
     out = hidden_full.new_empty((7, targets.shape[0]), dtype=dtype)
     for rows in _chunks(targets.shape[0], lm_head_weight.shape[0], chunk_size):
-        log_p = _logits(hidden_full[rows].to(dtype), lm_head_weight, bias, softcap, scale).log_softmax(dim=1)
-        log_q = _logits(hidden_masked[rows].to(dtype), lm_head_weight, bias, softcap, scale).log_softmax(dim=1)
+        log_p = _logits(hidden_full[rows].to(dtype), lm_head_weight, bias, options).log_softmax(dim=1)
+        log_q = _logits(hidden_masked[rows].to(dtype), lm_head_weight, bias, options).log_softmax(dim=1)
         target = targets[rows, None].long()
         log_p_target, log_q_target = log_p.gather(1, target)[:, 0], log_q.gather(1, target)[:, 0]
         p, q = log_p.exp(), log_q.exp()
@@ -94,8 +113,7 @@ def token_gain_statistics(
     targets: Tensor,
     first_entry: int = 0,
     bias: Tensor | None = None,
-    softcap: float | None = None,
-    scale: float = 1.0,
+    options: LogitOptions = PLAIN,
     chunk_size: int | None = None,
 ) -> Tensor:
     """:data:`GAIN_STATISTICS` of one piece of the vocabulary, [10, T] float64; see
@@ -106,8 +124,7 @@ def token_gain_statistics(
     entries = lm_head_weight.shape[0]
     for rows in _chunks(targets.shape[0], entries, chunk_size):
         logits = [
-            _logits(hidden[rows].to(dtype), lm_head_weight, bias, softcap, scale)
-            for hidden in (hidden_full, hidden_masked)
+            _logits(hidden[rows].to(dtype), lm_head_weight, bias, options) for hidden in (hidden_full, hidden_masked)
         ]
         maxima = [each.max(dim=1, keepdim=True).values.clamp(min=NOWHERE) for each in logits]
         below = [(each - top).clamp(min=NOWHERE) for each, top in zip(logits, maxima, strict=True)]
@@ -180,9 +197,8 @@ def masked_jsd(
     row_weight: Tensor,
     bias_live: Tensor | None,
     bias_frozen: Tensor | None,
-    softcap: float | None,
-    scale: float,
-    needs_grad: tuple[bool, bool, bool],
+    options: LogitOptions,
+    needed: Needed,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """sum_r row_weight_r JSD_r and its gradients from one pass over the logits; see
@@ -193,9 +209,8 @@ def masked_jsd(
         weight_live, weight_frozen: [V, d] and [V, d'].
         temperature, row_weight: [T].
         bias_live, bias_frozen: [V] or None.
-        softcap, scale: logits = softcap tanh(scale (h W^T + bias) / softcap), without the cap where it is
-            None.
-        needs_grad: which gradients to compute: hidden_live, weight_live, bias_live.
+        options: how the heads make logits.
+        needed: which gradients of hidden_live, weight_live, bias_live to compute.
         chunk_size: number of tokens whose logits exist at a time.
 
     Returns:
@@ -203,11 +218,10 @@ def masked_jsd(
         needed.
     """
     dtype = accumulation_dtype(hidden_live, hidden_frozen, weight_live, weight_frozen, bias_live, bias_frozen)
-    needs_hidden, needs_weight, needs_bias = needs_grad
     total = hidden_live.new_zeros((), dtype=dtype)
-    grad_hidden = hidden_live.new_empty(hidden_live.shape) if needs_hidden else hidden_live.new_empty(0)
-    grad_weight = weight_live.new_zeros(weight_live.shape if needs_weight else (0,), dtype=dtype)
-    grad_bias = weight_live.new_zeros(weight_live.shape[0] if needs_bias else 0, dtype=dtype)
+    grad_hidden = hidden_live.new_empty(hidden_live.shape) if needed.hidden else hidden_live.new_empty(0)
+    grad_weight = weight_live.new_zeros(weight_live.shape if needed.weight else (0,), dtype=dtype)
+    grad_bias = weight_live.new_zeros(weight_live.shape[0] if needed.bias else 0, dtype=dtype)
 
     for rows in _chunks(hidden_live.shape[0], weight_live.shape[0], chunk_size):
         beta, share = temperature[rows, None].to(dtype), row_weight[rows, None].to(dtype)
@@ -215,24 +229,24 @@ def masked_jsd(
         beta = beta.masked_fill(share == 0, 1)
         live = hidden_live[rows].to(dtype).masked_fill(share == 0, 0)
         frozen = hidden_frozen[rows].to(dtype).masked_fill(share == 0, 0)
-        logits = _logits(live, weight_live, bias_live, softcap, scale)
+        logits = _logits(live, weight_live, bias_live, options)
         log_p = (logits / beta).log_softmax(dim=1)
-        log_q = (_logits(frozen, weight_frozen, bias_frozen, softcap, scale) / beta).log_softmax(dim=1)
+        log_q = (_logits(frozen, weight_frozen, bias_frozen, options) / beta).log_softmax(dim=1)
         p, q = log_p.exp(), log_q.exp()
         log_p_over_m, log_q_over_m = _log_over_mean(log_q - log_p), _log_over_mean(log_p - log_q)
         kl_pm, kl_qm = _expectation(p, log_p_over_m), _expectation(q, log_q_over_m)
         total += (share[:, 0] * (kl_pm + kl_qm)).sum() / (2 * math.log(2))
 
-        if any(needs_grad):
+        if any(needed):
             gradient = torch.where(p > 0, p * (log_p_over_m - kl_pm[:, None]), 0)
-            gradient *= share / (2 * math.log(2) * beta) * scale
-            if softcap is not None:
-                gradient *= 1 - (logits / softcap).square()
-            if needs_hidden:
+            gradient *= share / (2 * math.log(2) * beta) * options.scale
+            if options.softcap is not None:
+                gradient *= 1 - (logits / options.softcap).square()
+            if needed.hidden:
                 grad_hidden[rows] = _times_weight(gradient, weight_live).to(grad_hidden.dtype)
-            if needs_weight:
+            if needed.weight:
                 grad_weight += gradient.T @ live
-            if needs_bias:
+            if needed.bias:
                 grad_bias += gradient.sum(dim=0)
 
     bias_dtype = weight_live.dtype if bias_live is None else bias_live.dtype
@@ -246,9 +260,8 @@ def linear_cross_entropy(
     targets: Tensor,
     row_weight: Tensor,
     bias: Tensor | None,
-    softcap: float | None,
-    scale: float,
-    needs_grad: tuple[bool, bool, bool],
+    options: LogitOptions,
+    needed: Needed,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """sum_r row_weight_r (-log p_r(target_r)) and its gradients from one pass over the logits; see
@@ -257,32 +270,31 @@ def linear_cross_entropy(
     Arguments and results as in :func:`masked_jsd`; ``targets`` [T], any value in rows of weight 0.
     """
     dtype = accumulation_dtype(hidden, weight, bias)
-    needs_hidden, needs_weight, needs_bias = needs_grad
     total = hidden.new_zeros((), dtype=dtype)
-    grad_hidden = hidden.new_empty(hidden.shape) if needs_hidden else hidden.new_empty(0)
-    grad_weight = weight.new_zeros(weight.shape if needs_weight else (0,), dtype=dtype)
-    grad_bias = weight.new_zeros(weight.shape[0] if needs_bias else 0, dtype=dtype)
+    grad_hidden = hidden.new_empty(hidden.shape) if needed.hidden else hidden.new_empty(0)
+    grad_weight = weight.new_zeros(weight.shape if needed.weight else (0,), dtype=dtype)
+    grad_bias = weight.new_zeros(weight.shape[0] if needed.bias else 0, dtype=dtype)
 
     for rows in _chunks(hidden.shape[0], weight.shape[0], chunk_size):
         share = row_weight[rows, None].to(dtype)
         live = hidden[rows].to(dtype).masked_fill(share == 0, 0)
         target = targets[rows, None].long().masked_fill(share == 0, 0)
-        logits = _logits(live, weight, bias, softcap, scale)
+        logits = _logits(live, weight, bias, options)
         log_p = logits.log_softmax(dim=1)
         # A sum without the padding's terms: 0 times infinity is no number.
         total -= (share * log_p.gather(1, target)).masked_fill(share == 0, 0).sum()
 
-        if any(needs_grad):
+        if any(needed):
             gradient = log_p.exp()
             gradient.scatter_add_(1, target, torch.full_like(share, -1))
-            gradient *= share * scale
-            if softcap is not None:
-                gradient *= 1 - (logits / softcap).square()
-            if needs_hidden:
+            gradient *= share * options.scale
+            if options.softcap is not None:
+                gradient *= 1 - (logits / options.softcap).square()
+            if needed.hidden:
                 grad_hidden[rows] = _times_weight(gradient, weight).to(grad_hidden.dtype)
-            if needs_weight:
+            if needed.weight:
                 grad_weight += gradient.T @ live
-            if needs_bias:
+            if needed.bias:
                 grad_bias += gradient.sum(dim=0)
 
     bias_dtype = weight.dtype if bias is None else bias.dtype
@@ -295,12 +307,12 @@ def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> Tensor:
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: LogitOptions) -> Tensor:
     logits = torch.cat([hidden @ block.T for _, block in _weight_blocks(weight, hidden.dtype)], dim=1)
     if bias is not None:
         logits = logits + bias
-    logits = scale * logits
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    logits = options.scale * logits
+    return logits if options.softcap is None else options.softcap * torch.tanh(logits / options.softcap)
 
 
 def _times_weight(gradient: Tensor, weight: Tensor) -> Tensor:
