@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM = false
 setup: $(SETUP)
 
 # An editable install finds new modules by itself, but not new packages: hence their __init__.py.
-$(SETUP): pyproject.toml CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/* cit_fast/*/__init__.py cit_fast/*/*/__init__.py)
+$(SETUP): pyproject.toml CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/* csrc/*/*/* cit_fast/*/__init__.py cit_fast/*/*/__init__.py)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "cit-fast needs Python >= 3.10")'
 	$(PYTHON) -m venv $(VENV) || { echo "Python cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	$(BIN)/pip install --quiet --upgrade pip

@@ -54,6 +54,7 @@ def pack_clouds(table: list[int], *, use_float32: bool, threads: int) -> None: .
 def cosine_costs(table: list[int], *, use_float32: bool, rounding: float, threads: int) -> None: ...
 
 FLOAT_COST_ERROR: float
+SINKHORN: dict[str, float | tuple[float, float]]  # csrc/sinkhorn.h
 
 def has_bfloat16_products() -> bool: ...
 

@@ -3,7 +3,7 @@
 
 #include <cfloat>
 
-#include "cpu/balance_ema_kernels.h"
+#include "cpu/balance_ema/balance_ema_kernels.h"
 
 #ifdef __CUDACC__
 #define CIT_HOST_DEVICE __host__ __device__

@@ -10,11 +10,12 @@
 #include <string>
 #include <vector>
 
-#include "cpu/balance_ema.h"
+#include "cpu/balance_ema/balance_ema.h"
 #include "cpu/dispatch.h"
-#include "cpu/information_gain.h"
-#include "cpu/products.h"
-#include "cpu/wasserstein.h"
+#include "cpu/information_gain/information_gain.h"
+#include "cpu/wasserstein/products.h"
+#include "cpu/wasserstein/wasserstein.h"
+#include "sinkhorn.h"
 
 namespace py = pybind11;
 
@@ -208,6 +209,13 @@ PYBIND11_MODULE(_native, m) {
       },
       py::arg("table"), py::kw_only(), py::arg("use_float32"), py::arg("rounding"), py::arg("threads"));
   m.attr("FLOAT_COST_ERROR") = cit::kFloatCostError;
+  m.attr("SINKHORN") = py::dict(
+      py::arg("EPSILON_OF_SPREAD") = cit::kEpsilonOfSpread,
+      py::arg("EPSILON_RANGE") = py::make_tuple(cit::kSmallestEpsilon, cit::kLargestEpsilon),
+      py::arg("COARSE_ITERATIONS") = cit::kCoarseIterations, py::arg("COARSE_TOLERANCE") = cit::kCoarseTolerance,
+      py::arg("LEAST_MASS") = cit::kLeastMass, py::arg("FLOAT_SHARE") = cit::kFloatShare,
+      py::arg("FLOAT_TOLERANCE") = cit::kFloatTolerance, py::arg("LEAST_V") = cit::kLeastFloatV,
+      py::arg("MOST_V") = cit::kMostFloatV, py::arg("LEAST_SUM") = cit::kLeastFloatSum);
 
   m.def("has_bfloat16_products", &cit::has_bfloat16_products);
 

@@ -4,11 +4,11 @@
     u_i  = a_i / sum_j K_ij v_j                              the rows of the plan u_i K_ij v_j are right
     v_j  = b_j / sum_i u_i K_ij                              then its columns
 
-``reference/wasserstein.py`` has the definition, ``csrc/cpu/wasserstein.cpp`` the same steps on the CPU. An iteration
-reads K once, in tiles of whole rows: the sum of a row gives its u, with which the row adds to the sums of the columns.
-That is 4 bytes and two multiply-adds an entry, no exponential, so what counts is where K is read from: of a pair up to
-some 200 x 200 it stays in the first-level cache of the one processor that solves it, and up to some 3000 x 3000 in the
-second-level cache of the GPU.
+``cit_fast/ops/wasserstein/reference.py`` has the definition, ``csrc/cpu/wasserstein/wasserstein.cpp`` the same steps on
+the CPU. An iteration reads K once, in tiles of whole rows: the sum of a row gives its u, with which the row adds to the
+sums of the columns. That is 4 bytes and two multiply-adds an entry, no exponential, so what counts is where K is read
+from: of a pair up to some 200 x 200 it stays in the first-level cache of the one processor that solves it, and up to
+some 3000 x 3000 in the second-level cache of the GPU.
 
 * A pair is a small machine whose state is in memory. ``pass_over`` goes once over the matrix and leaves sums of columns
   (wasserstein_passes.py); ``_combine`` makes the next potentials of them and chooses the next pass. ``solve_kernel``
@@ -67,14 +67,15 @@ from cit_fast.kernels.wasserstein_passes import (
 from torch import Tensor
 
 from cit_fast.errors import BackendError, CitFastError
+from cit_fast.ops.wasserstein import reference
 from cit_fast.ops.wasserstein.cuda import Batch, on_gpu
 from cit_fast.ops.wasserstein.reference import Distances, TransportOptions
 
-# As in the reference and in csrc/cpu/wasserstein.cpp.
-EPSILON_OF_SPREAD = tl.constexpr(0.05)
-LEAST_EPSILON = tl.constexpr(1e-9)
-COARSE_TOLERANCE = tl.constexpr(0.05)
-COARSE_ITERATIONS = tl.constexpr(10)
+EPSILON_OF_SPREAD = tl.constexpr(reference.EPSILON_OF_SPREAD)
+LEAST_EPSILON = tl.constexpr(reference.EPSILON_RANGE[0])
+COARSE_TOLERANCE = tl.constexpr(reference.COARSE_TOLERANCE)
+COARSE_ITERATIONS = tl.constexpr(reference.COARSE_ITERATIONS)
+# As in csrc/sinkhorn.h.
 LEAST_MASS = tl.constexpr(1e-25)  # columns with less take no part in the iteration
 FLOAT_SHARE = tl.constexpr(0.75)  # where iterations with K in float32 stop, of the tolerance
 FLOAT_TOLERANCE = tl.constexpr(5e-7)  # the error that they can reach

@@ -7,8 +7,8 @@
 #include <tuple>
 #include <vector>
 
-#include "cuda/balance_ema.h"
-#include "cuda/wasserstein.h"
+#include "cuda/balance_ema/balance_ema.h"
+#include "cuda/wasserstein/wasserstein.h"
 
 namespace py = pybind11;
 

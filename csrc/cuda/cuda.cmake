@@ -38,7 +38,7 @@ function(cit_fast_try_nvcc)
     endif()
   endforeach()
   execute_process(
-    COMMAND ${CMAKE_CUDA_COMPILER} ${flags} -c ${PROJECT_SOURCE_DIR}/csrc/cuda/balance_ema.cu
+    COMMAND ${CMAKE_CUDA_COMPILER} ${flags} -c ${PROJECT_SOURCE_DIR}/csrc/cuda/balance_ema/balance_ema.cu
             -o ${CMAKE_CURRENT_BINARY_DIR}/CMakeFiles/cit_fast_try_nvcc.o
     RESULT_VARIABLE result OUTPUT_VARIABLE output ERROR_VARIABLE output)
   if(result EQUAL 0)
@@ -72,7 +72,7 @@ endforeach()
 list(JOIN architectures ", " architectures)
 message(STATUS "cit-fast: CUDA kernels for ${architectures}")
 
-add_library(cit_fast_cuda STATIC csrc/cuda/balance_ema.cu csrc/cuda/wasserstein.cu)
+add_library(cit_fast_cuda STATIC csrc/cuda/balance_ema/balance_ema.cu csrc/cuda/wasserstein/wasserstein.cu)
 target_include_directories(cit_fast_cuda PUBLIC csrc)
 # As on the CPU: without contraction into fused multiply-add the average has the same bits for the same weight.
 target_compile_options(cit_fast_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--fmad=false -Xcompiler=-fvisibility=hidden>)

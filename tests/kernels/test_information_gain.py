@@ -20,18 +20,18 @@ OPS = ("token_gain", "token_gain_statistics", "masked_jsd", "linear_cross_entrop
 
 
 @pytest.mark.slow
-def test_interpreted(tmp_path: Path) -> None:
+def test_interpreted(triton_cache: str) -> None:
     run_tests(
         HERE / "information_gain_cases.py",
-        TRITON_CACHE_DIR=str(tmp_path),
+        TRITON_CACHE_DIR=triton_cache,
         TRITON_INTERPRET="1",
         CUDA_VISIBLE_DEVICES="",
     )
 
 
 @pytest.mark.slow
-def test_compiled_ahead_of_time(tmp_path: Path) -> None:
-    run_tests(HERE / "information_gain_builds.py", TRITON_CACHE_DIR=str(tmp_path))
+def test_compiled_ahead_of_time(triton_cache: str) -> None:
+    run_tests(HERE / "information_gain_builds.py", TRITON_CACHE_DIR=triton_cache)
 
 
 # The choice of the backend

@@ -17,10 +17,10 @@ CUDA = torch.device("cuda")
 
 
 @pytest.mark.slow
-def test_interpreted(tmp_path: Path) -> None:
+def test_interpreted(triton_cache: str) -> None:
     run_tests(
         HERE / "wasserstein_cases.py",
-        TRITON_CACHE_DIR=str(tmp_path),
+        TRITON_CACHE_DIR=triton_cache,
         TRITON_INTERPRET="1",
         CUDA_VISIBLE_DEVICES="",
         CIT_FAST_CASES="triton",
@@ -28,8 +28,8 @@ def test_interpreted(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_compiled_ahead_of_time(tmp_path: Path) -> None:
-    run_tests(HERE / "wasserstein_builds.py", TRITON_CACHE_DIR=str(tmp_path))
+def test_compiled_ahead_of_time(triton_cache: str) -> None:
+    run_tests(HERE / "wasserstein_builds.py", TRITON_CACHE_DIR=triton_cache)
 
 
 @pytest.mark.parametrize(

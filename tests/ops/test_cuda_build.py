@@ -21,6 +21,7 @@ from cit_fast.ops.balance_ema import cuda as kernels
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
+KERNELS = str(CSRC / "cuda/balance_ema/balance_ema.cu")
 NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
 REGISTERS = {  # at most, so that 2, 3 or 4 blocks of 256 threads fit a processor and hide the latency of the memory
     "norms_kernel": 80,
@@ -51,7 +52,14 @@ def nvcc(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_kernels_compile_without_spills(architecture: str, tmp_path: Path) -> None:
     output = tmp_path / "kernels.cubin"
     done = nvcc(
-        "-O3", "-cubin", f"-arch={architecture}", "-Xptxas", "-v", str(CSRC / "cuda/balance_ema.cu"), "-o", str(output)
+        "-O3",
+        "-cubin",
+        f"-arch={architecture}",
+        "-Xptxas",
+        "-v",
+        KERNELS,
+        "-o",
+        str(output),
     )
     about = re.split(r"Compiling entry function '", done.stderr)[1:]
     assert len(about) == len(REGISTERS)
@@ -65,7 +73,7 @@ def test_kernels_compile_without_spills(architecture: str, tmp_path: Path) -> No
 @needs_nvcc
 @pytest.mark.slow
 def test_loads_and_stores_are_16_bytes_wide(tmp_path: Path) -> None:
-    nvcc("-O3", "-ptx", "-arch=sm_80", str(CSRC / "cuda/balance_ema.cu"), "-o", str(tmp_path / "kernels.ptx"))
+    nvcc("-O3", "-ptx", "-arch=sm_80", KERNELS, "-o", str(tmp_path / "kernels.ptx"))
     ptx = (tmp_path / "kernels.ptx").read_text()
     # A stream takes two accesses as float32 and one with 16-bit elements; the slots are read by one more.
     for name, loads, stores in (("norms", 4, 1), ("adamw", 6, 5), ("apply", 2, 1)):
@@ -79,7 +87,7 @@ def test_loads_and_stores_are_16_bytes_wide(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_blocks_on_the_host_agree_with_the_definition(tmp_path: Path) -> None:
     program = tmp_path / "balance_ema_test"
-    nvcc("-O1", "-arch=sm_80", str(CSRC / "cuda/balance_ema_test.cu"), "-o", str(program))
+    nvcc("-O1", "-arch=sm_80", str(CSRC / "cuda/balance_ema/balance_ema_test.cu"), "-o", str(program))
     done = subprocess.run([str(program)], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

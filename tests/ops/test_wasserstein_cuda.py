@@ -26,7 +26,7 @@ REGISTERS = {"block_kernel": 128, "cluster_kernel": 255}
 def test_kernels_compile_without_spills(architecture: str, tmp_path: Path) -> None:
     output = tmp_path / "kernels.cubin"
     command = [NVCC, "-std=c++17", "--fmad=false", f"-I{CSRC}", "-O3", "-cubin", f"-arch={architecture}"]
-    command += ["-Xptxas", "-v", str(CSRC / "cuda/wasserstein.cu"), "-o", str(output)]
+    command += ["-Xptxas", "-v", str(CSRC / "cuda/wasserstein/wasserstein.cu"), "-o", str(output)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     about = re.split(r"Compiling entry function '", done.stderr)[1:]
@@ -42,7 +42,7 @@ def test_kernels_compile_without_spills(architecture: str, tmp_path: Path) -> No
 @pytest.mark.slow
 def test_teams_on_the_host(tmp_path: Path) -> None:
     library = tmp_path / "teams.so"
-    source = str(CSRC / "cuda/wasserstein_host.cpp")
+    source = str(CSRC / "cuda/wasserstein/wasserstein_host.cpp")
     command = [CXX, "-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", f"-I{CSRC}", source]
     subprocess.run([*command, "-o", str(library)], check=True)
     run_tests(CASES, CIT_FAST_CASES="cuda", CIT_FAST_HOST_LIBRARY=str(library))

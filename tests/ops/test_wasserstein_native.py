@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cit_fast import _native, backend
 from cit_fast.ops import wasserstein_matrix
-from cit_fast.ops.wasserstein import METHODS, METRICS, Wasserstein
+from cit_fast.ops.wasserstein import METHODS, METRICS, Wasserstein, reference
 from cit_fast.ops.wasserstein import native as _wasserstein_native
 
 # Relative: of bounds on the exact distance, whose sums have up to 1e5 terms.
@@ -327,6 +327,23 @@ def test_duplicates_and_zero_weights_change_nothing() -> None:
     more = torch.cat([x, 100 * x])
     weights = [torch.cat([torch.ones(12), torch.zeros(12)]), torch.ones(15)]
     assert same_bits(wasserstein_matrix([more, y], weights, **options), plain)
+
+
+# --- constants ---
+
+
+def test_the_constants_are_those_of_the_definition_and_of_the_triton_kernels() -> None:
+    compiled = dict(_native.SINKHORN)
+    shared = {name: compiled.pop(name) for name in list(compiled) if hasattr(reference, name)}
+    assert shared == {
+        name: getattr(reference, name)
+        for name in ("EPSILON_OF_SPREAD", "EPSILON_RANGE", "COARSE_ITERATIONS", "COARSE_TOLERANCE")
+    }
+    pytest.importorskip("triton")
+    from cit_fast.kernels import wasserstein as kernels
+
+    assert compiled == {name: getattr(kernels, name).value for name in compiled}
+    assert len(compiled) == 6
 
 
 # --- order of the work ---

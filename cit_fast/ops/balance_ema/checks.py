@@ -13,7 +13,7 @@ from cit_fast.errors import CitFastError
 
 BalanceRule = Literal["released", "paper", "fixed"]
 BALANCE_RULES: tuple[BalanceRule, ...] = ("released", "paper", "fixed")
-"""The rules by name; the position is the number that csrc/cpu/balance_ema.h gives the rule."""
+"""The rules by name; the position is the number that csrc/cpu/balance_ema/balance_ema.h gives the rule."""
 
 _FLOAT_DTYPES = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
 

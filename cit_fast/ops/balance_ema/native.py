@@ -17,7 +17,7 @@ from cit_fast.ops.balance_ema.checks import BALANCE_RULES
 from cit_fast.ops.balance_ema.reference import AdamWOptions, BalanceOptions, BalanceWeights
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/cpu/dtype.h
-RULES: dict[str, int] = {rule: number for number, rule in enumerate(BALANCE_RULES)}  # csrc/cpu/balance_ema.h
+RULES: dict[str, int] = {rule: number for number, rule in enumerate(BALANCE_RULES)}  # csrc/cpu/balance_ema/
 _STATE_DTYPES = {torch.float32, torch.bfloat16}
 _KERNELS = {"cpu": (Backend.NATIVE, Backend.TRITON), "cuda": (Backend.CUDA, Backend.TRITON)}
 

@@ -1,6 +1,6 @@
 """Key-part information gain and the losses of KPIG in C++ on the CPU (``native``).
 
-csrc/cpu/information_gain.h says how it is done. Bias, temperatures and row weights are handed over in
+csrc/cpu/information_gain/information_gain.h says how it is done. Bias, temperatures and row weights are handed over in
 float32; hidden states and heads as they are.
 """
 

@@ -1,4 +1,4 @@
-"""Wasserstein distances in C++ on the CPU (``native``): csrc/cpu/products.h and wasserstein.h, batches and forms here.
+"""Wasserstein distances in C++ on the CPU (``native``): csrc/cpu/wasserstein/ with its batches and tables here.
 
 Pairs go in batches whose costs fit the memory set aside for them. A pair's result does not depend on its batch.
 """
@@ -39,7 +39,7 @@ PATHS_ENTRIES = 1000 * 1000
 
 FLOAT_COSTS = 64, 1e-5
 """Cosine costs are summed in float32, twice as fast, from this d on and where no better tolerance is asked for. Their
-error (csrc/cpu/products.h) is a part of the bounds."""
+error (csrc/cpu/wasserstein/products.h) is a part of the bounds."""
 
 SHARE_OF_COSTS = 0.2, 1e-2
 """Float32 costs are made again in float64 where their error is more than this share of the gap, or of this gap if none
@@ -308,7 +308,7 @@ class _Costs(Sequence[Tensor]):
 
 
 def _packed(clouds: list[Cloud], dtype: torch.dtype) -> list[Tensor]:
-    """Points in the order in which csrc/cpu/products.h reads them."""
+    """Points in the order in which csrc/cpu/wasserstein/products.h reads them."""
     from cit_fast import _native
 
     panels = [torch.empty(_native.packed_size(*points.shape), dtype=dtype) for points, _ in clouds]
