@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
+from toy_training import averages, make_model, same, through_a_file, train, values
 
 import cit_fast
 from cit_fast.errors import CitFastError
@@ -18,34 +18,6 @@ from cit_fast.optim import AdamWBalanceEMA, BalanceEMA
 
 RULES = ("released", "paper", "fixed")
 OPTIONS: dict[str, Any] = {"decay": 0.9, "fallback": 0.1}
-
-
-def make_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 3)).to(dtype)
-
-
-def train(model: nn.Module, optimizer: Any, steps: range) -> None:
-    dtype = next(model.parameters()).dtype
-    for step in steps:
-        optimizer.zero_grad()
-        batch = torch.randn(8, 6, generator=torch.Generator().manual_seed(step)).to(dtype)
-        (1000 * model(batch).float().square().mean()).backward()
-        optimizer.step()
-
-
-def averages(optimizer: Any) -> list[Tensor]:
-    optimizer.flush()
-    return [optimizer.state[p]["average"].clone() for group in optimizer.param_groups for p in group["params"]]
-
-
-def values(model: nn.Module) -> list[Tensor]:
-    return [param.detach().clone() for param in model.parameters()]
-
-
-def same(xs: list[Tensor], ys: list[Tensor]) -> bool:
-    return len(xs) == len(ys) and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(xs, ys, strict=True))
 
 
 def close(model: nn.Module, optimizer: Any, other: nn.Module, reference: Any) -> None:
@@ -270,13 +242,6 @@ def test_wrapped_bfloat16_averages_resume_with_the_same_bits() -> None:
 
 
 # Saving and resuming
-
-
-def through_a_file(state: dict) -> dict:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, AdamW, Optimizer
+from toy_training import averages, make_model, same, train, values
 
 import cit_fast
 from cit_fast.errors import CitFastError
@@ -15,38 +16,6 @@ from cit_fast.ops.balance_ema import reference
 from cit_fast.optim import BalanceEMA
 
 RULES = ("released", "paper", "fixed")
-
-
-def make_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 3)).to(dtype)
-
-
-def batch(step: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(8, 6, generator=torch.Generator().manual_seed(step)).to(dtype)
-
-
-def train(model: nn.Module, optimizer: Optimizer, steps: range, scheduler=None) -> None:
-    dtype = next(model.parameters()).dtype
-    for step in steps:
-        optimizer.zero_grad()
-        (100 * model(batch(step, dtype)).float().square().mean()).backward()
-        optimizer.step()
-        if scheduler is not None:
-            scheduler.step()
-
-
-def averages(optimizer: BalanceEMA) -> list[Tensor]:
-    return [optimizer.state[p]["average"] for group in optimizer.param_groups for p in group["params"]]
-
-
-def values(model: nn.Module) -> list[Tensor]:
-    return [p.detach().clone() for p in model.parameters()]
-
-
-def same(xs: list[Tensor], ys: list[Tensor]) -> bool:
-    return len(xs) == len(ys) and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(xs, ys, strict=True))
 
 
 # What it computes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import io
 import pickle
 from collections.abc import Callable
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
+from toy_training import averages, batch, make_model, same, through_a_file, train, values
 
 from cit_fast.errors import CitFastError
 from cit_fast.optim import BalanceEMA
@@ -19,46 +19,7 @@ from cit_fast.optim import BalanceEMA
 RULES = ("released", "paper", "fixed")
 
 
-def make_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 3)).to(dtype)
-
-
-def batch(step: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(8, 6, generator=torch.Generator().manual_seed(step)).to(dtype)
-
-
-def train(model: nn.Module, optimizer: Optimizer, steps: range, scheduler=None) -> None:
-    dtype = next(model.parameters()).dtype
-    for step in steps:
-        optimizer.zero_grad()
-        (100 * model(batch(step, dtype)).float().square().mean()).backward()
-        optimizer.step()
-        if scheduler is not None:
-            scheduler.step()
-
-
-def averages(optimizer: BalanceEMA) -> list[Tensor]:
-    return [optimizer.state[p]["average"] for group in optimizer.param_groups for p in group["params"]]
-
-
-def values(model: nn.Module) -> list[Tensor]:
-    return [p.detach().clone() for p in model.parameters()]
-
-
-def same(xs: list[Tensor], ys: list[Tensor]) -> bool:
-    return len(xs) == len(ys) and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(xs, ys, strict=True))
-
-
 # Saving and resuming
-
-
-def through_a_file(state: dict) -> dict:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -247,7 +208,7 @@ def test_grad_scaler_unscales_before_and_skips_whole_steps() -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     for step in range(3):
         optimizer.zero_grad()
-        scaler.scale(100 * model(batch(step)).square().mean()).backward()
+        scaler.scale(1000 * model(batch(step)).square().mean()).backward()
         if step == 1:
             model[0].weight.grad[0, 0] = float("inf")
         scaler.step(optimizer)
@@ -269,7 +230,7 @@ def test_accelerate_prepare_keeps_the_average_through_a_round_trip() -> None:
     assert prepared.optimizer is optimizer
     for step in range(3):
         prepared.zero_grad()
-        accelerator.backward(100 * prepared_model(batch(step)).square().mean())
+        accelerator.backward(1000 * prepared_model(batch(step)).square().mean())
         prepared.step()
         scheduler.step()
         if step == 1:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW
+from toy_training import averages, values
 
 from cit_fast.errors import CitFastError
 from cit_fast.ops.balance_ema import reference
@@ -31,15 +32,6 @@ def backward(model: nn.Module, step: int) -> None:
     model.zero_grad()
     batch = torch.randn(16, 20, generator=torch.Generator().manual_seed(step))
     (100 * model(batch).square().mean()).backward()
-
-
-def values(model: nn.Module) -> list[Tensor]:
-    return [param.detach().clone() for param in model.parameters()]
-
-
-def averages(optimizer: Any) -> list[Tensor]:
-    optimizer.flush()
-    return [optimizer.state[p]["average"].clone() for group in optimizer.param_groups for p in group["params"]]
 
 
 def test_a_parameter_that_moves_to_another_group_takes_its_options() -> None:

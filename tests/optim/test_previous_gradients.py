@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
+from toy_training import make_model
 
 from cit_fast.optim import AdamWBalanceEMA, BalanceEMA
 
@@ -18,12 +19,6 @@ MAKERS: dict[str, Callable[..., Any]] = {
     "wrapped": lambda params, **options: BalanceEMA(AdamW(params, lr=0.3), **options),
     "fused": lambda params, **options: AdamWBalanceEMA(params, lr=0.3, **options),
 }
-
-
-def make_model() -> nn.Sequential:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 3))
 
 
 def backward(model: nn.Module, step: int) -> None:

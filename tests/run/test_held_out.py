@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import os
-import signal
 from pathlib import Path
 
 import pytest
 import torch
+from killed import at_call, killed
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -127,33 +126,16 @@ def test_named_in_the_configuration(settings):
     }
 
 
-def test_killed_while_it_answers_and_resumed(settings, two, held_out, tmp_path):
+def test_killed_while_it_answers_and_resumed(settings, two, held_out, tmp_path, monkeypatch):
     settings["methods"] = ["sequential"]
     expected = read_stages(run({**settings, "output": settings["output"] + "-whole"}, two, held_out)["sequential"])
-    # Calls of evaluate: the stream untrained, the held-out tasks untrained, stage 1, stage 2.
-    for call in (2, 4):
-        os.environ["CIT_FAST_CACHE"] = str(tmp_path / f"cache-{call}")
-        own = {**settings, "output": f"{settings['output']}-{call}"}
-        child = os.fork()
-        if child == 0:
-            try:
-                calls, evaluate = [], method_run.evaluate
-
-                def counted(*args, calls=calls, evaluate=evaluate, call=call, **kwargs):
-                    calls.append(1)
-                    if len(calls) == call:
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    return evaluate(*args, **kwargs)
-
-                method_run.evaluate = counted
-                run(own, two, held_out)
-            finally:
-                os._exit(1)
-        _, status = os.waitpid(child, 0)
-        assert os.WIFSIGNALED(status)
-        resumed = read_stages(run(own, two, held_out)["sequential"])
-        for ours, theirs in zip(resumed, expected, strict=True):
-            assert (ours.scores, ours.violations) == (theirs.scores, theirs.violations)
+    monkeypatch.setenv("CIT_FAST_CACHE", str(tmp_path / "other-cache"))  # nothing answered there yet
+    # Calls of evaluate: the stream untrained, the held-out tasks untrained; then those tasks again, stage 1, stage 2.
+    for call in (2, 3):
+        assert killed(lambda: run(settings, two, held_out), at_call(call, method_run, "evaluate")), call
+    resumed = read_stages(run(settings, two, held_out)["sequential"])
+    for ours, theirs in zip(resumed, expected, strict=True):
+        assert (ours.scores, ours.violations) == (theirs.scores, theirs.violations)
 
 
 def test_other_held_out_tasks_are_another_run(settings, two, held_out):

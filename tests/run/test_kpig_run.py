@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +13,7 @@ import pytest
 import torch
 import yaml
 from ablations import spelled
+from killed import at_call, killed
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -153,36 +153,15 @@ def test_a_users_own_objective(settings, stream):
 # ------------------------------------------------------------------------------------------------ killed and resumed
 
 
-def die(*_args, **_kwargs):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def killed(run_it, module, name, number) -> bool:
-    """Run in a child process in which ``module.name`` at its n-th call is the last act."""
-    child = os.fork()
-    if child == 0:
-        try:
-            original, calls = getattr(module, name), []
-
-            def counted(*args, **kwargs):
-                calls.append(1)
-                return die() if len(calls) == number else original(*args, **kwargs)
-
-            setattr(module, name, counted)
-            run_it()
-        finally:
-            os._exit(1)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
-
-
-MOMENTS = (
-    (replay, "information_gain", 1),  # while the seen task is scored
-    (frozen, "pair_hidden", 2),  # inside the first frozen pass
-    (frozen, "save_file", 2),  # before its states are written
-    (kpig, "masked_jsd", 7),  # inside a step, after a checkpoint of the second stage
-    (stage_trainer, "mark_complete", 3),  # while a checkpoint is made
-    (method_run, "evaluate", 2),  # the stage is trained, and not committed
-)
+# One run is killed at all of them, one after another: calls are counted from where it went on.
+MOMENTS = {
+    "inside the first frozen pass": at_call(2, frozen, "pair_hidden"),
+    "before its states are written": at_call(1, frozen, "save_file"),
+    "while the seen task is scored": at_call(1, replay, "information_gain"),
+    "inside a step of stage 2, after a checkpoint": at_call(4, kpig, "masked_jsd"),
+    "while a checkpoint of stage 2 is made": at_call(1, stage_trainer, "mark_complete"),
+    "when stage 2 is trained, and not committed": at_call(1, method_run, "evaluate"),
+}
 
 
 def adapter(folder: Path, stage: int) -> dict[str, torch.Tensor]:
@@ -197,23 +176,21 @@ def outcome(folder: Path) -> list:
 def test_kill_at_any_moment_and_go_on_with_the_same_bits(settings, stream, tmp_path):
     two = TaskStream(stream[:2])
     run({**settings, "methods": ["kpig"], "output": str(tmp_path / "whole")}, two)
-    expected = tmp_path / "whole" / "kpig"
-    for number, moment in enumerate(MOMENTS):
-        cut = {**settings, "methods": ["kpig"], "output": str(tmp_path / f"cut-{number}")}
-        assert killed(lambda cut=cut: run(cut, two), *moment), moment
-        run(cut, two)
-        folder = tmp_path / f"cut-{number}" / "kpig"
-        assert outcome(folder) == outcome(expected), moment
-        for stage in (1, 2):
-            ours, theirs = adapter(folder, stage), adapter(expected, stage)
-            assert all(torch.equal(ours[name], theirs[name]) for name in theirs), (moment, stage)
-        assert not list(folder.rglob("*frozen*")), moment
+    expected, folder = tmp_path / "whole" / "kpig", Path(settings["output"]) / "kpig"
+    for moment, arm in MOMENTS.items():
+        assert killed(lambda: run(settings, two, methods=["kpig"]), arm), moment
+    run(settings, two, methods=["kpig"])
+    assert outcome(folder) == outcome(expected)
+    for stage in (1, 2):
+        ours, theirs = adapter(folder, stage), adapter(expected, stage)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs), stage
+    assert not list(folder.rglob("*frozen*"))
 
 
 def test_a_resumed_stage_reads_the_states_it_left(settings, stream, monkeypatch):
     two = {**settings, "methods": ["kpig"]}
     stages = TaskStream(stream[:1])
-    assert killed(lambda: run(two, stages), kpig, "masked_jsd", 4)
+    assert killed(lambda: run(two, stages), at_call(4, kpig, "masked_jsd"))
     folder = Path(settings["output"]) / "kpig"
     assert len(list(folder.rglob("frozen-00000-of-00001.safetensors"))) == 1
     monkeypatch.setattr(frozen, "_pass", lambda *_: pytest.fail("worked out again"))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 
 import pytest
 import torch
+from killed import at_call, die, killed
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -26,25 +25,6 @@ def start(settings, stream):
     return ContinualTrainer(settings, stream=stream, console=Console(quiet=True)).run()
 
 
-def die(*_args, **_kwargs):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def at_call(number, module, name):
-    """Replace ``module.name`` so that its ``number``-th call is the process's last act."""
-
-    def arm():
-        original, calls = getattr(module, name), []
-
-        def counted(*args, **kwargs):
-            calls.append(1)
-            return die() if len(calls) == number else original(*args, **kwargs)
-
-        setattr(module, name, counted)
-
-    return arm
-
-
 def half_written_checkpoint():
     """The newest checkpoint is cut in half and gets no marker."""
 
@@ -59,53 +39,44 @@ def half_written_checkpoint():
     stage_trainer.mark_complete = interrupted
 
 
+def inside_an_optimizer_step():
+    for optimizer in (torch.optim.AdamW, AdamWBalanceEMA):
+        at_call(3, optimizer, "step")()
+
+
+# One run is killed at all of them, one after another: calls are counted from where it went on.
 MOMENTS = {
     "before anything": at_call(1, method_run, "load_model"),
     "while the untrained model answers": at_call(1, method_run, "evaluate"),
-    "inside an optimizer step": lambda: [at_call(7, kind, "step")() for kind in (torch.optim.AdamW, AdamWBalanceEMA)],
-    "while a checkpoint is written": half_written_checkpoint,
-    "between checkpoint and evaluation": at_call(3, method_run, "evaluate"),
-    "before a stage is renamed into place": at_call(4, run_folder, "commit_folder"),
-    "after a stage, before the next": at_call(3, method_run, "train_adapter"),
+    "inside an optimizer step of stage 1": inside_an_optimizer_step,
+    "while a checkpoint of stage 2 is written": half_written_checkpoint,
+    "between its last checkpoint and its evaluation": at_call(1, method_run, "evaluate"),
+    "before stage 2 is renamed into place": at_call(1, run_folder, "commit_folder"),
+    "after stage 2, before stage 3": at_call(2, method_run, "train_adapter"),
 }
+COMMITTED = (0, 0, 1, 2, 2, 2, 3)
 
 
-@pytest.fixture(params=["sequential", "lcia-ema"])
-def method(request):
-    return request.param
-
-
-@pytest.fixture
-def undisturbed(settings, stream, method):
-    settings = {**settings, "methods": [method], "output": settings["output"] + "-whole"}
-    start(settings, stream)
-    return Path(settings["output"]) / method
-
-
-def test_kill_at_any_moment_and_go_on(settings, stream, method, undisturbed, tmp_path):
+@pytest.mark.parametrize("method", ["sequential", "lcia-ema"])
+def test_kill_at_any_moment_and_go_on(settings, stream, method, tmp_path, monkeypatch):
+    settings["methods"] = [method]
+    whole = {**settings, "output": settings["output"] + "-whole"}
+    start(whole, stream)
+    undisturbed, folder = (Path(run["output"]) / method for run in (whole, settings))
     expected = read_stages(undisturbed)
-    for number, (moment, arm) in enumerate(MOMENTS.items()):
-        os.environ["CIT_FAST_CACHE"] = str(tmp_path / f"cache-{number}")
-        own = {**settings, "methods": [method], "output": f"{settings['output']}-{number}"}
-        child = os.fork()
-        if child == 0:  # the run that dies
-            try:
-                arm()
-                start(own, stream)
-            finally:
-                os._exit(1)
-        _, status = os.waitpid(child, 0)
-        assert os.WIFSIGNALED(status), f"{moment}: the run was not killed"
-        start(own, stream)
-        folder = Path(own["output"]) / method
-        resumed = read_stages(folder)
-        assert [stage.scores for stage in resumed] == [stage.scores for stage in expected], moment
-        assert [stage.losses for stage in resumed] == [stage.losses for stage in expected], moment
-        assert [stage.balance_weights for stage in resumed] == [s.balance_weights for s in expected], moment
-        for stage in range(1, len(expected)):
-            ours, theirs = adapter(folder, stage), adapter(undisturbed, stage)
-            assert all(torch.equal(ours[name], theirs[name]) for name in theirs), (moment, stage)
-        assert not list(folder.glob("stages/.*")), moment
+    monkeypatch.setenv("CIT_FAST_CACHE", str(tmp_path / "other-cache"))  # nothing answered there yet
+    for (moment, arm), committed in zip(MOMENTS.items(), COMMITTED, strict=True):
+        assert killed(lambda: start(settings, stream), arm), moment
+        assert len(list(folder.glob("stages/0*"))) == committed, moment
+    start(settings, stream)
+    resumed = read_stages(folder)
+    assert [stage.scores for stage in resumed] == [stage.scores for stage in expected]
+    assert [stage.losses for stage in resumed] == [stage.losses for stage in expected]
+    assert [stage.balance_weights for stage in resumed] == [stage.balance_weights for stage in expected]
+    for stage in range(1, len(expected)):
+        ours, theirs = adapter(folder, stage), adapter(undisturbed, stage)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs), stage
+    assert not list(folder.glob("stages/.*"))
 
 
 def test_a_limit_of_steps_holds_after_the_last_checkpoint(settings, stream, monkeypatch):

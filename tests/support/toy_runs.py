@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
 import warnings
+from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from cit_fast import ContinualTrainer
 from cit_fast.data import Example, Task, TaskStream
 
 # transformers and peft disagree about a name that is on its way out; nothing a user of ours can do.
@@ -27,13 +32,11 @@ def stream() -> TaskStream:
     return TaskStream(tuple(make_task(name) for name in ("alpha", "beta", "gamma")))
 
 
-@pytest.fixture
-def settings(tiny_model_folder, tmp_path, monkeypatch):
-    """A configuration as a mapping; the cache is the test's own."""
-    monkeypatch.setenv("CIT_FAST_CACHE", str(tmp_path / "cache"))
+@pytest.fixture(scope="session")
+def toy_settings(tiny_model_folder):
+    """A configuration as a mapping, without an output folder."""
     return {
         "name": "tiny",
-        "output": str(tmp_path / "runs"),
         "model": {"name": str(tiny_model_folder)},
         "adapter": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "lora_dropout": 0.1},
         "data": {"max_length": 96},
@@ -46,3 +49,26 @@ def settings(tiny_model_folder, tmp_path, monkeypatch):
         },
         "evaluation": {"max_new_tokens": 6},
     }
+
+
+@pytest.fixture
+def settings(toy_settings, tmp_path, monkeypatch):
+    """That configuration with an output folder; it and the cache are the test's own."""
+    monkeypatch.setenv("CIT_FAST_CACHE", str(tmp_path / "cache"))
+    return {**copy.deepcopy(toy_settings), "output": str(tmp_path / "runs")}
+
+
+@pytest.fixture(scope="session")
+def finished_run(toy_settings, stream, tmp_path_factory) -> Path:
+    """The folder of a finished ``sequential`` run over the stream: copy it before changing anything in it."""
+    made = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CIT_FAST_CACHE", str(made / "cache"))
+        settings = {**toy_settings, "output": str(made / "runs"), "methods": ["sequential"]}
+        return ContinualTrainer(settings, stream=stream, console=Console(quiet=True)).run()[0]
+
+
+@pytest.fixture
+def sequential(finished_run, settings) -> Path:
+    """That run as one of this test's own, where ``settings`` would put it."""
+    return Path(shutil.copytree(finished_run, Path(settings["output"]) / "sequential"))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import signal
 from pathlib import Path
 
 import pytest
 from ablations import spelled
+from killed import at_call, killed
 from rich.console import Console
 
 from cit_fast import ContinualTrainer
@@ -87,54 +86,32 @@ def test_every_preset_replays_as_much_as_random_replay(settings, stream):
     assert sum(entry.drawn for entry in ranked) == 4
 
 
-def die(*_args, **_kwargs):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def killed(run_it, *patches) -> bool:
-    """Run in a child process in which each ``(module, name)`` at its n-th call is the last act."""
-    child = os.fork()
-    if child == 0:
-        try:
-            for module, name, number in patches:
-                original, calls = getattr(module, name), []
-
-                def counted(*args, original=original, calls=calls, number=number, **kwargs):
-                    calls.append(1)
-                    return die() if len(calls) == number else original(*args, **kwargs)
-
-                setattr(module, name, counted)
-            run_it()
-        finally:
-            os._exit(1)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
-
-
 def decided(folder: Path) -> list:
     """What the stages say of their replay, and how they were trained on it."""
     return [(stage.replayed, stage.replay, stage.losses, stage.scores) for stage in read_stages(folder)]
 
 
-MOMENTS = (
-    (inscl, "wasserstein_matrix", 2),  # the new row is not there yet
-    (inscl, "draw_by_insinfo", 2),  # the row is kept, the draw is half done
-    (method_run, "evaluate", 3),  # the stage is trained on what was drawn, and not committed
-)
+# One run is killed at all of them, one after another: calls are counted from where it went on.
+MOMENTS = {
+    "the new row is not there yet": at_call(2, inscl, "wasserstein_matrix"),
+    "the row is kept, the draw is half done": at_call(1, inscl, "draw_by_insinfo"),
+    "the stage is trained on what was drawn, and not committed": at_call(1, method_run, "evaluate"),
+}
 
 
 def test_kill_and_go_on_with_the_same_examples(settings, stream, tmp_path):
-    run({**settings, "methods": ["inscl"], "output": str(tmp_path / "whole")}, stream)
-    for number, moment in enumerate(MOMENTS):
-        folder = tmp_path / f"cut-{number}" / "inscl"
-        cut = {**settings, "methods": ["inscl"], "output": str(folder.parent)}
-        assert killed(lambda cut=cut: run(cut, stream), moment), moment
+    settings["methods"] = ["inscl"]
+    run({**settings, "output": str(tmp_path / "whole")}, stream)
+    folder = Path(settings["output"]) / "inscl"
+    for moment, arm in MOMENTS.items():
+        assert killed(lambda: run(settings, stream), arm), moment
         left_over = folder / "replay" / "distances" / ".row.json.1234.tmp"
         left_over.parent.mkdir(parents=True, exist_ok=True)
         left_over.write_text("half")
-        run(cut, stream)
-        assert decided(folder) == decided(tmp_path / "whole" / "inscl"), moment
-        kept = [path for path in (folder / "replay").rglob("*") if path.is_file()]
-        assert [path.suffix for path in kept] == [".json", ".json"], moment  # a row for each later task, nothing else
+    run(settings, stream)
+    assert decided(folder) == decided(tmp_path / "whole" / "inscl")
+    kept = [path for path in (folder / "replay").rglob("*") if path.is_file()]
+    assert [path.suffix for path in kept] == [".json", ".json"]  # a row for each later task, nothing else
 
 
 def test_a_run_whose_chat_model_fails_goes_on_where_it_was(settings, stream, serve, monkeypatch):

@@ -1,4 +1,4 @@
-"""Tasks that are easy to tell apart, a context with a tiny model, and a run small enough for a second."""
+"""Tasks that are easy to tell apart, and a context with a tiny model."""
 
 from __future__ import annotations
 
@@ -51,9 +51,3 @@ def stage(tiny_model, tiny_tokenizer):
         return Stage(tiny_model, PromptEncoder(tiny_tokenizer), tasks=tasks, seed=str(seed))
 
     return fresh
-
-
-@pytest.fixture
-def settings(settings):
-    """The configuration of a small run, with room for these tasks."""
-    return {**settings, "data": {"max_length": 128}, "evaluation": {"max_new_tokens": 4}}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+import functools
 import shutil
-import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from ablations import spelled
+from killed import at_call, killed
 from rich.console import Console
 
 from cit_fast import ContinualTrainer
@@ -24,8 +24,12 @@ from cit_fast.run import run_folder, stage_trainer
 PRESETS = ["lcia", "switchcit", "oracle", "cit-fast-switch"]
 
 
+# Room for these tasks, with their long instructions and one-word answers.
+ROOM = {"data": {"max_length": 128}, "evaluation": {"max_new_tokens": 4}}
+
+
 def run(settings, stream, method, **more) -> Path:
-    settings = {**settings, "methods": spelled([method]), **more}
+    settings = {**settings, **ROOM, "methods": spelled([method]), **more}
     return ContinualTrainer(settings, stream=stream, console=Console(quiet=True)).run()[0]
 
 
@@ -40,9 +44,23 @@ def files(folder: Path, stage: int) -> dict[str, bytes]:
     }
 
 
+@pytest.fixture(scope="module")
+def whole_runs(toy_settings, tasks, tmp_path_factory):
+    """``whole_runs(preset)``: the folder of an undisturbed run, made once: copy it before changing anything in it."""
+
+    @functools.cache
+    def whole(preset) -> Path:
+        made = tmp_path_factory.mktemp(preset)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("CIT_FAST_CACHE", str(made / "cache"))
+            return run({**toy_settings, "output": str(made)}, tasks, preset)
+
+    return whole
+
+
 @pytest.mark.parametrize("preset", PRESETS)
-def test_each_task_has_its_own_set_and_old_ones_never_change(settings, tasks, preset):
-    folder = run(settings, tasks, preset)
+def test_each_task_has_its_own_set_and_old_ones_never_change(tasks, preset, whole_runs):
+    folder = whole_runs(preset)
     stages = read_stages(folder)
     sets = [stage.adapter for stage in stages[1:]]
     assert len(set(sets)) == 3
@@ -80,54 +98,25 @@ def test_a_checkpoint_holds_the_set_in_training_alone(settings, tasks, monkeypat
     assert one.stat().st_ino == same.stat().st_ino  # kept, not written again
 
 
-def die(*_args, **_kwargs):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def at_call(number, module, name):
-    """Replace ``module.name`` so that its ``number``-th call is the process's last act."""
-
-    def arm():
-        original, calls = getattr(module, name), []
-
-        def counted(*args, **kwargs):
-            calls.append(1)
-            return die() if len(calls) == number else original(*args, **kwargs)
-
-        setattr(module, name, counted)
-
-    return arm
-
-
+# One run is killed at both, one after the other: calls are counted from where it went on.
 MOMENTS = {
     "inside the second stage": at_call(7, stage_trainer.StageTrainer, "training_step"),
-    "before a stage is renamed into place": at_call(4, run_folder, "commit_folder"),
+    "before that stage is renamed into place": at_call(1, run_folder, "commit_folder"),
 }
 
 
 @pytest.mark.parametrize("preset", ["switchcit", "lcia", "cit-fast-switch"])
-def test_kill_and_go_on_with_the_same_family(settings, tasks, preset, tmp_path):
-    whole = run(settings, tasks, preset)
-    expected = read_stages(whole)
-    for number, (moment, arm) in enumerate(MOMENTS.items()):
-        os.environ["CIT_FAST_CACHE"] = str(tmp_path / f"cache-{number}")
-        output = f"{settings['output']}-{number}"
-        child = os.fork()
-        if child == 0:  # the run that dies
-            try:
-                arm()
-                run(settings, tasks, preset, output=output)
-            finally:
-                os._exit(1)
-        _, status = os.waitpid(child, 0)
-        assert os.WIFSIGNALED(status), f"{moment}: the run was not killed"
-        folder = run(settings, tasks, preset, output=output)
-        resumed = read_stages(folder)
-        assert [stage.scores for stage in resumed] == [stage.scores for stage in expected], moment
-        for stage in range(1, 4):
-            assert files(folder, stage) == files(whole, stage), (moment, stage)
-            ours, theirs = (replace(each[stage].routing, seconds=0) for each in (resumed, expected))
-            assert ours == theirs, (moment, stage)
+def test_kill_and_go_on_with_the_same_family(settings, tasks, preset, whole_runs):
+    whole = whole_runs(preset)
+    for moment, arm in MOMENTS.items():
+        assert killed(lambda: run(settings, tasks, preset), arm), moment
+    folder = run(settings, tasks, preset)
+    resumed, expected = read_stages(folder), read_stages(whole)
+    assert [stage.scores for stage in resumed] == [stage.scores for stage in expected]
+    for stage in range(1, 4):
+        assert files(folder, stage) == files(whole, stage), stage
+        ours, theirs = (replace(each[stage].routing, seconds=0) for each in (resumed, expected))
+        assert ours == theirs, stage
 
 
 def test_a_reused_set_trains_on_and_learns_more_instructions(settings, tasks):
@@ -157,8 +146,9 @@ def test_what_cannot_be_routed(settings, tasks):
         run(settings, tasks, {"preset": "switchcit", "router": {"held_out": ["nowhere"]}})
 
 
-def test_a_router_without_its_memory_is_refused(settings, tasks, edit_record):
-    whole = run(settings, tasks, "lcia")
+def test_a_router_without_its_memory_is_refused(settings, tasks, edit_record, tmp_path, whole_runs):
+    whole = tmp_path / "whole"
+    shutil.copytree(whole_runs("lcia"), whole)
     shutil.rmtree(whole / "stages/03")
     edit_record(whole / "run.json", status="running")
 
