@@ -264,7 +264,7 @@ _lock = threading.Lock()  # from the upload to the launch
 
 @contextmanager
 def _prepared(*lists: Sequence[Tensor]) -> Iterator[_Plan]:
-    """A plan whose table holds these tensors, in the order of csrc/cuda/balance_ema/layout.h; launch it inside."""
+    """A plan whose table holds these tensors in the order of csrc/cuda/balance_ema/layout.h; launch inside."""
     device = lists[0][0].device
     with torch.cuda.device(device), _lock:
         yield _plan(lists, torch.cuda.current_stream(device))
