@@ -1,4 +1,7 @@
-"""``python -m tests.fuzz [configurations|data|runs ...] [--cases N | --minutes M] [--seed S]``: 1 on a fault."""
+"""``python -m tests.fuzz [configurations|data|runs ...] [--cases N | --minutes M] [--seed S]``: 1 on a fault.
+
+A case of data is one file and no run, so there are four times as many.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,8 @@ def main() -> int:
         }
         faults = 0
         for name in arguments.which or makers:
-            cases = (number + arguments.first for number in numbers(arguments.cases, arguments.minutes))
+            count = arguments.cases * (4 if name == "data" else 1)
+            cases = (number + arguments.first for number in numbers(count, arguments.minutes))
             faults += run(name, makers[name](), cases, arguments.seed)
     return 1 if faults else 0
 
