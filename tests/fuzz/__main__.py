@@ -6,6 +6,8 @@ A case of data is one file and no run, so there are four times as many.
 from __future__ import annotations
 
 import argparse
+import gc
+import importlib
 import os
 import sys
 import tempfile
@@ -35,6 +37,8 @@ def main() -> int:
         from tests.fuzz.runner import numbers, run
 
         torch.set_num_threads(1)
+        importlib.import_module("cit_fast.run.method_run")
+        gc.freeze()  # what is imported is not looked through by each collection of each run
         warnings.simplefilter("ignore")
         model = models.model_folder(Path(scratch) / "model")
         makers = {

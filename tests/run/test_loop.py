@@ -202,8 +202,7 @@ def test_full_fine_tuning(settings, stream):
     assert ContinualModel.from_run(folder, device="cpu").generate(["Say alpha, then the number.\n\n100"])
 
 
-def test_a_finished_run_says_so(settings, stream):
-    run(settings, stream, methods=["sequential"])
+def test_a_finished_run_says_so(settings, stream, sequential):
     said = io.StringIO()
     ContinualTrainer(
         {**settings, "methods": ["sequential"]}, stream=stream, console=Console(file=said, width=200)
@@ -235,14 +234,13 @@ def test_an_object_that_is_no_part(settings, stream):
         run(settings, stream, methods=["sequential"], replay=Listing())
 
 
-def test_one_folder_one_configuration(settings, stream):
-    run(settings, stream, methods=["sequential"])
+def test_one_folder_one_configuration(settings, stream, sequential):
     with pytest.raises(RunError, match=r"another configuration \(training.learning_rate was 0.01, now 0.5\)"):
         run(settings, stream, methods=["sequential"], training={"learning_rate": 0.5})
     shorter = TaskStream(stream.tasks[:2])
     with pytest.raises(RunError, match="stream was"):
         run(settings, shorter, methods=["sequential"])
-    assert len(read_stages(Path(settings["output"]) / "sequential")) == 4
+    assert len(read_stages(sequential)) == 4
 
 
 def test_the_model_and_given_parts_are_part_of_the_configuration(settings, stream, tiny_model_folder, tmp_path):
@@ -387,13 +385,12 @@ def test_settings_that_cannot_work(settings, stream, key, value, message):
     assert "\n" not in str(caught.value)
 
 
-def test_use_a_run_afterwards(settings, stream):
-    folder = run(settings, stream, methods=["sequential"])["sequential"]
-    stored = read_predictions(folder / "stages/03/predictions/gamma.jsonl")
-    model = ContinualModel.from_run(folder, device="cpu")
+def test_use_a_run_afterwards(settings, stream, sequential):
+    stored = read_predictions(sequential / "stages/03/predictions/gamma.jsonl")
+    model = ContinualModel.from_run(sequential, device="cpu")
     again = model.generate(list(stream[2].test), max_new_tokens=6)
     assert again == [entry.prediction for entry in stored]
-    adapter_config = json.loads((folder / "stages/03/adapters/shared/adapter_config.json").read_text())
+    adapter_config = json.loads((sequential / "stages/03/adapters/shared/adapter_config.json").read_text())
     assert adapter_config["base_model_name_or_path"] == settings["model"]["name"]
 
 
@@ -402,33 +399,30 @@ def test_a_run_without_a_stage_cannot_answer(settings, stream, tmp_path):
         ContinualModel.from_run(tmp_path)
 
 
-def test_a_stage_without_its_weights_is_damaged(settings, stream):
-    folder = run(settings, stream, methods=["sequential"])["sequential"]
-    shutil.rmtree(folder / "stages/03/adapters")
+def test_a_stage_without_its_weights_is_damaged(settings, stream, sequential):
+    shutil.rmtree(sequential / "stages/03/adapters")
     with pytest.raises(RunError, match="holds neither adapters nor a model"):
-        ContinualModel.from_run(folder)
+        ContinualModel.from_run(sequential)
 
 
-def test_a_runs_own_record_cannot_ask_for_foreign_code(settings, stream, monkeypatch, edit_record):
-    folder = run(settings, stream, methods=["sequential"])["sequential"]
-    config = json.loads((folder / "run.json").read_text())["config"]
+def test_a_runs_own_record_cannot_ask_for_foreign_code(settings, stream, sequential, monkeypatch, edit_record):
+    config = json.loads((sequential / "run.json").read_text())["config"]
     config["model"]["trust_remote_code"] = True
-    edit_record(folder / "run.json", config=config)
+    edit_record(sequential / "run.json", config=config)
     asked = []
     load = serving.load_model
     monkeypatch.setattr(serving, "load_model", lambda path, config: asked.append(config) or load(path, config))
-    ContinualModel.from_run(folder, device="cpu")
+    ContinualModel.from_run(sequential, device="cpu")
     assert [config.trust_remote_code for config in asked] == [False]
-    edit_record(folder / "run.json", config={**config, "version": 9})
+    edit_record(sequential / "run.json", config={**config, "version": 9})
     with pytest.raises(RunError, match=r"run.json: config: version: configuration version 9"):
-        ContinualModel.from_run(folder)
+        ContinualModel.from_run(sequential)
 
 
-def test_a_damaged_adapter_is_named(settings, stream):
-    folder = run(settings, stream, methods=["sequential"])["sequential"]
-    weights = folder / "stages/03/adapters/shared/adapter_model.safetensors"
+def test_a_damaged_adapter_is_named(settings, stream, sequential):
+    weights = sequential / "stages/03/adapters/shared/adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(
         RunError, match=r"no adapter set can answer: .*adapters/shared/adapter_model\.safetensors: damaged"
     ):
-        ContinualModel.from_run(folder)
+        ContinualModel.from_run(sequential)
