@@ -62,7 +62,8 @@ def losses(stages) -> list[list[float]]:
 
 
 def test_presets_at_the_budget_of_random_replay(settings, stream):
-    runs = run(settings, stream, methods=spelled(METHODS))
+    training = {**settings["training"], "max_steps": 2, "save_strategy": "no"}
+    runs = run(settings, stream, methods=spelled(METHODS), training=training)
     totals = {name: [sum(stage.replayed.values()) for stage in stages] for name, stages in runs.items()}
     assert totals == {name: [0, 0, 2, 4] for name in METHODS}
     for name in METHODS[1:]:
@@ -85,7 +86,8 @@ def test_presets_at_the_budget_of_random_replay(settings, stream):
 
 def test_cit_fast_replays_compares_and_averages(settings, stream):
     names = ["cit-fast", "cit-fast-no-replay", "cit-fast-no-objective", "cit-fast-no-update"]
-    for name, stages in run(settings, stream, methods=spelled(names)).items():
+    training = {**settings["training"], "max_steps": 1}
+    for name, stages in run(settings, stream, methods=spelled(names), training=training).items():
         without = name.rpartition("-no-")[2]
         assert [sum(stage.replayed.values()) for stage in stages] == [
             0,
@@ -115,7 +117,7 @@ def test_full_fine_tuning_and_what_the_data_does_not_say(settings, stream):
 
 
 def test_accumulated_micro_batches_are_one_batch(settings, stream):
-    settings["adapter"]["lora_dropout"] = 0.0
+    settings["adapter"]["lora_dropout"], stream = 0.0, TaskStream(stream[:1])
     method = {"preset": "kpig", "objective": {"lambda_": 5.0}}
     whole = run(settings, stream, methods=[{**method, "name": "whole"}])["whole"]
     training = {**settings["training"], "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}

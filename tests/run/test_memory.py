@@ -19,6 +19,7 @@ from cit_fast.data import Example, Task, TaskStream
 from cit_fast.run import method_run
 
 torch.set_num_threads(1)
+gc.freeze()  # what is imported is not looked through by each collection
 settings, stages = json.loads(sys.argv[1]), int(sys.argv[2])
 
 
