@@ -17,17 +17,13 @@ from hypothesis import settings
 
 # Fixtures of more than one room.
 sys.path.insert(0, str(Path(__file__).with_name("support")))
+from toy_folders import bpe_tokenizer, llama_folder
+
 pytest_plugins = ["chat_server", "toy_models", "toy_runs"]
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 _SENTENCES = (
     "Write the date in the form year, month, day.",
     "Convert the number to words and answer with the words only.",
@@ -60,28 +56,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
     End of turn and EOS are ``<|im_end|>``, padding is ``<|pad|>``, there is no BOS.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=special,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(_SENTENCES, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<|pad|>",  # noqa: S106 - a token, not a password
-        eos_token="<|im_end|>",  # noqa: S106
-        additional_special_tokens=["<|im_start|>"],
-        chat_template=CHATML,
-        clean_up_tokenization_spaces=False,
-    )
+    return bpe_tokenizer(_SENTENCES, 400)
 
 
 @pytest.fixture(scope="session")
@@ -90,28 +65,7 @@ def tiny_model_folder(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory:
 
     Shared by the whole session: copy it before changing anything in it.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tiny_tokenizer.eos_token_id,
-        pad_token_id=tiny_tokenizer.pad_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    model.save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
+    return llama_folder(tmp_path_factory.mktemp("tiny-llama"), tiny_tokenizer)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ STREAM = ["units", "records"]
 
 
 @pytest.fixture
-def config(tmp_path, tiny_model_folder, monkeypatch):
+def config(tmp_path, tiny_model_folder, monkeypatch, quick_collections):
     monkeypatch.setenv("CIT_FAST_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "run.yaml"
     path.write_text(

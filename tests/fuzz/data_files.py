@@ -20,6 +20,7 @@ from cit_fast.data import TaskSource, find_tasks, load_task
 from cit_fast.data.records import FORMATS
 from cit_fast.models.prompts import PromptEncoder
 from tests.fuzz.values import value
+from tests.support.toy_folders import bpe_tokenizer
 
 TURNS = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yo"}]
 RECORDS: dict[str, Any] = {
@@ -154,9 +155,7 @@ def _damage(path: Path, rng: random.Random) -> Path:
 
 
 def maker() -> Callable[[random.Random], tuple[str, Callable[[], str | None]]]:
-    from tests.fuzz.models import tokenizer
-
-    words = tokenizer()
+    words = bpe_tokenizer(["user system assistant"], 300)
 
     def make(rng: random.Random) -> tuple[str, Callable[[], str | None]]:
         state = rng.getstate()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,11 @@ import pytest
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "cases"), [("configurations", 40), ("data", 150), ("runs", 40)])
-def test_no_traceback_no_hang_no_silent_change(name, cases):
-    command = [sys.executable, "-m", "tests.fuzz", name, "--cases", str(cases), "--seed", "0"]
+def test_no_traceback_no_hang_no_silent_change():
+    command = [sys.executable, "-m", "tests.fuzz", "--cases", "16", "--seed", "0"]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert f"{name}: {cases} cases" in done.stderr
-    assert "'ran'" in done.stderr  # some are right as they are
-    assert "'refused'" in done.stderr
+    for name, cases in (("configurations", 16), ("data", 64), ("runs", 16)):
+        (said,) = re.findall(rf"^{name}: {cases} cases, (.*)$", done.stderr, re.MULTILINE)
+        assert "'ran'" in said  # some are right as they are
+        assert "'refused'" in said

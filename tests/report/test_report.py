@@ -229,7 +229,9 @@ def test_another_order_of_the_same_tasks_is_compared(folders, tmp_path):
         "joint",
         "sequential, reverse",
     ]
-    write_report([*folders, reverse])
+    page = Page(write_report([*folders, reverse]))
+    assert "left out" not in page.text
+    assert page.text.count("Score matrix as a table") == 4
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -304,7 +306,8 @@ def test_many_runs_have_a_short_headline(tmp_path):
         "method-3 forgot 9.5 points and",
     ]
     assert "The table below has all 9 complete runs." in text
-    write_report(runs)
+    page = Page(write_report(runs))
+    assert page.text.index(text) < page.text.index("Forgetting ↓") < page.text.index("method-8")
 
 
 def test_earlier_tasks_that_gained(tmp_path):
@@ -327,10 +330,13 @@ def test_run_without_any_score(tmp_path):
     nan = math.nan
     run = write_run(tmp_path / "a", [(nan, nan, nan)] * 3, answers=False)
     assert "no scores from which" in headline(collect([run]))
-    Page(write_report([run]))
+    page = Page(write_report([run]))
+    assert headline(collect([run])) in page.text
+    assert "forgot" not in page.text
     no_untrained = write_run(tmp_path / "b", SEQUENTIAL, answers=False)
     shutil.rmtree(no_untrained / "stages" / "00")
-    Page(write_report([no_untrained]))
+    assert "sequential forgot 58.0 points" in Page(write_report([no_untrained])).text
+    assert "FWT" not in printed(comparison_table([no_untrained]))  # forward transfer starts from the untrained model
 
 
 def test_relative_gain_is_shown_where_there_are_experts(tmp_path):

@@ -2,7 +2,8 @@
 
 Accelerate knows both only for accelerators; torch's FSDP2 and DeepSpeed's engine themselves run on CPUs over gloo. So
 this tells Accelerate that the processes have accelerators, and that their device is the CPU; all else is real.
-DIE_AT_STEP: end both processes, without any clean-up, before that step of the first stage.
+Several configurations run one after another in the same processes, which take long to start. DIE_AT_STEP: end both,
+without any clean-up, before that step of the last one's first stage.
 """
 
 from __future__ import annotations
@@ -29,7 +30,13 @@ def _step(self, *args, **kwargs):
 
 PartialState._prepare_backend = _backend
 _training_step = StageTrainer.training_step
-if "DIE_AT_STEP" in os.environ:
-    StageTrainer.training_step = _step
-sys.argv[0] = "cit-fast"
-cli.main()
+command, configurations = sys.argv[1], sys.argv[2:]
+for configuration in configurations:
+    if "DIE_AT_STEP" in os.environ and configuration == configurations[-1]:
+        StageTrainer.training_step = _step
+    sys.argv = ["cit-fast", command, configuration]
+    try:
+        cli.main()
+    except SystemExit as ended:
+        if ended.code:
+            raise

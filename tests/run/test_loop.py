@@ -22,6 +22,10 @@ from cit_fast.methods.stage import Assignment, Selection
 from cit_fast.optim import BalanceEMA
 from cit_fast.run.run_folder import RunFolder
 
+ONE_STEP = {"max_steps": 1}
+UNSEEN = {"untrained": False}
+QUICK = {"training": ONE_STEP, "evaluation": UNSEEN}  # where a test is not about what is learned
+
 
 def run(settings, stream, **more) -> dict[str, Path]:
     keys = {key: more.pop(key) for key in list(more) if key in {"methods", "adapter", "evaluation", "training", "data"}}
@@ -34,8 +38,18 @@ def adapter(folder: Path, stage: int) -> dict[str, torch.Tensor]:
     return load_file(folder / "stages" / f"{stage:02d}" / "adapters" / "shared" / "adapter_model.safetensors")
 
 
-def test_a_run_leaves_a_whole_record(settings, stream):
-    folders = run(settings, stream, methods=["sequential", "random-replay", "joint"])
+@pytest.fixture(scope="module")
+def three_methods(toy_settings, stream, tmp_path_factory) -> dict[str, Path]:
+    """The folders of three methods run together: only read them."""
+    made = tmp_path_factory.mktemp("three")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CIT_FAST_CACHE", str(made / "cache"))
+        methods = ["sequential", "random-replay", "joint"]
+        return run({**toy_settings, "output": str(made / "runs")}, stream, methods=methods)
+
+
+def test_a_run_leaves_a_whole_record(three_methods):
+    folders = three_methods
     for name, count in (("sequential", 4), ("random-replay", 4), ("joint", 2)):
         record, stages = read_run(folders[name]), read_stages(folders[name])
         assert (record.status, record.method_name, record.tasks) == ("finished", name, ["alpha", "beta", "gamma"])
@@ -57,15 +71,14 @@ def test_a_run_leaves_a_whole_record(settings, stream):
     assert sum(entry.score for entry in stored) / 4 == pytest.approx(sequential[3].scores["beta"])
 
 
-def test_the_first_stage_is_the_same_with_and_without_replay(settings, stream):
-    folders = run(settings, stream, methods=["sequential", "random-replay"])
-    first, second = adapter(folders["sequential"], 1), adapter(folders["random-replay"], 1)
+def test_the_first_stage_is_the_same_with_and_without_replay(three_methods):
+    first, second = (adapter(three_methods[name], 1) for name in ("sequential", "random-replay"))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    later = adapter(folders["sequential"], 2), adapter(folders["random-replay"], 2)
+    later = [adapter(three_methods[name], 2) for name in ("sequential", "random-replay")]
     assert any(not torch.equal(later[0][name], later[1][name]) for name in later[0])
 
 
-def test_the_average_is_what_is_kept(settings, stream):
+def test_the_average_is_what_is_kept(settings, stream, finished_run):
     class Watched:
         """BalanceEMAUpdate that remembers what the average was when it was copied."""
 
@@ -84,16 +97,16 @@ def test_the_average_is_what_is_kept(settings, stream):
             return self.optimizer.balance_summary()
 
     update = Watched()
-    plain = run(settings, stream, methods=["sequential"])["sequential"]
-    ours = run(settings, stream, methods=[{"preset": "sequential", "name": "watched"}], update=update)["watched"]
+    one = TaskStream(stream[:1])
+    ours = run(settings, one, methods=[{"preset": "sequential", "name": "watched"}], update=update)["watched"]
     kept = sorted(float(tensor.sum()) for tensor in adapter(ours, 1).values())
     assert kept == pytest.approx(update.averages[0], abs=1e-6)
-    assert kept != pytest.approx(sorted(float(t.sum()) for t in adapter(plain, 1).values()), abs=1e-6)
+    assert kept != pytest.approx(sorted(float(t.sum()) for t in adapter(finished_run, 1).values()), abs=1e-6)
     assert read_run(ours).method["update"]["name"].endswith("Watched")
 
 
 def test_balance_weights_are_recorded_per_step(settings, stream):
-    folder = run(settings, stream, methods=["lcia-ema"])["lcia-ema"]
+    folder = run(settings, TaskStream(stream[:2]), methods=["lcia-ema"], evaluation=UNSEEN)["lcia-ema"]
     for stage in read_stages(folder)[1:]:
         assert [entry[0] for entry in stage.balance_weights] == [1, 2, 3, 4]
         assert stage.balance_weights[0][1:] == pytest.approx([0.01, 0.01, 0.01, 1.0])  # no gradient before the first
@@ -102,6 +115,7 @@ def test_balance_weights_are_recorded_per_step(settings, stream):
 
 def test_accumulated_steps_equal_whole_ones(settings, stream):
     settings["adapter"]["lora_dropout"] = 0.0
+    stream = TaskStream(stream[:1])
     whole = run(settings, stream, methods=[{"preset": "sequential", "name": "whole"}])["whole"]
     halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     settings["output"] += "-halves"
@@ -117,29 +131,28 @@ def test_training_arguments_pass_through(settings, stream):
 
 
 def test_experts_are_cached_between_runs(settings, stream, monkeypatch):
-    first = read_run(run(settings, stream, methods=["sequential"], evaluation={"experts": True})["sequential"])
-    assert set(first.experts) == {"alpha", "beta", "gamma"}
+    every, stream = {"experts": True, **UNSEEN}, TaskStream(stream[:2])
+    first = read_run(run(settings, stream, methods=["sequential"], evaluation=every)["sequential"])
+    assert set(first.experts) == {"alpha", "beta"}
     stages = read_stages(Path(settings["output"]) / "sequential")
     assert first.experts["alpha"] == stages[1].scores["alpha"]  # the first task is learned alone anyway
     trained = []
     prepare = CrossEntropy.prepare
     monkeypatch.setattr(CrossEntropy, "prepare", lambda self, stage: trained.append(1) or prepare(self, stage))
-    again = read_run(run(settings, stream, methods=["random-replay"], evaluation={"experts": True})["random-replay"])
+    again = read_run(run(settings, stream, methods=["random-replay"], evaluation=every)["random-replay"])
     assert again.experts == first.experts
-    assert len(trained) == 3
+    assert len(trained) == 2
 
 
 def test_an_expert_is_shared_by_streams_that_differ_elsewhere(settings, stream):
-    every = {"experts": True}
-    run(settings, stream, methods=["sequential"], evaluation=every)
-    shorter = {**settings, "output": settings["output"] + "-shorter"}
-    record = read_run(
-        run(shorter, TaskStream(stream.tasks[1:]), methods=["sequential"], evaluation=every)["sequential"]
-    )
-    assert set(record.experts) == {"beta", "gamma"}
-    seen = {**settings, "output": settings["output"] + "-seen"}
-    run(seen, stream, methods=["sequential"], evaluation={"experts": True, "tasks": "seen"})
-    assert len(list((Path(settings["output"]).parent / "cache" / "experts").glob("*/run.json"))) == 3
+    every, two = {"experts": True, **UNSEEN}, TaskStream(stream[:2])
+    run(settings, two, methods=["sequential"], evaluation=every, training=ONE_STEP)
+    shorter, seen = ({**settings, "output": settings["output"] + name} for name in ("-shorter", "-seen"))
+    last = TaskStream(two[1:])
+    record = read_run(run(shorter, last, methods=["sequential"], evaluation=every, training=ONE_STEP)["sequential"])
+    assert set(record.experts) == {"beta"}
+    run(seen, two, methods=["sequential"], evaluation={**every, "tasks": "seen"}, training=ONE_STEP)
+    assert len(list((Path(settings["output"]).parent / "cache" / "experts").glob("*/run.json"))) == 2
 
 
 class OneSetPerTask(SavedRouter):
@@ -197,13 +210,12 @@ def test_only_seen_tasks_when_asked(settings, stream):
 
 
 def test_full_fine_tuning(settings, stream):
-    folder = run(settings, stream, methods=["sequential"], adapter=None)["sequential"]
+    folder = run(settings, stream, methods=["sequential"], adapter=None, **QUICK)["sequential"]
     assert (folder / "stages/03/model/model.safetensors").exists()
     assert ContinualModel.from_run(folder, device="cpu").generate(["Say alpha, then the number.\n\n100"])
 
 
-def test_a_finished_run_says_so(settings, stream):
-    run(settings, stream, methods=["sequential"])
+def test_a_finished_run_says_so(settings, stream, sequential):
     said = io.StringIO()
     ContinualTrainer(
         {**settings, "methods": ["sequential"]}, stream=stream, console=Console(file=said, width=200)
@@ -216,10 +228,11 @@ def test_own_parts_by_object_and_by_dotted_path(settings, stream):
         def select(self, stage):
             return Selection([example for task in stage.seen for example in task.train])
 
-    folder = run(settings, stream, methods=[{"preset": "sequential", "name": "own"}], replay=Everything())["own"]
+    own = {"preset": "sequential", "name": "own"}
+    folder = run(settings, stream, methods=[own], replay=Everything(), **QUICK)["own"]
     assert read_stages(folder)[3].replayed == {"alpha": 16, "beta": 16}
     method = {"name": "dotted", "replay": {"name": "cit_fast.methods.replay.RandomReplay", "per_task": 5}}
-    folder = run(settings, stream, methods=[method])["dotted"]
+    folder = run(settings, stream, methods=[method], **QUICK)["dotted"]
     assert read_stages(folder)[3].replayed == {"alpha": 5, "beta": 5}
 
 
@@ -235,29 +248,28 @@ def test_an_object_that_is_no_part(settings, stream):
         run(settings, stream, methods=["sequential"], replay=Listing())
 
 
-def test_one_folder_one_configuration(settings, stream):
-    run(settings, stream, methods=["sequential"])
+def test_one_folder_one_configuration(settings, stream, sequential):
     with pytest.raises(RunError, match=r"another configuration \(training.learning_rate was 0.01, now 0.5\)"):
         run(settings, stream, methods=["sequential"], training={"learning_rate": 0.5})
     shorter = TaskStream(stream.tasks[:2])
     with pytest.raises(RunError, match="stream was"):
         run(settings, shorter, methods=["sequential"])
-    assert len(read_stages(Path(settings["output"]) / "sequential")) == 4
+    assert len(read_stages(sequential)) == 4
 
 
 def test_the_model_and_given_parts_are_part_of_the_configuration(settings, stream, tiny_model_folder, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(tiny_model_folder, model)
-    settings["model"] = {"name": str(model)}
-    run(settings, stream, methods=["sequential"])
+    settings["model"], stream = {"name": str(model)}, TaskStream(stream[:2])
+    run(settings, stream, training=ONE_STEP, methods=["sequential"])
     own = [{"preset": "sequential", "name": "own"}]
-    run(settings, stream, methods=own, replay=RandomReplay(0.5))
+    run(settings, stream, training=ONE_STEP, methods=own, replay=RandomReplay(0.5))
     with pytest.raises(RunError, match=r"method.replay.options.fraction was 0.5, now 1.0"):
-        run(settings, stream, methods=own, replay=RandomReplay(1.0))
+        run(settings, stream, training=ONE_STEP, methods=own, replay=RandomReplay(1.0))
     template = model / "chat_template.jinja"
     template.write_text(template.read_text().replace("assistant", "model"))
     with pytest.raises(RunError, match="weights was"):
-        run(settings, stream, methods=["sequential"])
+        run(settings, stream, training=ONE_STEP, methods=["sequential"])
 
 
 def test_a_part_does_not_carry_over_to_the_next_method(settings, stream):
@@ -273,6 +285,7 @@ def test_a_part_does_not_carry_over_to_the_next_method(settings, stream):
         stream,
         methods=[{"preset": "sequential", "name": "one"}, {"preset": "sequential", "name": "two"}],
         replay=Counting(),
+        **QUICK,
     )
     for folder in folders.values():
         assert [sum(stage.replayed.values()) for stage in read_stages(folder)] == [0, 0, 1, 2]
@@ -329,16 +342,14 @@ def test_a_file_in_the_way(settings, stream):
         run(settings, stream, methods=["sequential"])
 
 
-def test_a_run_of_another_format_version(settings, stream, edit_record):
-    folder = run(settings, stream, methods=["sequential"])["sequential"]
-    edit_record(folder / "run.json", format_version=99)
+def test_a_run_of_another_format_version(settings, stream, sequential, edit_record):
+    edit_record(sequential / "run.json", format_version=99)
     with pytest.raises(RunError, match="written in format version 99"):
         run(settings, stream, methods=["sequential"])
 
 
-def test_a_stage_gone_from_the_middle(settings, stream):
-    folder = run(settings, stream, methods=["sequential"])["sequential"]
-    (folder / "stages" / "02").rename(folder / "stages" / "gone")
+def test_a_stage_gone_from_the_middle(settings, stream, sequential):
+    (sequential / "stages" / "02").rename(sequential / "stages" / "gone")
     with pytest.raises(RunError, match="stage 02 is missing although stage 03 is there"):
         run(settings, stream, methods=["sequential"])
 
@@ -387,13 +398,12 @@ def test_settings_that_cannot_work(settings, stream, key, value, message):
     assert "\n" not in str(caught.value)
 
 
-def test_use_a_run_afterwards(settings, stream):
-    folder = run(settings, stream, methods=["sequential"])["sequential"]
-    stored = read_predictions(folder / "stages/03/predictions/gamma.jsonl")
-    model = ContinualModel.from_run(folder, device="cpu")
+def test_use_a_run_afterwards(settings, stream, sequential):
+    stored = read_predictions(sequential / "stages/03/predictions/gamma.jsonl")
+    model = ContinualModel.from_run(sequential, device="cpu")
     again = model.generate(list(stream[2].test), max_new_tokens=6)
     assert again == [entry.prediction for entry in stored]
-    adapter_config = json.loads((folder / "stages/03/adapters/shared/adapter_config.json").read_text())
+    adapter_config = json.loads((sequential / "stages/03/adapters/shared/adapter_config.json").read_text())
     assert adapter_config["base_model_name_or_path"] == settings["model"]["name"]
 
 
@@ -402,33 +412,30 @@ def test_a_run_without_a_stage_cannot_answer(settings, stream, tmp_path):
         ContinualModel.from_run(tmp_path)
 
 
-def test_a_stage_without_its_weights_is_damaged(settings, stream):
-    folder = run(settings, stream, methods=["sequential"])["sequential"]
-    shutil.rmtree(folder / "stages/03/adapters")
+def test_a_stage_without_its_weights_is_damaged(settings, stream, sequential):
+    shutil.rmtree(sequential / "stages/03/adapters")
     with pytest.raises(RunError, match="holds neither adapters nor a model"):
-        ContinualModel.from_run(folder)
+        ContinualModel.from_run(sequential)
 
 
-def test_a_runs_own_record_cannot_ask_for_foreign_code(settings, stream, monkeypatch, edit_record):
-    folder = run(settings, stream, methods=["sequential"])["sequential"]
-    config = json.loads((folder / "run.json").read_text())["config"]
+def test_a_runs_own_record_cannot_ask_for_foreign_code(settings, stream, sequential, monkeypatch, edit_record):
+    config = json.loads((sequential / "run.json").read_text())["config"]
     config["model"]["trust_remote_code"] = True
-    edit_record(folder / "run.json", config=config)
+    edit_record(sequential / "run.json", config=config)
     asked = []
     load = serving.load_model
     monkeypatch.setattr(serving, "load_model", lambda path, config: asked.append(config) or load(path, config))
-    ContinualModel.from_run(folder, device="cpu")
+    ContinualModel.from_run(sequential, device="cpu")
     assert [config.trust_remote_code for config in asked] == [False]
-    edit_record(folder / "run.json", config={**config, "version": 9})
+    edit_record(sequential / "run.json", config={**config, "version": 9})
     with pytest.raises(RunError, match=r"run.json: config: version: configuration version 9"):
-        ContinualModel.from_run(folder)
+        ContinualModel.from_run(sequential)
 
 
-def test_a_damaged_adapter_is_named(settings, stream):
-    folder = run(settings, stream, methods=["sequential"])["sequential"]
-    weights = folder / "stages/03/adapters/shared/adapter_model.safetensors"
+def test_a_damaged_adapter_is_named(settings, stream, sequential):
+    weights = sequential / "stages/03/adapters/shared/adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(
         RunError, match=r"no adapter set can answer: .*adapters/shared/adapter_model\.safetensors: damaged"
     ):
-        ContinualModel.from_run(folder)
+        ContinualModel.from_run(sequential)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-STAGES = 20
+STAGES = 8
 SCRIPT = """
 import gc, json, sys
 import torch
@@ -19,6 +19,7 @@ from cit_fast.data import Example, Task, TaskStream
 from cit_fast.run import method_run
 
 torch.set_num_threads(1)
+gc.freeze()  # what is imported is not looked through by each collection
 settings, stages = json.loads(sys.argv[1]), int(sys.argv[2])
 
 
@@ -27,7 +28,7 @@ def task(name):
         numbers = range(start, start + count)
         return tuple(Example(f"Say {name}, then the number.", f"{k}", (f"{name} {k}",)) for k in numbers)
 
-    return Task(name, examples(8, 0), (), examples(2, 100), metric="token_f1")
+    return Task(name, examples(4, 0), (), examples(1, 100), metric="token_f1")
 
 
 def peak():
@@ -63,4 +64,4 @@ def test_memory_is_flat_from_the_second_stage_on(settings, tmp_path):
     tensors, peaks = [row[2] for row in rows], [row[3] for row in rows]
     assert set(tensors[2:]) == {tensors[1]}
     # Pages of the interpreter come and go by a few; a model kept from an earlier stage, or its gradients, would add up.
-    assert max(peaks[2:]) - peaks[1] < 12
+    assert max(peaks[2:]) - peaks[1] < 6

@@ -138,8 +138,8 @@ def test_other_errors_keep_their_name(settings, stream, monkeypatch):
         start({**settings, "methods": ["sequential"]}, stream)
 
 
-def test_what_a_killed_run_left_is_cleared_up(settings, stream, edit_record):
-    (folder,) = start({**settings, "methods": ["sequential"]}, stream)
+def test_what_a_killed_run_left_is_cleared_up(settings, stream, sequential):
+    folder = sequential
     assert sorted(path.name for path in folder.iterdir()) == [".lock", "run.json", "stages"]
     (folder / "checkpoints/02/checkpoint-4").mkdir(parents=True)  # killed between a commit and their removal
     (folder / "checkpoints/02/checkpoint-4/optimizer.pt").write_bytes(b"x")

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from cit_fast import ContinualTrainer, cli
+from cit_fast.data import TaskStream
 from cit_fast.errors import ConfigError, RunError
 from cit_fast.evaluation import read_run, read_stages
 from cit_fast.run import method_run
@@ -78,15 +79,16 @@ def test_training_keys_out_of_range_or_without_an_effect(settings, stream, key, 
 
 
 def test_keys_that_reach_the_loss_and_the_batches(settings, stream):
-    plain = read_stages(start(settings, stream, methods=["sequential"])[0])
+    one, unseen = TaskStream(stream[:1]), {"evaluation": {"untrained": False}}
+    plain = read_stages(start(settings, one, methods=["sequential"], **unseen)[0])
     by_length = {"train_sampling_strategy": "group_by_length"}
     for number, training in enumerate(({"label_smoothing_factor": 0.5}, by_length, {"lr_scheduler_type": "linear"})):
-        other = start({**settings, "output": settings["output"] + str(number)}, stream, training=training)[0]
+        other = start({**settings, "output": settings["output"] + str(number)}, one, training=training, **unseen)[0]
         assert [stage.losses for stage in read_stages(other)] != [stage.losses for stage in plain]
     with pytest.raises(ConfigError, match="method 'kpig' has the objective 'kpig', which does not smooth labels"):
         start(settings, stream, methods=["kpig"], training={"label_smoothing_factor": 0.5})
     pairs = {**settings, "output": settings["output"] + "-pairs", "methods": ["kpig"]}
-    assert start(pairs, stream, training=by_length)
+    assert start(pairs, TaskStream(stream[:2]), training=by_length, **unseen)
 
 
 # --------------------------------------------------------------------------------------------- a corrected file

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import importlib
 import shutil
 import warnings
 from pathlib import Path
@@ -33,7 +35,15 @@ def stream() -> TaskStream:
 
 
 @pytest.fixture(scope="session")
-def toy_settings(tiny_model_folder):
+def quick_collections() -> None:
+    """Every stage collects garbage; what a run imports, a million objects, is not looked through each time."""
+    importlib.import_module("cit_fast.run.method_run")
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def toy_settings(tiny_model_folder, quick_collections):
     """A configuration as a mapping, without an output folder."""
     return {
         "name": "tiny",

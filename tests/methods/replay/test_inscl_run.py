@@ -52,7 +52,7 @@ def stream() -> TaskStream:
 
 
 @pytest.fixture
-def settings(tiny_model_folder, tmp_path, monkeypatch):
+def settings(tiny_model_folder, tmp_path, monkeypatch, quick_collections):
     monkeypatch.setenv("CIT_FAST_CACHE", str(tmp_path / "cache"))
     return {
         "output": str(tmp_path / "runs"),
