@@ -241,8 +241,8 @@ def choose_examples(counts: Mapping[str, int], limits: Limits, seed_text: str) -
             # Test examples from one end and dev examples from the other: neither depends on the other's size.
             held_out = pool[len(pool) - size :] if split == "test" else pool[:size]
             chosen[split] = ("train", sorted(held_out))
-    gone = {index for origin, indices in chosen.values() if origin == "train" for index in indices}
-    left = [index for index in pool if index not in gone]
+    taken = {index for origin, indices in chosen.values() if origin == "train" for index in indices}
+    left = [index for index in pool if index not in taken]
     chosen["train"] = ("train", sorted(left[: limits["train"]]))
     return chosen
 

@@ -35,7 +35,7 @@ class ContinualModel:
 
     Args:
         model: the base model with its sets in ``bank``; else a PEFT model, or one trained whole.
-        sets: the adapter sets that can answer. ``gone``: those that cannot, with the reason.
+        sets: the adapter sets that can answer. ``unusable``: those that cannot, with the reason.
         router: which set answers a prompt; without one, whatever is active in ``model``.
     """
 
@@ -46,10 +46,10 @@ class ContinualModel:
         bank: AdapterBank | None = None,
         router: Router | None = None,
         sets: Sequence[str] = (),
-        gone: Mapping[str, str] | None = None,
+        unusable: Mapping[str, str] | None = None,
     ) -> None:
         self.model, self.encoder, self.bank, self.router = model, encoder, bank, router
-        self.sets, self.gone = tuple(sets), dict(gone or {})
+        self.sets, self.unusable = tuple(sets), dict(unusable or {})
 
     @classmethod
     def from_run(
@@ -92,19 +92,21 @@ class ContinualModel:
         # A damaged set is left out by name; one base model serves the others.
         damaged = damaged_sets(weights, stage)
         whole = {name: folder for name, folder in folders.items() if name not in damaged}
-        bank, gone = _read_bank(model.to(device), whole)
+        bank, unusable = _read_bank(model.to(device), whole)
         if bank is None:
-            model, gone = _load_with_peft(model, whole)
+            model, unusable = _load_with_peft(model, whole)
             model.to(device)
-        gone = {name: reason for name in folders if (reason := (damaged | gone).get(name))}
-        sets = [name for name in folders if name not in gone]
+        unusable = {name: reason for name in folders if (reason := (damaged | unusable).get(name))}
+        sets = [name for name in folders if name not in unusable]
         if not sets:
-            raise RunError(f"{run}: no adapter set can answer: {next(iter(gone.values()))}")
-        for name, reason in gone.items():
+            raise RunError(f"{run}: no adapter set can answer: {next(iter(unusable.values()))}")
+        for name, reason in unusable.items():
             warnings.warn(
-                f"adapter set {name!r} is gone: {reason}; the others answer its prompts", LeftOutWarning, stacklevel=2
+                f"adapter set {name!r} cannot be used: {reason}; the others answer its prompts",
+                LeftOutWarning,
+                stacklevel=2,
             )
-        return cls(model, encoder, bank, router, sets, gone)
+        return cls(model, encoder, bank, router, sets, unusable)
 
     def route(self, prompts: Sequence[str | Example]) -> list[str]:
         """Name of the adapter set that answers each prompt, ``"__base__"`` for the base model alone.
@@ -119,10 +121,10 @@ class ContinualModel:
     def _route(self, examples: Sequence[Example]) -> list[str]:
         if self.router is None or not examples:
             return [BASE] * len(examples)
-        context = Stage(self.model, self.encoder, damaged=frozenset(self.gone))
+        context = Stage(self.model, self.encoder, damaged=frozenset(self.unusable))
         chosen = self.router.answer(examples, context)
-        # A router of the user's own may not know of sets that are gone.
-        return [BASE if name in self.gone else name for name in chosen]
+        # A router of the user's own may not know of sets that are unusable.
+        return [BASE if name in self.unusable else name for name in chosen]
 
     def generate(
         self,
@@ -145,8 +147,8 @@ class ContinualModel:
         if adapters is None and self.router is not None:
             adapters = self._route(examples)
         for name in adapters or ():
-            if name in self.gone:
-                raise DataError(f"adapter set {name!r} is gone: {self.gone[name]}")
+            if name in self.unusable:
+                raise DataError(f"adapter set {name!r} cannot be used: {self.unusable[name]}")
         return generate(
             self.model,
             [self.encoder.prompt(example) for example in examples],
@@ -203,27 +205,27 @@ def _router_of(record: RunRecord, weights: Path) -> Router:
 
 def _read_bank(base: Any, folders: Mapping[str, Path]) -> tuple[AdapterBank | None, dict[str, str]]:
     """The sets that can be read, and why the others cannot; no bank where one of them is not plain LoRA."""
-    bank, gone = AdapterBank(), dict[str, str]()
+    bank, unusable = AdapterBank(), dict[str, str]()
     for name, folder in folders.items():
         try:
             bank.read(base, name, folder)
         except NotPlainLoraError:
             return None, {}
         except RunError as error:
-            gone[name] = str(error)
-    return bank, gone
+            unusable[name] = str(error)
+    return bank, unusable
 
 
 def _load_with_peft(model: Any, folders: Mapping[str, Path]) -> tuple[Any, dict[str, str]]:
-    gone: dict[str, str] = {}
+    unusable: dict[str, str] = {}
     for name, folder in folders.items():
         try:
             model = load_adapter(model, folder)
         except RunError as error:
-            gone[name] = str(error)
+            unusable[name] = str(error)
     if isinstance(model, PeftModel):
-        model.set_adapter(next(name for name in folders if name not in gone))
-    return model, gone
+        model.set_adapter(next(name for name in folders if name not in unusable))
+    return model, unusable
 
 
 def _examples(prompts: Sequence[str | Example]) -> list[Example]:

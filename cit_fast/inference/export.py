@@ -50,18 +50,18 @@ def export_adapters(run: str | Path, out: str | Path) -> list[str]:
     weights = run / "stages" / f"{stage.index:02d}"
     if (weights / "model").is_dir():
         raise RunError(f"{run}: trained the whole model, so it has no adapters; {weights / 'model'} is the model")
-    folders, gone = adapter_folders(weights), damaged_sets(weights, stage)
+    folders, unusable = adapter_folders(weights), damaged_sets(weights, stage)
     for name, folder in folders.items():
-        if name in gone:
+        if name in unusable:
             continue
         try:
             read_adapter_config(folder)
             read_adapter_weights(folder)
         except RunError as error:
-            gone[name] = str(error)
-    names = [name for name in folders if name not in gone]
+            unusable[name] = str(error)
+    names = [name for name in folders if name not in unusable]
     if not names:
-        raise RunError(f"{run}: no adapter set can be exported: {next(iter(gone.values()))}")
+        raise RunError(f"{run}: no adapter set can be exported: {next(iter(unusable.values()))}")
 
     def fill(target: Path) -> None:
         for name in names:
@@ -75,7 +75,7 @@ def export_adapters(run: str | Path, out: str | Path) -> list[str]:
         _check_exported(target, folders, names, config.model.model_copy(update={"trust_remote_code": False}))
 
     _write(out, fill)
-    for reason in gone.values():
+    for reason in unusable.values():
         warnings.warn(f"left out: {reason}", LeftOutWarning, stacklevel=2)
     return names
 

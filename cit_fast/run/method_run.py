@@ -53,8 +53,8 @@ from cit_fast.run.arguments import training_arguments
 from cit_fast.run.config import RunConfig
 from cit_fast.run.environment import describe_environment
 from cit_fast.run.guards import FrozenWeights, TrainedWeights
+from cit_fast.run.identity import check_plain_values, digest, plain_options, task_digest
 from cit_fast.run.memory import release_memory
-from cit_fast.run.plain import check_plain_values, digest, plain_options, task_digest
 from cit_fast.run.run_folder import RunFolder
 from cit_fast.run.stage_trainer import StageTrainer
 from cit_fast.text import first_line
@@ -428,9 +428,9 @@ class MethodRun:
         if isinstance(self.parts["router"], SharedRouter):  # remembers nothing, and older runs have no such folder
             return
         self.parts["router"] = type(self.parts["router"]).load(folder)
-        gone = sorted(set(self.parts["router"].sets) - set(model.peft_config))
-        if gone:
-            raise RunError(f"{folder}: knows the adapter set {gone[0]!r}, and {folder.parent / 'adapters'} has none")
+        missing = sorted(set(self.parts["router"].sets) - set(model.peft_config))
+        if missing:
+            raise RunError(f"{folder}: knows the adapter set {missing[0]!r}, and {folder.parent / 'adapters'} has none")
 
     def _arguments(self, index: int) -> Any:
         return training_arguments(self.config.training, self.config.seed + index, self.folder.checkpoints(index))

@@ -117,22 +117,24 @@ def test_a_damaged_set_is_named_and_the_others_serve(run, stream, monkeypatch, t
     damage(run, sets["mail"])
     if through_peft:
         monkeypatch.setattr(mixed_batches, "is_plain_lora", lambda config: False)
-    with pytest.warns(UserWarning, match=f"adapter set '{sets['mail']}' is gone: .*adapter_model.safetensors: damaged"):
+    with pytest.warns(
+        UserWarning, match=f"adapter set '{sets['mail']}' cannot be used: .*adapter_model.safetensors: damaged"
+    ):
         model = ContinualModel.from_run(run, device="cpu")
-    assert set(model.gone) == {sets["mail"]}
+    assert set(model.unusable) == {sets["mail"]}
     routed = model.route(examples)
     assert [routed[0], routed[2]] == [sets["dates"], sets["mood"]]
     assert routed[1] in {sets["dates"], sets["mood"], BASE}
     found = model.generate(examples, max_new_tokens=6)
     assert [found[0], found[2]] == [expected[0], expected[2]]
-    with pytest.raises(DataError, match=f"adapter set '{sets['mail']}' is gone"):
+    with pytest.raises(DataError, match=f"adapter set '{sets['mail']}' cannot be used"):
         model.generate(examples[:1], adapters=[sets["mail"]])
 
 
 def test_a_missing_folder_is_named_too(run, stream):
     sets = sets_of(run)
     shutil.rmtree(run / "stages/03/adapters" / sets["dates"])
-    with pytest.warns(UserWarning, match=f"adapter set '{sets['dates']}' is gone: .* not there"):
+    with pytest.warns(UserWarning, match=f"adapter set '{sets['dates']}' cannot be used: .* not there"):
         model = ContinualModel.from_run(run, device="cpu")
     assert sets["dates"] not in model.route([stream[0].test[0]])
 
@@ -190,7 +192,7 @@ def test_generate_says_which_set_answered(run, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     assert call(monkeypatch, *options) == 0
     printed = capsys.readouterr()
-    assert printed.err.splitlines()[-1].startswith(f"warning: adapter set '{sets['mail']}' is gone")
+    assert printed.err.splitlines()[-1].startswith(f"warning: adapter set '{sets['mail']}' cannot be used")
     assert len(printed.out.splitlines()) == 2
 
 

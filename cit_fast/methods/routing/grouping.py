@@ -123,11 +123,11 @@ class LCIARouter(SavedRouter):
             raise RunError("router lcia: the codebook is empty; no task has trained a set yet")
         names, below = list(self._codebook), self._rejection.below
         found: list[str] = []
-        gone = [index for index, name in enumerate(names) if name in stage.damaged]
-        if len(gone) == len(names):
+        damaged = [index for index, name in enumerate(names) if name in stage.damaged]
+        if len(damaged) == len(names):
             return [BASE] * len(examples)
         for scores in self._blocks(examples, stage):
-            scores[:, gone] = -np.inf
+            scores[:, damaged] = -np.inf
             best = scores.argmax(axis=1)
             sure = scores.max(axis=1) >= (-np.inf if below is None else below)
             found += [names[index] if trusted else BASE for index, trusted in zip(best, sure, strict=True)]

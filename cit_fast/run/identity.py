@@ -1,4 +1,4 @@
-"""Plain values and their digests: what a run's records and the names of its caches are made of."""
+"""What tells runs, tasks and cached scores apart: plain values and their digests."""
 
 from __future__ import annotations
 
