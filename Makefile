@@ -40,13 +40,13 @@ $(TESTS): $(SETUP)
 	touch $@
 
 test: $(TESTS)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --cov --cov-report=term $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --cov --cov-report=term $(PYTEST_ARGS)
 
 # New examples at every call: of the property tests, then of the three fuzzers (tests/fuzz). MINUTES=60 for longer.
 SEED ?= $(shell date +%s)
 MINUTES ?= 5
 fuzz: $(TESTS)
-	HYPOTHESIS_PROFILE=fuzz OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m hypothesis --hypothesis-seed=$(SEED) $(PYTEST_ARGS)
+	HYPOTHESIS_PROFILE=fuzz OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m hypothesis --hypothesis-seed=$(SEED) $(PYTEST_ARGS)
 	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) --seed $(SEED)
 
 lint: $(SETUP)
