@@ -27,6 +27,7 @@ from cit_fast.data.example import Task, unseen_media
 from cit_fast.errors import CitFastError, ConfigError, DataError, RunError
 from cit_fast.evaluation.predictions import Prediction, write_predictions
 from cit_fast.evaluation.records import (
+    FORMAT_VERSION,
     Assignment,
     Learned,
     ObjectiveRecord,
@@ -60,8 +61,8 @@ from cit_fast.run.stage_trainer import StageTrainer
 from cit_fast.text import first_line
 
 _Returned = TypeVar("_Returned")
-# Versions are part of the keys of cached scores.
-_VERSIONS = (cit_fast.__version__, torch.__version__, transformers.__version__)
+# Versions are part of the keys of cached scores: of what computes them, and of the records they are kept in.
+_VERSIONS = (cit_fast.__version__, FORMAT_VERSION, torch.__version__, transformers.__version__)
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,14 @@ from cit_fast import ContinualModel, ContinualTrainer
 from cit_fast.data import Example, Task, TaskStream
 from cit_fast.errors import ConfigError, DataError, RunError
 from cit_fast.evaluation import read_predictions, read_run, read_stages
+from cit_fast.evaluation.records import FORMAT_VERSION
 from cit_fast.inference import continual_model as serving
 from cit_fast.methods.objectives import CrossEntropy
 from cit_fast.methods.replay import RandomReplay
 from cit_fast.methods.routing.router import SavedRouter
 from cit_fast.methods.stage import Assignment, Selection
 from cit_fast.optim import BalanceEMA
+from cit_fast.run import method_run
 from cit_fast.run.run_folder import RunFolder
 
 ONE_STEP = {"max_steps": 1}
@@ -439,3 +441,13 @@ def test_a_damaged_adapter_is_named(settings, stream, sequential):
         RunError, match=r"no adapter set can answer: .*adapters/shared/adapter_model\.safetensors: damaged"
     ):
         ContinualModel.from_run(sequential)
+
+
+def test_scores_cached_in_records_of_another_format_are_not_read(settings, stream, monkeypatch):
+    run(settings, TaskStream(stream[:1]), methods=["sequential"])
+    untrained = Path(settings["output"]).parent / "cache" / "untrained"
+    monkeypatch.setattr(method_run, "_VERSIONS", ("0.0.1", *method_run._VERSIONS[1:]))
+    settings["output"] += "-again"
+    run(settings, TaskStream(stream[:1]), methods=["sequential"])
+    assert len(list(untrained.glob("*/stages/00"))) == 2
+    assert FORMAT_VERSION in method_run._VERSIONS
