@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from launches import ACCELERATE, TORCHRUN, launch
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -21,11 +18,6 @@ from cit_fast.evaluation import read_run, read_stages
 from cit_fast.models.collation import PaddingCollator
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
-
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", str(Path(__file__).with_name("launch_on_cpu.py"))]
-# accelerate's own --cpu starts one process unless there is MPI; its multi-process launcher takes CPUs all the same.
-ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "cit_fast.cli"]
 
 
 def deepspeed(stage: int, **zero) -> dict:
@@ -54,21 +46,6 @@ def two_tasks(settings, tmp_path):
     settings["adapter"]["lora_dropout"] = 0.0
     settings["training"]["logging_steps"] = 1
     return settings
-
-
-def launch(launcher: list[str], configs: list[dict], tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
-    paths = []
-    for number, config in enumerate(configs):
-        paths.append(tmp_path / f"{number}.yaml")
-        paths[-1].write_text(yaml.safe_dump(config))
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "CIT_FAST_CACHE": str(tmp_path / "other-cache"),
-        **environment,
-    }
-    command = [sys.executable, *launcher, "run", *map(str, paths)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
 
 
 def fill_last_batches(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
@@ -116,7 +93,7 @@ def test_accelerate_launch_with_two_processes(two_tasks, tmp_path, monkeypatch):
 
     two_tasks["output"] += "-two"
     two_tasks["training"]["per_device_train_batch_size"] = 2
-    done = launch(ACCELERATE, [two_tasks], tmp_path, ACCELERATE_USE_CPU="true")
+    done = launch(ACCELERATE, [two_tasks], tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Report: ") == 1  # one process speaks
     compare(Path(two_tasks["output"]) / "lcia-ema", one)
@@ -143,14 +120,14 @@ def test_sharded_training_killed_and_resumed_equals_one_process(two_tasks, tmp_p
         ContinualTrainer({**two_tasks, **changes, "training": two_tasks["training"]}, console=Console(quiet=True)).run()
         training = {**two_tasks["training"], "per_device_train_batch_size": 2, "use_cpu": False, **changes["training"]}
         config = {**two_tasks, **changes, "training": training, "output": two_tasks["output"] + "-two"}
-        killed = launch(TORCHRUN, [*under_way, config], tmp_path, DS_ACCELERATOR="cpu", DIE_AT_STEP="3")
+        killed = launch(TORCHRUN, [*under_way, config], tmp_path, DIE_AT_STEP="3")
         assert killed.returncode != 0
         two = Path(config["output"]) / method
         state = "pytorch_model_fsdp.bin" if "fsdp" in training else "global_step2"  # what only FSDP, DeepSpeed write
         assert list(two.glob(f"checkpoints/*/checkpoint-2/{state}")), killed.stderr[-3000:]
         assert len(read_stages(two)) == 1
         under_way = [config]
-    done = launch(TORCHRUN, [*under_way, *under_way], tmp_path, DS_ACCELERATOR="cpu")
+    done = launch(TORCHRUN, [*under_way, *under_way], tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("already finished") == 1
 
@@ -176,7 +153,7 @@ def test_sharded_training_killed_and_resumed_equals_one_process(two_tasks, tmp_p
 @needs_deepspeed
 def test_zero3_that_cannot_keep_its_weights_is_refused(two_tasks, tmp_path):
     two_tasks["training"] |= {"use_cpu": False, **deepspeed(3)}
-    done = launch(TORCHRUN, [two_tasks], tmp_path, DS_ACCELERATOR="cpu")
+    done = launch(TORCHRUN, [two_tasks], tmp_path)
     assert "stage3_gather_16bit_weights_on_model_save must be true" in done.stderr
 
 
@@ -187,5 +164,5 @@ def test_an_optimizer_of_deepspeeds_own_cannot_keep_an_average(two_tasks, tmp_pa
     settings["deepspeed"]["optimizer"] = {"type": "AdamW", "params": {"lr": 1e-2}}
     two_tasks["methods"] = ["lcia-ema"]
     two_tasks["training"] |= {"use_cpu": False, **settings}
-    done = launch(TORCHRUN, [two_tasks], tmp_path, DS_ACCELERATOR="cpu")
+    done = launch(TORCHRUN, [two_tasks], tmp_path)
     assert "training.deepspeed: optimizer must not be set" in done.stderr

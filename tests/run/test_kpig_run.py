@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from ablations import spelled
 from killed import at_call, killed
+from launches import ACCELERATE, TORCHRUN, launch
 from rich.console import Console
-from safetensors.torch import load_file
+from toy_runs import adapter
 from transformers import AutoModelForCausalLM
 
 from cit_fast import ContinualTrainer
@@ -173,10 +170,6 @@ MOMENTS = {
 }
 
 
-def adapter(folder: Path, stage: int) -> dict[str, torch.Tensor]:
-    return load_file(folder / "stages" / f"{stage:02d}" / "adapters" / "shared" / "adapter_model.safetensors")
-
-
 def outcome(folder: Path) -> list:
     plain = [stage.objective and replace(stage.objective, seconds=0) for stage in read_stages(folder)]
     return [(s.replayed, s.replay, own, s.losses, s.scores) for s, own in zip(read_stages(folder), plain, strict=True)]
@@ -208,10 +201,6 @@ def test_a_resumed_stage_reads_the_states_it_left(settings, stream, monkeypatch)
 
 # ------------------------------------------------------------------------------------------------------ two processes
 
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", str(Path(__file__).with_name("launch_on_cpu.py"))]
-ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "cit_fast.cli"]
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("full", "sharded"), [(True, False), (False, True)], ids=["ddp-full", "fsdp2-lora"])
@@ -241,18 +230,7 @@ def test_two_processes_equal_one(settings, stream, tmp_path, full, sharded):
     settings["training"]["per_device_train_batch_size"] = 2
     if sharded:
         settings["training"] |= {"use_cpu": False, "fsdp": True}
-    config = tmp_path / "two.yaml"
-    config.write_text(yaml.safe_dump(settings))
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        **({} if sharded else {"ACCELERATE_USE_CPU": "true"}),
-        "CIT_FAST_CACHE": str(tmp_path / "other"),
-    }
-    done = subprocess.run(
-        [sys.executable, *(TORCHRUN if sharded else ACCELERATE), "run", str(config)],
-        capture_output=True, text=True, env=environment, timeout=240, check=False,
-    )  # fmt: skip
+    done = launch(TORCHRUN if sharded else ACCELERATE, [settings], tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     two = Path(settings["output"]) / "kpig"
     assert read_run(two).status == "finished"

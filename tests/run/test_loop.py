@@ -9,6 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from toy_runs import adapter
 
 from cit_fast import ContinualModel, ContinualTrainer
 from cit_fast.data import Example, Task, TaskStream
@@ -34,10 +35,6 @@ def run(settings, stream, **more) -> dict[str, Path]:
     merged = {**settings, **{k: {**settings[k], **v} if isinstance(v, dict) else v for k, v in keys.items()}}
     folders = ContinualTrainer(merged, stream=stream, console=Console(quiet=True), **more).run()
     return {folder.name: folder for folder in folders}
-
-
-def adapter(folder: Path, stage: int) -> dict[str, torch.Tensor]:
-    return load_file(folder / "stages" / f"{stage:02d}" / "adapters" / "shared" / "adapter_model.safetensors")
 
 
 @pytest.fixture(scope="module")

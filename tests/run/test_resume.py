@@ -8,17 +8,13 @@ import pytest
 import torch
 from killed import at_call, die, killed
 from rich.console import Console
-from safetensors.torch import load_file
+from toy_runs import adapter
 
 from cit_fast import ContinualTrainer
 from cit_fast.errors import RunError
 from cit_fast.evaluation import read_stages
 from cit_fast.optim import AdamWBalanceEMA
 from cit_fast.run import method_run, run_folder, stage_trainer
-
-
-def adapter(folder: Path, stage: int) -> dict[str, torch.Tensor]:
-    return load_file(folder / "stages" / f"{stage:02d}" / "adapters" / "shared" / "adapter_model.safetensors")
 
 
 def start(settings, stream):

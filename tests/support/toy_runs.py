@@ -10,7 +10,9 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 from cit_fast import ContinualTrainer
 from cit_fast.data import Example, Task, TaskStream
@@ -27,6 +29,11 @@ def make_task(name: str, train: int = 16, test: int = 4) -> Task:
         )
 
     return Task(name, examples(train, 0), (), examples(test, 100), metric="token_f1")
+
+
+def adapter(folder: Path, stage: int) -> dict[str, torch.Tensor]:
+    """The weights of a stage's shared adapter set."""
+    return load_file(folder / "stages" / f"{stage:02d}" / "adapters" / "shared" / "adapter_model.safetensors")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,41 @@
+"""The command line in two processes on the CPU, launched the way a user would."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", str(Path(__file__).with_name("launch_on_cpu.py"))]
+# accelerate's own --cpu starts one process unless there is MPI; its multi-process launcher takes CPUs all the same.
+ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "cit_fast.cli"]
+
+
+def launch(
+    launcher: list[str], configs: Sequence[dict[str, Any]], folder: Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """``cit-fast run`` in two processes, with a cache of their own in ``folder``.
+
+    ``TORCHRUN`` takes several configurations, one after another (``launch_on_cpu.py``); ``ACCELERATE`` one.
+    """
+    paths = []
+    for number, config in enumerate(configs):
+        paths.append(folder / f"{number}.yaml")
+        paths[-1].write_text(yaml.safe_dump(config))
+    own = {"OMP_NUM_THREADS": "1", "CIT_FAST_CACHE": str(folder / "other-cache"), "DS_ACCELERATOR": "cpu"}
+    if launcher is ACCELERATE:
+        own["ACCELERATE_USE_CPU"] = "true"
+    return subprocess.run(
+        [sys.executable, *launcher, "run", *map(str, paths)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **own, **environment},
+        timeout=240,
+        check=False,
+    )
