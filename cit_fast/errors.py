@@ -9,6 +9,10 @@ from __future__ import annotations
 class CitFastError(Exception):
     """Base class: something the user gave cannot be used, or the machine cannot do what was asked."""
 
+    def __str__(self) -> str:
+        """One line, whatever texts of the data are quoted in it: a line break is shown as ``\\n``."""
+        return "\\n".join(super().__str__().splitlines())
+
 
 class ConfigError(CitFastError, ValueError):
     """A configuration file or override is wrong; the message starts with the file and the key's path."""

@@ -399,3 +399,12 @@ def test_labels_are_inferred_from_the_whole_source_when_asked(tmp_path):
     assert load_task(TaskSource(path=folder, infer_labels=True, metric="rouge_l")).metric == "rouge_l"
     with pytest.raises(ConfigError, match="infer_labels does not apply to the built-in task 'units'"):
         TaskSource(builtin="units", infer_labels=True)
+
+
+def test_an_error_is_one_line_whatever_it_quotes(tmp_path):
+    path = tmp_path / "test.json"
+    path.write_text('[{"instruction": "Say it.", "output": "Yo", "labels": "x"}]')
+    with pytest.raises(DataError) as caught:
+        load_task(TaskSource(path=str(path), labels=("3", "a\nb")))
+    assert "a\\nb" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
