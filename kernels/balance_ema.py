@@ -34,6 +34,7 @@ they serve only where the backend is forced.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -47,7 +48,7 @@ from torch import Tensor
 
 from cit_fast.errors import BackendError
 from cit_fast.ops.balance_ema.native import DTYPES, RULES, empty_weights
-from cit_fast.ops.balance_ema.reference import AdamWOptions, BalanceOptions, BalanceWeights
+from cit_fast.ops.balance_ema.reference import AdamWLists, AdamWOptions, BalanceOptions, BalanceWeights
 
 RELEASED = tl.constexpr(RULES["released"])
 PAPER = tl.constexpr(RULES["paper"])
@@ -381,15 +382,7 @@ def balance_ema_(
 
 
 def adamw_balance_ema_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    averages: list[Tensor],
-    previous_grads: list[Tensor],
-    alphas: Tensor,
-    adamw: AdamWOptions,
-    options: BalanceOptions,
+    lists: AdamWLists, alphas: Tensor, adamw: AdamWOptions, options: BalanceOptions
 ) -> BalanceWeights:
     """See :func:`cit_fast.ops.adamw_balance_ema_`."""
     # In float64 here; rounded to float32 at the launch.
@@ -402,8 +395,8 @@ def adamw_balance_ema_(
         "root_scale": 1 / math.sqrt(1 - adamw.beta2**adamw.step),
         "eps": adamw.eps,
     }
-    with _device_of(params):
-        call = _Call([params, averages, grads, previous_grads, exp_avgs, exp_avg_sqs])
+    with _device_of(lists.params):
+        call = _Call(lists.columns)
         return call.weights(call.sweep(options.store_grads, step, alphas, options.seed), options, alphas)
 
 
@@ -416,7 +409,7 @@ def flush_balance_ema_(params: list[Tensor], averages: list[Tensor], alphas: Ten
 class _Call:
     """The tables of one list of tensors on the device, and the launches that read them."""
 
-    def __init__(self, streams: list[list[Tensor]]) -> None:
+    def __init__(self, streams: Sequence[Sequence[Tensor]]) -> None:
         """``streams`` in the order of the columns; an empty list is a stream that is not there."""
         self.params = streams[0]
         self.device = self.params[0].device
@@ -476,7 +469,7 @@ class _Call:
         )
 
 
-def _device_of(params: list[Tensor]) -> AbstractContextManager[Any]:
+def _device_of(params: Sequence[Tensor]) -> AbstractContextManager[Any]:
     device = params[0].device
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
@@ -497,7 +490,7 @@ def _as_int32(seed: int) -> int:
     return seed - (1 << 32) if seed >= 1 << 31 else seed
 
 
-def _common_dtype(tensors: list[Tensor]) -> int:
+def _common_dtype(tensors: Sequence[Tensor]) -> int:
     dtypes = {tensor.dtype for tensor in tensors}
     if not dtypes:
         return ABSENT.value
@@ -525,7 +518,7 @@ def _layout(numels: tuple[int, ...], device: torch.device, stream: int) -> _Layo
     return _Layout(_to_device(sizes, device), _to_device(chunks, device))
 
 
-def _stream_table(streams: list[list[Tensor]]) -> np.ndarray:
+def _stream_table(streams: Sequence[Sequence[Tensor]]) -> np.ndarray:
     table = np.zeros((len(streams[0]), 8), np.int64)
     for column, tensors in enumerate(streams):
         if tensors:

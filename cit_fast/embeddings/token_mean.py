@@ -69,10 +69,10 @@ class TokenMeanEmbedder:
         """
         try:
             module = model.get_input_embeddings()
-        except (AttributeError, NotImplementedError):
-            module = None
+        except (AttributeError, NotImplementedError) as error:  # of transformers: no such thing in this architecture
+            raise ConfigError(f"embedder: {type(model).__name__} has no input embeddings of tokens") from error
         weight = getattr(module, "weight", None)
-        if module is None or not isinstance(weight, Tensor):
+        if not isinstance(weight, Tensor):
             raise ConfigError(f"embedder: {type(model).__name__} has no input embeddings of tokens")
         checked = cls(weight, tokenizer)
         if not hasattr(module, "active_adapters"):  # PEFT's layers have; LoRA and new token rows change what comes out

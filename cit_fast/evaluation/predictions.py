@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +43,12 @@ def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
     """
     plain = [{key: value for key, value in vars(each).items() if value is not None} for each in predictions]
     write_file(Path(path), "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in plain))
+
+
+def write_stage_predictions(folder: Path, predictions: Mapping[str, Sequence[Prediction]]) -> None:
+    """Write the predictions of each task into a stage's folder, where :func:`predictions_path` finds them."""
+    for task, entries in predictions.items():
+        write_predictions(Path(folder) / "predictions" / f"{task}.jsonl", entries)
 
 
 def read_predictions(path: Path) -> list[Prediction]:

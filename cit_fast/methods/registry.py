@@ -58,6 +58,13 @@ def parts_of(method: MethodConfig, training: Mapping[str, Any]) -> dict[str, Par
     return parts
 
 
+def part_name(kind: str, configured: str, part: Any) -> str:
+    """The configured name if the part is of that class; else, of an object given from Python, its dotted path."""
+    built_in = PARTS[kind].get(configured, configured)
+    own = type(part)
+    return configured if built_in.rpartition(".")[2] == own.__qualname__ else f"{own.__module__}.{own.__qualname__}"
+
+
 def build_parts(
     method: MethodConfig, training: Mapping[str, Any], given: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from cit_fast.errors import CitFastError
 from cit_fast.ops.backends import resolve
 from cit_fast.ops.balance_ema import (
+    AdamWLists,
     AdamWOptions,
     BalanceOptions,
     BalanceRule,
@@ -201,14 +202,14 @@ class AdamWBalanceEMA(AveragingOptimizer):
         params, grads, previous = self._gradients_of(sweep)
         lr, betas, eps, weight_decay = group
         step = sweep.step + 1
-        lists = (params, grads, sweep.exp_avgs, sweep.exp_avg_sqs, sweep.averages, previous)
+        lists = AdamWLists(params, grads, sweep.exp_avgs, sweep.exp_avg_sqs, sweep.averages, previous)
         seed = step * _GOLDEN + index
         # The usual case goes past the public op: its checks hold for these lists since the sweep was filled.
         if sweep.takes(grads):
             run = resolve("adamw_balance_ema_", params[0].device)
             adamw = AdamWOptions(step, lr, *betas, eps, weight_decay)
             options = BalanceOptions(self.rule, self.decay, self.fallback, sweep.copies, seed & 0xFFFFFFFF)
-            weights = run(*lists, sweep.alphas, adamw, options)
+            weights = run(lists, sweep.alphas, adamw, options)
             increment_version(params)
         else:
             weights = adamw_balance_ema_(

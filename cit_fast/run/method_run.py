@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import datetime
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -13,21 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.markup import escape
 
-import cit_fast
 from cit_fast.data import TaskStream
 from cit_fast.data.constraints import Constraints
 from cit_fast.data.example import Task, unseen_media
 from cit_fast.errors import CitFastError, ConfigError, DataError, RunError
-from cit_fast.evaluation.predictions import Prediction, write_predictions
+from cit_fast.evaluation.predictions import Prediction, write_stage_predictions
 from cit_fast.evaluation.records import (
-    FORMAT_VERSION,
     Assignment,
     Learned,
     ObjectiveRecord,
@@ -37,32 +32,28 @@ from cit_fast.evaluation.records import (
     StageRecord,
     check_files,
     read_run,
-    read_stages,
 )
 from cit_fast.methods.config import MethodConfig
-from cit_fast.methods.registry import PARTS, build_parts
+from cit_fast.methods.registry import PARTS, build_parts, part_name
 from cit_fast.methods.routing import SharedRouter, routing_record
 from cit_fast.methods.stage import Selection, Stage, StageInputs
-from cit_fast.methods.updates import PlainUpdate
 from cit_fast.models.adapters import load_weights, loading_whole, prompt_encoder, save_weights, train_adapter
 from cit_fast.models.digests import model_identity
 from cit_fast.models.pretrained import cache_folder, load_model, load_tokenizer, resolve_model
 from cit_fast.models.rewritten_base import RewrittenBase, refuse_sharded, rewrites_base
-from cit_fast.processes import from_rank_zero
 from cit_fast.run.answer import Evaluated, evaluate
 from cit_fast.run.arguments import training_arguments
+from cit_fast.run.cached_scores import CachedScores
 from cit_fast.run.config import RunConfig
 from cit_fast.run.environment import describe_environment
 from cit_fast.run.guards import FrozenWeights, TrainedWeights
 from cit_fast.run.identity import check_plain_values, digest, plain_options, task_digest
 from cit_fast.run.memory import release_memory
-from cit_fast.run.run_folder import RunFolder
+from cit_fast.run.run_folder import RunFolder, of_one_date
 from cit_fast.run.stage_trainer import StageTrainer
 from cit_fast.text import first_line
 
 _Returned = TypeVar("_Returned")
-# Versions are part of the keys of cached scores: of what computes them, and of the records they are kept in.
-_VERSIONS = (cit_fast.__version__, FORMAT_VERSION, torch.__version__, transformers.__version__)
 
 
 @dataclass(frozen=True)
@@ -100,7 +91,7 @@ class MethodRun:
         held_out: Sequence[Task] = (),
     ) -> None:
         self.held_out = list(held_out)
-        self.config, self.method, self.stream, self.folder = _of_one_date(config, folder), method, stream, folder
+        self.config, self.method, self.stream, self.folder = of_one_date(config, folder), method, stream, folder
         self.console = console
         self.state = PartialState()
         # A copy: what a part remembers of one run must not reach the next.
@@ -110,6 +101,7 @@ class MethodRun:
         self.tokenizer = load_tokenizer(self.model_path, config.model.trust_remote_code)
         self.encoder = prompt_encoder(self.tokenizer, self.config.data)
         self.identity = model_identity(self.model_path, config.model.name)
+        self.cached = CachedScores(self.config, method, self.encoder, self.identity)
 
     # -- the run -------------------------------------------------------------------------------------------------
 
@@ -156,7 +148,7 @@ class MethodRun:
     def _begin(self) -> RunRecord:
         resolved = self.config.resolved(self.method)
         for kind in PARTS:  # an object given from Python is part of what the run is
-            name = self._part_name(kind)
+            name = part_name(kind, getattr(self.method, kind).name, self.parts[kind])
             if name != resolved["method"][kind]["name"]:
                 resolved["method"][kind] = {"name": name, "options": plain_options(vars(self.parts[kind]))}
         arguments = self._arguments(1)
@@ -188,22 +180,15 @@ class MethodRun:
         self.state.wait_for_everyone()
         return read_run(self.folder.path)  # what every process has to agree on
 
-    def _part_name(self, kind: str) -> str:
-        configured = getattr(self.method, kind).name
-        part = type(self.parts[kind])
-        dotted = f"{part.__module__}.{part.__qualname__}"
-        built_in = PARTS[kind].get(configured, configured)
-        return configured if built_in.rpartition(".")[2] == part.__qualname__ else dotted
-
     def _untrained_stage(self, model: Any) -> None:
         """Row zero of the score matrix, and the held-out tasks beside it."""
         if not self.config.evaluation.untrained:
             self._commit(StageRecord(index=0, trained=[], scores={}), None, {})
             return
-        stage, folder = self._untrained(model, list(self.stream))
+        stage, folder = self.cached.untrained(model, list(self.stream))
         folders = [folder]
         if self.held_out:
-            held_out, folder = self._untrained(model, self.held_out)
+            held_out, folder = self.cached.untrained(model, self.held_out)
             folders.append(folder)
             stage.scores, stage.violations = stage.scores | held_out.scores, stage.violations | held_out.violations
             for name in ("evaluate_seconds", "test_truncated", "test_skipped"):
@@ -217,32 +202,6 @@ class MethodRun:
             self.folder.commit(stage, fill)
         self.state.wait_for_everyone()
         self._say_scores("untrained", stage)
-
-    def _untrained(self, model: Any, tasks: list[Task]) -> tuple[StageRecord, Path]:
-        """The untrained model on some tasks: the same for every method, so computed once and kept in the cache."""
-        key = ["untrained, with violations", *self._evaluation_key(tasks)]
-        cached = RunFolder(cache_folder() / "untrained" / digest(key))
-        with cached.locked(wait=True) if self.state.is_main_process else contextlib.nullcontext():
-            there = [bool(read_stages(cached.path))]
-            broadcast_object_list(there)  # the main process decides: others may look later
-            if not there[0]:
-                started = time.perf_counter()
-                found = evaluate(model, self.encoder, tasks, self.config.evaluation, title="untrained")
-                stage = StageRecord(
-                    index=0,
-                    trained=[],
-                    scores=found.scores,
-                    evaluate_seconds=time.perf_counter() - started,
-                    test_truncated=found.truncated,
-                    test_skipped=found.skipped,
-                    violations=found.violations,
-                )
-                if self.state.is_main_process:
-                    cached.commit(stage, lambda path: _write_all(path, found.predictions))
-            self.state.wait_for_everyone()
-        stage, folder = read_stages(cached.path)[0], cached.stage_path(0)
-        check_files(folder, stage)
-        return stage, folder
 
     # -- a stage, step by step -----------------------------------------------------------------------------------
 
@@ -413,7 +372,7 @@ class MethodRun:
                 before = self.folder.stage_path(stage.index - 1)
                 save_weights(model, path, self.config.model.name, before=before, trained=stage.adapter)
                 self.parts["router"].save(path / "router")
-            _write_all(path, predictions)
+            write_stage_predictions(path, predictions)
 
         if self.state.is_main_process:
             self.folder.commit(stage, fill)
@@ -474,16 +433,7 @@ class MethodRun:
         )
         if (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled) and rewrites_base(self.config.adapter):
             raise refuse_sharded()
-        if trainer.is_deepspeed_enabled:
-            gather = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
-            engine = trainer.args.hf_deepspeed_config
-            if "optimizer" in engine.config and not isinstance(self.parts["update"], PlainUpdate):
-                raise ConfigError(
-                    f"training.deepspeed: optimizer must not be set for method {self.method.name!r}: its update steps "
-                    "with an optimizer of its own, which DeepSpeed's would replace; use training.optim"
-                )
-            if engine.is_zero3() and not engine.is_true(gather):
-                raise ConfigError(f"training.deepspeed: {gather} must be true, or a stage's weights cannot be kept")
+        trainer.check_engine(self.method.name)
         return trainer, None if checkpoint is None else str(checkpoint[0])
 
     def _unwrapped(self, trainer: StageTrainer, index: int, adapter: str) -> Any:
@@ -518,50 +468,12 @@ class MethodRun:
                 model = load_weights(model, weights, trainable=True)
         return model.to(self.state.device)
 
-    # -- evaluation ----------------------------------------------------------------------------------------------
-
-    def _evaluation_key(self, tasks: Sequence[Task]) -> list[Any]:
-        """Everything that decides the scores of a model: the model itself, the tokens, the tasks, the settings."""
-        plain = self.config.resolved(self.method)
-        elsewhere = {"tasks", "train", "dev", "test", *(() if self.encoder.writes_date else ("date",))}
-        data = {k: v for k, v in plain["data"].items() if k not in elsewhere}
-        evaluation = {
-            key: value
-            for key, value in plain["evaluation"].items()
-            if key not in {"experts", "untrained", "tasks", "held_out", "held_out_after"}
-        }
-        return [
-            self.identity,
-            self.state.device.type,
-            plain["model"],
-            data,
-            evaluation,
-            [task_digest(task) for task in tasks],
-            *_VERSIONS,
-        ]
-
     def _experts(self) -> dict[str, float]:
-        """U_j: the score of a model trained on task j alone; cached, so that runs of the same setting share it."""
-        scores: dict[str, float] = {}
+        """U_j: the score of a model trained on task j alone."""
         sequential = MethodConfig.model_validate("sequential")
-        # What an expert does not depend on (which other tasks there are, which are evaluated) must not tell them apart.
-        evaluation = self.config.evaluation.model_copy(
-            update={"experts": False, "untrained": False, "tasks": "all", "held_out": (), "held_out_after": "last"}
-        )
-        data = self.config.data.model_copy(update={"tasks": None, "train": None, "dev": None, "test": None})
-        config = self.config.model_copy(update={"name": "expert", "evaluation": evaluation, "data": data})
+        scores: dict[str, float] = {}
         for task in self.stream:
-            key = digest(
-                [
-                    "expert",
-                    *self._evaluation_key([task]),
-                    self.config.adapter,
-                    self.config.training,
-                    self.config.seed,
-                    self.state.num_processes,
-                ]
-            )
-            folder = RunFolder(cache_folder() / "experts" / key)
+            config, folder = self.cached.expert(task)
             parts = build_parts(sequential, config.training)
             run = MethodRun(config, sequential, parts, TaskStream((task,)), folder, Console(quiet=True))
             self._say(f"  expert for {task.name}")
@@ -582,25 +494,3 @@ class MethodRun:
             if scores or not name.startswith(" "):
                 listed = "  ".join(f"{task} [bold]{score:.1f}[/bold]" for task, score in scores.items())
                 self._say(f"  {name}: {listed}")
-
-
-def _of_one_date(config: RunConfig, folder: RunFolder) -> RunConfig:
-    """The configuration with the date of the day on which the run in ``folder`` began, unless it gives one itself."""
-
-    def date() -> datetime.date:
-        if "date" in config.data.model_fields_set or not (folder.path / "run.json").is_file():
-            return config.data.date
-        began = read_run(folder.path).config.get("data", {}).get("date")
-        try:
-            return datetime.date.fromisoformat(began)
-        except (TypeError, ValueError):
-            raise RunError(f"{folder.path / 'run.json'}: damaged (config.data.date is {began!r})") from None
-
-    data = config.data.model_copy(update={"date": from_rank_zero(date)})
-    return config.model_copy(update={"data": data})
-
-
-def _write_all(path: Path, predictions: Mapping[str, list[Prediction]]) -> None:
-    (path / "predictions").mkdir(parents=True, exist_ok=True)
-    for name, entries in predictions.items():
-        write_predictions(path / "predictions" / f"{name}.jsonl", entries)

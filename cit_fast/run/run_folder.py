@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import logging
 import shutil
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ from cit_fast.files import (
     tree_checksums,
     write_checked_json,
 )
+from cit_fast.processes import from_rank_zero
+from cit_fast.run.config import RunConfig
 
 _log = logging.getLogger(__name__)
 _MARKER = "complete.json"
@@ -185,6 +188,22 @@ class RunFolder:
             elif found is None or step > found[0]:
                 found = step, folder, progress
         return None if found is None else found[1:]
+
+
+def of_one_date(config: RunConfig, folder: RunFolder) -> RunConfig:
+    """The configuration with the date of the day on which the run in ``folder`` began, unless it gives one itself."""
+
+    def date() -> datetime.date:
+        if "date" in config.data.model_fields_set or not (folder.path / "run.json").is_file():
+            return config.data.date
+        began = read_run(folder.path).config.get("data", {}).get("date")
+        try:
+            return datetime.date.fromisoformat(began)
+        except (TypeError, ValueError):
+            raise RunError(f"{folder.path / 'run.json'}: damaged (config.data.date is {began!r})") from None
+
+    data = config.data.model_copy(update={"date": from_rank_zero(date)})
+    return config.model_copy(update={"data": data})
 
 
 def mark_complete(checkpoint: Path, progress: dict[str, Any]) -> None:

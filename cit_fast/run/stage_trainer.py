@@ -16,9 +16,9 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
-from cit_fast.errors import RunError
+from cit_fast.errors import ConfigError, RunError
 from cit_fast.methods.objectives import Objective
-from cit_fast.methods.updates import Update
+from cit_fast.methods.updates import PlainUpdate, Update
 from cit_fast.run.run_folder import mark_complete
 
 
@@ -49,6 +49,24 @@ class StageTrainer(Trainer):  # type: ignore[misc]
                 callback.logging_dir = str(logs)
         self.record = _StageRecorder(update, title, progress)
         self.add_callback(self.record)
+
+    def check_engine(self, method: str) -> None:
+        """Refuse what DeepSpeed is told to do and a method cannot live with.
+
+        Raises:
+            ConfigError: an optimizer of DeepSpeed's own beside an update's, or weights that stay in shards.
+        """
+        if not self.is_deepspeed_enabled:
+            return
+        gather = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+        engine = self.args.hf_deepspeed_config
+        if "optimizer" in engine.config and not isinstance(self.update, PlainUpdate):
+            raise ConfigError(
+                f"training.deepspeed: optimizer must not be set for method {method!r}: its update steps with an "
+                "optimizer of its own, which DeepSpeed's would replace; use training.optim"
+            )
+        if engine.is_zero3() and not engine.is_true(gather):
+            raise ConfigError(f"training.deepspeed: {gather} must be true, or a stage's weights cannot be kept")
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The optimizer of TrainingArguments inside the update's."""

@@ -24,7 +24,7 @@ from cit_fast.ops import (
     flush_balance_ema_,
 )
 from cit_fast.ops.balance_ema import reference
-from cit_fast.ops.balance_ema.reference import AdamWOptions, BalanceOptions, balance_weight
+from cit_fast.ops.balance_ema.reference import AdamWLists, AdamWOptions, BalanceOptions, balance_weight
 
 pytestmark = [
     pytest.mark.gpu,
@@ -159,7 +159,8 @@ def check_adamw(lists: Lists, steps: int = 2) -> None:
         before = [each.clone() for each in expected.previous_grads]
         options = BalanceOptions(expected.rule, 0.99, 0.01, expected.store_grads, 40 + step)
         adamw = AdamWOptions(step, 1e-2, *ADAMW["betas"], ADAMW["eps"], ADAMW["weight_decay"])
-        reference.adamw_balance_ema_(*expected.adamw_lists(), adamw, options)
+        *lists_of_step, alphas = expected.adamw_lists()
+        reference.adamw_balance_ema_(AdamWLists(*lists_of_step), alphas, adamw, options)
         weights = lists.adamw(step, seed=40 + step)
         assert weights.alphas is lists.alphas
         assert_same(lists, expected, params_ulps=2)

@@ -7,12 +7,11 @@ import io
 import json
 
 import pytest
-from PIL import Image
 from rich.console import Console
 
 from cit_fast.evaluation.records import RunRecord, StageRecord
 from cit_fast.files import write_json
-from cit_fast.report import comparison_table, figures, write_report
+from cit_fast.report import comparison_table, write_report
 from cit_fast.report.collect import collect
 
 SEEN = {"a": {"WFR": 50.0, "WR": 25.0}, "b": {}}
@@ -42,13 +41,6 @@ def write_run(folder, method, share=1.0, *, held_out=("x", "y"), violations=True
 @pytest.fixture
 def runs(tmp_path):
     return [write_run(tmp_path / "1", "sequential"), write_run(tmp_path / "2", "random-replay", 0.5)]
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    buffer = io.BytesIO()
-    Image.new("RGB", (2, 2)).save(buffer, "png")
-    monkeypatch.setattr(figures, "png", lambda figure: buffer.getvalue())
 
 
 def printed(runs, width):

@@ -22,7 +22,7 @@ from cit_fast.methods.replay import RandomReplay
 from cit_fast.methods.routing.router import SavedRouter
 from cit_fast.methods.stage import Assignment, Selection
 from cit_fast.optim import BalanceEMA
-from cit_fast.run import method_run
+from cit_fast.run import cached_scores
 from cit_fast.run.run_folder import RunFolder
 
 ONE_STEP = {"max_steps": 1}
@@ -443,8 +443,8 @@ def test_a_damaged_adapter_is_named(settings, stream, sequential):
 def test_scores_cached_in_records_of_another_format_are_not_read(settings, stream, monkeypatch):
     run(settings, TaskStream(stream[:1]), methods=["sequential"])
     untrained = Path(settings["output"]).parent / "cache" / "untrained"
-    monkeypatch.setattr(method_run, "_VERSIONS", ("0.0.1", *method_run._VERSIONS[1:]))
+    monkeypatch.setattr(cached_scores, "_VERSIONS", ("0.0.1", *cached_scores._VERSIONS[1:]))
     settings["output"] += "-again"
     run(settings, TaskStream(stream[:1]), methods=["sequential"])
     assert len(list(untrained.glob("*/stages/00"))) == 2
-    assert FORMAT_VERSION in method_run._VERSIONS
+    assert FORMAT_VERSION in cached_scores._VERSIONS

@@ -26,10 +26,11 @@ from cit_fast.ops.balance_ema.checks import (
     check_rule,
 )
 from cit_fast.ops.balance_ema.native import kernels_cannot
-from cit_fast.ops.balance_ema.reference import AdamWOptions, BalanceOptions, BalanceWeights
+from cit_fast.ops.balance_ema.reference import AdamWLists, AdamWOptions, BalanceOptions, BalanceWeights
 
 __all__ = [
     "BALANCE_RULES",
+    "AdamWLists",
     "AdamWOptions",
     "BalanceOptions",
     "BalanceRule",
@@ -220,23 +221,16 @@ def adamw_balance_ema_(
     op = "adamw_balance_ema_"
     check_rule(op, rule, decay, fallback)
     check_adamw(op, step, lr, betas, eps, weight_decay)
-    lists = {
-        "params": params,
-        "grads": grads,
-        "exp_avgs": exp_avgs,
-        "exp_avg_sqs": exp_avg_sqs,
-        "averages": averages,
-        "previous_grads": previous_grads,
-    }
-    if not any(lists.values()):
+    lists = AdamWLists(params, grads, exp_avgs, exp_avg_sqs, averages, previous_grads)
+    if not any(lists):
         return _nothing()
-    check_lists(op, lists, written=adamw_writes(store_grads), previous_optional=rule == "fixed")
+    check_lists(op, lists._asdict(), written=adamw_writes(store_grads), previous_optional=rule == "fixed")
     check_alphas(op, alphas, params)
     beta1, beta2 = (float(beta) for beta in betas)
     adamw = AdamWOptions(int(step), float(lr), beta1, beta2, float(eps), float(weight_decay))
     options = BalanceOptions(rule, float(decay), float(fallback), store_grads, seed & _UINT32)
     with torch.no_grad():
-        fallbacks, norms = _adamw_balance_ema(*(list(each) for each in lists.values()), alphas, *adamw, *options)
+        fallbacks, norms = _adamw_balance_ema(*(list(each) for each in lists), alphas, *adamw, *options)
     return BalanceWeights(alphas, fallbacks, norms)
 
 
@@ -386,11 +380,11 @@ def _adamw_balance_ema(
     alphas: Tensor,
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
-    lists = (params, grads, exp_avgs, exp_avg_sqs, averages, previous_grads)
+    lists = AdamWLists(params, grads, exp_avgs, exp_avg_sqs, averages, previous_grads)
     cannot = kernels_cannot([*averages, *exp_avgs, *exp_avg_sqs], *lists)
     run = resolve("adamw_balance_ema_", params[0].device, cannot=cannot)
     count = len(AdamWOptions._fields)
-    weights = run(*lists, alphas, AdamWOptions(*options[:count]), BalanceOptions(*options[count:]))
+    weights = run(lists, alphas, AdamWOptions(*options[:count]), BalanceOptions(*options[count:]))
     return weights.fallbacks, weights.norms
 
 

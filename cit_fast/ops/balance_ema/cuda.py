@@ -41,7 +41,7 @@ from cit_fast.ops.balance_ema.checks import (
     check_rule,
 )
 from cit_fast.ops.balance_ema.native import DTYPES, empty_weights, kernels_cannot, outcome
-from cit_fast.ops.balance_ema.reference import AdamWOptions, BalanceOptions, BalanceWeights
+from cit_fast.ops.balance_ema.reference import AdamWLists, AdamWOptions, BalanceOptions, BalanceWeights
 
 _dtype = attrgetter("dtype")
 _shape = attrgetter("shape")
@@ -82,15 +82,7 @@ def _balance_ema(
 
 @register("adamw_balance_ema_", Backend.CUDA, only_when_forced=True)
 def _adamw_balance_ema(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    averages: list[Tensor],
-    previous_grads: list[Tensor],
-    alphas: Tensor,
-    adamw: AdamWOptions,
-    options: BalanceOptions,
+    lists: AdamWLists, alphas: Tensor, adamw: AdamWOptions, options: BalanceOptions
 ) -> BalanceWeights:
     from cit_fast import _native_cuda
 
@@ -99,9 +91,9 @@ def _adamw_balance_ema(
             "adamw_balance_ema_: a CUDA graph would repeat this very step count and learning rate at each replay; "
             "capture adamw_balance_ema_capturable_, which reads both from device memory"
         )
-    weights = empty_weights(params)._replace(alphas=alphas)
+    weights = empty_weights(lists.params)._replace(alphas=alphas)
     how = {**outcome(weights, options), **adamw._asdict(), "seed": options.seed}
-    with _prepared(params, averages, grads, previous_grads, exp_avgs, exp_avg_sqs) as plan:
+    with _prepared(*lists.columns) as plan:
         _native_cuda.adamw_balance_ema(**plan.launch, **how)
     return weights
 
@@ -157,14 +149,8 @@ def adamw_balance_ema_capturable_(
     op = "adamw_balance_ema_capturable_"
     check_rule(op, rule, decay, fallback)
     check_adamw(op, 1, 0.0, betas, eps, weight_decay)
-    lists: dict[str, Sequence[Tensor]] = {
-        "params": params,
-        "grads": grads,
-        "exp_avgs": exp_avgs,
-        "exp_avg_sqs": exp_avg_sqs,
-        "averages": averages,
-        "previous_grads": previous_grads,
-    }
+    every = AdamWLists(params, grads, exp_avgs, exp_avg_sqs, averages, previous_grads)
+    lists: dict[str, Sequence[Tensor]] = every._asdict()
     if not params:
         raise CitFastError(f"{op}: params is empty")
     written = adamw_writes(store_grads)
@@ -179,7 +165,7 @@ def adamw_balance_ema_capturable_(
     options = BalanceOptions(rule, decay, fallback, store_grads, seed & 0xFFFFFFFF)
     weights = empty_weights(params)._replace(alphas=alphas)
     prepared = torch.empty(_native_cuda.STEP_BYTES, dtype=torch.uint8, device=params[0].device)
-    with _prepared(params, averages, grads, previous_grads, exp_avgs, exp_avg_sqs) as plan:
+    with _prepared(*every.columns) as plan:
         _native_cuda.step_on_device(
             prepared.data_ptr(),
             step=step.data_ptr(),

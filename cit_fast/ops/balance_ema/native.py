@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cit_fast.ops.backends import Backend, register
 from cit_fast.ops.balance_ema.checks import BALANCE_RULES
-from cit_fast.ops.balance_ema.reference import AdamWOptions, BalanceOptions, BalanceWeights
+from cit_fast.ops.balance_ema.reference import AdamWLists, AdamWOptions, BalanceOptions, BalanceWeights
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/cpu/dtype.h
 RULES: dict[str, int] = {rule: number for number, rule in enumerate(BALANCE_RULES)}  # csrc/cpu/balance_ema/
@@ -60,21 +60,13 @@ def _balance_ema(
 
 @register("adamw_balance_ema_", Backend.NATIVE)
 def _adamw_balance_ema(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    averages: list[Tensor],
-    previous_grads: list[Tensor],
-    alphas: Tensor,
-    adamw: AdamWOptions,
-    options: BalanceOptions,
+    lists: AdamWLists, alphas: Tensor, adamw: AdamWOptions, options: BalanceOptions
 ) -> BalanceWeights:
     from cit_fast import _native
 
-    weights = empty_weights(params)._replace(alphas=alphas)
+    weights = empty_weights(lists.params)._replace(alphas=alphas)
     _native.adamw_balance_ema(
-        ema_table(params, averages, grads, previous_grads, exp_avgs, exp_avg_sqs),
+        ema_table(*lists.columns),
         **adamw._asdict(),
         **outcome(weights, options),
         seed=options.seed,

@@ -41,6 +41,27 @@ class BalanceOptions(NamedTuple):
     """Of the stochastic rounding of bfloat16 state, in [0, 2**32)."""
 
 
+class AdamWLists(NamedTuple):
+    """The tensors of one step of AdamW with the balance-weight EMA: n of each, of one device."""
+
+    params: Sequence[Tensor]
+    """Changed."""
+    grads: Sequence[Tensor]
+    exp_avgs: Sequence[Tensor]
+    """First moments, changed."""
+    exp_avg_sqs: Sequence[Tensor]
+    """Second moments, changed."""
+    averages: Sequence[Tensor]
+    """Changed by the pending weights of the step before."""
+    previous_grads: Sequence[Tensor]
+    """Changed where gradients are stored; empty for a fixed weight."""
+
+    @property
+    def columns(self) -> tuple[Sequence[Tensor], ...]:
+        """The lists in the order of the kernels' tables: those of the EMA, then the moments."""
+        return (self.params, self.averages, self.grads, self.previous_grads, self.exp_avgs, self.exp_avg_sqs)
+
+
 class AdamWOptions(NamedTuple):
     """One step of AdamW; see ``torch.optim.AdamW``."""
 
@@ -138,20 +159,13 @@ def flush_balance_ema_(params: Sequence[Tensor], averages: Sequence[Tensor], alp
 
 @register("adamw_balance_ema_", Backend.REFERENCE)
 def adamw_balance_ema_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    averages: Sequence[Tensor],
-    previous_grads: Sequence[Tensor],
-    alphas: Tensor,
-    adamw: AdamWOptions,
-    options: BalanceOptions,
+    lists: AdamWLists, alphas: Tensor, adamw: AdamWOptions, options: BalanceOptions
 ) -> BalanceWeights:
     """Pending (4), then AdamW (Loshchilov and Hutter, 2019, algorithm 2), then (1) to (3); ``alphas`` is replaced.
 
     An element whose gradient is not finite keeps its parameter and moments.
     """
+    params, grads, exp_avgs, exp_avg_sqs, averages, previous_grads = lists
     flush_balance_ema_(params, averages, alphas, options.seed)
     step, lr, beta1, beta2, eps, weight_decay = adamw
     root_scale = 1 / math.sqrt(1 - beta2**step)

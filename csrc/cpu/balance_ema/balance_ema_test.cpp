@@ -17,29 +17,14 @@
 #include <string>
 #include <vector>
 
-#include "cpu/dispatch.h"
+#include "cpu/testing.h"
 
 namespace {
 
 using cit::Array;
 using cit::DType;
-
-int g_failures = 0;
-
-void check(bool right, const std::string& what) {
-  if (right) return;
-  ++g_failures;
-  std::fprintf(stderr, "FAILED: %s\n", what.c_str());
-}
-
-// 16-bit values here are small integers over 8, exact in both half formats.
-std::uint16_t to_half(float value, DType dtype) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  if (dtype == DType::kBFloat16) return static_cast<std::uint16_t>(bits >> 16);
-  if (value == 0.0f) return 0;
-  return static_cast<std::uint16_t>(((bits >> 16) & 0x8000u) | (((bits & 0x7fffffffu) - 0x38000000u) >> 13));
-}
+using cit::testing::check;
+using cit::testing::to_half;
 
 class Buffer {
  public:
@@ -182,30 +167,23 @@ void test_not_finite() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  constexpr int kSkipped = 77;
-  try {
-    cit::set_simd_level(argc > 1 ? argv[1] : "");
-  } catch (const std::invalid_argument& error) {
-    std::fprintf(stderr, "skipped: %s\n", error.what());
-    return kSkipped;
-  }
-  const DType dtypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
-  for (const std::size_t count : {0, 1, 15, 16, 17, 1023, 1025, 16384, 16385, 49155, 393219}) {
-    for (const DType param : dtypes) {
-      for (const DType grad : dtypes) {
-        if (count > 100000 && param != grad) continue;  // for the time it takes
-        for (const DType state : {DType::kFloat32, DType::kBFloat16}) {
-          const std::string name =
-              std::to_string(count) + " elements, dtypes " + std::to_string(static_cast<int>(param)) + ", " +
-              std::to_string(static_cast<int>(grad)) + ", " + std::to_string(static_cast<int>(state));
-          test_balance_ema(count, {param, grad, state}, name);
-          test_adamw(count, {param, grad, state}, name);
+  return cit::testing::run(argc, argv, [] {
+    const DType dtypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
+    for (const std::size_t count : {0, 1, 15, 16, 17, 1023, 1025, 16384, 16385, 49155, 393219}) {
+      for (const DType param : dtypes) {
+        for (const DType grad : dtypes) {
+          if (count > 100000 && param != grad) continue;  // for the time it takes
+          for (const DType state : {DType::kFloat32, DType::kBFloat16}) {
+            const std::string name =
+                std::to_string(count) + " elements, dtypes " + std::to_string(static_cast<int>(param)) + ", " +
+                std::to_string(static_cast<int>(grad)) + ", " + std::to_string(static_cast<int>(state));
+            test_balance_ema(count, {param, grad, state}, name);
+            test_adamw(count, {param, grad, state}, name);
+          }
         }
       }
     }
-  }
-  test_without_previous_gradients();
-  test_not_finite();
-  std::printf("%s: %d failures\n", cit::simd_name().c_str(), g_failures);
-  return g_failures == 0 ? 0 : 1;
+    test_without_previous_gradients();
+    test_not_finite();
+  });
 }

@@ -14,28 +14,13 @@
 #include <string>
 #include <vector>
 
-#include "cpu/dispatch.h"
+#include "cpu/testing.h"
 
 namespace {
 
 using cit::DType;
-
-int g_failures = 0;
-
-void check(bool right, const std::string& what) {
-  if (right) return;
-  ++g_failures;
-  std::fprintf(stderr, "FAILED: %s\n", what.c_str());
-}
-
-// Small integers over 8, exact in both half formats.
-std::uint16_t to_half(float value, DType dtype) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  if (dtype == DType::kBFloat16) return static_cast<std::uint16_t>(bits >> 16);
-  if (value == 0.0f) return 0;
-  return static_cast<std::uint16_t>(((bits >> 16) & 0x8000u) | (((bits & 0x7fffffffu) - 0x38000000u) >> 13));
-}
+using cit::testing::check;
+using cit::testing::to_half;
 
 // A matrix whose last row ends where its memory does.
 class Values {
@@ -164,23 +149,16 @@ void test(const Case& x) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  constexpr int kSkipped = 77;
-  try {
-    cit::set_simd_level(argc > 1 ? argv[1] : "");
-  } catch (const std::invalid_argument& error) {
-    std::fprintf(stderr, "skipped: %s\n", error.what());
-    return kSkipped;
-  }
-  for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
-    for (const bool cap : {false, true}) {
-      for (const auto& [tokens, width, vocabulary] : std::vector<std::array<std::int64_t, 3>>{
-               {1, 1, 1}, {3, 2, 7}, {16, 32, 96}, {17, 33, 97}, {35, 70, 965}, {70, 18, 1923}, {18, 1430, 131}}) {
-        test({tokens, width, vocabulary, dtype, cap,
-              std::to_string(tokens) + " tokens of " + std::to_string(width) + ", " + std::to_string(vocabulary) +
-                  " entries, dtype " + std::to_string(static_cast<int>(dtype)) + (cap ? ", capped" : "")});
+  return cit::testing::run(argc, argv, [] {
+    for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+      for (const bool cap : {false, true}) {
+        for (const auto& [tokens, width, vocabulary] : std::vector<std::array<std::int64_t, 3>>{
+                 {1, 1, 1}, {3, 2, 7}, {16, 32, 96}, {17, 33, 97}, {35, 70, 965}, {70, 18, 1923}, {18, 1430, 131}}) {
+          test({tokens, width, vocabulary, dtype, cap,
+                std::to_string(tokens) + " tokens of " + std::to_string(width) + ", " + std::to_string(vocabulary) +
+                    " entries, dtype " + std::to_string(static_cast<int>(dtype)) + (cap ? ", capped" : "")});
+        }
       }
     }
-  }
-  std::printf("%s: %d failures\n", cit::simd_name().c_str(), g_failures);
-  return g_failures == 0 ? 0 : 1;
+  });
 }

@@ -15,18 +15,12 @@
 #include <string>
 #include <vector>
 
-#include "cpu/dispatch.h"
+#include "cpu/testing.h"
 #include "cpu/wasserstein/products.h"
 
 namespace {
 
-int g_failures = 0;
-
-void check(bool right, const std::string& what) {
-  if (right) return;
-  ++g_failures;
-  std::fprintf(stderr, "FAILED: %s\n", what.c_str());
-}
+using cit::testing::check;
 
 // Points on a line, where the exact distance is the area between the two distribution functions.
 struct Line {
@@ -175,26 +169,19 @@ void test_weights_of_almost_nothing() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  constexpr int kSkipped = 77;
-  try {
-    cit::set_simd_level(argc > 1 ? argv[1] : "");
-  } catch (const std::invalid_argument& error) {
-    std::fprintf(stderr, "skipped: %s\n", error.what());
-    return kSkipped;
-  }
-  for (const std::int64_t n : {1, 2, 3, 4, 5, 17, 270}) {
-    for (const std::int64_t m : {1, 2, 7, 8, 9, 15, 16, 17, 33, 257}) {
-      const Line line(n, m, n % 3, static_cast<unsigned>(31 * n + m));
-      for (const double epsilon : {0.0, 1e-300, 1e-3, 1.0, 1e300}) test_line(line, epsilon, 1e-6, 20);
-      test_line(line, 0.2, 1e-6, 2000);
-      test_exact(line);
-      if (n * m < 1000) test_line(line, 0.2, 1e-12, 4000);
+  return cit::testing::run(argc, argv, [] {
+    for (const std::int64_t n : {1, 2, 3, 4, 5, 17, 270}) {
+      for (const std::int64_t m : {1, 2, 7, 8, 9, 15, 16, 17, 33, 257}) {
+        const Line line(n, m, n % 3, static_cast<unsigned>(31 * n + m));
+        for (const double epsilon : {0.0, 1e-300, 1e-3, 1.0, 1e300}) test_line(line, epsilon, 1e-6, 20);
+        test_line(line, 0.2, 1e-6, 2000);
+        test_exact(line);
+        if (n * m < 1000) test_line(line, 0.2, 1e-12, 4000);
+      }
     }
-  }
-  test_special_costs();
-  test_cosine_costs<double>(1e-14);
-  test_cosine_costs<float>(cit::kFloatCostError);
-  test_weights_of_almost_nothing();
-  std::printf("%s: %d failures\n", cit::simd_name().c_str(), g_failures);
-  return g_failures == 0 ? 0 : 1;
+    test_special_costs();
+    test_cosine_costs<double>(1e-14);
+    test_cosine_costs<float>(cit::kFloatCostError);
+    test_weights_of_almost_nothing();
+  });
 }
