@@ -37,6 +37,28 @@ exists.
 """
 
 
+class TokenGain(NamedTuple):
+    """What the key parts tell about each token: p predicted from the full instruction, q from the masked one.
+
+    Every field is [T], float32 (float64 for float64 inputs); entropies and divergences are in nats.
+    """
+
+    log_prob_full: Tensor
+    """log p(target), at most 0."""
+    log_prob_masked: Tensor
+    """log q(target), at most 0."""
+    probability_gain: Tensor
+    """p(target) - q(target), in [-1, 1]."""
+    entropy_full: Tensor
+    """H(p), in [0, log V]."""
+    entropy_masked: Tensor
+    """H(q), in [0, log V]."""
+    kl_full_masked: Tensor
+    """KL(p || q), at least 0."""
+    kl_masked_full: Tensor
+    """KL(q || p), at least 0."""
+
+
 class LogitOptions(NamedTuple):
     """How a head makes logits: cap(scale (h W^T + bias)); every backend takes this one object."""
 
