@@ -12,6 +12,7 @@ a stage's record those of its files: what has changed since is an error that nam
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -262,6 +263,12 @@ class RunRecord:
         return str(self.method["name"])
 
 
+@functools.cache
+def _adapter(kind: type) -> TypeAdapter[Any]:
+    """Building one takes longer than reading with it."""
+    return TypeAdapter(kind)
+
+
 def _read(path: Path, kind: type[_Record], check: bool = True) -> _Record:
     try:
         raw = read_checked_json(path, check=check)
@@ -274,7 +281,8 @@ def _read(path: Path, kind: type[_Record], check: bool = True) -> _Record:
     if version != FORMAT_VERSION:
         raise RunError(f"{path}: written in format version {version}; this cit-fast reads version {FORMAT_VERSION}")
     try:
-        return TypeAdapter(kind).validate_python(raw)
+        record: _Record = _adapter(kind).validate_python(raw)  # type: ignore[arg-type]
+        return record
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
