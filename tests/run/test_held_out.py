@@ -18,7 +18,7 @@ from cit_fast.data import Example, Task, TaskStream
 from cit_fast.errors import CitFastError, ConfigError, DataError
 from cit_fast.evaluation import read_predictions, read_run, read_stages, rescore
 from cit_fast.report import comparison_table, write_report
-from cit_fast.run import method_run
+from cit_fast.run import cached_scores, method_run
 
 
 def spans(name: str) -> Task:
@@ -130,9 +130,9 @@ def test_killed_while_it_answers_and_resumed(settings, two, held_out, tmp_path, 
     settings["methods"] = ["sequential"]
     expected = read_stages(run({**settings, "output": settings["output"] + "-whole"}, two, held_out)["sequential"])
     monkeypatch.setenv("CIT_FAST_CACHE", str(tmp_path / "other-cache"))  # nothing answered there yet
-    # Calls of evaluate: the stream untrained, the held-out tasks untrained; then those tasks again, stage 1, stage 2.
-    for call in (2, 3):
-        assert killed(lambda: run(settings, two, held_out), at_call(call, method_run, "evaluate")), call
+    # The untrained model answers the stream, then the held-out tasks; the second time only those, then stages 1 and 2.
+    for module in (cached_scores, method_run):
+        assert killed(lambda: run(settings, two, held_out), at_call(2, module, "evaluate")), module.__name__
     resumed = read_stages(run(settings, two, held_out)["sequential"])
     for ours, theirs in zip(resumed, expected, strict=True):
         assert (ours.scores, ours.violations) == (theirs.scores, theirs.violations)

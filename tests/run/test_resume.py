@@ -14,7 +14,7 @@ from cit_fast import ContinualTrainer
 from cit_fast.errors import RunError
 from cit_fast.evaluation import read_stages
 from cit_fast.optim import AdamWBalanceEMA
-from cit_fast.run import method_run, run_folder, stage_trainer
+from cit_fast.run import cached_scores, method_run, run_folder, stage_trainer
 
 
 def start(settings, stream):
@@ -43,7 +43,7 @@ def inside_an_optimizer_step():
 # One run is killed at all of them, one after another: calls are counted from where it went on.
 MOMENTS = {
     "before anything": at_call(1, method_run, "load_model"),
-    "while the untrained model answers": at_call(1, method_run, "evaluate"),
+    "while the untrained model answers": at_call(1, cached_scores, "evaluate"),
     "inside an optimizer step of stage 1": inside_an_optimizer_step,
     "while a checkpoint of stage 2 is written": half_written_checkpoint,
     "between its last checkpoint and its evaluation": at_call(1, method_run, "evaluate"),
