@@ -10,12 +10,15 @@ def balance_ema(
     rule: int,
     decay: float,
     fallback: float,
+    scale: float,
     store_grads: bool,
+    nearest: bool,
     seed: int,
     threads: int,
     alphas: int,
     fallbacks: int,
     norms: int,
+    remaining: int,
 ) -> None: ...
 def adamw_balance_ema(
     table: list[int],
@@ -29,14 +32,17 @@ def adamw_balance_ema(
     rule: int,
     decay: float,
     fallback: float,
+    scale: float,
     store_grads: bool,
+    nearest: bool,
     seed: int,
     threads: int,
     alphas: int,
     fallbacks: int,
     norms: int,
+    remaining: int,
 ) -> None: ...
-def flush_balance_ema(table: list[int], *, seed: int, threads: int, alphas: int) -> None: ...
+def flush_balance_ema(table: list[int], *, nearest: bool, seed: int, threads: int, alphas: int) -> None: ...
 def sinkhorn(
     table: list[int],
     *,

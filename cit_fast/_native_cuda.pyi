@@ -31,10 +31,13 @@ def balance_ema(
     norms: int,
     alphas: int,
     fallbacks: int,
+    remaining: int,
     rule: int,
     decay: float,
     fallback: float,
+    scale: float,
     store_grads: bool,
+    nearest: bool,
     seed: int,
 ) -> None: ...
 def adamw_balance_ema(
@@ -48,10 +51,13 @@ def adamw_balance_ema(
     norms: int,
     alphas: int,
     fallbacks: int,
+    remaining: int,
     rule: int,
     decay: float,
     fallback: float,
+    scale: float,
     store_grads: bool,
+    nearest: bool = False,
     seed: int = 0,
     step: int = 1,
     lr: float = 0.0,
@@ -72,6 +78,7 @@ def step_on_device(
     beta2: float,
     eps: float,
     weight_decay: float,
+    nearest: bool,
     seed: int,
     device: int,
     stream: int,
@@ -85,6 +92,7 @@ def flush_balance_ema(
     device: int,
     stream: int,
     alphas: int,
+    nearest: bool,
     seed: int,
 ) -> None: ...
 def transport_team(n: int, m: int, device: int) -> tuple[int, int, bool]: ...

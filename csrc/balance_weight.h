@@ -23,21 +23,26 @@ CIT_HOST_DEVICE inline bool is_finite_norm(double norm) {
   return norm <= DBL_MAX;
 }
 
-CIT_HOST_DEVICE inline Weight balance_weight(const Norms& norms, const RuleOptions& options) {
+// `remaining`: the distance that the last update left, for the rule of the paper.
+CIT_HOST_DEVICE inline Weight balance_weight(const Norms& norms, const RuleOptions& options, double remaining) {
   if (!is_finite_norm(norms.distance) || !is_finite_norm(norms.gradient)) return {0.0f, false};
   if (options.rule == Rule::kFixed) return {static_cast<float>(1.0 - options.decay), false};
-  const double numerator = options.rule == Rule::kReleased ? 2.0 * (1.0 + norms.gradient) : 1.0 + norms.gradient;
-  const double weight = numerator / (norms.distance * norms.gradient_change);
+  const double factor = options.rule == Rule::kPaper ? remaining : options.scale;
+  const double weight = factor * (1.0 + norms.gradient) / (norms.distance * norms.gradient_change);
   const bool usable = weight > 0.0 && weight < 1.0;  // false for NaN
-  double alpha = 0.0;
-  if (options.rule == Rule::kReleased) {
-    alpha = usable ? weight : options.fallback;
-  } else {
-    alpha = 1.0 - (usable ? weight : options.decay);
-  }
   // 0 means "left out" to our callers, so a weight too small for a float becomes the smallest one.
-  const float rounded = static_cast<float>(alpha);
+  const float rounded = static_cast<float>(usable ? weight : options.fallback);
   return {rounded < FLT_MIN ? FLT_MIN : rounded, !usable};
+}
+
+// The same for one of a list: decides alphas[i], fallbacks[i] and, where there are any, remaining[i] (of the last
+// update on entry, of this one on return).
+CIT_HOST_DEVICE inline void store_balance_weight(const Norms& norms, const RuleOptions& options, int64_t i,
+                                                 float* alphas, bool* fallbacks, float* remaining) {
+  const Weight weight = balance_weight(norms, options, remaining == nullptr ? 0.0 : remaining[i]);
+  alphas[i] = weight.alpha;
+  fallbacks[i] = weight.fallback;
+  if (remaining != nullptr) remaining[i] = static_cast<float>((1.0 - weight.alpha) * norms.distance);
 }
 
 }  // namespace cit

@@ -84,12 +84,12 @@ cit::CosineCost<Real> cosine_cost(const std::int64_t* row) {
   return {pointer<const Real>(row[0]), pointer<const Real>(row[1]), pointer<double>(row[2]), row[3], row[4], row[5]};
 }
 
-cit::RuleOptions rule_options(std::int64_t rule, double decay, double fallback) {
-  return {static_cast<cit::Rule>(rule), decay, fallback};
+cit::RuleOptions rule_options(std::int64_t rule, double decay, double fallback, double scale) {
+  return {static_cast<cit::Rule>(rule), decay, fallback, scale};
 }
 
-cit::Results results(std::int64_t alphas, std::int64_t fallbacks, std::int64_t norms) {
-  return {pointer<float>(alphas), pointer<bool>(fallbacks), pointer<double>(norms)};
+cit::Results results(std::int64_t alphas, std::int64_t fallbacks, std::int64_t norms, std::int64_t remaining) {
+  return {pointer<float>(alphas), pointer<bool>(fallbacks), pointer<double>(norms), pointer<float>(remaining)};
 }
 
 // Address, dtype, rows, columns and elements from row to row.
@@ -122,46 +122,49 @@ PYBIND11_MODULE(_native, m) {
       [](const Table& table, bool store_grads, int threads, std::int64_t norms) {
         const auto tensors = rows(table, kEmaColumns, ema_tensor);
         py::gil_scoped_release release;
-        cit::balance_norms(tensors, {store_grads, 0, threads}, pointer<double>(norms));
+        cit::balance_norms(tensors, {store_grads, false, 0, threads}, pointer<double>(norms));
       },
       py::arg("table"), py::kw_only(), py::arg("store_grads"), py::arg("threads"), py::arg("norms"));
 
   m.def(
       "balance_ema",
-      [](const Table& table, std::int64_t rule, double decay, double fallback, bool store_grads, std::uint32_t seed,
-         int threads, std::int64_t alphas, std::int64_t fallbacks, std::int64_t norms) {
+      [](const Table& table, std::int64_t rule, double decay, double fallback, double scale, bool store_grads,
+         bool nearest, std::uint32_t seed, int threads, std::int64_t alphas, std::int64_t fallbacks,
+         std::int64_t norms, std::int64_t remaining) {
         const auto tensors = rows(table, kEmaColumns, ema_tensor);
         py::gil_scoped_release release;
-        cit::balance_ema(tensors, rule_options(rule, decay, fallback), {store_grads, seed, threads},
-                         results(alphas, fallbacks, norms));
+        cit::balance_ema(tensors, rule_options(rule, decay, fallback, scale), {store_grads, nearest, seed, threads},
+                         results(alphas, fallbacks, norms, remaining));
       },
-      py::arg("table"), py::kw_only(), py::arg("rule"), py::arg("decay"), py::arg("fallback"), py::arg("store_grads"),
-      py::arg("seed"), py::arg("threads"), py::arg("alphas"), py::arg("fallbacks"), py::arg("norms"));
+      py::arg("table"), py::kw_only(), py::arg("rule"), py::arg("decay"), py::arg("fallback"), py::arg("scale"),
+      py::arg("store_grads"), py::arg("nearest"), py::arg("seed"), py::arg("threads"), py::arg("alphas"),
+      py::arg("fallbacks"), py::arg("norms"), py::arg("remaining"));
 
   m.def(
       "adamw_balance_ema",
       [](const Table& table, std::int64_t step, double lr, double beta1, double beta2, double eps, double weight_decay,
-         std::int64_t rule, double decay, double fallback, bool store_grads, std::uint32_t seed, int threads,
-         std::int64_t alphas, std::int64_t fallbacks, std::int64_t norms) {
+         std::int64_t rule, double decay, double fallback, double scale, bool store_grads, bool nearest,
+         std::uint32_t seed, int threads, std::int64_t alphas, std::int64_t fallbacks, std::int64_t norms,
+         std::int64_t remaining) {
         const auto tensors = rows(table, kAdamWColumns, adamw_tensor);
         py::gil_scoped_release release;
         cit::adamw_balance_ema(tensors, {step, lr, beta1, beta2, eps, weight_decay},
-                               rule_options(rule, decay, fallback), {store_grads, seed, threads},
-                               results(alphas, fallbacks, norms));
+                               rule_options(rule, decay, fallback, scale), {store_grads, nearest, seed, threads},
+                               results(alphas, fallbacks, norms, remaining));
       },
       py::arg("table"), py::kw_only(), py::arg("step"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"),
       py::arg("eps"), py::arg("weight_decay"), py::arg("rule"), py::arg("decay"), py::arg("fallback"),
-      py::arg("store_grads"), py::arg("seed"), py::arg("threads"), py::arg("alphas"), py::arg("fallbacks"),
-      py::arg("norms"));
+      py::arg("scale"), py::arg("store_grads"), py::arg("nearest"), py::arg("seed"), py::arg("threads"),
+      py::arg("alphas"), py::arg("fallbacks"), py::arg("norms"), py::arg("remaining"));
 
   m.def(
       "flush_balance_ema",
-      [](const Table& table, std::uint32_t seed, int threads, std::int64_t alphas) {
+      [](const Table& table, bool nearest, std::uint32_t seed, int threads, std::int64_t alphas) {
         const auto tensors = rows(table, kEmaColumns, ema_tensor);
         py::gil_scoped_release release;
-        cit::flush_balance_ema(tensors, {false, seed, threads}, pointer<float>(alphas));
+        cit::flush_balance_ema(tensors, {false, nearest, seed, threads}, pointer<float>(alphas));
       },
-      py::arg("table"), py::kw_only(), py::arg("seed"), py::arg("threads"), py::arg("alphas"));
+      py::arg("table"), py::kw_only(), py::arg("nearest"), py::arg("seed"), py::arg("threads"), py::arg("alphas"));
 
   m.def(
       "sinkhorn",

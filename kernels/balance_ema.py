@@ -50,7 +50,6 @@ from cit_fast.errors import BackendError
 from cit_fast.ops.balance_ema.native import DTYPES, RULES, empty_weights
 from cit_fast.ops.balance_ema.reference import AdamWLists, AdamWOptions, BalanceOptions, BalanceWeights
 
-RELEASED = tl.constexpr(RULES["released"])
 PAPER = tl.constexpr(RULES["paper"])
 FIXED = tl.constexpr(RULES["fixed"])
 
@@ -89,6 +88,7 @@ def sweep_kernel(
     DTYPES: tl.constexpr,
     ADAMW: tl.constexpr,
     STORE_GRADS: tl.constexpr,
+    NEAREST: tl.constexpr,
     LOG_GROUPS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -111,7 +111,7 @@ def sweep_kernel(
             offs = (left + group)[:, None] + tl.arange(0, GROUP)[None, :]
             mask = (left + group < count)[:, None]
             more_a, more_b, more_c = _step(
-                addresses, codes, begin, offs, mask, alpha, keys, adamw, DTYPES, ADAMW, STORE_GRADS, True
+                addresses, codes, begin, offs, mask, alpha, keys, adamw, DTYPES, ADAMW, STORE_GRADS, NEAREST, True
             )
             a += _sum_neighbours(more_a, 3)
             b += _sum_neighbours(more_b, 3)
@@ -123,8 +123,9 @@ def sweep_kernel(
             sums_c = (c, c, c)
             for place in range(GROUP):
                 offs = left + group + place
+                mask = offs < count
                 more_a, more_b, more_c = _step(
-                    addresses, codes, begin, offs, offs < count, alpha, keys, adamw, DTYPES, ADAMW, STORE_GRADS, False
+                    addresses, codes, begin, offs, mask, alpha, keys, adamw, DTYPES, ADAMW, STORE_GRADS, NEAREST, False
                 )
                 sums_a = _pairwise(sums_a, more_a, place)
                 sums_b = _pairwise(sums_b, more_b, place)
@@ -151,6 +152,7 @@ def _step(
     DTYPES: tl.constexpr,
     ADAMW: tl.constexpr,
     STORE_GRADS: tl.constexpr,
+    NEAREST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """All that is done to one element; returns its terms of the three sums, zeros where the mask is off."""
@@ -166,7 +168,7 @@ def _step(
         beta1_rest, beta2, beta2_rest, decayed, step_size, root_scale, eps = adamw
         index = begin.to(tl.uint32) + offs.to(tl.uint32)
         e = _move(e, p, alpha)
-        e = store_state(addresses, codes, begin, offs, mask, e, index, keys[0], AVERAGE, DTYPES, WIDE)
+        e = _store_average(addresses, codes, begin, offs, mask, e, index, keys[0], DTYPES, NEAREST, WIDE)
         new_m = m + beta1_rest * (g - m)
         new_v = beta2 * v + beta2_rest * (g * g)
         # tl.sqrt and / are a few last places off. The step is small beside p, and what tl.sqrt_rn and tl.div_rn do in
@@ -195,8 +197,11 @@ def weights_kernel(
     norms,  # [tensors, 3] float64, written
     alphas,  # [tensors] float32, written
     fallbacks,  # [tensors] uint8, written
+    remaining,  # [tensors] float32, a' before and after; alphas where HAS_REMAINING is off
     constant,  # alpha where the rule gives none, rounded from float64
+    scale,
     RULE: tl.constexpr,  # ABSENT: norms only
+    HAS_REMAINING: tl.constexpr,
     CHUNK: tl.constexpr,
     LOG_TILE: tl.constexpr,
 ):
@@ -227,20 +232,21 @@ def weights_kernel(
             alpha = tl.zeros((1,), tl.float32) + constant
             fallback = one < 0
         else:
-            weight = 1.0 + gradient
-            if RULE == RELEASED:
-                weight = 2.0 * weight
+            weight = scale * (1.0 + gradient)
+            if RULE == PAPER:
+                weight = tl.load(remaining + tensor + one).to(tl.float64) * (1.0 + gradient)
             product = distance * change
             # Dividing by the product where it is 0 would give what is not usable: infinity or NaN.
             weight = weight / tl.where(product == 0.0, 1.0, product)
             usable = (product > 0.0) & (weight > 0.0) & (weight < 1.0)  # false for NaN
-            if RULE == PAPER:
-                weight = 1.0 - weight
             # 0 marks a tensor that is left out, so a weight too small for a float32 becomes the smallest one.
             alpha = tl.where(usable, weight.to(tl.float32), constant)
             alpha = tl.maximum(alpha, 1.1754943508222875e-38)
             fallback = (usable == 0) & finite
-        tl.store(alphas + tensor + one, tl.where(finite, alpha, 0.0))
+        alpha = tl.where(finite, alpha, 0.0)
+        tl.store(alphas + tensor + one, alpha)
+        if HAS_REMAINING:
+            tl.store(remaining + tensor + one, ((1.0 - alpha.to(tl.float64)) * distance).to(tl.float32))
         tl.store(fallbacks + tensor + one, fallback.to(tl.uint8))
 
 
@@ -252,6 +258,7 @@ def apply_kernel(
     alphas,  # [tensors] float32; 0 leaves a tensor as it is
     seed,
     DTYPES: tl.constexpr,
+    NEAREST: tl.constexpr,
     LOG_GROUPS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -268,18 +275,32 @@ def apply_kernel(
         offs = left + GROUP * tl.arange(0, 1 << LOG_GROUPS)
         if aligned:
             wide = offs[:, None] + tl.arange(0, GROUP)[None, :]
-            _apply(addresses, codes, begin, wide, (offs < count)[:, None], alpha, key, DTYPES, True)
+            _apply(addresses, codes, begin, wide, (offs < count)[:, None], alpha, key, DTYPES, NEAREST, True)
         else:
             for place in range(GROUP):
-                _apply(addresses, codes, begin, offs + place, offs + place < count, alpha, key, DTYPES, False)
+                mask = offs + place < count
+                _apply(addresses, codes, begin, offs + place, mask, alpha, key, DTYPES, NEAREST, False)
 
 
 @triton.jit
-def _apply(addresses, codes, begin, offs, mask, alpha, key, DTYPES: tl.constexpr, WIDE: tl.constexpr):
+def _apply(
+    addresses, codes, begin, offs, mask, alpha, key, DTYPES: tl.constexpr, NEAREST: tl.constexpr, WIDE: tl.constexpr
+):
     p = load(addresses, codes, begin, offs, mask, PARAM, DTYPES, WIDE)
     e = load(addresses, codes, begin, offs, mask, AVERAGE, DTYPES, WIDE)
     index = begin.to(tl.uint32) + offs.to(tl.uint32)
-    store_state(addresses, codes, begin, offs, mask, _move(e, p, alpha), index, key, AVERAGE, DTYPES, WIDE)
+    _store_average(addresses, codes, begin, offs, mask, _move(e, p, alpha), index, key, DTYPES, NEAREST, WIDE)
+
+
+@triton.jit
+def _store_average(
+    addresses, codes, begin, offs, mask, e, index, key, DTYPES: tl.constexpr, NEAREST: tl.constexpr, WIDE: tl.constexpr
+):
+    if NEAREST:
+        stored = store(addresses, codes, begin, offs, mask, e, AVERAGE, DTYPES, WIDE)
+    else:
+        stored = store_state(addresses, codes, begin, offs, mask, e, index, key, AVERAGE, DTYPES, WIDE)
+    return stored
 
 
 # Places
@@ -363,7 +384,7 @@ def balance_norms_(
     """See :func:`cit_fast.ops.balance_norms_`."""
     with _device_of(params):
         call = _Call([params, averages, grads, previous_grads, [], []])
-        return call.weights(call.sweep(store_grads), None, None).norms
+        return call.weights(call.sweep(store_grads), None, None, None).norms
 
 
 def balance_ema_(
@@ -371,18 +392,19 @@ def balance_ema_(
     averages: list[Tensor],
     grads: list[Tensor],
     previous_grads: list[Tensor],
+    remaining: Tensor | None,
     options: BalanceOptions,
 ) -> BalanceWeights:
     """See :func:`cit_fast.ops.balance_ema_`."""
     with _device_of(params):
         call = _Call([params, averages, grads, previous_grads, [], []])
-        weights = call.weights(call.sweep(options.store_grads), options, None)
-        call.apply(weights.alphas, options.seed)
+        weights = call.weights(call.sweep(options.store_grads), options, None, remaining)
+        call.apply(weights.alphas, options.rounding, options.seed)
     return weights
 
 
 def adamw_balance_ema_(
-    lists: AdamWLists, alphas: Tensor, adamw: AdamWOptions, options: BalanceOptions
+    lists: AdamWLists, alphas: Tensor, remaining: Tensor | None, adamw: AdamWOptions, options: BalanceOptions
 ) -> BalanceWeights:
     """See :func:`cit_fast.ops.adamw_balance_ema_`."""
     # In float64 here; rounded to float32 at the launch.
@@ -397,13 +419,14 @@ def adamw_balance_ema_(
     }
     with _device_of(lists.params):
         call = _Call(lists.columns)
-        return call.weights(call.sweep(options.store_grads, step, alphas, options.seed), options, alphas)
+        slots = call.sweep(options.store_grads, step, alphas, options.rounding, options.seed)
+        return call.weights(slots, options, alphas, remaining)
 
 
-def flush_balance_ema_(params: list[Tensor], averages: list[Tensor], alphas: Tensor, seed: int) -> None:
+def flush_balance_ema_(params: list[Tensor], averages: list[Tensor], alphas: Tensor, rounding: str, seed: int) -> None:
     """See :func:`cit_fast.ops.flush_balance_ema_`."""
     with _device_of(params):
-        _Call([params, averages, [], [], [], []]).apply(alphas, seed)
+        _Call([params, averages, [], [], [], []]).apply(alphas, rounding, seed)
 
 
 class _Call:
@@ -419,7 +442,12 @@ class _Call:
         self.dtypes = tuple(_common_dtype(tensors) for tensors in streams)
 
     def sweep(
-        self, store_grads: bool, step: dict[str, float] | None = None, alphas: Tensor | None = None, seed: int = 0
+        self,
+        store_grads: bool,
+        step: dict[str, float] | None = None,
+        alphas: Tensor | None = None,
+        rounding: str = "stochastic",
+        seed: int = 0,
     ) -> Tensor:
         """Launch sweep_kernel; returns the slots."""
         sizes, chunks = self.layout
@@ -435,25 +463,32 @@ class _Call:
             DTYPES=self.dtypes,
             ADAMW=step is not None,
             STORE_GRADS=store_grads,
+            NEAREST=rounding == "nearest",
             **_TILING,
         )
         return slots
 
-    def weights(self, slots: Tensor, options: BalanceOptions | None, alphas: Tensor | None) -> BalanceWeights:
+    def weights(
+        self, slots: Tensor, options: BalanceOptions | None, alphas: Tensor | None, remaining: Tensor | None
+    ) -> BalanceWeights:
         """Launch weights_kernel, which writes to ``alphas`` where given; without options: the norms alone."""
         weights = empty_weights(self.params)
         if alphas is not None:
             weights = weights._replace(alphas=alphas)
-        constant = 0.0
+        constant, scale = 0.0, 0.0
         if options is not None:
-            constant = options.fallback if options.rule == "released" else 1 - options.decay
+            constant = 1 - options.decay if options.rule == "fixed" else options.fallback
+            scale = options.scale
         weights_kernel[(len(self.params),)](
             self.layout.sizes,
             slots,
             weights.norms,
             weights.alphas,
             weights.fallbacks.view(torch.uint8),
+            weights.alphas if remaining is None else remaining,
             constant,
+            scale,
+            HAS_REMAINING=remaining is not None,
             RULE=ABSENT.value if options is None else RULES[options.rule],
             CHUNK=_CHUNK,
             LOG_TILE=_LOG_SLOTS,
@@ -461,11 +496,18 @@ class _Call:
         )
         return weights
 
-    def apply(self, alphas: Tensor, seed: int) -> None:
+    def apply(self, alphas: Tensor, rounding: str, seed: int) -> None:
         """Launch apply_kernel."""
         sizes, chunks = self.layout
         apply_kernel[(len(chunks),)](
-            sizes, self.streams, chunks, alphas, _as_int32(seed), DTYPES=self.dtypes, **_TILING
+            sizes,
+            self.streams,
+            chunks,
+            alphas,
+            _as_int32(seed),
+            DTYPES=self.dtypes,
+            NEAREST=rounding == "nearest",
+            **_TILING,
         )
 
 

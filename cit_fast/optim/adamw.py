@@ -19,6 +19,7 @@ from cit_fast.ops.balance_ema import (
     AdamWOptions,
     BalanceOptions,
     BalanceRule,
+    Rounding,
     adamw_balance_ema_,
     balance_weights,
     flush_balance_ema_,
@@ -27,8 +28,8 @@ from cit_fast.ops.balance_ema.checks import check_adamw
 from cit_fast.optim.averaging import AverageOptions, AveragingOptimizer, check_dtype
 from cit_fast.optim.partitions import Partition
 from cit_fast.optim.saving import StateLoading
-from cit_fast.optim.sharding import Reduction
-from cit_fast.optim.sweeps import AVERAGE, PREVIOUS_GRAD, Sweep, zeros_like_parameter
+from cit_fast.optim.sharding import Reduction, local
+from cit_fast.optim.sweeps import AVERAGE, PREVIOUS_GRAD, REMAINING, Sweep, zeros_like_parameter
 
 _GOLDEN = 0x9E3779B1  # odd, so that seeds of different steps differ in all bits
 STEP, EXP_AVG, EXP_AVG_SQ = "step", "exp_avg", "exp_avg_sq"
@@ -81,7 +82,7 @@ class AdamWBalanceEMA(AveragingOptimizer):
         betas: Decay of the two moments, each in [0, 1).
         eps: Added to the root of the second moment, not negative.
         weight_decay: Not negative.
-        rule, decay, fallback, scope, average_dtype, keep_gradients: As in
+        rule, decay, fallback, scale, scope, average_dtype, rounding, start, keep_gradients: As in
             :class:`cit_fast.optim.BalanceEMA`.
         state_dtype: Dtype of the moments, ``torch.float32`` or ``torch.bfloat16`` (with stochastic rounding),
             whatever that of the parameters (float64 for float64 parameters).
@@ -112,8 +113,11 @@ class AdamWBalanceEMA(AveragingOptimizer):
         average_dtype: torch.dtype = torch.float32,
         state_dtype: torch.dtype = torch.float32,
         keep_gradients: Literal["reference", "copy"] = "reference",
+        scale: float = 2.0,
+        rounding: Rounding = "stochastic",
+        start: Literal["before", "after"] = "before",
     ) -> None:
-        options = AverageOptions(rule, decay, fallback, scope, average_dtype, keep_gradients)
+        options = AverageOptions(rule, decay, fallback, scope, average_dtype, keep_gradients, scale, rounding, start)
         options.check("AdamWBalanceEMA")
         check_dtype("AdamWBalanceEMA", "state_dtype", state_dtype)
         self._begin(options, state_dtype)
@@ -125,6 +129,7 @@ class AdamWBalanceEMA(AveragingOptimizer):
         self.state_dtype = state_dtype
         self._pending: dict[Tensor, Tensor] = {}  # of parameters that are in no sweep
         self._behind = False  # whether a step is pending
+        self._fresh: list[Tensor] = []  # parameters whose average was made for the step in hand
 
     def __getstate__(self) -> dict[str, Any]:
         self.flush()
@@ -193,10 +198,28 @@ class AdamWBalanceEMA(AveragingOptimizer):
         self._behind = True
         for over, parts in spread.items():
             for (sweep, _), norms in zip(parts, over.sum_norms([norms for _, norms in parts]), strict=True):
-                weights = balance_weights(norms, rule=self.rule, decay=self.decay, fallback=self.fallback)
+                weights = balance_weights(
+                    norms,
+                    rule=self.rule,
+                    decay=self.decay,
+                    fallback=self.fallback,
+                    scale=self.scale,
+                    remaining=sweep.remaining,
+                )
                 sweep.alphas.copy_(sweep.own(weights.alphas))
                 self._report(sweep, weights)
+        if self.start == "after":
+            self._start_averages_here()
+        self._fresh = []
         return loss
+
+    def _start_averages_here(self) -> None:
+        """The averages that are new start at the parameters after their first step; what is pending moves nothing."""
+        for param in self._fresh:
+            entry = self.state[param]
+            local(entry[AVERAGE]).copy_(local(param))
+            if REMAINING in entry:
+                entry[REMAINING].zero_()
 
     def _run(self, sweep: AdamWSweep, group: GroupOptions, index: int) -> Tensor:
         params, grads, previous = self._gradients_of(sweep)
@@ -208,8 +231,10 @@ class AdamWBalanceEMA(AveragingOptimizer):
         if sweep.takes(grads):
             run = resolve("adamw_balance_ema_", params[0].device)
             adamw = AdamWOptions(step, lr, *betas, eps, weight_decay)
-            options = BalanceOptions(self.rule, self.decay, self.fallback, sweep.copies, seed & 0xFFFFFFFF)
-            weights = run(lists, sweep.alphas, adamw, options)
+            options = BalanceOptions(
+                self.rule, self.decay, self.fallback, self.scale, self.rounding, sweep.copies, seed & 0xFFFFFFFF
+            )
+            weights = run(lists, sweep.alphas, sweep.own_remaining(), adamw, options)
             increment_version(params)
         else:
             weights = adamw_balance_ema_(
@@ -223,6 +248,9 @@ class AdamWBalanceEMA(AveragingOptimizer):
                 rule=self.rule,
                 decay=self.decay,
                 fallback=self.fallback,
+                scale=self.scale,
+                remaining=sweep.own_remaining(),
+                rounding=self.rounding,
                 store_grads=sweep.copies,
                 seed=seed,
             )
@@ -294,6 +322,8 @@ class AdamWBalanceEMA(AveragingOptimizer):
             entry[EXP_AVG] = zeros_like_parameter(param, dtype)
             entry[EXP_AVG_SQ] = zeros_like_parameter(param, dtype)
         if AVERAGE not in entry:
+            if param not in self._starting:
+                self._fresh.append(param)
             entry[AVERAGE] = self._new_average(param)
 
     # Pending weights
@@ -319,7 +349,7 @@ class AdamWBalanceEMA(AveragingOptimizer):
     def _flush(self, params: list[Tensor], averages: list[Tensor], alphas: Tensor, index: int) -> None:
         seed = self._sweeps[0].step * _GOLDEN + index + 0x55555555 if self._sweeps else index
         parts = [part for param in params for part in self._parts(param, param)]
-        flush_balance_ema_(parts, averages, alphas, seed=seed)
+        flush_balance_ema_(parts, averages, alphas, rounding=self.rounding, seed=seed)
 
     def _set_aside_pending(self) -> None:
         """Keep what is pending by parameter, while sweeps are made anew."""
@@ -356,8 +386,9 @@ class AdamWBalanceEMA(AveragingOptimizer):
 
     @property
     def _loading(self) -> StateLoading:
-        dtypes = {AVERAGE: self.average_dtype, PREVIOUS_GRAD: None, EXP_AVG: self.state_dtype}
-        return StateLoading(type(self).__name__, {**dtypes, EXP_AVG_SQ: self.state_dtype})
+        dtypes = {AVERAGE: self.average_dtype, PREVIOUS_GRAD: None, REMAINING: torch.float32}
+        moments = {EXP_AVG: self.state_dtype, EXP_AVG_SQ: self.state_dtype}
+        return StateLoading(type(self).__name__, {**dtypes, **moments})
 
     def _watch_loading(self) -> None:
         # torch casts state to the parameter's dtype while it loads: ours is taken out before and put back after.

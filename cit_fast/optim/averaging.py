@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from operator import is_
@@ -17,12 +17,13 @@ from cit_fast.errors import CitFastError
 from cit_fast.ops.balance_ema import (
     BalanceRule,
     BalanceWeights,
+    Rounding,
     check_rule,
 )
 from cit_fast.optim.engines import GivenParameters, refuse_partitions, refuse_swap
 from cit_fast.optim.partitions import Partition, can_publish, find_partition, publish
 from cit_fast.optim.sharding import Reduction, is_sharded, local, reduction, reshard
-from cit_fast.optim.sweeps import AVERAGE, PREVIOUS_GRAD, Sweep, owns_its_memory, unique
+from cit_fast.optim.sweeps import AVERAGE, PREVIOUS_GRAD, REMAINING, Sweep, owns_its_memory, unique
 
 AnySweep = TypeVar("AnySweep", bound=Sweep)
 _STATE_DTYPES = (torch.float32, torch.bfloat16)
@@ -54,15 +55,22 @@ class AverageOptions(NamedTuple):
     scope: Literal["task", "stream"] = "task"
     average_dtype: torch.dtype = torch.float32
     keep_gradients: Literal["reference", "copy"] = "reference"
+    scale: float = 2.0
+    rounding: Rounding = "stochastic"
+    start: Literal["before", "after"] = "before"
 
     def check(self, owner: str) -> None:
         """Raise CitFastError that starts with ``owner`` unless every option is one that it can be."""
-        check_rule(owner, self.rule, self.decay, self.fallback)
+        check_rule(owner, self.rule, self.decay, self.fallback, self.scale, self.rounding)
         check_dtype(owner, "average_dtype", self.average_dtype)
-        if self.scope not in ("task", "stream"):
-            raise CitFastError(f"{owner}: scope={self.scope!r} is unknown; accepted: task, stream")
-        if self.keep_gradients not in ("reference", "copy"):
-            raise CitFastError(f"{owner}: keep_gradients={self.keep_gradients!r} is unknown; accepted: reference, copy")
+        accepted = {
+            "scope": ("task", "stream"),
+            "keep_gradients": ("reference", "copy"),
+            "start": ("before", "after"),
+        }
+        for name, values in accepted.items():
+            if getattr(self, name) not in values:
+                raise CitFastError(f"{owner}: {name}={getattr(self, name)!r} is unknown; accepted: {', '.join(values)}")
 
 
 def check_dtype(owner: str, name: str, dtype: torch.dtype) -> None:
@@ -80,6 +88,9 @@ class AveragingOptimizer(Optimizer):
     scope: Literal["task", "stream"]
     average_dtype: torch.dtype
     keep_gradients: Literal["reference", "copy"]
+    scale: float
+    rounding: Rounding
+    start: Literal["before", "after"]
 
     def _start(self, options: AverageOptions) -> None:
         """Set the options and what does not outlive this object; call it before anything else of this class."""
@@ -89,6 +100,7 @@ class AveragingOptimizer(Optimizer):
         self._skipped: dict[torch.device, Tensor] = {}
         self._live: dict[Tensor, Tensor] | None = None
         self._copied: set[Tensor] = set()
+        self._starting: dict[Tensor, Tensor] = {}  # see start_averages_at
         self._warned = False
         self._sweeps: list[Any] = []
         self._given = GivenParameters()
@@ -99,7 +111,7 @@ class AveragingOptimizer(Optimizer):
         return AverageOptions(*(self.__dict__[name] for name in AverageOptions._fields))
 
     def _check_options(self) -> None:
-        """A schedule may set ``decay`` and ``fallback`` between steps; state depends on the other options."""
+        """A schedule may set ``decay``, ``fallback``, ``scale`` between steps; state depends on some other options."""
         options, known = self._options(), self._checked
         if options == known:
             return
@@ -109,7 +121,7 @@ class AveragingOptimizer(Optimizer):
             if getattr(options, field) != getattr(known, field):
                 raise CitFastError(
                     f"{name}: {field} was {getattr(known, field)!r} and is {getattr(options, field)!r} now; "
-                    "only decay, fallback and scope may change after the optimizer was made"
+                    "it cannot change after the optimizer was made"
                 )
         self._checked = options
 
@@ -158,6 +170,9 @@ class AveragingOptimizer(Optimizer):
         self.flush()
         self._write_averages()
         self._publish(None)
+        for param, _ in self._averages():
+            if REMAINING in self.state[param]:
+                self.state[param][REMAINING].zero_()
 
     def flush(self) -> None:
         """Bring the averages in ``state`` up to date with the last step.
@@ -175,10 +190,35 @@ class AveragingOptimizer(Optimizer):
         """Forget averages and previous gradients; the next step starts a new average from the parameters of then."""
         self._refuse_inside_averaged("reset_average()")
         for param, _ in self._averages():
-            for name in (AVERAGE, PREVIOUS_GRAD):
+            for name in (AVERAGE, PREVIOUS_GRAD, REMAINING):
                 self.state[param].pop(name, None)
+        self._starting = {}
         self._forget_sweeps()
         self._last = []
+
+    def start_averages_at(self, values: Mapping[Tensor, Tensor]) -> None:
+        """Averages of parameters that have none yet start at these values instead of those of their parameters.
+
+        So an average of an earlier optimizer is continued, ``scope="stream"``, while training goes on from the live
+        weights.
+
+        Args:
+            values: for parameters of this optimizer, tensors of their shape.
+
+        Raises:
+            CitFastError: Called inside :meth:`averaged`, a parameter is another's, sharded, or a partition of an
+                engine, or a value does not have its parameter's shape.
+        """
+        self._refuse_inside_averaged("start_averages_at()")
+        name, known = f"{type(self).__name__}.start_averages_at", set(self._parameters())
+        for param, value in values.items():
+            if param not in known or is_sharded(param) or self._given.is_partition(param):
+                raise CitFastError(f"{name}: takes whole parameters of this optimizer, not shards or others'")
+            if value.shape != param.shape:
+                raise CitFastError(
+                    f"{name}: a value has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}"
+                )
+        self._starting.update(values)
 
     def has_averages(self) -> bool:
         """Whether any parameter has an average yet."""
@@ -287,7 +327,8 @@ class AveragingOptimizer(Optimizer):
 
     def _new_average(self, param: Tensor) -> Tensor:
         dtype = torch.float64 if param.dtype == torch.float64 else self.average_dtype
-        return param.detach().to(dtype, copy=True)
+        value = self._starting.pop(param, param)
+        return value.detach().to(param.device, dtype, copy=True)
 
     def _check_parameters(self, params: Iterable[Tensor]) -> None:
         for param in params:
@@ -439,6 +480,8 @@ class AveragingOptimizer(Optimizer):
             partition=self._partition_of(params[0]),
             **more,
         )
+        if self.rule == "paper":
+            sweep.remaining = self._remaining_of(sweep)
         if self.rule == "fixed":
             sweep.check_plain()
             return sweep
@@ -458,6 +501,26 @@ class AveragingOptimizer(Optimizer):
         sweep.remember()
         sweep.check_plain()
         return sweep
+
+    def _remaining_of(self, sweep: Sweep) -> Tensor:
+        """The distances that the last update left, which ``state`` has from then on as views of one tensor."""
+        known = [entry.get(REMAINING) for entry in sweep.entries]
+        if any(each is None for each in known):  # a new average, or one of a state without distances
+            lists = sweep.local_params(), sweep.averages
+            distances = [(p.double() - e.double()).abs().sum() for p, e in zip(*lists, strict=True)]
+            found = torch.stack(distances)[:, None] if distances else torch.zeros(0, 1, dtype=torch.float64)
+            if sweep.over is not None:
+                found = sweep.over.sum_norms([found.to(sweep.params[0].device)])[0]
+            measured = found.flatten().float()
+            counts = [len(measured)] if sweep.partition is not None else [1] * len(known)
+            parts = torch.split(measured, counts)
+            known = [part if each is None else each for each, part in zip(known, parts, strict=True)]
+        device = sweep.params[0].device
+        remaining = torch.cat([torch.as_tensor(each, device=device).reshape(-1).float() for each in known])
+        views = [remaining] if sweep.partition is not None else remaining.unbind()
+        for entry, view in zip(sweep.entries, views, strict=True):
+            entry[REMAINING] = view
+        return remaining
 
     def _owned(self, kept: Tensor) -> bool:
         return is_sharded(kept) or owns_its_memory(kept)

@@ -17,6 +17,7 @@ from cit_fast.ops.balance_ema import (
     BalanceOptions,
     BalanceRule,
     BalanceWeights,
+    Rounding,
     balance_ema_,
     balance_norms_,
     balance_weights,
@@ -25,9 +26,9 @@ from cit_fast.ops.balance_ema import (
 from cit_fast.optim.averaging import AverageOptions, AveragingOptimizer, BalanceSummary
 from cit_fast.optim.engines import is_engine, refuse_partitions, steps_in_backward
 from cit_fast.optim.partitions import Partition
-from cit_fast.optim.saving import AVERAGE_BITS, StateLoading, decode, encode
+from cit_fast.optim.saving import StateLoading, decoded, encode
 from cit_fast.optim.sharding import Reduction
-from cit_fast.optim.sweeps import AVERAGE, PREVIOUS_GRAD, Sweep, unique
+from cit_fast.optim.sweeps import AVERAGE, PREVIOUS_GRAD, REMAINING, Sweep, unique
 
 __all__ = ["BalanceEMA", "BalanceSummary", "find_balance_ema"]
 
@@ -40,7 +41,7 @@ class BalanceEMA(AveragingOptimizer):
 
     After each step of ``optimizer`` the average moves towards the parameters by a weight per tensor that follows
     from the gradients (:func:`cit_fast.ops.balance_ema_`). The average starts as a copy of the parameters before
-    the first step (the authors' code copies after it, which is the same where a warm-up begins at 0). It is a
+    the first step (``start``; the authors' code copies after it, the same where a warm-up begins at 0). It is a
     ``torch.optim.Optimizer`` that shares ``param_groups``, ``state`` and ``defaults`` with the wrapped one, so
     learning-rate schedulers, Accelerate, transformers' Trainer, hooks and checkpoints work as before. The average
     and the previous gradient live in ``state[p]["average"]`` and ``state[p]["previous_grad"]``. Only parameters
@@ -54,10 +55,10 @@ class BalanceEMA(AveragingOptimizer):
 
     Args:
         optimizer: Any ``torch.optim.Optimizer``.
-        rule: ``"released"`` (the authors' code), ``"paper"``, or ``"fixed"`` (classical EMA with ``decay``, stores
-            no gradient).
-        decay: Share of the old average, in [0, 1), for ``fixed`` and where ``paper`` has no usable weight.
-        fallback: Share of the new parameters, in (0, 1], where ``released`` has no usable weight.
+        rule: ``"released"`` (the authors' code), ``"paper"`` (its equation (45)), or ``"fixed"`` (classical EMA with
+            ``decay``, stores no gradient).
+        decay: Share of the old average, in [0, 1), for ``fixed``.
+        fallback: Share of the new parameters, in (0, 1], where the other rules have no usable weight.
         scope: ``"task"``: :meth:`start_task` begins a new average; ``"stream"``: one average lives across tasks.
         average_dtype: ``torch.float32``, or ``torch.bfloat16`` (half the memory; stochastic rounding keeps it from
             standing still). Averages of float64 parameters are float64.
@@ -66,6 +67,10 @@ class BalanceEMA(AveragingOptimizer):
             live in buckets or flat buffers, or that somebody writes to between two steps, are noticed and copied.
             ``"copy"``: always in tensors of their own; for programs that write to old gradients through
             ``grad.data``, which leaves no trace.
+        scale: The constant of ``released``, above 0: 2 in the authors' code, 0.01 in their later toolbox.
+        rounding: How bfloat16 averages are rounded: ``"stochastic"``, or ``"nearest"`` as in the authors' runs, whose
+            averages hardly move for it.
+        start: ``"before"`` the first step, as the paper writes it, or ``"after"`` it, as the authors' code does.
 
     Raises:
         CitFastError: ``optimizer`` is not an optimizer or already averages, or an option is out of range.
@@ -87,8 +92,11 @@ class BalanceEMA(AveragingOptimizer):
         scope: Literal["task", "stream"] = "task",
         average_dtype: torch.dtype = torch.float32,
         keep_gradients: Literal["reference", "copy"] = "reference",
+        scale: float = 2.0,
+        rounding: Rounding = "stochastic",
+        start: Literal["before", "after"] = "before",
     ) -> None:
-        options = AverageOptions(rule, decay, fallback, scope, average_dtype, keep_gradients)
+        options = AverageOptions(rule, decay, fallback, scope, average_dtype, keep_gradients, scale, rounding, start)
         if not isinstance(optimizer, Optimizer) or isinstance(optimizer, AveragingOptimizer):
             raise CitFastError(
                 f"BalanceEMA: optimizer is a {type(optimizer).__name__}; "
@@ -243,13 +251,10 @@ class BalanceEMA(AveragingOptimizer):
         self._check_parameters(stepping)
         # Averages enter ``state`` after the wrapped optimizer's step: many take an empty state as the sign to
         # initialise.
-        self._starts = {
-            param: self._new_average(param)
-            for param in stepping
-            if param not in self.state or AVERAGE not in self.state[param]
-        }
-        for param in self._starts:
+        starting = [param for param in stepping if param not in self.state or AVERAGE not in self.state[param]]
+        for param in starting:
             self._partition_of(param)  # which is refused here, before anything is written
+        self._starts = {} if self.start == "after" else {param: self._new_average(param) for param in starting}
 
     @_disable_dynamo
     @torch.no_grad()
@@ -257,11 +262,12 @@ class BalanceEMA(AveragingOptimizer):
         present = self._present()
         for param in present:
             if AVERAGE not in self.state[param]:
-                self.state[param][AVERAGE] = self._starts.pop(param)
+                start = self._starts.pop(param, None)
+                self.state[param][AVERAGE] = self._new_average(param) if start is None else start
         self._starts = {}
         self._begin_report(present)
         seed = self._next_seed()
-        options: dict[str, Any] = {"rule": self.rule, "decay": self.decay, "fallback": self.fallback}
+        options: dict[str, Any] = {name: getattr(self, name) for name in ("rule", "decay", "fallback", "scale")}
         spread: dict[Reduction | Partition, list[tuple[Sweep, list[Tensor], Tensor, int]]] = {}
         for i, sweep in enumerate(self._sweeps_of(present, also=None)):
             params, grads, previous = self._gradients_of(sweep)
@@ -275,17 +281,19 @@ class BalanceEMA(AveragingOptimizer):
         for over, parts in spread.items():
             summed = over.sum_norms([norms for _, _, norms, _ in parts])
             for (sweep, params, _, sweep_seed), norms in zip(parts, summed, strict=True):
-                weights = balance_weights(norms, **options)
+                weights = balance_weights(norms, **options, remaining=sweep.remaining)
                 alphas = sweep.own(weights.alphas.clone())
-                flush_balance_ema_(params, sweep.averages, alphas, seed=sweep_seed)
+                flush_balance_ema_(params, sweep.averages, alphas, rounding=self.rounding, seed=sweep_seed)
                 self._report(sweep, weights)
 
     def _run(self, sweep: Sweep, lists: tuple[list[Tensor], ...], seed: int) -> BalanceWeights:
         params, averages, grads, previous = lists
         if sweep.takes(grads):
             run = resolve("balance_ema_", params[0].device)
-            options = BalanceOptions(self.rule, self.decay, self.fallback, sweep.copies, seed & 0xFFFFFFFF)
-            weights: BalanceWeights = run(*lists, options)
+            options = BalanceOptions(
+                self.rule, self.decay, self.fallback, self.scale, self.rounding, sweep.copies, seed & 0xFFFFFFFF
+            )
+            weights: BalanceWeights = run(*lists, sweep.remaining, options)
             return weights
         return balance_ema_(
             params,
@@ -295,6 +303,9 @@ class BalanceEMA(AveragingOptimizer):
             rule=self.rule,
             decay=self.decay,
             fallback=self.fallback,
+            scale=self.scale,
+            remaining=sweep.remaining,
+            rounding=self.rounding,
             store_grads=sweep.copies,
             seed=seed,
         )
@@ -363,7 +374,7 @@ class BalanceEMA(AveragingOptimizer):
         torchs = type(inner).__module__.startswith("torch.optim.")
         loading = StateLoading(
             type(self).__name__,
-            {AVERAGE: self.average_dtype, PREVIOUS_GRAD: None},
+            {AVERAGE: self.average_dtype, PREVIOUS_GRAD: None, REMAINING: torch.float32},
             like_parameter=("exp_avg", "exp_avg_sq", "momentum_buffer") if torchs else (),
         )
         self._handles += [
@@ -377,11 +388,13 @@ class BalanceEMA(AveragingOptimizer):
         inner = self.optimizer
         self._attached = True
         for param in unique(self._parameters()):
-            entry = inner.state.get(param, {})
-            if AVERAGE_BITS in entry:
-                entry[AVERAGE] = decode(entry.pop(AVERAGE_BITS), param).to(self.average_dtype)
-            elif AVERAGE in entry and param.dtype != torch.float64:
+            if param not in inner.state:
+                continue
+            entry = inner.state[param] = decoded(inner.state[param], param)
+            if AVERAGE in entry and param.dtype != torch.float64:
                 entry[AVERAGE] = entry[AVERAGE].to(self.average_dtype)
+            if REMAINING in entry:
+                entry[REMAINING] = entry[REMAINING].float()
 
         def closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return args[1] if len(args) > 1 else kwargs.get("closure")

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from cit_fast.errors import CitFastError
 from cit_fast.optim.sharding import is_sharded
-from cit_fast.optim.sweeps import AVERAGE
+from cit_fast.optim.sweeps import AVERAGE, REMAINING
 
-AVERAGE_BITS = "average_bits"
-"""State entry of an attached average in saved states: its bits as numbers of the parameter's 16-bit dtype, flat."""
+AVERAGE_BITS, REMAINING_BITS = "average_bits", "remaining_bits"
+"""State entries of an attached average in saved states: bits as numbers of the parameter's 16-bit dtype, flat."""
 
 
 class StateLoading:
@@ -49,14 +49,12 @@ class StateLoading:
                 others[key] = saved
                 continue
             param = params[place[key]]
-            entry = {**saved, AVERAGE: decode(saved[AVERAGE_BITS], param)} if AVERAGE_BITS in saved else saved
+            entry = decoded(saved, param)
             ours[place[key]] = {name: entry[name] for name in self.dtypes if entry.get(name) is not None}
-            others[key] = {
-                name: value for name, value in entry.items() if name not in self.dtypes and name != AVERAGE_BITS
-            }
+            others[key] = {name: value for name, value in entry.items() if name not in self.dtypes}
             for name, value in entry.items():
                 expected = name in ours[place[key]] or (name in self.like_parameter and isinstance(value, Tensor))
-                if expected and value.shape != param.shape:
+                if expected and name != REMAINING and value.shape != param.shape:
                     raise CitFastError(
                         f"{self.owner}.load_state_dict: {name} of parameter {key} has shape {tuple(value.shape)}, "
                         f"the parameter has {tuple(param.shape)}: this state belongs to another model"
@@ -74,17 +72,30 @@ class StateLoading:
 
 
 def encode(state_dict: dict[str, Any], params: Iterable[Tensor]) -> dict[str, Any]:
-    """The state dict with averages of 16-bit parameters as bits, which a cast to the parameter's dtype leaves alone."""
+    """The state dict with what belongs to averages of 16-bit parameters as bits, which a cast to that dtype leaves."""
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
     encoded = dict(state_dict["state"])
     for key, param in zip(keys, params, strict=True):
-        entry = encoded.get(key, {})
+        entry = dict(encoded.get(key, {}))
         average = entry.get(AVERAGE)
-        if average is None or param.dtype.itemsize != 2 or average.dtype == param.dtype or is_sharded(average):
+        if average is None or param.dtype.itemsize != 2 or is_sharded(average):
             continue
-        rest = {name: value for name, value in entry.items() if name != AVERAGE}
-        encoded[key] = {**rest, AVERAGE_BITS: average.detach().reshape(-1).view(param.dtype)}
+        if average.dtype != param.dtype:
+            entry[AVERAGE_BITS] = entry.pop(AVERAGE).detach().reshape(-1).view(param.dtype)
+        if REMAINING in entry:
+            entry[REMAINING_BITS] = entry.pop(REMAINING).reshape(1).view(param.dtype)
+        encoded[key] = entry
     return {**state_dict, "state": encoded}
+
+
+def decoded(entry: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
+    """An entry of a saved state with what :func:`encode` wrote as bits as it was before."""
+    entry = dict(entry)
+    if AVERAGE_BITS in entry:
+        entry[AVERAGE] = decode(entry.pop(AVERAGE_BITS), param)
+    if REMAINING_BITS in entry:
+        entry[REMAINING] = entry.pop(REMAINING_BITS).view(torch.float32).reshape(())
+    return entry
 
 
 def decode(bits: Tensor, param: Tensor) -> Tensor:

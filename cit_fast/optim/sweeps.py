@@ -22,6 +22,8 @@ from cit_fast.optim.sharding import local, local_gradient
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 AVERAGE, PREVIOUS_GRAD = "average", "previous_grad"
+REMAINING = "remaining"
+"""State entry of ``rule="paper"``: the distance that the last update left between parameter and average."""
 
 
 @dataclass(eq=False)
@@ -37,6 +39,8 @@ class Sweep:
         copies: whether previous gradients have tensors of their own that the op writes (or there are none,
             ``rule="fixed"``); else they are kept by reference. ``previous`` holds them: None where there is none yet.
         sharded: whether any parameter is a DTensor.
+        remaining: [weights of whole parameters], float32, for ``rule="paper"``: ``state[p]["remaining"]`` are its
+            elements.
         partition: whose pieces the only "parameter", a flat tensor of an engine, holds.
         plain: whether the kernels take these tensors as they are, whatever contiguous gradients come. A backend is
             then called without the checks and the dispatcher of the public op, which over a few hundred small tensors
@@ -50,6 +54,7 @@ class Sweep:
     over: Any
     copies: bool
     sharded: bool
+    remaining: Tensor | None = None
     partition: Partition | None = None
     plain: bool = False
     previous: list[Tensor | None] = field(default_factory=list)
@@ -92,6 +97,12 @@ class Sweep:
     def own(self, alphas: Tensor) -> Tensor:
         """This process's share of the weights that follow from the summed norms."""
         return alphas if self.partition is None else self.partition.own(alphas)
+
+    def own_remaining(self) -> Tensor | None:
+        """``remaining`` for the op, which changes it; where norms have yet to be summed, a copy that does not count."""
+        if self.over is None or self.remaining is None:
+            return self.remaining
+        return self.own(self.remaining.clone())
 
     def takes(self, grads: Sequence[Tensor]) -> bool:
         """Whether the kernels take the tensors with these gradients as they are."""

@@ -54,18 +54,20 @@ class Lists:
     rule: str = "released"
     store_grads: bool = True
     alphas: Tensor = field(default_factory=lambda: torch.zeros(0))
+    remaining: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     def on(self, device: str) -> Lists:
         """A copy on another device, or on this one."""
         copies = {each: [t.to(device, copy=True) for t in getattr(self, each)] for each in NAMES}
-        return replace(self, **copies, alphas=self.alphas.to(device, copy=True))
+        own = {each: getattr(self, each).to(device, copy=True) for each in ("alphas", "remaining")}
+        return replace(self, **copies, **own)
 
     def adamw_lists(self) -> tuple[Any, ...]:
         ema = (self.averages, self.previous_grads, self.alphas)
         return (self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, *ema)
 
     def options(self) -> dict[str, Any]:
-        return {"rule": self.rule, "store_grads": self.store_grads}
+        return {"rule": self.rule, "store_grads": self.store_grads, "remaining": self.remaining}
 
     def norms(self) -> Tensor:
         ema = (self.params, self.averages, self.grads, self.previous_grads)
@@ -106,6 +108,7 @@ def make(
             getattr(lists, name).append(value.to(its_dtype).cuda())
     lists.alphas = torch.rand(len(lists.params), generator=generator).cuda()
     lists.alphas[::3] = 0  # nothing pending
+    lists.remaining = torch.full_like(lists.alphas, 2.0)
     return lists
 
 
@@ -144,10 +147,11 @@ def assert_norms(norms: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(norms[finite], expected[finite], rtol=NORM_RTOL, atol=0)
 
 
-def assert_weights(weights: BalanceWeights, lists: Lists) -> None:
-    """The weights are those of the norms."""
+def assert_weights(weights: BalanceWeights, lists: Lists, remaining: Tensor) -> None:
+    """The weights, and what remains of the distances, are those of the norms; ``remaining`` before, on the CPU."""
     assert weights.norms.is_cuda
-    alphas, fallbacks = balance_weight(weights.norms.cpu(), lists.rule, 0.99, 0.01)
+    alphas, fallbacks = balance_weight(weights.norms.cpu(), remaining, BalanceOptions(lists.rule))
+    torch.testing.assert_close(lists.remaining.cpu(), remaining, rtol=2**-22, atol=0, equal_nan=True)
     torch.testing.assert_close(weights.alphas.cpu(), alphas.float(), rtol=2**-23, atol=0)
     assert torch.equal(weights.fallbacks.cpu(), fallbacks)
 
@@ -157,17 +161,18 @@ def check_adamw(lists: Lists, steps: int = 2) -> None:
     for step in range(1, steps + 1):
         expected = lists.on("cpu")
         before = [each.clone() for each in expected.previous_grads]
-        options = BalanceOptions(expected.rule, 0.99, 0.01, expected.store_grads, 40 + step)
+        options = BalanceOptions(expected.rule, store_grads=expected.store_grads, seed=40 + step)
+        remaining = expected.remaining.clone()
         adamw = AdamWOptions(step, 1e-2, *ADAMW["betas"], ADAMW["eps"], ADAMW["weight_decay"])
         *lists_of_step, alphas = expected.adamw_lists()
-        reference.adamw_balance_ema_(AdamWLists(*lists_of_step), alphas, adamw, options)
+        reference.adamw_balance_ema_(AdamWLists(*lists_of_step), alphas, expected.remaining, adamw, options)
         weights = lists.adamw(step, seed=40 + step)
         assert weights.alphas is lists.alphas
         assert_same(lists, expected, params_ulps=2)
         params = [each.cpu() for each in lists.params]  # p - e may be as small as what they are off
         ema = (params, expected.averages, expected.grads, before)
         assert_norms(weights.norms, reference.balance_norms_(*ema, store_grads=False))
-        assert_weights(weights, lists)
+        assert_weights(weights, lists, remaining)
 
 
 def check_ema(lists: Lists) -> None:
@@ -175,12 +180,13 @@ def check_ema(lists: Lists) -> None:
     ema = (expected.params, expected.averages, expected.grads, expected.previous_grads)
     right = reference.balance_norms_(*ema, expected.store_grads)
     norms_alone = lists.on("cuda").norms()
+    remaining = expected.remaining.clone()
     weights = lists.ema(seed=7)
     assert_norms(weights.norms, right)
     assert torch.equal(weights.norms.nan_to_num(), norms_alone.nan_to_num())
-    assert_weights(weights, lists)
+    assert_weights(weights, lists, remaining)
     alphas = weights.alphas.cpu()
-    reference.flush_balance_ema_(expected.params, expected.averages, alphas, 7)
+    reference.flush_balance_ema_(expected.params, expected.averages, alphas, seed=7)
     assert_same(lists, expected)
 
 
@@ -286,7 +292,7 @@ def test_only_empty_tensors() -> None:
 def test_flush(state_dtype: torch.dtype) -> None:
     lists = make(SHAPES, torch.bfloat16, state_dtype)
     expected = lists.on("cpu")
-    reference.flush_balance_ema_(expected.params, expected.averages, expected.alphas, 3)
+    reference.flush_balance_ema_(expected.params, expected.averages, expected.alphas, seed=3)
     lists.flush(seed=3)
     assert_same(lists, expected)
     assert not lists.alphas.any().item()

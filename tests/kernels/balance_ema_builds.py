@@ -32,7 +32,7 @@ STREAMS = {
 }
 TYPES = {
     **dict.fromkeys(("sizes", "streams"), "*i64"),
-    **dict.fromkeys(("slots", "alphas"), "*fp32"),
+    **dict.fromkeys(("slots", "alphas", "remaining"), "*fp32"),
     "chunks": "*i32",
     "norms": "*fp64",
     "fallbacks": "*u8",
@@ -46,6 +46,7 @@ def build(name: str, architecture: int, **options: object) -> tuple[str, str]:
     kernel = getattr(kernels, name)
     options["CHUNK"] = kernels._CHUNK
     if name != "weights_kernel":
+        options.setdefault("NEAREST", False)
         options["LOG_GROUPS"] = kernels._LOG_GROUPS
     signature = {arg: "constexpr" if arg in options else TYPES.get(arg, "fp32") for arg in kernel.arg_names}
     # As the launcher does: memory that torch allocates is aligned.
@@ -113,6 +114,7 @@ class TestKernels:
 @pytest.mark.parametrize("rule", [*RULES, None])
 def test_weights(rule: str | None, architecture: int) -> None:
     options = {"RULE": ABSENT if rule is None else RULES[rule], "LOG_TILE": kernels._LOG_SLOTS}
+    options["HAS_REMAINING"] = rule == "paper"
     _, usage = build("weights_kernel", architecture, **options)
     check(usage, 4)
 

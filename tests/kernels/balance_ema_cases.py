@@ -46,12 +46,20 @@ class Lists:
     exp_avgs: list[Tensor]
     exp_avg_sqs: list[Tensor]
 
+    def __post_init__(self) -> None:
+        self.remaining = torch.full((len(self.params),), 2.0, device=DEVICE)
+
     def copy(self) -> Lists:
-        return Lists(*([tensor.clone() for tensor in getattr(self, field.name)] for field in fields(self)))
+        lists = Lists(*([tensor.clone() for tensor in getattr(self, field.name)] for field in fields(self)))
+        lists.remaining = self.remaining.clone()
+        return lists
 
     def ema(self, which: str = "triton", **options: object):
+        lists = (self.params, self.averages, self.grads, self.previous_grads)
+        if options.get("rule") == "paper":
+            options["remaining"] = self.remaining
         with backend(which):
-            return balance_ema_(self.params, self.averages, self.grads, self.previous_grads, **options)
+            return balance_ema_(*lists, **options)
 
     def adamw(self, alphas: Tensor, which: str = "triton", **options: object):
         x = self
@@ -119,6 +127,35 @@ def test_rules(rule: str) -> None:
     assert weights.alphas[2] == 0
     assert weights.alphas[3] > 0
     assert torch.equal(lists.averages[2], expected.averages[2])
+    torch.testing.assert_close(lists.remaining, expected.remaining, rtol=WEIGHT_RTOL, atol=0, equal_nan=True)
+
+
+def test_scale_and_the_distance_left() -> None:
+    lists = make([(40,), (1031,), (0,)])
+    expected = lists.copy()
+    for which, each in (("triton", lists), ("reference", expected)):
+        for step in range(3):
+            each.grads = make([(40,), (1031,), (0,)], seed=20 + step).grads
+            each.ema(which, rule="paper")
+    assert (lists.remaining[:2] > 0).all()
+    torch.testing.assert_close(lists.remaining, expected.remaining, rtol=8 * WEIGHT_RTOL, atol=0)
+    for e, right in zip(lists.averages, expected.averages, strict=True):
+        torch.testing.assert_close(e, right, rtol=1e-5, atol=1e-6)
+    assert_same_weights(lists.ema(scale=0.01, fallback=0.001), expected.ema("reference", scale=0.01, fallback=0.001))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_averages_rounded_to_the_nearest(fused: bool) -> None:
+    shapes = [(1031,), (40, 16)]
+    lists = make(shapes, state=BF16)
+    alphas = torch.rand(2, device=DEVICE)
+    expected, expected_alphas = lists.copy(), alphas.clone()
+    for which, each, its in (("triton", lists, alphas), ("reference", expected, expected_alphas)):
+        if fused:
+            each.adamw(its, which, rounding="nearest")
+        else:
+            each.flush(its, which, rounding="nearest")
+    assert_same(lists, expected, "averages", "exp_avgs", "exp_avg_sqs")
 
 
 @pytest.mark.parametrize(("dtype", "state"), [(F32, F32), (BF16, F32), (F16, BF16), (BF16, BF16)], ids=str)
@@ -295,7 +332,7 @@ def test_offsets_beyond_2_31() -> None:
     assert sizes[0, 1] == 0
     sizes[0, 1] = -chunk  # now the first program takes the last chunk
     call.layout = call.layout._replace(sizes=sizes, chunks=call.layout.chunks[-1:])
-    call.apply(alphas, 0)
+    call.apply(alphas, "stochastic", 0)
     assert torch.equal(e[-24:], start * 2)
 
 

@@ -27,16 +27,21 @@ class Lists:
     averages: list[Tensor]
     grads: list[Tensor]
     previous_grads: list[Tensor]
+    remaining: Tensor
 
     def copy(self, dtype: torch.dtype | None = None) -> Lists:
-        return Lists(*([(t.to(dtype) if dtype else t).clone() for t in getattr(self, f.name)] for f in fields(self)))
+        lists = [
+            [(t.to(dtype) if dtype else t).clone() for t in getattr(self, field.name)] for field in fields(self)[:4]
+        ]
+        return Lists(*lists, self.remaining.clone())
 
     def run(self, **options: object):
-        return balance_ema_(self.params, self.averages, self.grads, self.previous_grads, **options)
+        lists = (self.params, self.averages, self.grads, self.previous_grads)
+        return balance_ema_(*lists, remaining=self.remaining, **options)
 
     def run_reference(self, **options: Any):
         lists = (self.params, self.averages, self.grads, self.previous_grads)
-        return reference.balance_ema_(*lists, reference.BalanceOptions(**options))
+        return reference.balance_ema_(*lists, self.remaining, reference.BalanceOptions(**options))
 
 
 @dataclass
@@ -56,7 +61,7 @@ class Moments:
         x = self.lists
         return adamw_balance_ema_(
             x.params, x.grads, self.exp_avgs, self.exp_avg_sqs, x.averages, x.previous_grads, self.alphas,
-            step=step, **options,
+            step=step, remaining=x.remaining, **options,
         )  # fmt: skip
 
     def flush(self, **options: object) -> None:
@@ -80,7 +85,7 @@ def make_lists(
     params = [random(shape).to(dtype) for shape in shapes]
     grads = [random(shape).to(grad_dtype or dtype) for shape in shapes]
     previous = [(grad.float() + random(grad.shape)).to(grad.dtype) for grad in grads]
-    # With a = 6 (1 + b) / c: released gives 1/3, paper 5/6.
+    # With a = 6 (1 + b) / c and 5 left of the last step's distance: released gives 1/3, paper 5/6.
     averages = []
     for param, grad, before in zip(params, grads, previous, strict=True):
         offset = random(param.shape).sign()
@@ -88,7 +93,7 @@ def make_lists(
             b, c = grad.double().abs().sum(), (grad.double() - before.double()).abs().sum()
             offset *= (6 * (1 + b) / c / param.numel()).item()
         averages.append(param.float() + offset)
-    return Lists(params, averages, grads, previous)
+    return Lists(params, averages, grads, previous, torch.full((len(params),), 5.0))
 
 
 def make_moments(lists: Lists, state_dtype: torch.dtype = torch.float32) -> Moments:

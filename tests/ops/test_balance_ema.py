@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import doctest
+import math
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -36,7 +37,7 @@ Make = Callable[..., Any]
 
 
 def names(lists: Any) -> list[str]:
-    return [field.name for field in fields(lists)]
+    return [field.name for field in fields(lists) if field.name != "remaining"]
 
 
 def assert_close_to_exact(got: Any, weights: Any, exact: Any, exact_weights: Any, before: Any = None) -> None:
@@ -142,18 +143,69 @@ def test_first_step_with_equal_gradients_falls_back(make: Make, forced: str) -> 
     weights = lists.copy().run(rule="released", fallback=0.125)
     assert weights.alphas.tolist() == [0.125, 0.125]
     assert weights.fallbacks.all()
-    weights = lists.run(rule="paper", decay=0.75)
+    weights = lists.run(rule="paper", fallback=0.25)
     assert weights.alphas.tolist() == [0.25, 0.25]
 
 
-def test_the_two_rules_put_the_same_fraction_on_opposite_sides(forced: str) -> None:
+def test_rules_by_hand(forced: str) -> None:
     # a = 2, b = 3, c = 8: (1 + b) / (a c) = 1/4
     p, e, g, previous = ([torch.tensor([x, y])] for x, y in ((1.0, 1.0), (0.0, 0.0), (1.0, 2.0), (5.0, 6.0)))
     assert balance_norms_(p, e, g, previous, store_grads=False).tolist() == [[2.0, 3.0, 8.0]]
-    assert balance_ema_(p, copy.deepcopy(e), g, copy.deepcopy(previous), rule="released").alphas.item() == 0.5
-    assert balance_ema_(p, copy.deepcopy(e), g, copy.deepcopy(previous), rule="paper").alphas.item() == 0.75
-    assert balance_ema_(p, e, g, previous, rule="fixed", decay=0.875).alphas.item() == 0.125
-    assert e[0].tolist() == [0.125, 0.125]
+
+    def alpha(**options: object) -> float:
+        lists = (p, copy.deepcopy(e), g, copy.deepcopy(previous))
+        weights = balance_ema_(*lists, **options)
+        assert lists[1][0].tolist() == [weights.alphas.item()] * 2
+        return weights.alphas.item()
+
+    assert alpha(rule="released") == 0.5
+    assert alpha(rule="released", scale=1.0) == 0.25
+    assert alpha(rule="released", scale=4.0, fallback=0.125) == 0.125  # 1 is outside
+    assert alpha(rule="fixed", decay=0.875) == 0.125
+    remaining = torch.tensor([3.0])
+    assert alpha(rule="paper", remaining=remaining) == 0.75
+    assert remaining.tolist() == [0.5]  # (1 - alpha) a
+    assert alpha(rule="paper", remaining=remaining) == 0.125
+    assert alpha(rule="paper", remaining=torch.zeros(1), fallback=0.25) == 0.25  # before the first update
+
+
+def test_the_distance_that_remains_is_that_of_the_tensors(make: Make, forced: str) -> None:
+    lists = make(dtype=torch.float32)
+    for rule in BALANCE_RULES:
+        lists.run(rule=rule, store_grads=False)
+        left = torch.stack([(p - e).abs().sum() for p, e in zip(lists.params, lists.averages, strict=True)])
+        rounding = torch.tensor([4.0 * 2**-24 * p.numel() for p in lists.params])  # of each element of an average
+        assert ((lists.remaining - left).abs() <= rounding + 1e-5 * left).all()
+    lists.grads[3][0] = torch.nan  # a tensor that is left out keeps its distance
+    before = lists.remaining[3].item()
+    assert lists.run(rule="paper").alphas[3] == 0
+    assert lists.remaining[3].item() == pytest.approx(before, rel=1e-5)
+    lists.params[3][0] = torch.nan  # one whose distance is not known falls back at its next step
+    lists.run(rule="paper")
+    lists.params[3][0], lists.grads[3][0], lists.previous_grads[3][0] = 1.0, 1.0, 2.0
+    assert lists.run(rule="paper").fallbacks[3]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_bfloat16_averages_to_the_nearest(make: Make, moments: Make, forced: str, threads: int) -> None:
+    # half of the last place of 1 is 2^-8: what is less does not move an average that is rounded to the nearest
+    for offset, expected in ((1.5 * 2**-8, 1 + 2**-7), (0.5 * 2**-8, 1.0)):
+        average = torch.ones(1000, dtype=torch.bfloat16)
+        param = [torch.ones(1000) + offset]
+        balance_ema_(param, [average], param, [], rule="fixed", decay=0.0, rounding="nearest", seed=threads)
+        assert average.float().unique().tolist() == [expected]
+    lists = make([(5000,), (3, 7)])
+    exact = [average.bfloat16() + 0.25 * (p - average.bfloat16().float()) for p, average in zip(
+        lists.params, lists.averages, strict=True)]  # fmt: skip
+    lists.averages = [average.bfloat16() for average in lists.averages]
+    flushed = [average.clone() for average in lists.averages]
+    lists.run(rule="fixed", decay=0.75, rounding="nearest", store_grads=False)
+    flush_balance_ema_(lists.params, flushed, torch.full((2,), 0.25), rounding="nearest")
+    state = moments(make([(5000,), (3, 7)]), torch.bfloat16)
+    state.alphas.fill_(0.25)
+    state.step(1, lr=0.0, weight_decay=0.0, rounding="nearest")
+    for others in (lists.averages, flushed, state.lists.averages):
+        assert all(torch.equal(x, y.bfloat16()) for x, y in zip(others, exact, strict=True))
 
 
 def test_weight_too_small_for_float32_is_not_zero(forced: str) -> None:
@@ -232,10 +284,11 @@ def test_norms_then_weights_then_flush_is_the_whole(make: Make, forced: str, rul
     parts = whole.copy()
     expected = whole.run(rule=rule)
     norms = balance_norms_(parts.params, parts.averages, parts.grads, parts.previous_grads)
-    weights = balance_weights(norms, rule=rule)
+    weights = balance_weights(norms, rule=rule, remaining=parts.remaining)
     assert torch.equal(weights.norms.nan_to_num(7), expected.norms.nan_to_num(7))
     assert torch.equal(weights.alphas, expected.alphas)
     assert torch.equal(weights.fallbacks, expected.fallbacks)
+    assert torch.equal(parts.remaining.nan_to_num(7), whole.remaining.nan_to_num(7))
     flush_balance_ema_(parts.params, parts.averages, weights.alphas)
     for name in names(whole):
         for one, other in zip(getattr(whole, name), getattr(parts, name), strict=True):
@@ -326,6 +379,7 @@ def test_properties(
     # Each tensor is treated alone: the order of the list does not matter.
     for name in names(before):
         setattr(before, name, getattr(before, name)[::-1])
+    before.remaining = before.remaining.flip(0)
     assert torch.equal(before.run(**options).alphas.flip(0), weights.alphas)
 
 
@@ -340,6 +394,11 @@ def put(name: str, index: int, tensor: Tensor | None) -> Callable[[Any], object]
     ("change", "options", "message"),
     [
         (None, {"rule": "best"}, r"balance_ema_: rule='best' is unknown; accepted: released, paper, fixed"),
+        (None, {"rule": "paper", "remaining": None}, r"rule='paper' needs remaining, .* float32 zeros of shape \("),
+        (None, {"scale": 0.0}, r"scale=0.0 must be above 0"),
+        (None, {"scale": math.inf}, r"scale=inf must be above 0 and finite"),
+        (None, {"rounding": "up"}, r"rounding='up' is unknown; accepted: stochastic, nearest"),
+        (None, {"remaining": torch.zeros(1, dtype=torch.float64)}, r"remaining must be contiguous float32"),
         (None, {"decay": 1.0}, r"decay=1.0 must be in \[0, 1\)"),
         (None, {"decay": float("nan")}, "decay=nan"),
         (None, {"decay": -0.1}, "decay=-0.1"),
@@ -360,10 +419,11 @@ def test_bad_input_is_one_clear_line(
     make: Make, change: Callable[[Any], object] | None, options: dict[str, object], message: str
 ) -> None:
     lists = make([(4,), (2, 3)])
-    before = [average.clone() for average in lists.averages]
+    options, before = dict(options), [average.clone() for average in lists.averages]
     averages = list(lists.averages)
     if change is not None:
         change(lists)
+    lists.remaining = options.pop("remaining", lists.remaining)
     with pytest.raises(CitFastError, match=message) as caught:
         lists.run(**options)
     assert "\n" not in str(caught.value)
@@ -407,7 +467,7 @@ def test_expanded_tensors_may_be_read(make: Make) -> None:
 
 def test_native_table_with_a_wrong_number_of_columns() -> None:
     with pytest.raises(ValueError, match="rows of 9 integers"):
-        _native.flush_balance_ema([1, 2, 3], seed=0, threads=1, alphas=0)
+        _native.flush_balance_ema([1, 2, 3], nearest=False, seed=0, threads=1, alphas=0)
     with pytest.raises(ValueError, match="simd level=mmx: unknown"):
         _native.set_simd_level("mmx")
 

@@ -25,13 +25,14 @@ def test_opcheck(make: Make, moments: Make) -> None:
     x, library, opcheck = state.lists, torch.ops.cit_fast, torch.library.opcheck
     arguments = (lists.params, lists.averages, lists.grads, lists.previous_grads)
     opcheck(library.balance_norms_.default, (*arguments, True))
-    opcheck(library.balance_ema_.default, (*arguments, "paper", 0.9, 0.1, True, 3))
+    opcheck(library.balance_ema_.default, (*arguments, lists.remaining, "paper", 0.9, 0.1, 2.0, "nearest", True, 3))
+    opcheck(library.balance_ema_.default, (*arguments, None, "released", 0.9, 0.1, 2.0, "stochastic", True, 3))
     arguments = (
         x.params, x.grads, state.exp_avgs, state.exp_avg_sqs, x.averages, x.previous_grads, state.alphas,
-        1, 0.1, 0.9, 0.99, 1e-8, 0.1, "released", 0.99, 0.01, False, 3,
+        x.remaining, 1, 0.1, 0.9, 0.99, 1e-8, 0.1, "paper", 0.99, 0.01, 2.0, "stochastic", False, 3,
     )  # fmt: skip
     opcheck(library.adamw_balance_ema_.default, arguments)
-    opcheck(library.flush_balance_ema_.default, (x.params, x.averages, state.alphas, 3))
+    opcheck(library.flush_balance_ema_.default, (x.params, x.averages, state.alphas, "nearest", 3))
 
 
 def test_compiles_without_a_graph_break(make: Make, moments: Make) -> None:

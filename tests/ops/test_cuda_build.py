@@ -136,7 +136,7 @@ def test_off_does_not_look_for_a_toolkit(tmp_path: Path) -> None:
 def test_module_loads_and_says_what_it_is() -> None:
     from cit_fast import _native_cuda
 
-    assert (_native_cuda.STREAMS, _native_cuda.SLOT_BYTES, _native_cuda.STEP_BYTES) == (6, 16, 32)
+    assert (_native_cuda.STREAMS, _native_cuda.SLOT_BYTES, _native_cuda.STEP_BYTES) == (6, 16, 36)
     assert _native_cuda.architectures()
     reason = available_backends()["cuda"].reason
     assert f"built for {_native_cuda.architectures()}; never run on a GPU yet: used only when forced" in reason

@@ -31,13 +31,14 @@ def test_equals_the_definition_after_each_step(rule: str, make_inner: Callable[.
     )
     expected = values(plain)  # the average starts as a copy of the parameters before the first step
     previous: list[Tensor] | None = None
+    remaining = torch.zeros(len(expected))
     for step in range(5):
         train(model, optimizer, range(step, step + 1))
         train(plain, inner, range(step, step + 1))
         grads = [p.grad for p in plain.parameters()]
         previous = previous or [grad.clone() for grad in grads]
         weights = reference.balance_ema_(
-            values(plain), expected, grads, previous, reference.BalanceOptions(rule, 0.9, 0.1)
+            values(plain), expected, grads, previous, remaining, reference.BalanceOptions(rule, 0.9, 0.1)
         )
         torch.testing.assert_close(torch.tensor(list(optimizer.balance_weights().values())), weights.alphas)
         torch.testing.assert_close(averages(optimizer), expected)

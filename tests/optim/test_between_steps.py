@@ -142,7 +142,7 @@ def test_a_compiled_step_follows_the_definition(kind: str) -> None:
         grads = [param.grad.double() for param in model.parameters()]
         previous = previous or [grad.clone() for grad in grads]
         weights = reference.balance_ema_(
-            [value.double() for value in values(model)], expected, grads, previous, reference.BalanceOptions()
+            [value.double() for value in values(model)], expected, grads, previous, None, reference.BalanceOptions()
         )
     assert not weights.fallbacks.all()
     assert list(optimizer.balance_weights().values()) == pytest.approx(weights.alphas.tolist(), rel=1e-4)

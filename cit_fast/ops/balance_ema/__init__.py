@@ -18,11 +18,14 @@ from cit_fast.ops.balance_ema import cuda, reference  # noqa: F401 - cuda regist
 from cit_fast.ops.balance_ema.checks import (
     BALANCE_RULES,
     BalanceRule,
+    Rounding,
     adamw_writes,
     check_adamw,
     check_alphas,
     check_lists,
     check_norms,
+    check_remaining,
+    check_rounding,
     check_rule,
 )
 from cit_fast.ops.balance_ema.native import kernels_cannot
@@ -35,6 +38,7 @@ __all__ = [
     "BalanceOptions",
     "BalanceRule",
     "BalanceWeights",
+    "Rounding",
     "adamw_balance_ema_",
     "balance_ema_",
     "balance_norms_",
@@ -55,6 +59,9 @@ def balance_ema_(
     rule: BalanceRule = "released",
     decay: float = 0.99,
     fallback: float = 0.01,
+    scale: float = 2.0,
+    remaining: Tensor | None = None,
+    rounding: Rounding = "stochastic",
     store_grads: bool = True,
     seed: int = 0,
 ) -> BalanceWeights:
@@ -69,16 +76,22 @@ def balance_ema_(
         params: n tensors of any shape; float32, bfloat16 or float16 (float64: reference backend only). All lists
             live on one device.
         averages: n tensors of the same shapes, **changed**. float32 is meant. bfloat16 is written with stochastic
-            rounding, so that it follows in the mean however small the update. float64 and float16 go to the reference
-            backend; a float16 average stops following when the update is below half of its last place.
+            rounding (``rounding``), so that it follows in the mean however small the update. float64 and float16 go to
+            the reference backend; a float16 average stops following when the update is below half of its last place.
         grads: n tensors of the same shapes, any of the four dtypes.
         previous_grads: n tensors of the same shapes, any of the four dtypes, **overwritten** by the gradients. A
             first step is expressed by a copy of the gradients: ``c`` is then 0 and the rule falls back. May be
             ``[]`` for ``rule="fixed"``, which needs none.
-        rule: ``"released"`` (the authors' code): ``alpha = 2 (1 + b) / (a c)``; ``"paper"``:
-            ``alpha = 1 - (1 + b) / (a c)``; ``"fixed"``: ``alpha = 1 - decay``.
-        decay: Share of the old average, in [0, 1), for ``fixed`` and where ``paper``'s fraction is not in (0, 1).
-        fallback: ``alpha``, in (0, 1], where ``released``'s fraction is not in (0, 1).
+        rule: ``"paper"``: ``alpha = a' (1 + b) / (a c)``, equation (45), with ``a'`` from ``remaining``;
+            ``"released"`` (the authors' code): ``alpha = scale (1 + b) / (a c)``; ``"fixed"``: ``alpha = 1 - decay``.
+        decay: Share of the old average, in [0, 1), for ``fixed``.
+        fallback: ``alpha``, in (0, 1], where the fraction of ``paper`` or ``released`` is not in (0, 1).
+        scale: The constant of ``released``, above 0: 2 in the authors' code, 0.01 in their later toolbox (which has
+            ``fallback=0.001``).
+        remaining: [n], float32, **changed**: ``a'``, the distance between each parameter and its average after the
+            last update, 0 before the first; on return that after this one, ``(1 - alpha) a``. ``paper`` needs it.
+        rounding: Of bfloat16 averages: ``"stochastic"``, or ``"nearest"`` as in the authors' runs, with which an
+            average does not move by less than half of its last place.
         store_grads: False reads ``previous_grads`` only. The caller then keeps the gradient tensors themselves for
             the next call, and 4 bytes a parameter are not written.
         seed: Any integer, of which the lowest 32 bits count, for the stochastic rounding of bfloat16 averages:
@@ -100,15 +113,16 @@ def balance_ema_(
     tensor([0.0654])
     """
     op = "balance_ema_"
-    check_rule(op, rule, decay, fallback)
+    check_rule(op, rule, decay, fallback, scale, rounding)
     lists = {"params": params, "averages": averages, "grads": grads, "previous_grads": previous_grads}
     if not any(lists.values()):
         return _nothing()
     written = ("averages", "previous_grads") if store_grads else ("averages",)
     check_lists(op, lists, written=written, previous_optional=rule == "fixed")
+    check_remaining(op, remaining, params, rule)
+    options = BalanceOptions(rule, float(decay), float(fallback), float(scale), rounding, store_grads, seed & _UINT32)
     with torch.no_grad():
-        options = BalanceOptions(rule, float(decay), float(fallback), store_grads, seed & _UINT32)
-        return BalanceWeights(*_balance_ema(*(list(each) for each in lists.values()), *options))
+        return BalanceWeights(*_balance_ema(*(list(each) for each in lists.values()), remaining, *options))
 
 
 def balance_norms_(
@@ -146,26 +160,36 @@ def balance_norms_(
 
 
 def balance_weights(
-    norms: Tensor, *, rule: BalanceRule = "released", decay: float = 0.99, fallback: float = 0.01
+    norms: Tensor,
+    *,
+    rule: BalanceRule = "released",
+    decay: float = 0.99,
+    fallback: float = 0.01,
+    scale: float = 2.0,
+    remaining: Tensor | None = None,
 ) -> BalanceWeights:
     """The weights that follow from the norms, by torch operations where the norms are; no host synchronisation.
 
     Args:
         norms: [n, 3], float64, as :func:`balance_norms_` returns them.
-        rule, decay, fallback: As in :func:`balance_ema_`.
+        rule, decay, fallback, scale: As in :func:`balance_ema_`.
+        remaining: As in :func:`balance_ema_`, [n], **changed**.
 
     Returns:
         ``BalanceWeights(alphas, fallbacks, norms)``, with the ``norms`` that were passed in.
 
     Raises:
-        CitFastError: ``norms`` of another shape or dtype, an option out of range.
+        CitFastError: ``norms`` or ``remaining`` of another shape or dtype, an option out of range.
 
     >>> balance_weights(torch.tensor([[3.0, 1.5, 25.5]], dtype=torch.float64)).alphas
     tensor([0.0654])
     """
-    check_rule("balance_weights", rule, decay, fallback)
-    check_norms("balance_weights", norms)
-    alphas, fallbacks = reference.balance_weight(norms, BalanceOptions(rule, decay, fallback))
+    op = "balance_weights"
+    check_rule(op, rule, decay, fallback, scale)
+    check_norms(op, norms)
+    check_remaining(op, remaining, norms, rule)
+    with torch.no_grad():
+        alphas, fallbacks = reference.balance_weight(norms, remaining, BalanceOptions(rule, decay, fallback, scale))
     return BalanceWeights(alphas.float(), fallbacks, norms)
 
 
@@ -186,6 +210,9 @@ def adamw_balance_ema_(
     rule: BalanceRule = "released",
     decay: float = 0.99,
     fallback: float = 0.01,
+    scale: float = 2.0,
+    remaining: Tensor | None = None,
+    rounding: Rounding = "stochastic",
     store_grads: bool = True,
     seed: int = 0,
 ) -> BalanceWeights:
@@ -201,7 +228,7 @@ def adamw_balance_ema_(
     :func:`balance_weights` into ``alphas``: they are applied at the next call only.
 
     Args:
-        params, grads, averages, previous_grads, rule, decay, fallback, store_grads: As in
+        params, grads, averages, previous_grads, rule, decay, fallback, scale, remaining, rounding, store_grads: As in
             :func:`balance_ema_`; ``params`` are **changed**.
         exp_avgs, exp_avg_sqs: n tensors each, dtypes as for ``averages``, **changed**: the moments of AdamW. The
             parameter is updated with their values before rounding.
@@ -219,18 +246,19 @@ def adamw_balance_ema_(
         CitFastError, BackendError: As in :func:`balance_ema_`.
     """
     op = "adamw_balance_ema_"
-    check_rule(op, rule, decay, fallback)
+    check_rule(op, rule, decay, fallback, scale, rounding)
     check_adamw(op, step, lr, betas, eps, weight_decay)
     lists = AdamWLists(params, grads, exp_avgs, exp_avg_sqs, averages, previous_grads)
     if not any(lists):
         return _nothing()
     check_lists(op, lists._asdict(), written=adamw_writes(store_grads), previous_optional=rule == "fixed")
     check_alphas(op, alphas, params)
+    check_remaining(op, remaining, params, rule)
     beta1, beta2 = (float(beta) for beta in betas)
     adamw = AdamWOptions(int(step), float(lr), beta1, beta2, float(eps), float(weight_decay))
-    options = BalanceOptions(rule, float(decay), float(fallback), store_grads, seed & _UINT32)
+    options = BalanceOptions(rule, float(decay), float(fallback), float(scale), rounding, store_grads, seed & _UINT32)
     with torch.no_grad():
-        fallbacks, norms = _adamw_balance_ema(*(list(each) for each in lists), alphas, *adamw, *options)
+        fallbacks, norms = _adamw_balance_ema(*(list(each) for each in lists), alphas, remaining, *adamw, *options)
     return BalanceWeights(alphas, fallbacks, norms)
 
 
@@ -239,6 +267,7 @@ def flush_balance_ema_(
     averages: Sequence[Tensor],
     alphas: Tensor,
     *,
+    rounding: Rounding = "stochastic",
     seed: int = 0,
 ) -> None:
     """Apply pending average updates, ``averages += alphas (params - averages)``, and set ``alphas`` to 0.
@@ -248,19 +277,20 @@ def flush_balance_ema_(
         averages: n tensors of the same shapes, **changed**.
         alphas: [n], float32, **changed**: the pending weights that :func:`adamw_balance_ema_` left; 0 = nothing
             pending.
-        seed: As in :func:`balance_ema_`.
+        rounding, seed: As in :func:`balance_ema_`.
 
     Raises:
         CitFastError, BackendError: As in :func:`balance_ema_`.
     """
     op = "flush_balance_ema_"
+    check_rounding(op, rounding)
     lists = {"params": params, "averages": averages}
     if not any(lists.values()):
         return
     check_lists(op, lists, written=("averages",))
     check_alphas(op, alphas, params)
     with torch.no_grad():
-        _flush_balance_ema(list(params), list(averages), alphas, seed & _UINT32)
+        _flush_balance_ema(list(params), list(averages), alphas, rounding, seed & _UINT32)
         alphas.zero_()
 
 
@@ -300,7 +330,8 @@ class _ListOp(Generic[Result]):
             return result
         result = self.run(*args)
         for i in self.mutated:
-            torch.autograd.graph.increment_version(args[i])
+            if args[i] is not None:
+                torch.autograd.graph.increment_version(args[i])
         return result
 
 
@@ -312,7 +343,7 @@ def _list_op(name: str, schema: str, mutated: Sequence[int]) -> Callable[[Callab
     return lambda run: _ListOp(name, run, schema, mutated)
 
 
-_RULE = "str rule, float decay, float fallback, bool store_grads, SymInt seed"
+_RULE = "str rule, float decay, float fallback, float scale, str rounding, bool store_grads, SymInt seed"
 
 
 @_list_op(
@@ -340,20 +371,21 @@ def _(params: list[Tensor], *_: Any) -> Tensor:
 
 @_list_op(
     "balance_ema_",
-    f"(Tensor[] params, Tensor(a1!)[] averages, Tensor[] grads, Tensor(a3!)[] previous_grads, {_RULE}) -> "
-    "(Tensor, Tensor, Tensor)",
-    mutated=[1, 3],
+    "(Tensor[] params, Tensor(a1!)[] averages, Tensor[] grads, Tensor(a3!)[] previous_grads, "
+    f"Tensor(a4!)? remaining, {_RULE}) -> (Tensor, Tensor, Tensor)",
+    mutated=[1, 3, 4],
 )
 def _balance_ema(
     params: list[Tensor],
     averages: list[Tensor],
     grads: list[Tensor],
     previous_grads: list[Tensor],
+    remaining: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     lists = (params, averages, grads, previous_grads)
     run = resolve("balance_ema_", params[0].device, cannot=kernels_cannot(averages, *lists))
-    weights = run(*lists, BalanceOptions(*options))
+    weights = run(*lists, remaining, BalanceOptions(*options))
     return weights.alphas.float(), weights.fallbacks, weights.norms
 
 
@@ -366,9 +398,9 @@ def _(params: list[Tensor], *_: Any) -> tuple[Tensor, Tensor, Tensor]:
 @_list_op(
     "adamw_balance_ema_",
     "(Tensor(a0!)[] params, Tensor[] grads, Tensor(a2!)[] exp_avgs, Tensor(a3!)[] exp_avg_sqs, "
-    "Tensor(a4!)[] averages, Tensor(a5!)[] previous_grads, Tensor(a6!) alphas, SymInt step, float lr, float beta1, "
-    f"float beta2, float eps, float weight_decay, {_RULE}) -> (Tensor, Tensor)",
-    mutated=[0, 2, 3, 4, 5, 6],
+    "Tensor(a4!)[] averages, Tensor(a5!)[] previous_grads, Tensor(a6!) alphas, Tensor(a7!)? remaining, SymInt step, "
+    f"float lr, float beta1, float beta2, float eps, float weight_decay, {_RULE}) -> (Tensor, Tensor)",
+    mutated=[0, 2, 3, 4, 5, 6, 7],
 )
 def _adamw_balance_ema(
     params: list[Tensor],
@@ -378,13 +410,14 @@ def _adamw_balance_ema(
     averages: list[Tensor],
     previous_grads: list[Tensor],
     alphas: Tensor,
+    remaining: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
     lists = AdamWLists(params, grads, exp_avgs, exp_avg_sqs, averages, previous_grads)
     cannot = kernels_cannot([*averages, *exp_avgs, *exp_avg_sqs], *lists)
     run = resolve("adamw_balance_ema_", params[0].device, cannot=cannot)
     count = len(AdamWOptions._fields)
-    weights = run(lists, alphas, AdamWOptions(*options[:count]), BalanceOptions(*options[count:]))
+    weights = run(lists, alphas, remaining, AdamWOptions(*options[:count]), BalanceOptions(*options[count:]))
     return weights.fallbacks, weights.norms
 
 
@@ -396,12 +429,12 @@ def _(params: list[Tensor], *arguments: Any) -> tuple[Tensor, Tensor]:
 
 @_list_op(
     "flush_balance_ema_",
-    "(Tensor[] params, Tensor(a1!)[] averages, Tensor alphas, SymInt seed) -> ()",
+    "(Tensor[] params, Tensor(a1!)[] averages, Tensor alphas, str rounding, SymInt seed) -> ()",
     mutated=[1],
 )
-def _flush_balance_ema(params: list[Tensor], averages: list[Tensor], alphas: Tensor, seed: int) -> None:
+def _flush_balance_ema(params: list[Tensor], averages: list[Tensor], alphas: Tensor, rounding: str, seed: int) -> None:
     run = resolve("flush_balance_ema_", params[0].device, cannot=kernels_cannot(averages, params, averages))
-    run(params, averages, alphas, seed)
+    run(params, averages, alphas, rounding, seed)
 
 
 @_flush_balance_ema.op.register_fake

@@ -12,20 +12,32 @@ from torch import Tensor
 from cit_fast.errors import CitFastError
 
 BalanceRule = Literal["released", "paper", "fixed"]
+Rounding = Literal["stochastic", "nearest"]
 BALANCE_RULES: tuple[BalanceRule, ...] = ("released", "paper", "fixed")
 """The rules by name; the position is the number that csrc/cpu/balance_ema/balance_ema.h gives the rule."""
 
 _FLOAT_DTYPES = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
 
 
-def check_rule(op: str, rule: str, decay: float, fallback: float) -> None:
-    """Raise CitFastError that starts with ``op`` unless the three options are as :func:`balance_ema_` says."""
+def check_rule(
+    op: str, rule: str, decay: float, fallback: float, scale: float = 2.0, rounding: str = "stochastic"
+) -> None:
+    """Raise CitFastError that starts with ``op`` unless the options are as :func:`balance_ema_` says."""
     if rule not in BALANCE_RULES:
         raise CitFastError(f"{op}: rule={rule!r} is unknown; accepted: {', '.join(BALANCE_RULES)}")
     if not 0 <= decay < 1:
         raise CitFastError(f"{op}: decay={decay} must be in [0, 1)")
     if not 0 < fallback <= 1:
         raise CitFastError(f"{op}: fallback={fallback} must be in (0, 1]")
+    if not 0 < scale < math.inf:
+        raise CitFastError(f"{op}: scale={scale} must be above 0 and finite")
+    check_rounding(op, rounding)
+
+
+def check_rounding(op: str, rounding: str) -> None:
+    """Raise CitFastError that starts with ``op`` unless averages can be rounded so."""
+    if rounding not in ("stochastic", "nearest"):
+        raise CitFastError(f"{op}: rounding={rounding!r} is unknown; accepted: stochastic, nearest")
 
 
 def check_adamw(op: str, step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
@@ -104,12 +116,28 @@ def _mismatch(tensor: Tensor | None, param: Tensor, device: torch.device | None,
 
 def check_alphas(op: str, alphas: Tensor, params: Sequence[Tensor]) -> None:
     """Raise CitFastError unless ``alphas`` is contiguous float32 with one entry for each parameter."""
-    expected = (len(params),)
-    right = alphas.dtype == torch.float32 and alphas.device == params[0].device and alphas.is_contiguous()
-    if tuple(alphas.shape) != expected or not right:
+    _check_vector(op, "alphas", alphas, params)
+
+
+def check_remaining(op: str, remaining: Tensor | None, tensors: Sequence[Tensor] | Tensor, rule: str) -> None:
+    """Raise CitFastError unless ``remaining`` is as ``alphas``; only ``paper`` needs it."""
+    if remaining is not None:
+        _check_vector(op, "remaining", remaining, tensors)
+    elif rule == "paper":
         raise CitFastError(
-            f"{op}: alphas must be contiguous float32 of shape {expected} on {params[0].device}, not "
-            f"{alphas.dtype} of shape {tuple(alphas.shape)} on {alphas.device}"
+            f"{op}: rule='paper' needs remaining, the distances that the last update left: float32 zeros of shape "
+            f"({len(tensors)},) before the first"
+        )
+
+
+def _check_vector(op: str, name: str, vector: Tensor, tensors: Sequence[Tensor] | Tensor) -> None:
+    expected = (len(tensors),)
+    device = tensors.device if isinstance(tensors, Tensor) else tensors[0].device
+    right = vector.dtype == torch.float32 and vector.device == device and vector.is_contiguous()
+    if tuple(vector.shape) != expected or not right:
+        raise CitFastError(
+            f"{op}: {name} must be contiguous float32 of shape {expected} on {device}, not "
+            f"{vector.dtype} of shape {tuple(vector.shape)} on {vector.device}"
         )
 
 

@@ -34,10 +34,12 @@ from cit_fast.errors import BackendError, CitFastError
 from cit_fast.ops.backends import Backend, available_backends, register
 from cit_fast.ops.balance_ema.checks import (
     BalanceRule,
+    Rounding,
     adamw_writes,
     check_adamw,
     check_alphas,
     check_lists,
+    check_remaining,
     check_rule,
 )
 from cit_fast.ops.balance_ema.native import DTYPES, empty_weights, kernels_cannot, outcome
@@ -69,20 +71,21 @@ def _balance_ema(
     averages: list[Tensor],
     grads: list[Tensor],
     previous_grads: list[Tensor],
+    remaining: Tensor | None,
     options: BalanceOptions,
 ) -> BalanceWeights:
     from cit_fast import _native_cuda
 
-    _check_seed_may_be_frozen("balance_ema_", averages)
+    _check_seed_may_be_frozen("balance_ema_", averages, options.rounding)
     weights = empty_weights(params)
     with _prepared(params, averages, grads, previous_grads) as plan:
-        _native_cuda.balance_ema(**plan.launch, **outcome(weights, options), seed=options.seed)
+        _native_cuda.balance_ema(**plan.launch, **outcome(weights, remaining, options), **_rounding(options))
     return weights
 
 
 @register("adamw_balance_ema_", Backend.CUDA, only_when_forced=True)
 def _adamw_balance_ema(
-    lists: AdamWLists, alphas: Tensor, adamw: AdamWOptions, options: BalanceOptions
+    lists: AdamWLists, alphas: Tensor, remaining: Tensor | None, adamw: AdamWOptions, options: BalanceOptions
 ) -> BalanceWeights:
     from cit_fast import _native_cuda
 
@@ -92,19 +95,25 @@ def _adamw_balance_ema(
             "capture adamw_balance_ema_capturable_, which reads both from device memory"
         )
     weights = empty_weights(lists.params)._replace(alphas=alphas)
-    how = {**outcome(weights, options), **adamw._asdict(), "seed": options.seed}
+    how = {**outcome(weights, remaining, options), **adamw._asdict(), **_rounding(options)}
     with _prepared(*lists.columns) as plan:
         _native_cuda.adamw_balance_ema(**plan.launch, **how)
     return weights
 
 
 @register("flush_balance_ema_", Backend.CUDA, only_when_forced=True)
-def _flush_balance_ema(params: list[Tensor], averages: list[Tensor], alphas: Tensor, seed: int) -> None:
+def _flush_balance_ema(params: list[Tensor], averages: list[Tensor], alphas: Tensor, rounding: str, seed: int) -> None:
     from cit_fast import _native_cuda
 
-    _check_seed_may_be_frozen("flush_balance_ema_", averages)
+    _check_seed_may_be_frozen("flush_balance_ema_", averages, rounding)
     with _prepared(params, averages) as plan:
-        _native_cuda.flush_balance_ema(**plan.launch, alphas=alphas.data_ptr(), seed=seed)
+        _native_cuda.flush_balance_ema(
+            **plan.launch, alphas=alphas.data_ptr(), nearest=rounding == "nearest", seed=seed
+        )
+
+
+def _rounding(options: BalanceOptions) -> dict[str, Any]:
+    return {"nearest": options.rounding == "nearest", "seed": options.seed}
 
 
 @torch.no_grad()
@@ -125,6 +134,9 @@ def adamw_balance_ema_capturable_(
     rule: BalanceRule = "released",
     decay: float = 0.99,
     fallback: float = 0.01,
+    scale: float = 2.0,
+    remaining: Tensor | None = None,
+    rounding: Rounding = "stochastic",
     store_grads: bool = True,
     seed: int = 0,
 ) -> BalanceWeights:
@@ -136,7 +148,8 @@ def adamw_balance_ema_capturable_(
 
     Args:
         params, grads, exp_avgs, exp_avg_sqs, averages, previous_grads, alphas, betas, eps, weight_decay, rule, decay,
-            fallback, store_grads: As in :func:`cit_fast.ops.adamw_balance_ema_`; CUDA tensors.
+            fallback, scale, remaining, rounding, store_grads: As in
+            :func:`cit_fast.ops.adamw_balance_ema_`; CUDA tensors.
         step: One element, float32 or int64, on the same device: 1 for the first step; counted up by the caller,
             ``step += 1`` in the graph.
         lr: One element, float32 or float64, on the same device. Read as it is: not checked.
@@ -147,7 +160,7 @@ def adamw_balance_ema_capturable_(
         BackendError: The CUDA kernels are not available or do not take these tensors.
     """
     op = "adamw_balance_ema_capturable_"
-    check_rule(op, rule, decay, fallback)
+    check_rule(op, rule, decay, fallback, scale, rounding)
     check_adamw(op, 1, 0.0, betas, eps, weight_decay)
     every = AdamWLists(params, grads, exp_avgs, exp_avg_sqs, averages, previous_grads)
     lists: dict[str, Sequence[Tensor]] = every._asdict()
@@ -156,13 +169,14 @@ def adamw_balance_ema_capturable_(
     written = adamw_writes(store_grads)
     check_lists(op, lists, written=written, previous_optional=rule == "fixed")
     check_alphas(op, alphas, params)
+    check_remaining(op, remaining, params, rule)
     _check_scalar(op, "step", step, params[0], (torch.float32, torch.int64))
     _check_scalar(op, "lr", lr, params[0], (torch.float32, torch.float64))
     _check_kernels(op, lists)
     from cit_fast import _native_cuda
 
     # The seed of a step follows from the step count in device memory, so a replayed graph draws other bits each time.
-    options = BalanceOptions(rule, decay, fallback, store_grads, seed & 0xFFFFFFFF)
+    options = BalanceOptions(rule, decay, fallback, scale, rounding, store_grads, seed & 0xFFFFFFFF)
     weights = empty_weights(params)._replace(alphas=alphas)
     prepared = torch.empty(_native_cuda.STEP_BYTES, dtype=torch.uint8, device=params[0].device)
     with _prepared(*every.columns) as plan:
@@ -176,12 +190,13 @@ def adamw_balance_ema_capturable_(
             beta2=betas[1],
             eps=eps,
             weight_decay=weight_decay,
-            seed=options.seed,
+            **_rounding(options),
             device=plan.launch["device"],
             stream=plan.launch["stream"],
         )
-        _native_cuda.adamw_balance_ema(**plan.launch, **outcome(weights, options), step_on_device=prepared.data_ptr())
-    for tensors in (*(lists[name] for name in written), [alphas]):
+        how = outcome(weights, remaining, options)
+        _native_cuda.adamw_balance_ema(**plan.launch, **how, step_on_device=prepared.data_ptr())
+    for tensors in (*(lists[name] for name in written), [alphas, *([] if remaining is None else [remaining])]):
         torch.autograd.graph.increment_version(tensors)
     return weights
 
@@ -285,8 +300,10 @@ def _plan(lists: tuple[Sequence[Tensor], ...], stream: torch.cuda.Stream) -> _Pl
 # Checks
 
 
-def _check_seed_may_be_frozen(op: str, averages: Sequence[Tensor]) -> None:
-    if torch.cuda.is_current_stream_capturing() and any(each.dtype == torch.bfloat16 for each in averages):
+def _check_seed_may_be_frozen(op: str, averages: Sequence[Tensor], rounding: str) -> None:
+    if rounding == "nearest" or not torch.cuda.is_current_stream_capturing():
+        return
+    if any(each.dtype == torch.bfloat16 for each in averages):
         raise CitFastError(
             f"{op}: a CUDA graph would round bfloat16 averages with the same random bits at each replay, and they "
             "would stall; keep them in float32, or capture adamw_balance_ema_capturable_"

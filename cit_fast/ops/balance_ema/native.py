@@ -48,19 +48,26 @@ def _balance_ema(
     averages: list[Tensor],
     grads: list[Tensor],
     previous_grads: list[Tensor],
+    remaining: Tensor | None,
     options: BalanceOptions,
 ) -> BalanceWeights:
     from cit_fast import _native
 
     weights = empty_weights(params)
     table = ema_table(params, averages, grads, previous_grads)
-    _native.balance_ema(table, **outcome(weights, options), seed=options.seed, threads=torch.get_num_threads())
+    _native.balance_ema(
+        table,
+        **outcome(weights, remaining, options),
+        nearest=options.rounding == "nearest",
+        seed=options.seed,
+        threads=torch.get_num_threads(),
+    )
     return weights
 
 
 @register("adamw_balance_ema_", Backend.NATIVE)
 def _adamw_balance_ema(
-    lists: AdamWLists, alphas: Tensor, adamw: AdamWOptions, options: BalanceOptions
+    lists: AdamWLists, alphas: Tensor, remaining: Tensor | None, adamw: AdamWOptions, options: BalanceOptions
 ) -> BalanceWeights:
     from cit_fast import _native
 
@@ -68,7 +75,8 @@ def _adamw_balance_ema(
     _native.adamw_balance_ema(
         ema_table(*lists.columns),
         **adamw._asdict(),
-        **outcome(weights, options),
+        **outcome(weights, remaining, options),
+        nearest=options.rounding == "nearest",
         seed=options.seed,
         threads=torch.get_num_threads(),
     )
@@ -76,11 +84,16 @@ def _adamw_balance_ema(
 
 
 @register("flush_balance_ema_", Backend.NATIVE)
-def _flush_balance_ema(params: list[Tensor], averages: list[Tensor], alphas: Tensor, seed: int) -> None:
+def _flush_balance_ema(params: list[Tensor], averages: list[Tensor], alphas: Tensor, rounding: str, seed: int) -> None:
     from cit_fast import _native
 
-    table = ema_table(params, averages, params, [])
-    _native.flush_balance_ema(table, seed=seed, threads=torch.get_num_threads(), alphas=alphas.data_ptr())
+    _native.flush_balance_ema(
+        ema_table(params, averages, params, []),
+        nearest=rounding == "nearest",
+        seed=seed,
+        threads=torch.get_num_threads(),
+        alphas=alphas.data_ptr(),
+    )
 
 
 # What the kernels of CPU and GPU have in common.
@@ -112,15 +125,17 @@ def empty_weights(params: Sequence[Tensor]) -> BalanceWeights:
     )
 
 
-def outcome(weights: BalanceWeights, options: BalanceOptions) -> dict[str, Any]:
+def outcome(weights: BalanceWeights, remaining: Tensor | None, options: BalanceOptions) -> dict[str, Any]:
     """How a compiled kernel decides the weights, and the addresses to write them to."""
     return {
         "norms": weights.norms.data_ptr(),
         "alphas": weights.alphas.data_ptr(),
         "fallbacks": weights.fallbacks.data_ptr(),
+        "remaining": 0 if remaining is None else remaining.data_ptr(),
         "rule": RULES[options.rule],
         "decay": options.decay,
         "fallback": options.fallback,
+        "scale": options.scale,
         "store_grads": options.store_grads,
     }
 

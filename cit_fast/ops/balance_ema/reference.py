@@ -4,14 +4,19 @@ Source: Qiao et al., ICML 2025 (LCIA), arXiv 2410.10868. Per tensor, with ``p`` 
 ``g`` the gradient:
 
     (1)  a = |p - e|_1      b = |g|_1      c = |g - g_prev|_1          e before its update
-    (2)  released:  alpha = 2 (1 + b) / (a c),    or ``fallback`` when that is not in (0, 1)
-         paper:     alpha = 1 - (1 + b) / (a c),  or ``1 - decay`` when the fraction is not in (0, 1)
+    (2)  alpha, the share of the new parameters, or ``fallback`` where a fraction is not in (0, 1):
+         paper:     alpha = a' (1 + b) / (a c)       the paper's equation (45), which writes beta = 1 - alpha
+         released:  alpha = scale (1 + b) / (a c)    the authors' code, scale = 2
          fixed:     alpha = 1 - decay
     (3)  alpha = 0 (leave the tensor out) when a or b is not finite: the average never takes in a NaN
-    (4)  e <- e + alpha (p - e),   g_prev <- g
+    (4)  e <- e + alpha (p - e),   g_prev <- g,   a' <- (1 - alpha) a
+
+``a' = |p_prev - e|_1`` is the distance that the last update left, with the parameter before its step. (4) moves ``e``
+along the line to ``p``, so a' follows from two numbers of the last step: no pass over the tensors, no memory of them.
 
 State (averages, moments) in bfloat16 is computed in float32 and written by stochastic rounding: up or down with the
 probability that makes the expected value exact, so an update far below the last place still arrives in the mean.
+Averages can be rounded to the nearest instead, as the authors' runs do; they then hardly move.
 """
 
 from __future__ import annotations
@@ -32,9 +37,13 @@ class BalanceOptions(NamedTuple):
     rule: str = "released"
     """Equation (2): ``"released"``, ``"paper"`` or ``"fixed"``."""
     decay: float = 0.99
-    """Share of the old average for ``fixed``, and where ``paper`` gives no usable weight."""
+    """Share of the old average for ``fixed``."""
     fallback: float = 0.01
-    """alpha where ``released`` gives no usable weight."""
+    """alpha where ``released`` or ``paper`` gives no usable weight."""
+    scale: float = 2.0
+    """The constant of ``released``."""
+    rounding: str = "stochastic"
+    """Of bfloat16 averages: ``"stochastic"`` or ``"nearest"``."""
     store_grads: bool = True
     """Whether the gradients overwrite the previous ones."""
     seed: int = 0
@@ -95,13 +104,14 @@ def balance_ema_(
     averages: Sequence[Tensor],
     grads: Sequence[Tensor],
     previous_grads: Sequence[Tensor],
+    remaining: Tensor | None,
     options: BalanceOptions,
 ) -> BalanceWeights:
     """One EMA step, (1) to (4); see :func:`cit_fast.ops.balance_ema_`. float64 averages give float64 weights."""
     norms = balance_norms_(params, averages, grads, previous_grads, options.store_grads)
-    alphas, fallbacks = balance_weight(norms, options)
+    alphas, fallbacks = balance_weight(norms, remaining, options)
     alphas = alphas.to(_compute_dtype(averages[0]))
-    flush_balance_ema_(params, averages, alphas, options.seed)
+    flush_balance_ema_(params, averages, alphas, options.rounding, options.seed)
     return BalanceWeights(alphas, fallbacks, norms)
 
 
@@ -129,44 +139,59 @@ def balance_norms_(
     return torch.stack(norms)
 
 
-def balance_weight(norms: Tensor, options: BalanceOptions) -> tuple[Tensor, Tensor]:
-    """Equations (2) and (3) for norms [tensors, 3]: (alpha [tensors], whether it is the fallback [tensors])."""
-    rule, decay, fallback, *_ = options
+def balance_weight(norms: Tensor, remaining: Tensor | None, options: BalanceOptions) -> tuple[Tensor, Tensor]:
+    """Equations (2) and (3) for norms [tensors, 3]: (alpha [tensors], whether it is the fallback [tensors]).
+
+    ``remaining`` [tensors] is a' on entry and by (4) the next one on return; only ``paper`` reads it.
+    """
     distance, gradient, change = norms.unbind(1)
-    if rule == "fixed":
-        alpha = torch.full_like(distance, 1 - decay)
+    if options.rule == "fixed":
+        alpha = torch.full_like(distance, 1 - options.decay)
         fell_back = torch.zeros_like(distance, dtype=torch.bool)
     else:
-        numerator = 2 * (1 + gradient) if rule == "released" else 1 + gradient
-        weight = numerator / (distance * change)
-        fell_back = ~((weight > 0) & (weight < 1))  # also where it is not a number
-        alpha = weight.masked_fill(fell_back, fallback if rule == "released" else decay)
-        alpha = alpha if rule == "released" else 1 - alpha
+        assert remaining is not None or options.rule == "released"  # noqa: S101 - the public functions ask for it
+        factor = remaining.to(norms.dtype) if options.rule == "paper" and remaining is not None else options.scale
+        alpha = factor * (1 + gradient) / (distance * change)
+        fell_back = ~((alpha > 0) & (alpha < 1))  # also where it is not a number
+        alpha = alpha.masked_fill(fell_back, options.fallback)
         alpha = alpha.clamp_min(torch.finfo(torch.float32).tiny)  # 0 is reserved for (3)
     finite = torch.isfinite(distance) & torch.isfinite(gradient)
-    return torch.where(finite, alpha, 0.0), fell_back & finite
+    alpha = torch.where(finite, alpha, 0.0)
+    if remaining is not None:
+        remaining.copy_((1 - alpha.float().double()) * distance)
+    return alpha, fell_back & finite
 
 
 @register("flush_balance_ema_", Backend.REFERENCE)
-def flush_balance_ema_(params: Sequence[Tensor], averages: Sequence[Tensor], alphas: Tensor, seed: int = 0) -> None:
+def flush_balance_ema_(
+    params: Sequence[Tensor],
+    averages: Sequence[Tensor],
+    alphas: Tensor,
+    rounding: str = "stochastic",
+    seed: int = 0,
+) -> None:
     """Equation (4) for the averages, with ``alphas`` [tensors]."""
     for i, (param, average, alpha) in enumerate(zip(params, averages, alphas, strict=True)):
         dtype = _compute_dtype(average)
         e, weight = average.to(dtype), alpha.to(dtype)
         moved = e + weight * (param.to(dtype) - e)
-        _write(average, torch.where(weight == 0, e, moved), seed, i, stream=0)
+        moved = torch.where(weight == 0, e, moved)
+        if rounding == "nearest":
+            average.copy_(moved)
+        else:
+            _write(average, moved, seed, i, stream=0)
 
 
 @register("adamw_balance_ema_", Backend.REFERENCE)
 def adamw_balance_ema_(
-    lists: AdamWLists, alphas: Tensor, adamw: AdamWOptions, options: BalanceOptions
+    lists: AdamWLists, alphas: Tensor, remaining: Tensor | None, adamw: AdamWOptions, options: BalanceOptions
 ) -> BalanceWeights:
     """Pending (4), then AdamW (Loshchilov and Hutter, 2019, algorithm 2), then (1) to (3); ``alphas`` is replaced.
 
     An element whose gradient is not finite keeps its parameter and moments.
     """
     params, grads, exp_avgs, exp_avg_sqs, averages, previous_grads = lists
-    flush_balance_ema_(params, averages, alphas, options.seed)
+    flush_balance_ema_(params, averages, alphas, options.rounding, options.seed)
     step, lr, beta1, beta2, eps, weight_decay = adamw
     root_scale = 1 / math.sqrt(1 - beta2**step)
     step_size = lr / (1 - beta1**step)
@@ -182,7 +207,7 @@ def adamw_balance_ema_(
         _write(exp_avg, torch.where(finite, new_m, m), options.seed, i, stream=1)
         _write(exp_avg_sq, torch.where(finite, new_v, v), options.seed, i, stream=2)
     norms = balance_norms_(params, averages, grads, previous_grads, options.store_grads)
-    weights, fallbacks = balance_weight(norms, options)
+    weights, fallbacks = balance_weight(norms, remaining, options)
     alphas.copy_(weights)
     return BalanceWeights(alphas, fallbacks, norms)
 

@@ -108,9 +108,10 @@ void finish_pieces(const Tasks& tasks, const std::vector<Norms>& partial, const 
   }
 }
 
-RoundingKeys rounding_keys(std::uint32_t seed, std::int64_t tensor) {
+RoundingKeys rounding_keys(const SweepOptions& sweep, std::int64_t tensor) {
   const auto index = static_cast<std::uint32_t>(tensor);
-  return {rounding_key(seed, index, 0), rounding_key(seed, index, 1), rounding_key(seed, index, 2)};
+  return {rounding_key(sweep.seed, index, 0), rounding_key(sweep.seed, index, 1), rounding_key(sweep.seed, index, 2),
+          sweep.nearest};
 }
 
 void store_norms(double* target, std::int64_t tensor, const Norms& norms) {
@@ -120,9 +121,7 @@ void store_norms(double* target, std::int64_t tensor, const Norms& norms) {
 }
 
 void store_weight(const Results& results, std::int64_t tensor, const Norms& norms, const RuleOptions& rule) {
-  const Weight weight = balance_weight(norms, rule);
-  results.alphas[tensor] = weight.alpha;
-  results.fallbacks[tensor] = weight.fallback;
+  store_balance_weight(norms, rule, tensor, results.alphas, results.fallbacks, results.remaining);
   store_norms(results.norms, tensor, norms);
 }
 
@@ -174,7 +173,7 @@ void balance_ema(const std::vector<EmaTensor>& tensors, const RuleOptions& rule,
   const auto apply = [&](const Task& task) {
     const float alpha = results.alphas[task.tensor];
     if (alpha == 0.0f) return;
-    run.apply(tensors[task.tensor], rounding_keys(sweep.seed, task.tensor), alpha, task.begin, task.count);
+    run.apply(tensors[task.tensor], rounding_keys(sweep, task.tensor), alpha, task.begin, task.count);
   };
   for_each_batch(tasks, kBatch, [&](const Tasks& batch) {
     sum_norms(
@@ -199,7 +198,7 @@ void adamw_balance_ema(const std::vector<AdamWTensor>& tensors, const AdamWOptio
   std::vector<Norms> partial(tasks.size());
   parallel_for(static_cast<std::int64_t>(tasks.size()), sweep.threads, [&](std::int64_t k) {
     const Task& task = tasks[k];
-    partial[k] = run.adamw(tensors[task.tensor], step, rounding_keys(sweep.seed, task.tensor),
+    partial[k] = run.adamw(tensors[task.tensor], step, rounding_keys(sweep, task.tensor),
                            results.alphas[task.tensor], sweep.store_grads, task.begin, task.count);
     if (task.whole) store_weight(results, task.tensor, partial[k], rule);
   });
@@ -214,7 +213,7 @@ void flush_balance_ema(const std::vector<EmaTensor>& tensors, const SweepOptions
     const Task& task = tasks[k];
     const float alpha = alphas[task.tensor];
     if (alpha == 0.0f) return;
-    run.apply(tensors[task.tensor], rounding_keys(sweep.seed, task.tensor), alpha, task.begin, task.count);
+    run.apply(tensors[task.tensor], rounding_keys(sweep, task.tensor), alpha, task.begin, task.count);
   });
 }
 

@@ -1,8 +1,8 @@
 // Exponential moving average of parameters with a weight per tensor that follows from the gradients (LCIA).
 //
 //   a = |p - e|_1,  b = |g|_1,  c = |g - g_prev|_1          per tensor, e before its update
-//   alpha = released: 2 (1 + b) / (a c)    paper: 1 - (1 + b) / (a c)    fixed: 1 - decay
-//   e <- e + alpha (p - e),  g_prev <- g
+//   alpha = paper: a' (1 + b) / (a c)    released: scale (1 + b) / (a c)    fixed: 1 - decay
+//   e <- e + alpha (p - e),  g_prev <- g,  a' <- (1 - alpha) a
 //
 // The definition that this is tested against is cit_fast/ops/balance_ema/reference.py. Sums: 16 float lanes over each
 // chunk of 16 Ki elements of a tensor, then double over the chunks in order, so the number of threads never changes a
@@ -21,8 +21,9 @@ enum class Rule : std::int64_t { kReleased = 0, kPaper = 1, kFixed = 2 };
 
 struct RuleOptions {
   Rule rule;
-  double decay;     // beta of `fixed`, and what `paper` falls back to
-  double fallback;  // alpha that `released` falls back to
+  double decay;     // beta of `fixed`
+  double fallback;  // alpha where `paper` and `released` give none in (0, 1)
+  double scale;     // of `released`
 };
 
 struct EmaTensor {
@@ -47,6 +48,7 @@ struct AdamWOptions {
 // How to treat memory and threads.
 struct SweepOptions {
   bool store_grads;    // previous_grad <- grad; otherwise previous_grad is only read
+  bool nearest;        // round bfloat16 averages to the nearest, not stochastically
   std::uint32_t seed;  // for stochastic rounding of bfloat16 state
   int threads;
 };
@@ -56,6 +58,7 @@ struct Results {
   float* alphas;    // 0 where a tensor was left out because p or g held a value that is not finite
   bool* fallbacks;  // the rule gave no usable weight
   double* norms;    // a, b, c of each tensor
+  float* remaining;  // a' of each tensor, of the last step on entry and of this one on return; null: not wanted
 };
 
 void balance_norms(const std::vector<EmaTensor>& tensors, const SweepOptions& sweep, double* norms);

@@ -71,15 +71,22 @@ Norms norms(const EmaTensor& tensor, bool store_grads, int64_t begin, int64_t co
                 : norms_for<false>(tensor, store_grads, begin, count);
 }
 
+// Stores an average and returns what is stored.
+template <bool kFloat, class Lanes>
+CIT_INLINE F32x16 store_average(const Stream<kFloat>& e, int64_t i, const F32x16& value, const RoundingKeys& keys,
+                                Lanes lanes) {
+  return kFloat || keys.nearest ? e.store_at(i, value, lanes) : e.store_state_at(i, value, keys.average, lanes);
+}
+
 template <bool kFloat>
 void apply_for(const EmaTensor& tensor, const RoundingKeys& keys, float alpha, int64_t begin, int64_t count) {
   const Stream<kFloat> p(tensor.param), e(tensor.average);
   const F32x16 weight = splat(alpha);
-  const uint32_t key = keys.average;
+  const RoundingKeys own = keys;
   for_each_vector(begin, count, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
     prefetch(i, p, e);
     const F32x16 average = e.load_at(i, lanes);
-    e.store_state_at(i, average + weight * (p.load_at(i, lanes) - average), key, lanes);
+    store_average(e, i, average + weight * (p.load_at(i, lanes) - average), own, lanes);
   });
 }
 
@@ -134,7 +141,7 @@ Norms adamw_of(const Sweep& sweep) {
     v.store_state_at(i, x.v, keys.exp_avg_sq, lanes);
     // The norms are those of the values as they are stored.
     x.p = p.store_at(i, x.p, lanes);
-    if (kPending) x.e = e.store_state_at(i, x.e, keys.average, lanes);
+    if (kPending) x.e = store_average(e, i, x.e, keys, lanes);
     add_norms<kPrevious>(x.p, x.e, grad, previous, i, lanes, sums);
   });
   return sums.total();

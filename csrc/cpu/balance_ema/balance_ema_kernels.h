@@ -30,6 +30,7 @@ struct AdamWStep {
 // Of one tensor, for the stochastic rounding of its bfloat16 state.
 struct RoundingKeys {
   uint32_t average, exp_avg, exp_avg_sq;
+  bool nearest;  // the average is rounded to the nearest instead
 };
 
 struct BalanceEmaKernels {

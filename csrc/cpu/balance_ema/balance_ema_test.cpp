@@ -77,30 +77,33 @@ struct Sample {
         exp_avg_sq(std::vector<float>(count, 0.5f), dtypes.state),
         alphas(1, 0.25f),
         norms(3),
+        remaining(1, 40.0f),
         fallbacks(std::make_unique<bool[]>(1)) {}
 
   cit::EmaTensor ema() {
     return {static_cast<std::int64_t>(p.size()), param.array(), average.array(), grad.array(), previous_grad.array()};
   }
   cit::AdamWTensor adamw() { return {ema(), exp_avg.array(), exp_avg_sq.array()}; }
-  cit::Results results() { return {alphas.data(), fallbacks.get(), norms.data()}; }
+  cit::Results results() { return {alphas.data(), fallbacks.get(), norms.data(), remaining.data()}; }
   bool same_bits(const Sample& other) const {
     return param.same_bits(other.param) && average.same_bits(other.average) &&
            previous_grad.same_bits(other.previous_grad) && exp_avg.same_bits(other.exp_avg) &&
-           exp_avg_sq.same_bits(other.exp_avg_sq) && alphas == other.alphas && norms == other.norms;
+           exp_avg_sq.same_bits(other.exp_avg_sq) && alphas == other.alphas && norms == other.norms &&
+           remaining == other.remaining;
   }
 
   std::vector<float> p, e, g, previous;
   Buffer param, average, grad, previous_grad, exp_avg, exp_avg_sq;
   std::vector<float> alphas;
   std::vector<double> norms;
+  std::vector<float> remaining;
   std::unique_ptr<bool[]> fallbacks;
 };
 
-const cit::RuleOptions kPaper{cit::Rule::kPaper, 0.99, 0.01};
+const cit::RuleOptions kPaper{cit::Rule::kPaper, 0.99, 0.01, 2.0};
 
-cit::SweepOptions threads(int count, bool store_grads = true) {
-  return {store_grads, 7u, count};
+cit::SweepOptions threads(int count, bool store_grads = true, bool nearest = false) {
+  return {store_grads, nearest, 7u, count};
 }
 
 void test_balance_ema(std::size_t count, const Dtypes& dtypes, const std::string& name) {
@@ -118,9 +121,10 @@ void test_balance_ema(std::size_t count, const Dtypes& dtypes, const std::string
     b += std::fabs(one.g[i]);
     c += std::fabs(one.g[i] - one.previous[i]);
   }
-  const double beta = (1.0 + b) / (a * c);
-  const double expected = beta > 0.0 && beta < 1.0 ? 1.0 - beta : 0.01;
+  const double fraction = 40.0 * (1.0 + b) / (a * c);
+  const double expected = fraction > 0.0 && fraction < 1.0 ? fraction : 0.01;
   check(std::fabs(one.alphas[0] - expected) < 1e-6, name + ": wrong weight");
+  check(std::fabs(one.remaining[0] - (1.0 - expected) * a) <= 1e-6 * (1.0 + a), name + ": wrong distance left");
   if (dtypes.state != DType::kFloat32) return;  // rounded at random: tested from Python
   for (std::size_t i = 0; i < count; ++i) {
     const double moved = one.e[i] + expected * (one.p[i] - one.e[i]);
@@ -132,8 +136,9 @@ void test_adamw(std::size_t count, const Dtypes& dtypes, const std::string& name
   Sample one(count, dtypes), three(count, dtypes);
   const cit::AdamWOptions options{3, 1e-3, 0.9, 0.999, 0.0, 0.01};
   for (const bool store_grads : {true, false}) {
-    cit::adamw_balance_ema({one.adamw()}, options, kPaper, threads(1, store_grads), one.results());
-    cit::adamw_balance_ema({three.adamw()}, options, kPaper, threads(3, store_grads), three.results());
+    const bool nearest = store_grads;
+    cit::adamw_balance_ema({one.adamw()}, options, kPaper, threads(1, store_grads, nearest), one.results());
+    cit::adamw_balance_ema({three.adamw()}, options, kPaper, threads(3, store_grads, nearest), three.results());
   }
   for (const float alpha : one.alphas) check(alpha > 0.0f && alpha <= 1.0f, name + ": AdamW weight out of range");
   cit::flush_balance_ema({one.ema()}, threads(1), one.alphas.data());
@@ -142,7 +147,7 @@ void test_adamw(std::size_t count, const Dtypes& dtypes, const std::string& name
 }
 
 void test_without_previous_gradients() {
-  const cit::RuleOptions fixed{cit::Rule::kFixed, 0.75, 0.01};
+  const cit::RuleOptions fixed{cit::Rule::kFixed, 0.75, 0.01, 2.0};
   Sample sample(1030, {DType::kFloat32, DType::kBFloat16, DType::kFloat32});
   cit::AdamWTensor tensor = sample.adamw();
   tensor.ema.previous_grad = {};

@@ -57,9 +57,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   adamw_of_block(block, lists, slots, outcome, step, on_device);
 }
 
-__global__ void __launch_bounds__(kThreads, 4) apply_kernel(Lists lists, const float* alphas, std::uint32_t seed) {
+__global__ void __launch_bounds__(kThreads, 4) apply_kernel(Lists lists, const float* alphas, Rounding rounding) {
   DeviceBlock block{true};
-  apply_of_block(block, lists, alphas, seed);
+  apply_of_block(block, lists, alphas, rounding);
 }
 
 // As many as fit the arguments of a launch: 4 KiB, and 32 KiB since CUDA 12.1.
@@ -80,11 +80,12 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void step_kernel(AdamW adamw, const void* step, bool step_is_float, const void* lr, bool lr_is_float,
-                            std::uint32_t seed, Step* target) {
+                            Rounding rounding, Step* target) {
   const auto at = step_is_float ? static_cast<std::int64_t>(*static_cast<const float*>(step))
                                 : *static_cast<const std::int64_t*>(step);
   const double rate = lr_is_float ? *static_cast<const float*>(lr) : *static_cast<const double*>(lr);
-  *target = make_step(adamw, static_cast<double>(at), rate, seed + static_cast<std::uint32_t>(at));
+  rounding.seed += static_cast<std::uint32_t>(at);
+  *target = make_step(adamw, static_cast<double>(at), rate, rounding);
 }
 
 void check(cudaError_t error) {
@@ -119,23 +120,23 @@ void balance_norms(const Launch& launch, const Outcome& outcome) {
   start(norms_kernel, launch, static_cast<Slot*>(launch.slots), outcome);
 }
 
-void balance_ema(const Launch& launch, const Outcome& outcome, std::uint32_t seed) {
+void balance_ema(const Launch& launch, const Outcome& outcome, const Rounding& rounding) {
   balance_norms(launch, outcome);
-  flush_balance_ema(launch, outcome.alphas, seed);
+  flush_balance_ema(launch, outcome.alphas, rounding);
 }
 
-void flush_balance_ema(const Launch& launch, const float* alphas, std::uint32_t seed) {
-  start(apply_kernel, launch, alphas, seed);
+void flush_balance_ema(const Launch& launch, const float* alphas, const Rounding& rounding) {
+  start(apply_kernel, launch, alphas, rounding);
 }
 
-Step step_on_host(const AdamW& adamw, std::int64_t step, double lr, std::uint32_t seed) {
-  return make_step(adamw, static_cast<double>(step), lr, seed);
+Step step_on_host(const AdamW& adamw, std::int64_t step, double lr, const Rounding& rounding) {
+  return make_step(adamw, static_cast<double>(step), lr, rounding);
 }
 
 void step_on_device(const AdamW& adamw, const void* step, bool step_is_float, const void* lr, bool lr_is_float,
-                    std::uint32_t seed, Step* target, int device, CUstream_st* stream) {
+                    const Rounding& rounding, Step* target, int device, CUstream_st* stream) {
   check(cudaSetDevice(device));
-  step_kernel<<<1, 1, 0, stream>>>(adamw, step, step_is_float, lr, lr_is_float, seed, target);
+  step_kernel<<<1, 1, 0, stream>>>(adamw, step, step_is_float, lr, lr_is_float, rounding, target);
   check(cudaGetLastError());
 }
 

@@ -31,8 +31,15 @@ struct Outcome {
   double* norms;  // [tensors, 3]
   float* alphas;
   bool* fallbacks;
+  float* remaining;  // [tensors]: a' of balance_weight.h, or null
   RuleOptions rule;
   bool store_grads;  // previous_grad <- grad
+};
+
+// How bfloat16 state is rounded: stochastically, averages to the nearest if `nearest`.
+struct Rounding {
+  std::uint32_t seed;
+  bool nearest;
 };
 
 struct AdamW {
@@ -48,7 +55,7 @@ struct Step {
   float root_scale;  // 1 / sqrt(1 - beta2^step)
   float eps;
   float step_size;  // lr / (1 - beta1^step)
-  std::uint32_t seed;
+  Rounding rounding;
 };
 
 // Writes words[0 .. count) to `target` in device memory. They travel as arguments of launches: no staging memory to
@@ -58,16 +65,16 @@ void upload(std::int64_t* target, const std::int64_t* words, std::int64_t count,
 void balance_norms(const Launch& launch, const Outcome& outcome);
 
 // norms.alphas is not null. Moves the averages.
-void balance_ema(const Launch& launch, const Outcome& outcome, std::uint32_t seed);
+void balance_ema(const Launch& launch, const Outcome& outcome, const Rounding& rounding);
 
-void flush_balance_ema(const Launch& launch, const float* alphas, std::uint32_t seed);
+void flush_balance_ema(const Launch& launch, const float* alphas, const Rounding& rounding);
 
-Step step_on_host(const AdamW& adamw, std::int64_t step, double lr, std::uint32_t seed);
+Step step_on_host(const AdamW& adamw, std::int64_t step, double lr, const Rounding& rounding);
 
 // Step count and learning rate from device memory, for a graph that is replayed at other steps: `target` becomes the
 // Step with seed + step. `step` is float or int64, `lr` float or double.
 void step_on_device(const AdamW& adamw, const void* step, bool step_is_float, const void* lr, bool lr_is_float,
-                    std::uint32_t seed, Step* target, int device, CUstream_st* stream);
+                    const Rounding& rounding, Step* target, int device, CUstream_st* stream);
 
 // outcome.alphas holds the pending weights on entry and the new ones on return. `on_device`, when not null, is used
 // instead of `step`.

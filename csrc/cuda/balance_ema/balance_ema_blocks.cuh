@@ -91,9 +91,7 @@ CIT_HOST_DEVICE inline void finish_tensor(const Outcome& outcome, std::int64_t t
   outcome.norms[3 * tensor + 1] = norms.gradient;
   outcome.norms[3 * tensor + 2] = norms.gradient_change;
   if (outcome.alphas == nullptr) return;
-  const Weight weight = balance_weight(norms, outcome.rule);
-  outcome.alphas[tensor] = weight.alpha;
-  outcome.fallbacks[tensor] = weight.fallback;
+  store_balance_weight(norms, outcome.rule, tensor, outcome.alphas, outcome.fallbacks, outcome.remaining);
 }
 
 // Whichever block is the last of a tensor to get here adds up the pieces, always in the same order, and so finishes the
@@ -143,7 +141,7 @@ template <class Block>
 CIT_HOST_DEVICE void norms_of_block(Block& block, const Lists& lists, Slot* slots, const Outcome& outcome) {
   const Work work = find_work(lists, block.index());
   Tensor& tensor = block.scratch().tensor;
-  if (block.thread() == 0) tensor = open_tensor(lists, work.shape, work.tensor, 0);
+  if (block.thread() == 0) tensor = open_tensor(lists, work.shape, work.tensor, {});
   block.sync();
   sweep_work(block, work, slots, outcome,
              [&](const Span& span) { return norms_of_span(tensor, outcome.store_grads, span); });
@@ -162,7 +160,7 @@ CIT_HOST_DEVICE void adamw_of_block(Block& block, const Lists& lists, Slot* slot
     } else {
       step = by_value;
     }
-    tensor = open_tensor(lists, work.shape, work.tensor, step.seed);
+    tensor = open_tensor(lists, work.shape, work.tensor, step.rounding);
   }
   block.sync();
   // Every thread has read the pending weight before the tensor is finished: the sums come in between.
@@ -173,9 +171,9 @@ CIT_HOST_DEVICE void adamw_of_block(Block& block, const Lists& lists, Slot* slot
 
 #pragma nv_exec_check_disable  // the functions of a Block are for one side only
 template <class Block>
-CIT_HOST_DEVICE void apply_of_block(Block& block, const Lists& lists, const float* alphas, std::uint32_t seed) {
+CIT_HOST_DEVICE void apply_of_block(Block& block, const Lists& lists, const float* alphas, const Rounding& rounding) {
   const Work work = find_work(lists, block.index());
-  const Tensor tensor = open_tensor(lists, work.shape, work.tensor, seed);
+  const Tensor tensor = open_tensor(lists, work.shape, work.tensor, rounding);
   const float alpha = alphas[work.tensor];
   if (alpha != 0.0f) apply_to_span(tensor, alpha, span_of(work, block.thread()));
 }

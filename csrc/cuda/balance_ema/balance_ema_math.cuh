@@ -13,9 +13,11 @@ namespace cit::gpu {
 struct Tensor {
   Elements streams[kStreams];
   std::uint32_t key[3];  // of the rounding of average, exp_avg and exp_avg_sq
+  bool nearest;          // the average is rounded to the nearest instead
 };
 
-CIT_HOST_DEVICE inline Tensor open_tensor(const Lists& lists, const Shape& shape, std::int64_t i, std::uint32_t seed) {
+CIT_HOST_DEVICE inline Tensor open_tensor(const Lists& lists, const Shape& shape, std::int64_t i,
+                                          const Rounding& rounding) {
   Tensor tensor;
 #pragma unroll
   for (int s = 0; s < kStreams; ++s) {
@@ -23,7 +25,8 @@ CIT_HOST_DEVICE inline Tensor open_tensor(const Lists& lists, const Shape& shape
                          static_cast<int>(shape.dtypes >> (8 * s) & 0xff)};
   }
 #pragma unroll
-  for (int s = 0; s < 3; ++s) tensor.key[s] = rounding_key(seed, i, s);
+  for (int s = 0; s < 3; ++s) tensor.key[s] = rounding_key(rounding.seed, i, s);
+  tensor.nearest = rounding.nearest;
   return tensor;
 }
 
@@ -94,7 +97,7 @@ CIT_HOST_DEVICE inline Group move_average(const Tensor& tensor, float alpha, std
 #pragma unroll
   for (int k = 0; k < kGroup; ++k) e[k] = e[k] + alpha * (p[k] - e[k]);
   const int dtype = tensor.streams[kAverage].dtype;
-  const Group group = from_state(e, dtype, at, tensor.key[0]);
+  const Group group = tensor.nearest ? from_floats(e, dtype) : from_state(e, dtype, at, tensor.key[0]);
   to_floats(group, dtype, e);
   return group;
 }
@@ -115,7 +118,7 @@ CIT_HOST_DEVICE inline void apply_to_span(const Tensor& tensor, float alpha, con
 }
 
 // AdamW (Loshchilov and Hutter, 2019, algorithm 2) made ready for the inner loop.
-CIT_HOST_DEVICE inline Step make_step(const AdamW& adamw, double step, double lr, std::uint32_t seed) {
+CIT_HOST_DEVICE inline Step make_step(const AdamW& adamw, double step, double lr, const Rounding& rounding) {
   return {static_cast<float>(1.0 - lr * adamw.weight_decay),
           static_cast<float>(1.0 - adamw.beta1),
           static_cast<float>(adamw.beta2),
@@ -123,7 +126,7 @@ CIT_HOST_DEVICE inline Step make_step(const AdamW& adamw, double step, double lr
           static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(adamw.beta2, step))),
           static_cast<float>(adamw.eps),
           static_cast<float>(lr / (1.0 - std::pow(adamw.beta1, step))),
-          seed};
+          rounding};
 }
 
 // The whole step for a span: the pending update of the average, AdamW, the norms with the new parameter.

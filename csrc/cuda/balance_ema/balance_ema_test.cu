@@ -21,6 +21,10 @@ constexpr double kNormTolerance = 48.0 / (1 << 24);
 // No elements, a part of a group, lanes of a warp, a whole block, one piece and several.
 constexpr std::int64_t kSizes[] = {0, 1, 5, 7, 8, 16, 33, 255, 300, 1800, 2047, 2050, 4100, 8191, 8192, 8193, 20000};
 
+constexpr cit::RuleOptions kOptions(Rule rule) {
+  return {rule, 0.9, 0.01, 2.0};
+}
+
 int failures = 0;
 
 void expect(bool right, const char* what, std::size_t tensor, std::int64_t at) {
@@ -137,8 +141,10 @@ struct Results {
   std::vector<double> norms;
   std::vector<float> alphas;
   std::vector<char> fallbacks;
+  std::vector<float> remaining;
 
-  explicit Results(std::size_t count) : norms(3 * count, -1.0), alphas(count, 0.0f), fallbacks(count) {}
+  explicit Results(std::size_t count)
+      : norms(3 * count, -1.0), alphas(count, 0.0f), fallbacks(count), remaining(count, 2.0f) {}
 };
 
 // Runs what the kernels run, its blocks in random order.
@@ -171,14 +177,15 @@ struct Emulation {
     return {results.norms.data(),
             results.alphas.data(),
             reinterpret_cast<bool*>(results.fallbacks.data()),
-            {rule, 0.9, 0.01},
+            results.remaining.data(),
+            kOptions(rule),
             store_grads};
   }
   void norms(const Outcome& outcome) {
     blocks->run(order, [&](auto& block) { norms_of_block(block, lists(), slots.data(), outcome); });
   }
-  void apply(const float* alphas, std::uint32_t seed) {
-    blocks->run(order, [&](auto& block) { apply_of_block(block, lists(), alphas, seed); });
+  void apply(const float* alphas, const Rounding& rounding) {
+    blocks->run(order, [&](auto& block) { apply_of_block(block, lists(), alphas, rounding); });
   }
   void adamw(const Outcome& outcome, const Step& step, bool on_device) {
     const Step none{};
@@ -196,11 +203,16 @@ void each_element(Case& on, const Body& body) {
   }
 }
 
-void defined_apply(Case& on, const std::vector<float>& alphas, std::uint32_t seed) {
+void defined_apply(Case& on, const std::vector<float>& alphas, const Rounding& rounding) {
   each_element(on, [&](std::size_t t, One& one, std::int64_t i) {
     if (alphas[t] == 0.0f) return;
     const float p = one.streams[kParam].get(i), e = one.streams[kAverage].get(i);
-    one.streams[kAverage].set_state(i, e + alphas[t] * (p - e), seed, t, 0);
+    const float moved = e + alphas[t] * (p - e);
+    if (rounding.nearest) {
+      one.streams[kAverage].set(i, moved);
+    } else {
+      one.streams[kAverage].set_state(i, moved, rounding.seed, t, 0);
+    }
   });
 }
 
@@ -252,17 +264,21 @@ void compare(const Case& here, const Case& expected) {
   }
 }
 
-void compare_weights(const Results& is, const std::vector<double>& norms, Rule rule, bool with_weights) {
+// `remaining`: before the call.
+void compare_weights(const Results& is, const std::vector<double>& norms, Rule rule,
+                     const std::vector<float>& remaining) {
   for (std::size_t t = 0; t < is.alphas.size(); ++t) {
     for (int k = 0; k < 3; ++k) {
       const double x = is.norms[3 * t + k], y = norms[3 * t + k];
       expect(std::isfinite(y) ? std::abs(x - y) <= kNormTolerance * y : !std::isfinite(x), "a norm", t, k);
     }
-    if (!with_weights) continue;
-    const cit::Weight right =
-        cit::balance_weight({is.norms[3 * t], is.norms[3 * t + 1], is.norms[3 * t + 2]}, {rule, 0.9, 0.01});
+    const cit::Weight right = cit::balance_weight({is.norms[3 * t], is.norms[3 * t + 1], is.norms[3 * t + 2]},
+                                                  kOptions(rule), remaining[t]);
     expect(is.alphas[t] == right.alpha, "alpha", t, 0);
     expect(static_cast<bool>(is.fallbacks[t]) == right.fallback, "fallback", t, 0);
+    const double left = (1.0 - right.alpha) * is.norms[3 * t];
+    expect(std::isfinite(left) ? is.remaining[t] == static_cast<float>(left) : !std::isfinite(is.remaining[t]),
+           "the distance left", t, 0);
   }
 }
 
@@ -279,13 +295,15 @@ void check_ema(HostBlocks* blocks, Rule rule, bool store_grads, int offset, unsi
   outcome.alphas = nullptr;
   emulation.norms(outcome);
   compare(here, expected);
+  const std::vector<float> remaining = results.remaining;
   emulation.norms(emulation.outcome(results, rule, store_grads));
   expect(std::memcmp(only_norms.norms.data(), results.norms.data(), 24 * here.tensors.size()) == 0, "the second run", 0,
          0);
-  compare_weights(results, defined_norms(expected, store_grads), rule, true);
+  compare_weights(results, defined_norms(expected, store_grads), rule, remaining);
   compare(here, expected);
-  emulation.apply(results.alphas.data(), seed);
-  defined_apply(expected, results.alphas, seed);
+  const Rounding rounding{seed, seed % 3 == 0};
+  emulation.apply(results.alphas.data(), rounding);
+  defined_apply(expected, results.alphas, rounding);
   compare(here, expected);
   check_slots(emulation);
 }
@@ -297,12 +315,12 @@ void check_adamw(HostBlocks* blocks, Rule rule, bool store_grads, int offset, un
   Results results(here.tensors.size());
   const AdamW adamw{0.9, 0.95, seed % 2 == 0 ? 0.0 : 1e-8, 0.1};
   for (int step = 1; step <= 3; ++step) {
-    const std::vector<float> pending = results.alphas;  // none at first, then from the step before
-    const std::uint32_t its_seed = seed * 1000003u + step;
-    emulation.adamw(emulation.outcome(results, rule, store_grads), make_step(adamw, step, 0.01, its_seed), step == 2);
-    defined_apply(expected, pending, its_seed);
-    defined_adamw(expected, step, 0.01, adamw, its_seed);
-    compare_weights(results, defined_norms(expected, store_grads), rule, true);
+    const std::vector<float> pending = results.alphas, remaining = results.remaining;  // from the step before
+    const Rounding rounding{seed * 1000003u + step, seed % 3 == 0};
+    emulation.adamw(emulation.outcome(results, rule, store_grads), make_step(adamw, step, 0.01, rounding), step == 2);
+    defined_apply(expected, pending, rounding);
+    defined_adamw(expected, step, 0.01, adamw, rounding.seed);
+    compare_weights(results, defined_norms(expected, store_grads), rule, remaining);
     compare(here, expected);
   }
   check_slots(emulation);
@@ -321,7 +339,7 @@ void check_many_pieces(HostBlocks* blocks) {
   Emulation emulation(one, blocks, 1);
   Results results(1);
   emulation.norms(emulation.outcome(results, Rule::kReleased, false));
-  compare_weights(results, defined_norms(one, false), Rule::kReleased, true);
+  compare_weights(results, defined_norms(one, false), Rule::kReleased, {2.0f});
 }
 
 void check_rounding() {
