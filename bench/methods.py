@@ -36,6 +36,7 @@ import yaml
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import t
 
 from cit_fast import ContinualTrainer
 from cit_fast.data import Task, TaskStream, load_stream
@@ -55,9 +56,10 @@ ABLATIONS = {
     for method in yaml.safe_load(Path(__file__).with_name("configs").joinpath("ablations.yaml").read_text())["methods"]
 }
 COLUMNS = (
-    "AP", "forgetting", "BWT", "relative gain", "V", "held-out P", "held-out V",
-    "replayed", "train minutes", "total minutes",
+    "AP", "New.ACC", "forgetting", "BWT", "relative gain", "V", "held-out P", "held-out V", "balance weight",
+    "fell back %", "replayed", "train minutes", "total minutes",
 )  # fmt: skip
+PAIRED = ("AP", "New.ACC", "forgetting")
 # What definitions ask of an answer, by the number of the task: a form, a phrase of the text, or a summary and no more.
 ASKS: dict[int, dict[str, Any]] = {
     2: {"extractive": True},
@@ -184,9 +186,13 @@ def figures(folder: Path) -> dict[str, Any]:
     train = sum(stage.train_seconds for stage in stages) / 60
     return {
         "AP": metrics.average_performance,
+        "New.ACC": metrics.new_accuracy,
         "forgetting": metrics.forgetting,
         "BWT": metrics.backward_transfer,
-        "relative gain": metrics.relative_gain,
+        "relative gain": metrics.relative_gain_mean,
+        "relative gain std over stages": metrics.relative_gain_std,
+        "balance weight": metrics.balance_weight,
+        "fell back %": metrics.fallback_share,
         "V": seen.v,
         "held-out P": held_out.p,
         "held-out V": held_out.v,
@@ -201,13 +207,33 @@ def figures(folder: Path) -> dict[str, Any]:
     }
 
 
-def cell(values: list[float | None]) -> str:
+def cell(values: list[float | None], digits: int = 1) -> str:
     """Mean, and the standard deviation where there are several seeds."""
     known = [value for value in values if value is not None]
     if not known or len(known) < len(values):
         return "–"
-    spread = f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else ""
-    return f"{statistics.mean(known):.1f}{spread}"
+    spread = f" ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
+    return f"{statistics.mean(known):.{digits}f}{spread}"
+
+
+def paired_difference(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
+    """Mean of the differences by seed, and Student's 95 % interval of it."""
+    differences = [x - y for x, y in zip(ours, theirs, strict=True)]
+    mean = statistics.mean(differences)
+    half = t.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / len(differences) ** 0.5
+    return mean, mean - half, mean + half
+
+
+def differences(rows: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """Of every method to the first one, paired by seed: metric -> mean and interval."""
+    first, *others = rows
+    found: dict[str, dict[str, tuple[float, float, float]]] = {}
+    for name in others:
+        for metric in PAIRED:
+            values = [[row[metric] for row in rows[each]] for each in (name, first)]
+            if None not in values[0] + values[1]:
+                found.setdefault(name, {})[metric] = paired_difference(*values)
+    return found
 
 
 def main() -> None:
@@ -256,13 +282,23 @@ def main() -> None:
     for column in columns:
         table.add_column(column, justify="right")
     for method, seeds in rows.items():
-        table.add_row(method, *[cell([row[column] for row in seeds]) for column in columns])
+        digits = {"balance weight": 3}
+        cells = [cell([row[column] for row in seeds], digits.get(column, 1)) for column in columns]
+        table.add_row(method, *cells)
     console.print(table)
+    paired = differences(rows) if len(options.seeds) > 1 else {}
+    if paired:
+        first = next(iter(rows))
+        console.print(f"Difference to {first}, paired by seed, with Student's 95 % interval:")
+        for name, metrics in paired.items():
+            said = (f"{metric} {mean:+.1f} [{low:+.1f}, {high:+.1f}]" for metric, (mean, low, high) in metrics.items())
+            console.print(f"  {name}: {', '.join(said)}", highlight=False, markup=False)
     if options.results:
         asked = {key: str(v) if isinstance(v, Path) else v for key, v in vars(options).items() if key != "results"}
         asked["data"] = options.data.name
         asked.pop("output")
         result = {"date": date.today().isoformat(), "options": asked, "environment": run.environment, "methods": rows}
+        result["paired with the first"] = paired
         options.results.parent.mkdir(parents=True, exist_ok=True)
         options.results.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -1,6 +1,6 @@
 """Continual-learning metrics from the score matrix ``R[i][j]``: score on task j after training stage i.
 
-They are average performance, forgetting
+They are average performance, new accuracy (LCIA, arXiv 2410.10868), forgetting
 (Chaudhry et al. 2018, arXiv 1801.10112), backward and forward transfer (Lopez-Paz & Ranzato 2017, arXiv
 1706.08840), mean instantaneous accuracy and InsCL's relative gain (Wang et al. 2024, arXiv 2403.11435). They
 are written for "stage i trains task i"; here ``trained_at[j]`` says which row trained task j first, so that a
@@ -33,20 +33,30 @@ class ContinualMetrics:
 
     Args:
         average_performance: AP, mean of the last row.
-        forgetting: F, mean drop from the best earlier score; negative if earlier tasks improved.
+        new_accuracy: New.ACC, mean score of each task right after the stage that trained it first (plasticity).
+        forgetting: F, mean drop from the best score since a task was trained; negative if earlier tasks improved.
         backward_transfer: BWT, mean change since the task was trained; forward_transfer: FWT, mean change
             over the untrained model just before the task is trained.
         mean_instantaneous: MA_i for every stage; ``relative_gains``: RG_i for every stage, in per cent.
-        relative_gain: the last of ``relative_gains``.
+        relative_gain: the last of ``relative_gains``; ``relative_gain_mean``, ``relative_gain_std``: over the stages,
+            as the InsCL paper's tables have them (standard deviation of the sample, 0 of one stage).
+        balance_weight: mean share of the new weights that an average took, over steps and parameter tensors of the
+            averaged stages; ``fallback_share``: per cent of those shares that were the rule's constant. ``None``
+            without an average.
     """
 
     average_performance: float | None
+    new_accuracy: float | None
     forgetting: float | None
     backward_transfer: float | None
     forward_transfer: float | None
     mean_instantaneous: tuple[float | None, ...]
     relative_gains: tuple[float | None, ...]
     relative_gain: float | None
+    relative_gain_mean: float | None
+    relative_gain_std: float | None
+    balance_weight: float | None
+    fallback_share: float | None
 
 
 def continual_metrics(run: RunRecord, stages: Sequence[StageRecord]) -> ContinualMetrics:
@@ -59,14 +69,22 @@ def continual_metrics(run: RunRecord, stages: Sequence[StageRecord]) -> Continua
     trained_at = first_trained(run, stages)
     experts = [run.experts.get(task, math.nan) for task in run.tasks]
     gains = relative_gain(matrix, experts, trained_at)
+    defined = np.array([math.nan if gain is None else gain for gain in gains[1:]])
+    mean_gain = _mean(defined)
+    steps = np.array([step for stage in stages for step in stage.balance_weights], dtype=np.float64).reshape(-1, 5)
     return ContinualMetrics(
         average_performance=average_performance(matrix, trained_at),
+        new_accuracy=new_accuracy(matrix, trained_at),
         forgetting=forgetting(matrix, trained_at),
         backward_transfer=backward_transfer(matrix, trained_at),
         forward_transfer=forward_transfer(matrix, untrained, trained_at),
         mean_instantaneous=tuple(mean_instantaneous(matrix, trained_at)),
         relative_gains=tuple(gains),
         relative_gain=gains[-1] if gains else None,
+        relative_gain_mean=mean_gain,
+        relative_gain_std=None if mean_gain is None else float(defined.std(ddof=min(1, len(defined) - 1))),
+        balance_weight=_mean(steps[:, 1]),
+        fallback_share=None if not len(steps) else 100 * float(steps[:, 4].mean()),
     )
 
 
@@ -130,17 +148,26 @@ def average_performance(matrix: ArrayLike, trained_at: Sequence[int] | None = No
     return _mean(R[-1, at < len(R)]) if len(R) else None
 
 
-def forgetting(matrix: ArrayLike, trained_at: Sequence[int] | None = None) -> float | None:
-    """F = mean_{j trained before the last row} ( max_{i<last} R[i][j] - R[last][j] ); arguments as above.
+def new_accuracy(matrix: ArrayLike, trained_at: Sequence[int] | None = None) -> float | None:
+    """New.ACC = mean_j R[j][j], the row that trained task j first; arguments as above."""
+    R, at = _prepare(matrix, trained_at)
+    trained = np.flatnonzero(at < len(R))
+    return _mean(R[at[trained], trained])
 
-    Rows in which a task was not evaluated do not enter its maximum.
+
+def forgetting(matrix: ArrayLike, trained_at: Sequence[int] | None = None) -> float | None:
+    """F = mean_{j trained before the last row} ( max_{j<=i<last} R[i][j] - R[last][j] ); arguments as above.
+
+    The maximum is over the rows from the one that trained the task: what it scored before, it had not learned. Rows in
+    which a task was not evaluated do not enter it.
     """
     R, at = _prepare(matrix, trained_at)
     earlier = at < len(R) - 1
     if not earlier.any():
         return None
+    since = np.where(np.arange(len(R))[:, None] >= at, R, np.nan)
     # fmax ignores NaN unless every row has it, and then the term is missing.
-    return _mean(np.fmax.reduce(R[:-1, earlier], axis=0) - R[-1, earlier])
+    return _mean(np.fmax.reduce(since[:-1, earlier], axis=0) - R[-1, earlier])
 
 
 def backward_transfer(matrix: ArrayLike, trained_at: Sequence[int] | None = None) -> float | None:

@@ -229,7 +229,7 @@ def number(value: float | None, *, sign: bool = False) -> str:
 class Column:
     """A column of the comparison: its ``title`` and how to get it; ``highest``: whether more is better, if
     judged; ``answers``: whether it says how well answers keep to their instructions; ``held_out``: whether it speaks of
-    the held-out tasks.
+    the held-out tasks; ``aside``: whether it gives way to the others in a narrow terminal.
     """
 
     title: str
@@ -240,6 +240,8 @@ class Column:
     whole: bool = False
     answers: bool = False
     held_out: bool = False
+    aside: bool = False
+    digits: int = 1
 
     @property
     def arrow(self) -> str:
@@ -249,26 +251,36 @@ class Column:
     def text(self, view: RunView) -> str:
         """The value as shown."""
         value = self.value(view)
-        return f"{value:.0f}" if self.whole and value is not None else number(value, sign=self.sign)
+        if self.whole and value is not None:
+            return f"{value:.0f}"
+        if self.digits != 1 and value is not None:
+            return f"{value:.{self.digits}f}"
+        return number(value, sign=self.sign)
 
 
 COLUMNS = (
     Column("AP", "average performance: mean score over all tasks after the last stage (the P-score of the seen tasks)",
            lambda view: view.metrics.average_performance, highest=True),
-    Column("Forgetting", "mean drop of earlier tasks from their best score to their last",
+    Column("New.ACC", "mean score of each task right after the stage that trained it",
+           lambda view: view.metrics.new_accuracy, highest=True),
+    Column("Forgetting", "mean drop of earlier tasks from their best score since they were trained to their last",
            lambda view: view.metrics.forgetting, highest=False),
     Column("BWT", "backward transfer: mean change of a task's score since it was trained",
            lambda view: view.metrics.backward_transfer, highest=True, sign=True),
     Column("FWT", "forward transfer: mean change of a task's score before it is trained, over the untrained model",
-           lambda view: view.metrics.forward_transfer, highest=True, sign=True),
-    Column("Rel. gain %", "relative gain: mean share of a single-task expert's score kept on earlier tasks",
-           lambda view: view.metrics.relative_gain, highest=True),
+           lambda view: view.metrics.forward_transfer, highest=True, sign=True, aside=True),
+    Column("Rel. gain %", "relative gain: share of a single-task expert's score kept on earlier tasks (mean of stages)",
+           lambda view: view.metrics.relative_gain_mean, highest=True, aside=True),
     Column("V", "V-score: how often answers break the format, scope or length their task declares, all tasks together",
            lambda view: view.seen.v, highest=False, answers=True),
     Column("Held-out P", "P-score of tasks that were never trained: their mean score after the last stage",
            lambda view: view.held_out.p, highest=True, answers=True, held_out=True),
     Column("Held-out V", "V-score of tasks that were never trained",
            lambda view: view.held_out.v, highest=False, answers=True, held_out=True),
+    Column("Balance α", "mean share of the new weights that the average took in a step",
+           lambda view: view.metrics.balance_weight, aside=True, digits=3),
+    Column("Fell back %", "how often that share was the rule's constant, for the gradients gave none",
+           lambda view: view.metrics.fallback_share, aside=True),
     Column("Replayed", "examples of earlier tasks trained on again, all stages together",
            lambda view: view.replayed, whole=True),
     Column("Minutes", "wall time of training and evaluation", lambda view: view.minutes),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -114,17 +115,15 @@ class _Album:
 
 
 def _render(runs: Runs, title: str, album: _Album) -> str:
+    # What says how answers keep to their instructions stands in a table of its own, below.
+    shown = [not column.answers and any(column.value(view) is not None for view in runs.compared) for column in COLUMNS]
     return template("page.html.j2").render(
         title=title,
         headline=headline(runs),
         notes=runs.notes,
         methods=[(view.label, says) for view in runs.compared if (says := descriptions().get(view.record.method_name))],
-        # What says how answers keep to their instructions stands in a table of its own, below.
-        columns=[column for column in COLUMNS if not column.answers],
-        rows=[
-            (view, [cell for column, cell in zip(COLUMNS, cells, strict=True) if not column.answers])
-            for view, cells in comparison_rows(runs)
-        ],
+        columns=list(itertools.compress(COLUMNS, shown)),
+        rows=[(view, list(itertools.compress(cells, shown))) for view, cells in comparison_rows(runs)],
         violations=_violations(runs),
         coverage=coverage(runs),
         kinds=KINDS,

@@ -16,9 +16,10 @@ from cit_fast.report.collect import COLUMNS, Runs, RunView, collect, coverage
 
 
 def comparison_table(runs: Runs | Sequence[Path]) -> RenderableType:
-    """One row per run on the same tasks: AP, forgetting, BWT, FWT, relative gain, V-score, P- and V-score of held-out
-    tasks, replayed examples, minutes; a column that no run has a value for is left out. In a narrow terminal the
-    V-score and what is held out stand in a table of their own below.
+    """One row per run on the same tasks: AP, New.ACC, forgetting, BWT, FWT, relative gain, V-score, P- and V-score of
+    held-out tasks, balance weights, replayed examples, minutes; a column that no run has a value for is left out. In a
+    narrow terminal transfer and gain, the V-score, what is held out and the balance weights stand in a table of their
+    own below.
 
     The best value of a column is bold with a star, if two complete continual runs or more compete; joint runs
     are the upper bound and do not compete. The caption says what was left out and what is still running.
@@ -43,14 +44,14 @@ class _Comparison:
         caption = Text("\n".join(notes)) if notes else None
         # A column that no run has a value for would only push the others off a narrow terminal.
         shown = [any(column.value(view) is not None for view in self._runs.compared) for column in COLUMNS]
-        answers = [here and column.answers for here, column in zip(shown, COLUMNS, strict=True)]
+        below = [here and (column.answers or column.aside) for here, column in zip(shown, COLUMNS, strict=True)]
         whole = self._table(shown, caption)
-        if not any(answers) or Measurement.get(console, options.update_width(1000), whole).maximum <= options.max_width:
+        if not any(below) or Measurement.get(console, options.update_width(1000), whole).maximum <= options.max_width:
             yield whole
             return
-        yield self._table([here and not second for here, second in zip(shown, answers, strict=True)], None, "\n")
+        yield self._table([here and not second for here, second in zip(shown, below, strict=True)], None, "\n")
         yield Text()
-        yield self._table(answers, None)
+        yield self._table(below, None)
         if caption is not None:
             yield caption  # as wide as the terminal, not as the table
 

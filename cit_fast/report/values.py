@@ -25,6 +25,11 @@ def report_values(runs: Runs) -> dict[str, Any]:
                 "complete": view.is_complete,
                 "compared": view in runs.compared,
                 **{column.title: column.value(view) for column in COLUMNS},
+                "relative_gain": {
+                    "after_each_stage": list(view.metrics.relative_gains),
+                    "mean": view.metrics.relative_gain_mean,
+                    "std": view.metrics.relative_gain_std,
+                },
                 "seen": dataclasses.asdict(view.seen),
                 "held_out": dataclasses.asdict(view.held_out) if view.record.held_out_tasks else None,
             }

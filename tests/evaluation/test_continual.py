@@ -32,6 +32,7 @@ def stages_of(tasks, rows, untrained=None, trained=None):
 
 def test_hand_computed():
     assert continual.average_performance(R) == pytest.approx((50 + 60 + 85) / 3)
+    assert continual.new_accuracy(R) == pytest.approx((80 + 70 + 85) / 3)
     assert continual.forgetting(R) == pytest.approx(((90 - 50) + (70 - 60)) / 2)
     assert continual.backward_transfer(R) == pytest.approx(((50 - 80) + (60 - 70)) / 2)
     assert continual.forward_transfer(R, UNTRAINED) == pytest.approx(((10 - 4) + (30 - 10)) / 2)
@@ -46,6 +47,9 @@ def test_all_at_once_from_records():
     result = continual.continual_metrics(run, stages_of("abc", R, UNTRAINED))
     assert result.average_performance == pytest.approx(65.0)
     assert result.forgetting == pytest.approx(25.0)
+    assert result.new_accuracy == pytest.approx(235 / 3)
+    assert (result.balance_weight, result.fallback_share) == (None, None)
+    assert (result.relative_gain_mean, result.relative_gain_std) == pytest.approx((77.5, 12.5 * 2**0.5))
     assert result.backward_transfer == pytest.approx(-20.0)
     assert result.forward_transfer == pytest.approx(13.0)
     assert result.mean_instantaneous == pytest.approx((80, 80, 65))
@@ -81,7 +85,7 @@ def test_one_task_has_an_average_only():
 
 def test_untrained_stage_only():
     result = continual.continual_metrics(run_record("ab"), stages_of("ab", [], [1.0, 2.0]))
-    assert result == continual.ContinualMetrics(None, None, None, None, (), (), None)
+    assert result == continual.ContinualMetrics(*[None] * 5, (), (), *[None] * 5)
 
 
 def test_run_under_way_counts_the_tasks_trained_so_far():
@@ -106,6 +110,19 @@ def test_task_trained_twice_counts_from_the_first_time():
     stages = stages_of("ab", [[60.0, 0.0], [50.0, 70.0], [80.0, 40.0]], trained=[["a"], ["b"], ["a"]])
     assert continual.first_trained(run, stages) == [0, 1]
     assert continual.continual_metrics(run, stages).backward_transfer == pytest.approx(((80 - 60) + (40 - 70)) / 2)
+
+
+def test_what_a_task_scored_before_it_was_trained_is_not_forgotten():
+    lucky = [[80.0, 90.0], [80.0, 60.0], [80.0, 70.0]]
+    at = [0, 1]
+    assert continual.forgetting(lucky, at) == pytest.approx((0 + (60 - 70)) / 2)
+
+
+def test_balance_weights_of_the_averaged_stages():
+    stages = stages_of("ab", [[60.0, 0.0], [50.0, 70.0]])
+    stages[1].balance_weights = [(1, 0.01, 0.01, 0.01, 1.0), (2, 0.03, 0.01, 0.2, 0.5)]
+    result = continual.continual_metrics(run_record("ab"), stages)
+    assert (result.balance_weight, result.fallback_share) == pytest.approx((0.02, 75.0))
 
 
 def test_missing_terms_leave_a_metric_undefined():
@@ -146,9 +163,11 @@ def test_against_a_naive_computation(given_matrix):
     rows, untrained, experts = given_matrix
     S, last = len(rows), len(rows) - 1
     R = np.array(rows).reshape(S, len(untrained))
-    best = [max([R[i][j] for i in range(last) if not math.isnan(R[i][j])], default=NAN) for j in range(max(last, 0))]
+    rows_since = [[R[i][j] for i in range(j, last) if not math.isnan(R[i][j])] for j in range(max(last, 0))]
+    best = [max(since, default=NAN) for since in rows_since]
     ap = naive_mean([R[last][j] for j in range(S)])
     assert same(continual.average_performance(R), ap)
+    assert same(continual.new_accuracy(R), naive_mean([R[j][j] for j in range(S)]))
     assert same(continual.forgetting(R), naive_mean([best[j] - R[last][j] for j in range(last)]))
     assert same(continual.backward_transfer(R), naive_mean([R[last][j] - R[j][j] for j in range(last)]))
     fwt = naive_mean([R[j - 1][j] - untrained[j] for j in range(1, S)])
