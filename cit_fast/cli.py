@@ -75,12 +75,12 @@ def run(
 
 @app.command()
 def presets() -> None:
-    """List the methods that a configuration can name, each in a sentence."""
-    from cit_fast.methods.config import descriptions
+    """List the methods that a configuration can name: what each does, and whose it is."""
+    from cit_fast.methods.config import descriptions, sources
 
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for name, says in descriptions().items():
-        table.add_row(f"[bold]{name}[/bold]", says)
+    for (name, says), source in zip(descriptions().items(), sources().values(), strict=True):
+        table.add_row(f"[bold]{name}[/bold]", says, f"[dim]{source}[/dim]")
     Console().print(table)
 
 

@@ -54,7 +54,7 @@ def test_every_file_that_is_named_exists():
 
 
 def test_every_preset_is_in_the_readme_in_its_own_words():
-    from cit_fast.methods.config import descriptions
+    from cit_fast.methods.config import descriptions, sources
 
-    rows = re.findall(r"^\| `([\w-]+)` \| (.+?) \| [\w ]*\|$", README, flags=re.MULTILINE)
-    assert rows == list(descriptions().items())
+    rows = re.findall(r"^\| `([\w-]+)` \| (.+?) \| (.+?) \|$", README, flags=re.MULTILINE)
+    assert rows == [(name, says, sources()[name]) for name, says in descriptions().items()]

@@ -25,6 +25,8 @@ class Example:
             parts that decide content, length or format of the answer (KPIG).
         messages: the whole conversation as ``(role, content)`` pairs, ending with the assistant's answer, for chat
             data of more than one turn or with a system turn; empty otherwise.
+        instruction_span: characters ``(start, end)`` of ``instruction`` that say what the task is, where a turn holds
+            more than that (a question and then the instruction); what tells tasks apart reads these alone.
         images: paths or addresses of images; ``other_media``: of videos and recordings. Carried through untouched: a
             text model does not see them (:func:`unseen_media` says so).
         source: ``file:line`` (or generator and index) the example came from, for error messages.
@@ -43,6 +45,7 @@ class Example:
     images: tuple[str, ...] = ()
     source: str = ""
     other_media: tuple[str, ...] = ()
+    instruction_span: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         where = self.source or f"task {self.task!r}"
@@ -62,6 +65,14 @@ class Example:
                     f"({len(self.instruction)} characters); spans ascend, do not overlap and are not empty"
                 )
             end_of_previous = end
+
+    @property
+    def task_instruction(self) -> str:
+        """What says which task this is: ``instruction_span``, or the whole instruction."""
+        if self.instruction_span is None:
+            return self.instruction
+        start, end = self.instruction_span
+        return self.instruction[start:end]
 
     @property
     def key_part_texts(self) -> tuple[str, ...]:
@@ -137,7 +148,7 @@ class Task(Constraints):
     @property
     def instructions(self) -> tuple[str, ...]:
         """The distinct instructions of the training split, in order of first appearance."""
-        return tuple(dict.fromkeys(example.instruction for example in self.train))
+        return tuple(dict.fromkeys(example.task_instruction for example in self.train))
 
 
 @dataclass(frozen=True)

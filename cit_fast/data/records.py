@@ -70,6 +70,9 @@ class ReadOptions:
         columns: field of the format -> the records' own name for it, dots for nested fields
             (``{"input": "sentence", "output": "answers.text"}``).
         instruction: the instruction of every record, for data that has inputs and labels only.
+        instruction_part: where in a turn that holds more the instruction stands: ``"first-line"``, ``"last-line"`` (of
+            those that are not blank), or ``{"regex": ...}``, whose first group, or else whole first match, it is.
+            Nothing is cut from what is trained: grouping and distances read this part alone.
         key_parts: texts that are key parts of every instruction whose record gives no ``key_parts`` itself.
         key_part_markers: an opening and a closing mark, e.g. ``("[[", "]]")``. Text between them becomes a
             key part and the marks are removed. Without this option marks are ordinary text.
@@ -85,6 +88,7 @@ class ReadOptions:
     format: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     instruction: str | None = None
+    instruction_part: str | dict[str, str] | None = None
     key_parts: tuple[str, ...] = ()
     key_part_markers: tuple[str, str] | None = None
     positive_examples: int = 0
@@ -103,8 +107,22 @@ class ReadOptions:
                 )
         if self.key_part_markers is not None and not all(self.key_part_markers):
             raise ConfigError(f"key_part_markers: both marks must be non-empty, not {self.key_part_markers}")
+        self._check_instruction_part()
         if self.positive_examples < 0:
             raise ConfigError(f"positive_examples must be 0 or more, not {self.positive_examples}")
+
+    def _check_instruction_part(self) -> None:
+        part = self.instruction_part
+        if part is None or part in ("whole", "first-line", "last-line"):
+            return
+        if not isinstance(part, dict) or set(part) != {"regex"}:
+            raise ConfigError(
+                f"instruction_part: {part!r} is unknown; expected whole, first-line, last-line or {{regex: ...}}"
+            )
+        try:
+            re.compile(part["regex"])
+        except re.error as error:
+            raise ConfigError(f"instruction_part.regex: {part['regex']!r}: {error}") from None
 
 
 def read_records(records: Iterable[tuple[str, Any]], options: ReadOptions, *, where: str = "records") -> list[Example]:
@@ -292,7 +310,12 @@ def _instances(fields: _Fields) -> Iterator[_Fields]:
         key_parts = instance.get("key_parts", fields.get("key_parts"))
         yield _Fields(
             {**instance, "instruction": instruction, "key_parts": key_parts},
-            ReadOptions(task=options.task, key_parts=options.key_parts, key_part_markers=options.key_part_markers),
+            ReadOptions(
+                task=options.task,
+                instruction_part=options.instruction_part,
+                key_parts=options.key_parts,
+                key_part_markers=options.key_part_markers,
+            ),
             source,
         )
 
@@ -437,8 +460,24 @@ def _example(parts: _Parts, fields: _Fields) -> Example:
         messages=parts.messages,
         images=(*fields.media(_IMAGES), *parts.images),
         other_media=(*fields.media(_OTHER_MEDIA), *parts.other_media),
+        instruction_span=_instruction_span(fields, instruction),
         source=fields.source,
     )
+
+
+def _instruction_span(fields: _Fields, text: str) -> tuple[int, int] | None:
+    """Where the instruction stands in a text that may hold more."""
+    part = fields.options.instruction_part
+    if part is None or part == "whole":
+        return None
+    if isinstance(part, dict):
+        match = re.search(part["regex"], text)
+        span = None if match is None else match.span(1 if match.re.groups else 0)
+        if span is None or not text[slice(*span)].strip():
+            raise fields.error(f"instruction_part.regex {part['regex']!r} matches nothing in {_shorten(text)}")
+        return span
+    lines = [match.span() for match in re.finditer(r"[^\n]+", text) if match.group().strip()]
+    return lines[0 if part == "first-line" else -1]
 
 
 def _key_parts(fields: _Fields, instruction: str) -> list[tuple[int, int]]:

@@ -58,9 +58,9 @@ class TaskSource(Constraints):
         splits: ``train``, ``dev``, ``test`` -> the source's own split name or file stem, e.g.
             ``{"train": "train", "test": "validation"}``; otherwise found by their usual names.
         subset: configuration name of the dataset; ``revision``: its branch, tag or commit.
-        format, columns, instruction, key_parts, key_part_markers, positive_examples, skip_unanswered: how to
-            understand the records; see :class:`~cit_fast.data.records.ReadOptions`. ``skip_unanswered`` leaves out
-            answers that are not among the labels, too.
+        format, columns, instruction, instruction_part, key_parts, key_part_markers, positive_examples,
+            skip_unanswered: how to understand the records; see :class:`~cit_fast.data.records.ReadOptions`.
+            ``skip_unanswered`` leaves out answers that are not among the labels, too.
 
     Raises:
         ConfigError: none or several of ``builtin``, ``path`` and ``dataset``, an option that does not apply,
@@ -81,6 +81,7 @@ class TaskSource(Constraints):
     format: str | None = None
     columns: dict[str, str] = field(default_factory=dict)
     instruction: str | None = None
+    instruction_part: str | dict[str, str] | None = None
     key_parts: tuple[str, ...] = ()
     key_part_markers: tuple[str, str] | None = None
     positive_examples: int = 0

@@ -101,6 +101,7 @@ class Assignment:
     Args:
         adapter: name of the set; one not given before means a new set.
         scores: earlier set -> its score for the new task; ``threshold``: from which a set is reused.
+        start_from: the set whose weights a new set starts from; ``None``: as ``adapter`` configures it.
         notes: sentences for whoever reads the report; ``details``: plain values of a router of one's own.
     """
 
@@ -109,6 +110,7 @@ class Assignment:
     adapter: str
     scores: dict[str, float] = field(default_factory=dict)
     threshold: float | None = None
+    start_from: str | None = None
     notes: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
 

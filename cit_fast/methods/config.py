@@ -13,6 +13,11 @@ from pydantic import Field, model_validator
 
 from cit_fast.values import Section, choices
 
+_REMOVED = {
+    "lcia-paper": "its rule was not the paper's; lcia-always has equation (45)",
+    "lcia-ema-paper": "its rule was not the paper's; lcia-ema with update: {rule: paper} has equation (45)",
+}
+
 
 class Part(Section):
     """One of the four parts of a method: a built-in name or a dotted path, and its options."""
@@ -65,6 +70,8 @@ class MethodConfig(Section):
             return {key: _part_over(key, None, part) for key, part in value.items()}
         preset = value.pop("preset", "sequential")
         known = presets()
+        if isinstance(preset, str) and preset in _REMOVED:
+            raise ValueError(f"preset {preset!r} was removed: {_REMOVED[preset]}")
         if not isinstance(preset, str) or preset not in known:
             raise ValueError(f"unknown preset {preset!r}; {choices(str(preset), known)}")
         merged: dict[str, Any] = {"name": preset, **known[preset]}
@@ -85,12 +92,18 @@ def _part_over(key: str, base: Any, given: Any) -> Any:
 
 def presets() -> dict[str, dict[str, Any]]:
     """The presets that cit-fast ships: name -> parts."""
-    return {name: {key: part for key, part in keys.items() if key != "says"} for name, keys in _shipped().items()}
+    about = {"says", "source"}
+    return {name: {key: part for key, part in keys.items() if key not in about} for name, keys in _shipped().items()}
 
 
 def descriptions() -> dict[str, str]:
     """What each preset does, in one sentence: name -> sentence."""
     return {name: keys["says"] for name, keys in _shipped().items()}
+
+
+def sources() -> dict[str, str]:
+    """Whose method each preset is: a paper's, or ours: name -> words."""
+    return {name: keys["source"] for name, keys in _shipped().items()}
 
 
 @functools.cache

@@ -18,6 +18,7 @@ PARTS: dict[str, dict[str, str]] = {
         "oracle": "cit_fast.methods.routing.OracleRouter",
         "per-task": "cit_fast.methods.routing.PerTaskRouter",
         "lcia": "cit_fast.methods.routing.LCIARouter",
+        "grouping": "cit_fast.methods.routing.GroupingRouter",
         "switch": "cit_fast.methods.routing.SwitchRouter",
     },
     "replay": {

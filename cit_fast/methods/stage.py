@@ -9,10 +9,12 @@ router.learn(stage) -> Learned            once the set is trained, how prompts w
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from cit_fast.data.example import Example, Task
 from cit_fast.evaluation.records import Assignment, Learned, ObjectiveRecord, ReplayRecord
@@ -32,6 +34,9 @@ class Stage:
         tasks: what the stage trains: one task, or all of them in a joint run.
         seen: the tasks trained before, in order.
         examples: what the stage trains, new examples first, replayed ones after them; the objective's to prepare.
+        new_set: whether the adapter set that the stage trains is new, once the router has assigned it.
+        averages: of an average that lives across stages: what the set answers with, by parameter's name, while
+            ``model`` holds the weights that training goes on from.
         seed: of this stage; see :meth:`rng`.
         kept: a folder for what holds for the whole run; ``scratch``: a folder of this stage, the same for all
             processes, gone when the stage is committed; ``cache``: shared by all runs, for what is found by its
@@ -45,6 +50,8 @@ class Stage:
     tasks: tuple[Task, ...] = ()
     seen: tuple[Task, ...] = ()
     examples: tuple[Example, ...] = ()
+    new_set: bool = False
+    averages: Mapping[str, Tensor] | None = None
     seed: str = "0"
     kept: Path | None = None
     scratch: Path | None = None

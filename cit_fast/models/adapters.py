@@ -49,19 +49,20 @@ def prompt_encoder(tokenizer: Any, config: DataConfig) -> PromptEncoder:
 
 
 def train_adapter(
-    model: Any, adapter: Mapping[str, Any] | None, name: str, seed: int
+    model: Any, adapter: Mapping[str, Any] | None, name: str, seed: int, start_from: str | None = None
 ) -> tuple[Any, RewrittenBase | None]:
     """``model`` ready to train adapter set ``name``: made when new, the only one with gradients.
 
     Args:
         adapter: fields of a PEFT configuration; ``None``: the model itself is trained.
+        start_from: the set whose weights a new one starts with.
 
     Returns:
         The model; and what undoes the set's initialisation after the stage, where that rewrites the base model.
     """
     if adapter is None:
         return model, None
-    from peft import get_peft_config, get_peft_model
+    from peft import get_peft_config, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from transformers import set_seed
 
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name == "default":
@@ -72,6 +73,8 @@ def train_adapter(
         model.set_adapter(name)
         return model, None
     rewritten = RewrittenBase(model) if rewrites_base(adapter) else None
+    if rewritten is not None and start_from is not None:
+        raise ConfigError("router.start: previous cannot go with an adapter whose initialisation rewrites the base")
     set_seed(seed)  # a new set starts from the same numbers in a resumed run
     try:
         config = get_peft_config({"task_type": "CAUSAL_LM", **adapter})
@@ -84,6 +87,9 @@ def train_adapter(
     model.set_adapter(name)
     if rewritten is not None:
         rewritten.added(model, name)
+    if start_from is not None:
+        weights = get_peft_model_state_dict(model, adapter_name=start_from)
+        set_peft_model_state_dict(model, weights, adapter_name=name)
     return model, rewritten
 
 

@@ -16,6 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.markup import escape
+from torch import Tensor
 
 from cit_fast.data import TaskStream
 from cit_fast.data.constraints import Constraints
@@ -37,6 +38,7 @@ from cit_fast.methods.config import MethodConfig
 from cit_fast.methods.registry import PARTS, build_parts, part_name
 from cit_fast.methods.routing import SharedRouter, routing_record
 from cit_fast.methods.stage import Selection, Stage, StageInputs
+from cit_fast.methods.updates import stream_wide
 from cit_fast.models.adapters import load_weights, loading_whole, prompt_encoder, save_weights, train_adapter
 from cit_fast.models.digests import model_identity
 from cit_fast.models.pretrained import cache_folder, load_model, load_tokenizer, resolve_model
@@ -48,6 +50,7 @@ from cit_fast.run.config import RunConfig
 from cit_fast.run.environment import describe_environment
 from cit_fast.run.guards import FrozenWeights, TrainedWeights
 from cit_fast.run.identity import check_plain_values, digest, plain_options, task_digest
+from cit_fast.run.live_weights import save_live_weights, take_up_live_weights
 from cit_fast.run.memory import release_memory
 from cit_fast.run.run_folder import RunFolder, of_one_date
 from cit_fast.run.stage_trainer import StageTrainer
@@ -58,9 +61,10 @@ _Returned = TypeVar("_Returned")
 
 @dataclass(frozen=True)
 class _Trained:
-    """A trained stage: the model, what it was trained on, and what the Trainer logged."""
+    """A trained stage: the model, weights that training goes on from, what it was trained on, what was logged."""
 
     model: Any
+    live: dict[str, Tensor] | None
     inputs: StageInputs
     steps: int
     seconds: float
@@ -223,8 +227,10 @@ class MethodRun:
         assignment, new_set = self._assign(stage)
         frozen = FrozenWeights(model)
         # Replay and objective look at the model with the set that will be trained, as a resumed run finds it.
-        model, rewritten = train_adapter(model, self.config.adapter, assignment.adapter, self.config.seed)
-        stage = dataclasses.replace(stage, model=model)
+        model, rewritten = train_adapter(
+            model, self.config.adapter, assignment.adapter, self.config.seed, assignment.start_from
+        )
+        stage = dataclasses.replace(stage, model=model, new_set=new_set)
         selection = self._select(stage)
         fresh = [example for task in tasks for example in task.train]
         stage = dataclasses.replace(stage, examples=(*fresh, *selection.examples))
@@ -253,7 +259,7 @@ class MethodRun:
             test_skipped=found.skipped,
             notes=trained.notes,
         )
-        self._commit(record, trained.model, found.predictions)
+        self._commit(record, trained.model, found.predictions, trained.live)
         self._say_scores(title, record)
         if record.skipped or record.test_skipped:
             self._say(f"  left out for their length: {record.skipped} training and {record.test_skipped} test examples")
@@ -261,7 +267,7 @@ class MethodRun:
 
     def _assign(self, stage: Stage) -> tuple[Assignment, bool]:
         """The set that the new task trains, the same on every process, and whether it is new."""
-        before = set(self.parts["router"].sets)
+        before = {each.adapter for each in self.folder.stages()[1 : stage.index]}
         assignment = self._returned("router", "assign", self.parts["router"].assign(stage), Assignment)
         chosen: list[Assignment] = [assignment]
         broadcast_object_list(chosen)
@@ -293,11 +299,13 @@ class MethodRun:
             raise DataError(
                 f"task {stage.task.name!r}: no training example fits data.max_length; every one was skipped"
             )
+        averages = take_up_live_weights(model, self.folder.stage_path(stage.index - 1), adapter)
+        stage = dataclasses.replace(stage, averages=averages)
         # What must not move is held against its copy afterwards, and what should have moved as well.
         before = TrainedWeights(model)
-        trainer = self._trained(model, stage.index, title, inputs)
+        trainer = self._trained(stage, title, inputs)
         seconds = trainer.record.seconds + inputs.seconds
-        self.parts["update"].finish(trainer.optimizer)
+        live = self.parts["update"].finish(trainer.optimizer, stage)
         model = self._unwrapped(trainer, stage.index, adapter)
         notes += before.notes(model)
         if rewritten is not None:
@@ -313,6 +321,7 @@ class MethodRun:
                 )
         return _Trained(
             model,
+            live,
             inputs,
             steps=trainer.state.global_step,
             seconds=seconds,
@@ -366,11 +375,18 @@ class MethodRun:
                 self._say(f"  {escape(note)}")
         return value
 
-    def _commit(self, stage: StageRecord, model: Any, predictions: dict[str, list[Prediction]]) -> None:
+    def _commit(
+        self,
+        stage: StageRecord,
+        model: Any,
+        predictions: dict[str, list[Prediction]],
+        live: dict[str, Tensor] | None = None,
+    ) -> None:
         def fill(path: Path) -> None:
             if model is not None:
                 before = self.folder.stage_path(stage.index - 1)
                 save_weights(model, path, self.config.model.name, before=before, trained=stage.adapter)
+                save_live_weights(path, stage.adapter, live, before)
                 self.parts["router"].save(path / "router")
             write_stage_predictions(path, predictions)
 
@@ -397,12 +413,12 @@ class MethodRun:
 
     # -- training ------------------------------------------------------------------------------------------------
 
-    def _trained(self, model: Any, index: int, title: str, inputs: StageInputs) -> StageTrainer:
+    def _trained(self, stage: Stage, title: str, inputs: StageInputs) -> StageTrainer:
         """The trainer, when the stage is trained; what it refuses before the first batch is an error of the set-up."""
         trainer: StageTrainer | None = None
         checkpoint: str | None = None
         try:
-            trainer, checkpoint = self._trainer(model, index, title, inputs)
+            trainer, checkpoint = self._trainer(stage, title, inputs)
             trainer.train(resume_from_checkpoint=checkpoint)
         except CitFastError:
             raise
@@ -414,17 +430,19 @@ class MethodRun:
                     f"{checkpoint}: cannot be gone on from: {first_line(error)}; without it the stage goes on from an "
                     "earlier checkpoint, or from its beginning"
                 ) from error
-            raise ConfigError(f"training: stage {index} cannot be set up: {first_line(error)}") from error
+            raise ConfigError(f"training: stage {stage.index} cannot be set up: {first_line(error)}") from error
         return trainer
 
-    def _trainer(self, model: Any, index: int, title: str, inputs: StageInputs) -> tuple[StageTrainer, str | None]:
+    def _trainer(self, stage: Stage, title: str, inputs: StageInputs) -> tuple[StageTrainer, str | None]:
+        index = stage.index
         checkpoint = self.folder.last_checkpoint(index)
         trainer = StageTrainer(
             objective=self.parts["objective"],
             update=self.parts["update"],
+            stage=stage,
             title=title,
             progress={} if checkpoint is None else checkpoint[1],
-            model=model,
+            model=stage.model,
             args=self._arguments(index),
             train_dataset=inputs.features,
             data_collator=inputs.collator,
@@ -433,6 +451,8 @@ class MethodRun:
         )
         if (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled) and rewrites_base(self.config.adapter):
             raise refuse_sharded()
+        if stream_wide(self.parts["update"]) and rewrites_base(self.config.adapter):
+            raise ConfigError("update.scope: stream cannot go on with adapters whose initialisation rewrites the base")
         trainer.check_engine(self.method.name)
         return trainer, None if checkpoint is None else str(checkpoint[0])
 
@@ -455,7 +475,7 @@ class MethodRun:
     def _checked(self, stage: StageRecord) -> Path:
         """The folder of a committed stage to go on from, when its files have been looked at."""
         folder = self.folder.stage_path(stage.index)
-        for below in ("adapters/", "model/", "router/"):
+        for below in ("adapters/", "model/", "router/", "live/"):
             check_files(folder, stage, below)
         return folder
 

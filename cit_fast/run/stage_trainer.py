@@ -18,7 +18,8 @@ from transformers.integrations import TensorBoardCallback
 
 from cit_fast.errors import ConfigError, RunError
 from cit_fast.methods.objectives import Objective
-from cit_fast.methods.updates import PlainUpdate, Update
+from cit_fast.methods.stage import Stage
+from cit_fast.methods.updates import PlainUpdate, Update, stream_wide
 from cit_fast.run.run_folder import mark_complete
 
 
@@ -28,6 +29,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
     Args:
         objective: computes the loss.
         update: wraps the optimizer.
+        stage: that is trained.
         title: what the progress bar says.
         progress: what an earlier part of this stage left in its checkpoint's marker (see ``record``).
         logs: where TensorBoard's events go, if ``training.report_to`` asks for them.
@@ -35,10 +37,18 @@ class StageTrainer(Trainer):  # type: ignore[misc]
     """
 
     def __init__(
-        self, *, objective: Objective, update: Update, title: str, progress: dict[str, Any], logs: Path, **kwargs: Any
+        self,
+        *,
+        objective: Objective,
+        update: Update,
+        stage: Stage,
+        title: str,
+        progress: dict[str, Any],
+        logs: Path,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.objective, self.update = objective, update
+        self.objective, self.update, self.stage = objective, update, stage
         self.optimizer: torch.optim.Optimizer | None
         # Our loss divides by the response tokens of the whole accumulated batch, so the Trainer has to count them.
         self.model_accepts_loss_kwargs = True
@@ -47,7 +57,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback):
                 callback.logging_dir = str(logs)
-        self.record = _StageRecorder(update, title, progress)
+        self.record = _StageRecorder(update, stage, title, progress)
         self.add_callback(self.record)
 
     def check_engine(self, method: str) -> None:
@@ -56,6 +66,12 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         Raises:
             ConfigError: an optimizer of DeepSpeed's own beside an update's, or weights that stay in shards.
         """
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if sharded and stream_wide(self.update):
+            raise ConfigError(
+                f"method {method!r}: update.scope stream keeps the live weights of each stage, which DeepSpeed and "
+                "FSDP hold in shards; use scope task, or DDP"
+            )
         if not self.is_deepspeed_enabled:
             return
         gather = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
@@ -72,7 +88,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         """The optimizer of TrainingArguments inside the update's."""
         if self.optimizer is None:
             made: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
-            self.optimizer = self.update.wrap(made)
+            self.optimizer = self.update.wrap(made, self.stage)
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -118,8 +134,8 @@ class StageTrainer(Trainer):  # type: ignore[misc]
 class _StageRecorder(TrainerCallback):  # type: ignore[misc]
     """Progress bar, balance weights per step, wall time, and the marker that makes a checkpoint count."""
 
-    def __init__(self, update: Update, title: str, progress: dict[str, Any]) -> None:
-        self.update, self.title = update, title
+    def __init__(self, update: Update, stage: Stage, title: str, progress: dict[str, Any]) -> None:
+        self.update, self.stage, self.title = update, stage, title
         self.balance_weights: list[tuple[int, float, float, float, float]] = [
             tuple(entry) for entry in progress.get("balance_weights", [])
         ]
@@ -150,7 +166,7 @@ class _StageRecorder(TrainerCallback):  # type: ignore[misc]
         """
         if args.device.type != "cpu" and (state.global_step + 1) % max(state.logging_steps, 1):
             return
-        summary = self.update.summary(kwargs["optimizer"])
+        summary = self.update.summary(kwargs["optimizer"], self.stage)
         if summary is not None:
             self.balance_weights.append((state.global_step + 1, *summary))
 

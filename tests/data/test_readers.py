@@ -5,6 +5,7 @@ import decimal
 import gzip
 import json
 import os
+import re
 from dataclasses import replace
 
 import pytest
@@ -475,3 +476,48 @@ def test_what_a_text_model_does_not_see_is_counted():
     assert unseen_media([plain, plain]) is None
     said = unseen_media([plain, picture, one({"instruction": "i", "output": "x", "video": "a"})])
     assert said.startswith("Of 3 examples 1 have images and 1 have videos or recordings, which this model does not see")
+
+
+# Which part of a turn is the instruction
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [
+        (None, "<image>\nWhat is this?\nAnswer in a word.\n"),
+        ("whole", "<image>\nWhat is this?\nAnswer in a word.\n"),
+        ("last-line", "Answer in a word."),
+        ("first-line", "<image>"),
+        ({"regex": "Answer.*"}, "Answer in a word."),
+        ({"regex": r"\n(\w+ \w+) this"}, "What is"),
+    ],
+)
+def test_which_part_of_a_turn_is_the_instruction(tmp_path, part, expected):
+    text = "<image>\nWhat is this?\nAnswer in a word.\n"
+    turns = [{"from": "human", "value": text}, {"from": "gpt", "value": "a dog"}]
+    path = tmp_path / "llava.json"
+    path.write_text(json.dumps([{"conversations": turns}]))
+    (example,) = read_file(path, ReadOptions(instruction_part=part))
+    assert (example.task_instruction, example.instruction) == (expected, text)  # what is trained stays whole
+
+
+def test_a_super_ni_definition_has_parts_too(tmp_path):
+    path = tmp_path / "task.json"
+    task = {"Definition": ["Given a text.\nName its language."], "Instances": [{"input": "x", "output": ["y"]}]}
+    path.write_text(json.dumps(task))
+    (example,) = read_file(path, ReadOptions(instruction_part="last-line"))
+    assert example.task_instruction == "Name its language."
+
+
+def test_an_instruction_that_is_not_there(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"instruction": "Answer: yes", "output": "x"}\n{"instruction": "Sum up", "output": "x"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl:2: instruction_part\.regex '\^Answer' matches nothing in 'Sum up'"):
+        read_file(path, ReadOptions(instruction_part={"regex": "^Answer"}))
+    for part, message in (
+        ("middle", "instruction_part: 'middle' is unknown; expected whole, first-line, last-line or {regex: ...}"),
+        ({"regex": "("}, "instruction_part.regex: '(': "),
+        ({"pattern": "x"}, "instruction_part: {'pattern': 'x'} is unknown"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            ReadOptions(instruction_part=part)

@@ -47,7 +47,7 @@ def stream():
 
 @pytest.fixture(scope="module")
 def finished(tiny_model_folder, stream, tmp_path_factory):
-    """A run with the router lcia; the tests copy it before they change anything in it."""
+    """A run that groups by instructions; the tests copy it before they change anything in it."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CIT_FAST_CACHE", str(folder / "cache"))
@@ -58,7 +58,7 @@ def finished(tiny_model_folder, stream, tmp_path_factory):
             "data": {"max_length": 96},
             "training": {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "use_cpu": True},
             "evaluation": {"max_new_tokens": 6, "untrained": False, "tasks": "seen"},
-            "methods": [{"preset": "lcia", "router": {"reject": 0}}],
+            "methods": [{"preset": "grouping-ema", "name": "lcia", "router": {"reject": 0}}],
         }
         return ContinualTrainer(settings, stream=stream, console=Console(quiet=True)).run()[0]
 

@@ -83,16 +83,16 @@ def test_the_average_is_what_is_kept(settings, stream, finished_run):
 
         averages = []  # noqa: RUF012  # of the class: each method trains with a copy of the object
 
-        def wrap(self, optimizer):
+        def wrap(self, optimizer, stage):
             self.optimizer = BalanceEMA(optimizer)
             return self.optimizer
 
-        def finish(self, optimizer):
+        def finish(self, optimizer, stage):
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
             self.averages.append(sorted(float(self.optimizer.state[p]["average"].sum()) for p in parameters))
             self.optimizer.copy_averaged_to_parameters()
 
-        def summary(self, optimizer):
+        def summary(self, optimizer, stage):
             return self.optimizer.balance_summary()
 
     update = Watched()
@@ -106,7 +106,8 @@ def test_the_average_is_what_is_kept(settings, stream, finished_run):
 
 def test_balance_weights_are_recorded_per_step(settings, stream):
     folder = run(settings, TaskStream(stream[:2]), methods=["lcia-ema"], evaluation=UNSEEN)["lcia-ema"]
-    for stage in read_stages(folder)[1:]:
+    assert read_stages(folder)[1].balance_weights == []  # when: from-second
+    for stage in read_stages(folder)[2:]:
         assert [entry[0] for entry in stage.balance_weights] == [1, 2, 3, 4]
         assert stage.balance_weights[0][1:] == pytest.approx([0.01, 0.01, 0.01, 1.0])  # no gradient before the first
         assert all(0 <= low <= mean <= high <= 1 for _, mean, low, high, _ in stage.balance_weights)

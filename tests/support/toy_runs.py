@@ -31,9 +31,9 @@ def make_task(name: str, train: int = 16, test: int = 4) -> Task:
     return Task(name, examples(train, 0), (), examples(test, 100), metric="token_f1")
 
 
-def adapter(folder: Path, stage: int) -> dict[str, torch.Tensor]:
-    """The weights of a stage's shared adapter set."""
-    return load_file(folder / "stages" / f"{stage:02d}" / "adapters" / "shared" / "adapter_model.safetensors")
+def adapter(folder: Path, stage: int, name: str = "shared") -> dict[str, torch.Tensor]:
+    """The weights of an adapter set as a stage kept it."""
+    return load_file(folder / "stages" / f"{stage:02d}" / "adapters" / name / "adapter_model.safetensors")
 
 
 @pytest.fixture(scope="session")

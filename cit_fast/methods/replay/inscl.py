@@ -125,7 +125,7 @@ class InsCLReplay:
         tasks = [*stage.seen, stage.task]
         setting = {"embedder": embedder.name, "weights": self.weights, "distance": self.distance}
         kept = JsonCache(None if stage.kept is None else stage.kept / "distances", setting)
-        key = _digest([[example.instruction for example in task.train] for task in tasks])
+        key = _digest([[example.task_instruction for example in task.train] for task in tasks])
         found = (kept.get(key) or {}).get("distances")
         if isinstance(found, list) and len(found) == len(stage.seen):
             return [float(distance) for distance in found]
@@ -214,7 +214,7 @@ def instances_by_instruction(task: Task) -> dict[str, list[int]]:
     """Distinct instruction -> places of its training examples, in order of first appearance."""
     instances: dict[str, list[int]] = {}
     for place, example in enumerate(task.train):
-        instances.setdefault(example.instruction, []).append(place)
+        instances.setdefault(example.task_instruction, []).append(place)
     return instances
 
 

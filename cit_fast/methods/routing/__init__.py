@@ -1,12 +1,13 @@
 """Routing: which adapter set a task trains, and which one answers a prompt."""
 
 from cit_fast.methods.routing.confusion import routing_record
-from cit_fast.methods.routing.grouping import LCIARouter, PerTaskRouter
+from cit_fast.methods.routing.grouping import GroupingRouter, LCIARouter, PerTaskRouter
 from cit_fast.methods.routing.load import load_router
 from cit_fast.methods.routing.router import OracleRouter, Router, SharedRouter, routing_text
 from cit_fast.methods.routing.switch import SwitchNetwork, SwitchRouter, train_switch
 
 __all__ = [
+    "GroupingRouter",
     "LCIARouter",
     "OracleRouter",
     "PerTaskRouter",

@@ -1,7 +1,7 @@
 """LCIA's instruction grouping: reuse the adapter set whose instructions are most alike, or grow a new one.
 
-Source: Qiao et al., ICML 2025, arXiv 2410.10868, and its released code. Answers are ours: per
-prompt, not per file, and none of the sets may be the answer.
+Source: Qiao et al., ICML 2025, arXiv 2410.10868, section 4.4, and its released code. :class:`LCIARouter` is theirs;
+:class:`GroupingRouter` is ours, which answers per prompt, and none of the sets may be the answer.
 """
 
 from __future__ import annotations
@@ -27,13 +27,18 @@ from cit_fast.models.adapter_bank import BASE
 _BLOCK = 256  # prompts compared with the whole codebook at a time
 
 
-class LCIARouter(SavedRouter):
+Linkage = Literal["mean", "max"]
+SetStart = Literal["random", "previous"]
+
+
+class GroupingRouter(SavedRouter):
     """A codebook of distinct instructions per adapter set decides, by similarity.
 
-    The similarity of texts to a set is the mean over all pairs (text, stored instruction). A task whose instructions
-    reach ``threshold`` at the most similar set trains that set again and adds its instructions to the set's codebook;
-    another task grows a new set. A prompt is answered by the set that it is most similar to, or by the base model if
-    that similarity is below what known prompts have (see :class:`~cit_fast.methods.routing.rejection.Rejection`).
+    The similarity of texts to a set follows from the pairs (text, stored instruction), see ``linkage``. A task whose
+    instructions reach ``threshold`` at the most similar set trains that set again and adds its instructions to the
+    set's codebook; another task grows a new set. A prompt is answered by the set that it is most similar to, or by the
+    base model if that similarity is below what known prompts have (see
+    :class:`~cit_fast.methods.routing.rejection.Rejection`).
 
     Args:
         similarity: ``"tfidf"``, frequencies counted over the codebook; ``"tfidf-pairwise"``, over each pair, as the
@@ -47,12 +52,16 @@ class LCIARouter(SavedRouter):
         reject: share of the known prompts that may go to the base model, in [0, 1); 0: every prompt goes to some set.
         held_out: tasks that are never trained (built-in names, files, folders), whose prompts the threshold for "none
             of these" must keep out; without any, it follows from known prompts alone.
+        linkage: ``"mean"`` over all pairs (the authors' code), or ``"max"``: of each text its most similar stored
+            instruction counts (the paper), and then the mean over the texts.
+        start: how a new set starts: ``"random"`` (the paper), or ``"previous"``, from the set trained last (the
+            authors' code).
 
     Raises:
         ConfigError: an option out of range or unknown.
     """
 
-    name = "lcia"
+    name = "grouping"
 
     def __init__(
         self,
@@ -62,17 +71,24 @@ class LCIARouter(SavedRouter):
         reads: Reads = "prompt",
         reject: float = 0.01,
         held_out: Sequence[str] = (),
+        linkage: Linkage = "mean",
+        start: SetStart = "random",
     ) -> None:
         if similarity not in SIMILARITIES:
             raise ConfigError(f"similarity: {similarity!r} is unknown; expected one of {', '.join(SIMILARITIES)}")
         if not threshold >= 0:
             raise ConfigError(f"threshold: {threshold}; expected at least 0 (above 1, no set is ever reused)")
         check_reads(reads)
+        for name, value, known in (("linkage", linkage, ("mean", "max")), ("start", start, ("random", "previous"))):
+            if value not in known:
+                raise ConfigError(f"{name}: {value!r} is unknown; expected {' or '.join(known)}")
+        self.linkage, self.start = linkage, start
         self.similarity, self.threshold, self.embedder, self.reads = similarity, threshold, embedder, reads
         self._rejection = Rejection(reject, held_out)
         self.reject, self.held_out = reject, self._rejection.held_out
         self._codebook: dict[str, list[str]] = {}
         self._known: list[float] = []
+        self._latest: str | None = None
         self._loaded: Embedder | None = None
 
     @property
@@ -96,14 +112,16 @@ class LCIARouter(SavedRouter):
         instructions = list(dict.fromkeys(routing_text(example, "instruction") for example in stage.task.train))
         scores: dict[str, float] = {}
         if self._codebook:
-            means = self._similarities(instructions, stage).mean(axis=0)
+            means = self._similarities(instructions, stage, self.linkage).mean(axis=0)
             scores = {name: float(score) for name, score in zip(self._codebook, means, strict=True)}
         best = max(scores, key=lambda name: scores[name]) if scores else None
         reused = best is not None and scores[best] >= self.threshold
         name = best if best is not None and reused else self._new_set(stage.task)
         stored = self._codebook.setdefault(name, [])
         stored += [text for text in instructions if text not in stored]
-        return Assignment(name, scores, self.threshold)
+        start_from = self._latest if self.start == "previous" and not reused else None
+        self._latest = name
+        return Assignment(name, scores, self.threshold, start_from=start_from)
 
     def learn(self, stage: Stage) -> Learned:
         """Look how similar prompts are that the codebook should and should not know."""
@@ -120,7 +138,7 @@ class LCIARouter(SavedRouter):
             RunError: nothing was learned yet.
         """
         if not self._codebook:
-            raise RunError("router lcia: the codebook is empty; no task has trained a set yet")
+            raise RunError(f"router {self.name}: the codebook is empty; no task has trained a set yet")
         names, below = list(self._codebook), self._rejection.below
         found: list[str] = []
         damaged = [index for index, name in enumerate(names) if name in stage.damaged]
@@ -145,8 +163,8 @@ class LCIARouter(SavedRouter):
         for start in range(0, len(texts), _BLOCK):
             yield self._similarities(texts[start : start + _BLOCK], stage)
 
-    def _similarities(self, texts: Sequence[str], stage: Stage) -> Matrix:
-        """[texts, sets]: of each text to each set, the mean over the set's instructions."""
+    def _similarities(self, texts: Sequence[str], stage: Stage, linkage: Linkage = "mean") -> Matrix:
+        """[texts, sets]: of each text to each set, the mean over the set's instructions, or the largest of them."""
         stored = [text for own in self._codebook.values() for text in own]
         if self.similarity == "embedding":
             pairs = similarities.embedding(texts, stored, self._embedder(stage))
@@ -154,7 +172,8 @@ class LCIARouter(SavedRouter):
             compare = similarities.tfidf if self.similarity == "tfidf" else similarities.tfidf_pairwise
             pairs = compare(texts, stored)
         ends = np.cumsum([len(own) for own in self._codebook.values()])
-        return np.stack([part.mean(axis=1) for part in np.split(pairs, ends[:-1], axis=1)], axis=1)
+        of_sets = np.split(pairs, ends[:-1], axis=1)
+        return np.stack([part.max(axis=1) if linkage == "max" else part.mean(axis=1) for part in of_sets], axis=1)
 
     def _embedder(self, stage: Stage) -> Embedder:
         if self._loaded is None:
@@ -172,7 +191,8 @@ class LCIARouter(SavedRouter):
 
     def state(self) -> dict[str, Any]:
         """The codebook, and the scores of known prompts."""
-        return {"codebook": self._codebook, "known": self._known, "reject_below": self._rejection.below}
+        remembered = {"codebook": self._codebook, "known": self._known, "latest": self._latest}
+        return remembered | {"reject_below": self._rejection.below}
 
     def restore(self, state: dict[str, Any], folder: Path) -> None:
         """Take them back."""
@@ -181,11 +201,65 @@ class LCIARouter(SavedRouter):
             raise ValueError("a set without instructions")
         self._codebook = codebook
         self._known = [float(score) for score in state["known"]]
+        self._latest = None if state["latest"] is None else str(state["latest"])
         self._rejection.below = None if state["reject_below"] is None else float(state["reject_below"])
 
 
-class PerTaskRouter(LCIARouter):
-    """A set per task, and the most similar instructions answer: :class:`LCIARouter` that never reuses a set.
+class LCIARouter(GroupingRouter):
+    """The published grouping: TF-IDF fitted on each pair of instructions, one answer for all prompts of a task.
+
+    A task's test prompts are answered by the set that their distinct instructions are most similar to, from
+    ``threshold`` on; below it by the set that was made last, as in the authors' code. A prompt that names no task is a
+    task of its own. The input is never read.
+
+    Args:
+        threshold: from which a set is reused: 0.9 for plain instructions (CoIN "Origin"), 0.3 for diverse ones
+            ("Diverse").
+        linkage, start: see :class:`GroupingRouter`; the authors' code has ``"mean"`` and ``"previous"``, the paper
+            writes ``"max"`` and ``"random"``.
+
+    Raises:
+        ConfigError: an option out of range or unknown.
+    """
+
+    name = "lcia"
+
+    def __init__(self, threshold: float = 0.9, linkage: Linkage = "mean", start: SetStart = "previous") -> None:
+        super().__init__("tfidf-pairwise", threshold, reads="instruction", reject=0.0, linkage=linkage, start=start)
+
+    def learn(self, stage: Stage) -> Learned:
+        """Nothing to learn: the codebook is all that answers."""
+        return Learned()
+
+    def answer(self, examples: Sequence[Example], stage: Stage) -> list[str]:
+        """The most similar set of each task, or the last.
+
+        Raises:
+            DataError: an empty prompt.
+            RunError: nothing was learned yet.
+        """
+        if not self._codebook:
+            raise RunError(f"router {self.name}: the codebook is empty; no task has trained a set yet")
+        names = [name for name in self._codebook if name not in stage.damaged]
+        if not names:
+            return [BASE] * len(examples)
+        groups: dict[str, list[int]] = {}
+        for place, example in enumerate(examples):
+            groups.setdefault(example.task or f"\0{place}", []).append(place)
+        found = [BASE] * len(examples)
+        for places in groups.values():
+            texts = list(dict.fromkeys(routing_text(examples[place], "instruction") for place in places))
+            means = self._similarities(texts, stage, self.linkage).mean(axis=0)
+            scores = {name: float(score) for name, score in zip(self._codebook, means, strict=True) if name in names}
+            best = max(scores, key=lambda name: scores[name])
+            answers = best if scores[best] >= self.threshold else names[-1]
+            for place in places:
+                found[place] = answers
+        return found
+
+
+class PerTaskRouter(GroupingRouter):
+    """A set per task, and the most similar instructions answer: :class:`GroupingRouter` that never reuses a set.
 
     Args:
         similarity, embedder, reads, reject, held_out: as there.

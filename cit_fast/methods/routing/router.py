@@ -15,7 +15,7 @@ from cit_fast.files import write_json
 from cit_fast.methods.stage import Assignment, Learned, Stage
 from cit_fast.models.adapter_bank import BASE
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 Reads = Literal["prompt", "instruction"]
 _Self = TypeVar("_Self", bound="SavedRouter")
 
@@ -136,7 +136,9 @@ def routing_text(example: Example, reads: Reads = "prompt") -> str:
     Raises:
         DataError: there is nothing to read.
     """
-    if example.messages:
+    if reads == "instruction" and example.instruction_span is not None:
+        text = example.task_instruction
+    elif example.messages:
         text = "\n\n".join(content for role, content in example.messages[:-1] if role == "user")
     elif reads == "prompt" and example.input.strip():
         text = f"{example.instruction}\n\n{example.input}"

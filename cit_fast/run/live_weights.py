@@ -1,0 +1,59 @@
+"""Weights that training goes on from, where a stage answers with others: those of an average of the whole stream.
+
+    <stage>/live/<adapter set>.safetensors
+
+Each set's are as its last stage left them. The files of sets that a stage does not train are those of the stage before.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cit_fast.errors import RunError
+from cit_fast.files import link_tree
+
+_FOLDER = "live"
+
+
+def save_live_weights(folder: Path, adapter: str, weights: dict[str, Tensor] | None, before: Path) -> None:
+    """Write the weights of the set that a stage has trained, and those of the other sets from the stage before."""
+    if (before / _FOLDER).is_dir():
+        link_tree(before / _FOLDER, folder / _FOLDER)
+    if weights is None:
+        return
+    path = folder / _FOLDER / f"{adapter}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # another name of the earlier stage's file, which must stay as it is
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path)
+
+
+@torch.no_grad()
+def take_up_live_weights(model: Any, folder: Path, adapter: str) -> dict[str, Tensor] | None:
+    """Put the live weights that an earlier stage kept of a set into the model.
+
+    Returns:
+        What the model held instead, by name; ``None`` where nothing was kept.
+
+    Raises:
+        RunError: a damaged file, or one of another model.
+    """
+    path = folder / _FOLDER / f"{adapter}.safetensors"
+    if not path.is_file():
+        return None
+    try:
+        live = load_file(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise RunError(f"{path}: damaged ({error})") from None
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if {name: tensor.shape for name, tensor in live.items()} != {name: p.shape for name, p in trained.items()}:
+        raise RunError(f"{path}: holds weights of other shapes or names than the model trains")
+    averages = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    for name, parameter in trained.items():
+        parameter.copy_(live[name])
+    return averages
