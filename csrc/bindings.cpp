@@ -129,8 +129,8 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "balance_ema",
       [](const Table& table, std::int64_t rule, double decay, double fallback, double scale, bool store_grads,
-         bool nearest, std::uint32_t seed, int threads, std::int64_t alphas, std::int64_t fallbacks,
-         std::int64_t norms, std::int64_t remaining) {
+         bool nearest, std::uint32_t seed, int threads, std::int64_t alphas, std::int64_t fallbacks, std::int64_t norms,
+         std::int64_t remaining) {
         const auto tensors = rows(table, kEmaColumns, ema_tensor);
         py::gil_scoped_release release;
         cit::balance_ema(tensors, rule_options(rule, decay, fallback, scale), {store_grads, nearest, seed, threads},
@@ -153,9 +153,9 @@ PYBIND11_MODULE(_native, m) {
                                results(alphas, fallbacks, norms, remaining));
       },
       py::arg("table"), py::kw_only(), py::arg("step"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"),
-      py::arg("eps"), py::arg("weight_decay"), py::arg("rule"), py::arg("decay"), py::arg("fallback"),
-      py::arg("scale"), py::arg("store_grads"), py::arg("nearest"), py::arg("seed"), py::arg("threads"),
-      py::arg("alphas"), py::arg("fallbacks"), py::arg("norms"), py::arg("remaining"));
+      py::arg("eps"), py::arg("weight_decay"), py::arg("rule"), py::arg("decay"), py::arg("fallback"), py::arg("scale"),
+      py::arg("store_grads"), py::arg("nearest"), py::arg("seed"), py::arg("threads"), py::arg("alphas"),
+      py::arg("fallbacks"), py::arg("norms"), py::arg("remaining"));
 
   m.def(
       "flush_balance_ema",

@@ -97,27 +97,28 @@ PYBIND11_MODULE(_native_cuda, m) {
       [](std::uintptr_t table, std::int64_t count, std::int64_t blocks, std::uintptr_t slots, int device,
          std::uintptr_t stream, std::uintptr_t norms, std::uintptr_t alphas, std::uintptr_t fallbacks,
          std::uintptr_t remaining, std::int64_t rule, double decay, double fallback, double scale, bool store_grads,
-         bool nearest, std::uint32_t seed, std::int64_t step, double lr, double beta1, double beta2, double eps, double weight_decay, std::uintptr_t step_on_device) {
-        cit::gpu::adamw_balance_ema(launch(table, count, blocks, slots, device, stream),
-                                    outcome(norms, alphas, fallbacks, remaining, rule, decay, fallback, scale, store_grads),
-                                    cit::gpu::step_on_host({beta1, beta2, eps, weight_decay}, step, lr, {seed, nearest}),
-                                    pointer<const cit::gpu::Step>(step_on_device));
+         bool nearest, std::uint32_t seed, std::int64_t step, double lr, double beta1, double beta2, double eps,
+         double weight_decay, std::uintptr_t step_on_device) {
+        cit::gpu::adamw_balance_ema(
+            launch(table, count, blocks, slots, device, stream),
+            outcome(norms, alphas, fallbacks, remaining, rule, decay, fallback, scale, store_grads),
+            cit::gpu::step_on_host({beta1, beta2, eps, weight_decay}, step, lr, {seed, nearest}),
+            pointer<const cit::gpu::Step>(step_on_device));
       },
       py::arg("table"), py::kw_only(), py::arg("count"), py::arg("blocks"), py::arg("slots"), py::arg("device"),
       py::arg("stream"), py::arg("norms"), py::arg("alphas"), py::arg("fallbacks"), py::arg("remaining"),
       py::arg("rule"), py::arg("decay"), py::arg("fallback"), py::arg("scale"), py::arg("store_grads"),
-      py::arg("nearest") = false, py::arg("seed") = 0, py::arg("step") = 1, py::arg("lr") = 0.0,
-      py::arg("beta1") = 0.0, py::arg("beta2") = 0.0, py::arg("eps") = 0.0, py::arg("weight_decay") = 0.0,
-      py::arg("step_on_device") = 0);
+      py::arg("nearest") = false, py::arg("seed") = 0, py::arg("step") = 1, py::arg("lr") = 0.0, py::arg("beta1") = 0.0,
+      py::arg("beta2") = 0.0, py::arg("eps") = 0.0, py::arg("weight_decay") = 0.0, py::arg("step_on_device") = 0);
 
   m.def(
       "step_on_device",
       [](std::uintptr_t target, std::uintptr_t step, bool step_is_float, std::uintptr_t lr, bool lr_is_float,
-         double beta1, double beta2, double eps, double weight_decay, bool nearest, std::uint32_t seed,
-         int device, std::uintptr_t stream) {
+         double beta1, double beta2, double eps, double weight_decay, bool nearest, std::uint32_t seed, int device,
+         std::uintptr_t stream) {
         cit::gpu::step_on_device({beta1, beta2, eps, weight_decay}, pointer<const void>(step), step_is_float,
-                                 pointer<const void>(lr), lr_is_float, {seed, nearest}, pointer<cit::gpu::Step>(target), device,
-                                 pointer<CUstream_st>(stream));
+                                 pointer<const void>(lr), lr_is_float, {seed, nearest}, pointer<cit::gpu::Step>(target),
+                                 device, pointer<CUstream_st>(stream));
       },
       py::arg("target"), py::kw_only(), py::arg("step"), py::arg("step_is_float"), py::arg("lr"),
       py::arg("lr_is_float"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"),

@@ -198,8 +198,8 @@ void adamw_balance_ema(const std::vector<AdamWTensor>& tensors, const AdamWOptio
   std::vector<Norms> partial(tasks.size());
   parallel_for(static_cast<std::int64_t>(tasks.size()), sweep.threads, [&](std::int64_t k) {
     const Task& task = tasks[k];
-    partial[k] = run.adamw(tensors[task.tensor], step, rounding_keys(sweep, task.tensor),
-                           results.alphas[task.tensor], sweep.store_grads, task.begin, task.count);
+    partial[k] = run.adamw(tensors[task.tensor], step, rounding_keys(sweep, task.tensor), results.alphas[task.tensor],
+                           sweep.store_grads, task.begin, task.count);
     if (task.whole) store_weight(results, task.tensor, partial[k], rule);
   });
   finish_pieces(all(tasks), partial,

@@ -55,9 +55,9 @@ struct SweepOptions {
 
 // Where results go: one entry for each tensor.
 struct Results {
-  float* alphas;    // 0 where a tensor was left out because p or g held a value that is not finite
-  bool* fallbacks;  // the rule gave no usable weight
-  double* norms;    // a, b, c of each tensor
+  float* alphas;     // 0 where a tensor was left out because p or g held a value that is not finite
+  bool* fallbacks;   // the rule gave no usable weight
+  double* norms;     // a, b, c of each tensor
   float* remaining;  // a' of each tensor, of the last step on entry and of this one on return; null: not wanted
 };
 

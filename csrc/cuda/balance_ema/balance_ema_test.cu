@@ -174,12 +174,8 @@ struct Emulation {
   }
   Lists lists() const { return open_table(table.data(), layout.count); }
   Outcome outcome(Results& results, Rule rule, bool store_grads) const {
-    return {results.norms.data(),
-            results.alphas.data(),
-            reinterpret_cast<bool*>(results.fallbacks.data()),
-            results.remaining.data(),
-            kOptions(rule),
-            store_grads};
+    return {results.norms.data(),     results.alphas.data(), reinterpret_cast<bool*>(results.fallbacks.data()),
+            results.remaining.data(), kOptions(rule),        store_grads};
   }
   void norms(const Outcome& outcome) {
     blocks->run(order, [&](auto& block) { norms_of_block(block, lists(), slots.data(), outcome); });
@@ -272,8 +268,8 @@ void compare_weights(const Results& is, const std::vector<double>& norms, Rule r
       const double x = is.norms[3 * t + k], y = norms[3 * t + k];
       expect(std::isfinite(y) ? std::abs(x - y) <= kNormTolerance * y : !std::isfinite(x), "a norm", t, k);
     }
-    const cit::Weight right = cit::balance_weight({is.norms[3 * t], is.norms[3 * t + 1], is.norms[3 * t + 2]},
-                                                  kOptions(rule), remaining[t]);
+    const cit::Weight right =
+        cit::balance_weight({is.norms[3 * t], is.norms[3 * t + 1], is.norms[3 * t + 2]}, kOptions(rule), remaining[t]);
     expect(is.alphas[t] == right.alpha, "alpha", t, 0);
     expect(static_cast<bool>(is.fallbacks[t]) == right.fallback, "fallback", t, 0);
     const double left = (1.0 - right.alpha) * is.norms[3 * t];
