@@ -32,7 +32,7 @@ from cit_fast.data.builtin import builtin_task_names
 from cit_fast.data.sources import TaskSource
 from cit_fast.embeddings.cache import CachedEmbedder
 from cit_fast.errors import CitFastError
-from cit_fast.methods.routing import PerTaskRouter, SwitchRouter
+from cit_fast.methods.routing import PerTaskRouter, SwitchTokensRouter
 from cit_fast.methods.routing.features import LastTokenFeatures
 from cit_fast.methods.stage import Stage
 from cit_fast.models.adapter_bank import BASE
@@ -60,11 +60,11 @@ class Setting:
     def stage(self, seed: int, *tasks: Task) -> Stage:
         return Stage(self.model, self.encoder, tasks=tasks, seed=str(seed), cache=cache_folder())
 
-    def switch(self, features: str, **options: Any) -> SwitchRouter:
+    def switch(self, features: str, **options: Any) -> SwitchTokensRouter:
         """A switch router, with the base model's states from the cache."""
         if features != "base":
-            return SwitchRouter(features, **options)
-        router = SwitchRouter("cached", **options)
+            return SwitchTokensRouter(features, **options)
+        router = SwitchTokensRouter("cached", **options)
         router._extractor = self._cached
         return router
 
@@ -164,9 +164,9 @@ def rejection(setting: Setting, make: Any, name: str) -> list[dict[str, Any]]:
 def timing(setting: Setting, count: int) -> list[dict[str, Any]]:
     """Milliseconds a prompt, median of five calls with ``count`` prompts each, after one that does not count."""
     makers = {
-        "switch, base, 128 tokens": lambda: SwitchRouter("base"),
-        "switch, base, 32 tokens": lambda: SwitchRouter("base", max_length=32),
-        "switch, tokens": lambda: SwitchRouter("tokens"),
+        "switch, base, 128 tokens": lambda: SwitchTokensRouter("base"),
+        "switch, base, 32 tokens": lambda: SwitchTokensRouter("base", max_length=32),
+        "switch, tokens": lambda: SwitchTokensRouter("tokens"),
         "lcia, tfidf": lambda: PerTaskRouter("tfidf"),
         "lcia, tfidf-pairwise": lambda: PerTaskRouter("tfidf-pairwise"),
         "lcia, embedding, tokens": lambda: PerTaskRouter("embedding"),
@@ -233,7 +233,7 @@ def main() -> None:
                 found["accuracy"].append(grouping(setting, similarity, reads))
         for name, make in {
             "switch, base": lambda held, setting=setting: setting.switch("base", held_out=held),
-            "switch, tokens": lambda held: SwitchRouter("tokens", held_out=held),
+            "switch, tokens": lambda held: SwitchTokensRouter("tokens", held_out=held),
             "similarity, tfidf": lambda held: PerTaskRouter(held_out=held),
         }.items():
             found.setdefault("rejection", []).extend(rejection(setting, make, name))

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from bench.ceilings import record
 from cit_fast.data import Example, Task
 from cit_fast.data.builtin import builtin_stream
-from cit_fast.methods.routing import LCIARouter, SwitchRouter
+from cit_fast.methods.routing import GroupingRouter, SwitchTokensRouter
 from cit_fast.methods.routing.features import LastTokenFeatures
 from cit_fast.methods.stage import Stage
 from cit_fast.models.adapter_bank import AdapterBank
@@ -152,7 +152,7 @@ def main() -> None:
                 pass
         switching = (time.perf_counter() - start) / 20
 
-    lcia, switch = LCIARouter(threshold=2.0), SwitchRouter(epochs=1)
+    lcia, switch = GroupingRouter(threshold=2.0), SwitchTokensRouter(epochs=1)
     pool: list[Example] = [example for task in stream for example in task.train]
     for number in range(SETS):
         own = tuple(pool[number::SETS])

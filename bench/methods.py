@@ -28,6 +28,7 @@ import dataclasses
 import json
 import statistics
 import sys
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -70,10 +71,10 @@ ASKS: dict[int, dict[str, Any]] = {
 }
 
 
-def task_folders(data: Path, order: int, count: int | None) -> list[Path]:
-    """The first ``count`` task folders of ``data`` in one of the published orders."""
+def task_folders(data: Path, order: int, count: int | None, only: Sequence[int] = ()) -> list[Path]:
+    """The first ``count`` task folders of ``data`` in one of the published orders, or ``only`` these, in this order."""
     by_number = {int(path.name[4:].partition("_")[0]): path for path in data.glob("task[0-9]*_*") if path.is_dir()}
-    wanted = ORDERS[order][:count]
+    wanted = (only or ORDERS[order])[:count]
     missing = [number for number in wanted if number not in by_number]
     if missing:
         raise DataError(f"{data}: no folder of task {missing[0]}; give the folder that holds task..._.../train.json")
@@ -89,7 +90,7 @@ def source(path: Path) -> dict:
 
 def divided(options: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     """The tasks to train, the first ``--tasks`` of the order, and the held-out ones, its last ``--held-out``."""
-    every = task_folders(options.data, options.order, None if options.held_out else options.tasks)
+    every = task_folders(options.data, options.order, None if options.held_out else options.tasks, options.only)
     trained = every[: len(every) - options.held_out][: options.tasks]
     if not trained or len(trained) < (options.tasks or 0):
         raise DataError(f"--held-out {options.held_out} leaves {len(every) - options.held_out} tasks to train")
@@ -107,7 +108,7 @@ def categories(options: argparse.Namespace, seed: int) -> tuple[TaskStream, list
     ``--train`` and ``--test`` hold for each of the tasks in it.
     """
     members: dict[str, list[Task]] = {}
-    for path in task_folders(options.data, options.order, options.tasks):
+    for path in task_folders(options.data, options.order, options.tasks, options.only):
         (task,) = load_stream([TaskSource(**source(path))], seed=seed, train=options.train, test=options.test)
         members.setdefault(category(path), []).append(task)
     merged = [_merged(name, tasks) for name, tasks in members.items()]
@@ -142,14 +143,15 @@ def method(name: str, options: argparse.Namespace) -> dict:
 def settings(options: argparse.Namespace, seed: int) -> dict:
     """The configuration of one seed."""
     if options.by_category:  # the trainer is given the categories made of these
-        trained, held_out = [source(path) for path in task_folders(options.data, options.order, options.tasks)], []
+        folders = task_folders(options.data, options.order, options.tasks, options.only)
+        trained, held_out = [source(path) for path in folders], []
     else:
         trained, held_out = divided(options)
     return {
-        "name": f"superni-order{options.order}",
+        "name": "superni-chosen" if options.only else f"superni-order{options.order}",
         "output": str(options.output / f"seed{seed}"),
         "seed": seed,
-        "methods": [method(name, options) for name in dict.fromkeys([*options.methods, "joint"])],
+        "methods": [method(name, options) for name in dict.fromkeys([*options.methods, *options.bound])],
         "model": {"name": options.model, "attn_implementation": options.attention},
         "data": {
             "tasks": trained,
@@ -242,6 +244,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["sequential", "random-replay", "lcia-ema"])
     parser.add_argument("--order", type=int, choices=ORDERS, default=1)
     parser.add_argument("--tasks", type=int, help="only the first so many tasks of the order")
+    parser.add_argument("--only", type=int, nargs="+", default=(), help="these tasks by number, instead of an order")
     parser.add_argument("--by-category", action="store_true", help="train the tasks of a category as one")
     parser.add_argument("--held-out", type=int, default=0, help="so many tasks at the end of the order are not trained")
     budget = parser.add_mutually_exclusive_group()
@@ -259,6 +262,7 @@ def main() -> None:
     parser.add_argument("--on-overflow", choices=["truncate", "error", "skip"], default="truncate")
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--no-experts", dest="experts", action="store_false", help="leave Relative Gain out")
+    parser.add_argument("--no-joint", dest="bound", action="store_const", const=(), default=("joint",))
     parser.add_argument("--output", type=Path, default=Path("runs/methods"))
     parser.add_argument("--results", type=Path, help="JSON file for the table, with hardware and versions")
     options = parser.parse_args()
@@ -273,7 +277,7 @@ def main() -> None:
     table = Table(
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
-        title=f"Super-NI, order {options.order}, {len(run.tasks)} tasks"
+        title=f"Super-NI, {'chosen' if options.only else f'order {options.order}'}, {len(run.tasks)} tasks"
         f"{' in categories' if options.by_category else ''}, {len(options.seeds)} seed(s)",
     )
     table.add_column("method", no_wrap=True)

@@ -20,6 +20,7 @@ PARTS: dict[str, dict[str, str]] = {
         "lcia": "cit_fast.methods.routing.LCIARouter",
         "grouping": "cit_fast.methods.routing.GroupingRouter",
         "switch": "cit_fast.methods.routing.SwitchRouter",
+        "switch-tokens": "cit_fast.methods.routing.SwitchTokensRouter",
     },
     "replay": {
         "none": "cit_fast.methods.replay.NoReplay",

@@ -4,7 +4,7 @@ from cit_fast.methods.routing.confusion import routing_record
 from cit_fast.methods.routing.grouping import GroupingRouter, LCIARouter, PerTaskRouter
 from cit_fast.methods.routing.load import load_router
 from cit_fast.methods.routing.router import OracleRouter, Router, SharedRouter, routing_text
-from cit_fast.methods.routing.switch import SwitchNetwork, SwitchRouter, train_switch
+from cit_fast.methods.routing.switch import SwitchNetwork, SwitchRouter, SwitchTokensRouter, train_switch
 
 __all__ = [
     "GroupingRouter",
@@ -15,6 +15,7 @@ __all__ = [
     "SharedRouter",
     "SwitchNetwork",
     "SwitchRouter",
+    "SwitchTokensRouter",
     "load_router",
     "routing_record",
     "routing_text",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -24,13 +24,15 @@ from cit_fast.models.pretrained import model_folder
 from cit_fast.text import first_line
 
 _TOKENS_A_BATCH = 4096  # padded ones
+Cut = Literal["middle", "end"]
 
 
 class LastTokenFeatures:
     """The final layer's hidden state at a text's last token, of a causal language model as it is.
 
     A longer text than ``max_length`` is read with its middle left out: what is to be done stands at the beginning or at
-    the end. ``truncated`` counts such texts. Texts are padded on the right, where a causal model does not look.
+    the end (``cut="end"``: its first tokens, as SwitchCIT's code does). ``truncated`` counts such texts. Texts are
+    padded on the right, where a causal model does not look.
 
     Args:
         model: of transformers; a PEFT model is read with its adapters off.
@@ -41,10 +43,10 @@ class LastTokenFeatures:
         ConfigError: a limit below 2.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, max_length: int = 128) -> None:
+    def __init__(self, model: Any, tokenizer: Any, max_length: int = 128, cut: Cut = "middle") -> None:
         if max_length < 2:
             raise ConfigError(f"max_length: {max_length}; expected at least 2 tokens")
-        self._model, self._tokenizer, self.max_length = model, tokenizer, max_length
+        self._model, self._tokenizer, self.max_length, self.cut = model, tokenizer, max_length, cut
         self._name: str | None = None
         self.truncated = 0
 
@@ -52,11 +54,13 @@ class LastTokenFeatures:
     def name(self) -> str:
         """``last-token:``, the limit, and a digest of weights and tokenizer, taken once."""
         if self._name is None:
-            self._name = f"last-token:{self.max_length}:{model_digest(self._model, self._tokenizer)}"
+            self._name = f"last-token:{self.max_length}:{self.cut}:{model_digest(self._model, self._tokenizer)}"
         return self._name
 
     @classmethod
-    def from_pretrained(cls, name: str, max_length: int = 128, device: Any = None) -> LastTokenFeatures:
+    def from_pretrained(
+        cls, name: str, max_length: int = 128, device: Any = None, cut: Cut = "middle"
+    ) -> LastTokenFeatures:
         """The features of a model folder or hub name.
 
         Raises:
@@ -70,7 +74,7 @@ class LastTokenFeatures:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError, ImportError) as error:
             raise ConfigError(f"features: {name!r} cannot be loaded: {first_line(error)}") from None
-        return cls(model.to(device), tokenizer, max_length)
+        return cls(model.to(device), tokenizer, max_length, cut)
 
     def embed(self, texts: Sequence[str]) -> Tensor:
         """The texts as [texts, d] float32 on the CPU.
@@ -114,6 +118,8 @@ class LastTokenFeatures:
         if len(ids) <= self.max_length:
             return ids
         self.truncated += 1
+        if self.cut == "end":
+            return ids[: self.max_length]
         head = self.max_length // 2
         return ids[:head] + ids[head - self.max_length :]
 
@@ -158,14 +164,14 @@ def base_token_embedder(stage: Stage) -> Embedder:
     return TokenMeanEmbedder(weight, stage.encoder.tokenizer)
 
 
-def build_features(spec: str, stage: Stage, max_length: int) -> Embedder:
+def build_features(spec: str, stage: Stage, max_length: int, cut: Cut = "middle") -> Embedder:
     """What makes prompts features.
 
     Args:
         spec: ``"base"``: last-token states of the base model; ``"tokens"``: its mean token embeddings; ``"sentence"``:
             all-MiniLM-L6-v2; else a folder or hub name of a sentence-transformers model, or of any causal language
             model for its last-token states.
-        max_length: tokens read for last-token states.
+        max_length: tokens read for last-token states; ``cut``: what of a longer text is not.
 
     Raises:
         ConfigError: no such model, or one that cannot be used.
@@ -174,7 +180,7 @@ def build_features(spec: str, stage: Stage, max_length: int) -> Embedder:
     if spec == "base":
         if stage.model is None or stage.encoder is None:
             raise ConfigError("router: features 'base' are those of the base model, and there is no model")
-        return LastTokenFeatures(stage.model, stage.encoder.tokenizer, max_length)
+        return LastTokenFeatures(stage.model, stage.encoder.tokenizer, max_length, cut)
     if spec == "tokens":
         return base_token_embedder(stage)
     if spec == "sentence":
@@ -182,5 +188,5 @@ def build_features(spec: str, stage: Stage, max_length: int) -> Embedder:
     if (model_folder(spec, where="router.features (base, tokens, sentence or a model)") / "modules.json").exists():
         return build_embedder(spec, cache=cache)
     device = getattr(stage.model, "device", None)
-    features = LastTokenFeatures.from_pretrained(spec, max_length, device)
+    features = LastTokenFeatures.from_pretrained(spec, max_length, device, cut)
     return features if cache is None else CachedEmbedder(features, cache)

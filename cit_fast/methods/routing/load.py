@@ -8,10 +8,19 @@ from pathlib import Path
 from cit_fast.errors import CitFastError, RunError
 from cit_fast.methods.routing.grouping import GroupingRouter, LCIARouter, PerTaskRouter
 from cit_fast.methods.routing.router import OracleRouter, Router, SavedRouter, SharedRouter, read_router
-from cit_fast.methods.routing.switch import SwitchRouter
+from cit_fast.methods.routing.switch import SwitchRouter, SwitchTokensRouter
 
 _ROUTERS: dict[str, type[SavedRouter]] = {
-    each.name: each for each in (SharedRouter, OracleRouter, PerTaskRouter, GroupingRouter, LCIARouter, SwitchRouter)
+    each.name: each
+    for each in (
+        SharedRouter,
+        OracleRouter,
+        PerTaskRouter,
+        GroupingRouter,
+        LCIARouter,
+        SwitchRouter,
+        SwitchTokensRouter,
+    )
 }
 
 

@@ -1,6 +1,7 @@
 """SwitchCIT's switch network: a small classifier over a frozen language model's features picks the adapter.
 
-Source: Wu et al., arXiv 2407.11780.
+Source: Wu et al., arXiv 2407.11780, and the first author's code. :class:`SwitchRouter` is theirs;
+:class:`SwitchTokensRouter` is ours, which reads token means, keeps more prompts, and knows "none of these".
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -35,7 +36,8 @@ _TENSORS = "switch.safetensors"
 class SwitchNetwork:
     """Two layers with a ReLU between them: features [N, d] to scores of C classes [N, C].
 
-    Features are first brought to mean 0 and variance 1 as they were over the training set. All float32 on the CPU.
+    Features are first brought to mean 0 and variance 1 as they were over the training set, or left as they are, by a
+    mean of 0 and a scale of 1. All float32 on the CPU.
 
     Args:
         mean, scale: [d]; ``hidden_weight``: [H, d]; ``hidden_bias``: [H]; ``weight``: [C, H]; ``bias``: [C].
@@ -65,8 +67,10 @@ def train_switch(
     epochs: int = 20,
     batch_size: int = 32,
     balanced: bool = True,
+    standardised: bool = True,
+    optimizer: Literal["adam", "adamw"] = "adam",
 ) -> SwitchNetwork:
-    """A switch network trained from its random start by Adam on the cross-entropy.
+    """A switch network trained from its random start on the cross-entropy.
 
     The same arguments give the same bits; torch's own random state is neither used nor changed.
 
@@ -76,6 +80,8 @@ def train_switch(
         learning_rate, epochs, batch_size: as usual; an epoch is N draws.
         balanced: draw every class equally often, however many of its examples were retained; otherwise each example
             once an epoch.
+        standardised: bring the features to mean 0 and variance 1.
+        optimizer: ``"adam"``, or ``"adamw"`` with torch's weight decay.
     """
     chance = torch.Generator().manual_seed(seed)
     sizes = (hidden, features.shape[1]), (classes, hidden)
@@ -84,12 +90,14 @@ def train_switch(
         for rows, columns in sizes
         for shape in ((rows, columns), (rows,))
     ]
-    mean = features.mean(0)
-    scale = features.var(0, correction=0).sqrt().clamp_min(1e-6)
+    mean, scale = torch.zeros_like(features[0]), torch.ones_like(features[0])
+    if standardised:
+        mean, scale = features.mean(0), features.var(0, correction=0).sqrt().clamp_min(1e-6)
     network = SwitchNetwork(mean, scale, *parameters)
     per_class = torch.bincount(labels, minlength=classes)
     weights = (1.0 / per_class)[labels]
-    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optimizer]
+    stepper = kind(parameters, lr=learning_rate)
     for _ in range(epochs):
         if balanced:
             order = torch.multinomial(weights, len(labels), replacement=True, generator=chance)
@@ -97,15 +105,15 @@ def train_switch(
             order = torch.randperm(len(labels), generator=chance)
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            optimizer.zero_grad()
+            stepper.zero_grad()
             with torch.enable_grad():
                 loss = F.cross_entropy(network(features[batch]), labels[batch])
             loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
+            stepper.step()
     return SwitchNetwork(mean, scale, *(each.detach() for each in parameters))
 
 
-class SwitchRouter(SavedRouter):
+class SwitchTokensRouter(SavedRouter):
     """A set per task, trained on that task alone; a switch network sends each prompt to its task's set.
 
     When a task has been trained, the network is trained anew on the features of all of its prompts and of the retained
@@ -124,8 +132,8 @@ class SwitchRouter(SavedRouter):
         at_least: so many are kept of a small task, >= 1.
         max_length: tokens of a prompt that a model reads for its last-token state, the middle of a longer one left out.
         hidden, learning_rate, epochs, batch_size, balanced: of the network, see :func:`train_switch`.
-        reads: what of a prompt is read, ``"prompt"`` (instruction and input, as a plain text has them) or
-            ``"instruction"``.
+        reads: what of a prompt is read, ``"prompt"`` (instruction and input, as a plain text has them),
+            ``"instruction"``, or ``"whole"``: the text that the model is given, chat template and all.
         reject: share of the known prompts that may go to the base model, in [0, 1); 0: every prompt goes to some set.
         held_out: tasks that are never trained (built-in names, files, folders), whose prompts the threshold must keep
             out; without any, it follows from known prompts alone.
@@ -134,7 +142,7 @@ class SwitchRouter(SavedRouter):
         ConfigError: an option out of range or unknown.
     """
 
-    name = "switch"
+    name = "switch-tokens"
 
     def __init__(
         self,
@@ -147,7 +155,7 @@ class SwitchRouter(SavedRouter):
         epochs: int = 20,
         batch_size: int = 32,
         balanced: bool = True,
-        reads: Reads = "prompt",
+        reads: Reads | Literal["whole"] = "prompt",
         reject: float = 0.01,
         held_out: Sequence[str] = (),
     ) -> None:
@@ -160,7 +168,8 @@ class SwitchRouter(SavedRouter):
             raise ConfigError(f"max_length: {max_length}; expected at least 2 tokens")
         if not learning_rate > 0:
             raise ConfigError(f"learning_rate: {learning_rate}; expected above 0")
-        check_reads(reads)
+        if reads != "whole":
+            check_reads(reads)
         self.features, self.retained, self.at_least = features, retained, at_least
         self.max_length, self.reads = max_length, reads
         self.hidden, self.learning_rate, self.epochs = hidden, learning_rate, epochs
@@ -173,6 +182,11 @@ class SwitchRouter(SavedRouter):
         self._familiarity = Familiarity()
         self._network: SwitchNetwork | None = None
         self._extractor: Embedder | None = None
+
+    # What the published network does otherwise.
+    _fraction_of_all: ClassVar[bool] = False  # of the new task, too, it learns from the retained fraction alone
+    _cut: ClassVar[Literal["middle", "end"]] = "middle"
+    _training: ClassVar[dict[str, Any]] = {}
 
     @property
     def sets(self) -> tuple[str, ...]:
@@ -193,22 +207,24 @@ class SwitchRouter(SavedRouter):
         """
         task, rng = stage.task, stage.rng("router")
         new, truncated = self._read(task.train, stage)
-        examples = torch.cat([*self._kept, new])
-        labels = torch.tensor([label for label, own in enumerate([*self._kept, new]) for _ in own])
-        network = train_switch(
-            examples,
+        seed = rng.getrandbits(62)
+        count = min(max(self.at_least, round(self.retained * len(new))), len(new))
+        retained = [*self._kept, new[sorted(rng.sample(range(len(new)), count))].clone()]
+        learned = retained if self._fraction_of_all else [*self._kept, new]
+        labels = torch.tensor([label for label, own in enumerate(learned) for _ in own])
+        self._network = network = train_switch(
+            torch.cat(learned),
             labels,
-            len(self._kept) + 1,
-            seed=rng.getrandbits(62),
+            len(learned),
+            seed=seed,
             hidden=self.hidden,
             learning_rate=self.learning_rate,
             epochs=self.epochs,
             batch_size=self.batch_size,
             balanced=self.balanced,
+            **self._training,
         )
-        self._network = network
-        count = min(max(self.at_least, round(self.retained * len(new))), len(new))
-        self._kept.append(new[sorted(rng.sample(range(len(new)), count))].clone())
+        self._kept = retained
         aside = self._rejection.known_prompts(task)
         self._known.append(self._read(aside, stage)[0])
         # Without a dev split they are training prompts, and must not make themselves familiar.
@@ -218,10 +234,10 @@ class SwitchRouter(SavedRouter):
             self._familiarity(known).tolist(), self._familiarity(unknown).tolist() if len(unknown) else []
         )
         right = network(known).argmax(1) == torch.tensor([n for n, own in enumerate(self._known) for _ in own])
-        too_long = f"{truncated} prompts are longer than {self.max_length} tokens; their middle was not read."
+        too_long = f"{truncated} prompts are longer than {self.max_length} tokens; their {self._cut} was not read."
         return Learned(
             reject_below=reject_below,
-            examples=len(examples),
+            examples=len(labels),
             retained=sum(map(len, self._kept)),
             accuracy=float(right.float().mean()),
             truncated=truncated,
@@ -236,7 +252,7 @@ class SwitchRouter(SavedRouter):
             RunError: nothing was learned yet.
         """
         if self._network is None:
-            raise RunError("router switch: no task has been learned yet, so there is no set to choose")
+            raise RunError(f"router {self.name}: no task has been learned yet, so there is no set to choose")
         if not examples:
             return []
         features, _ = self._read(examples, stage)
@@ -255,18 +271,26 @@ class SwitchRouter(SavedRouter):
 
     def _read(self, examples: Sequence[Example], stage: Stage) -> tuple[Tensor, int]:
         """Features [examples, d], and how many prompts were too long to be read whole; equal texts are read once."""
-        texts = [routing_text(example, self.reads) for example in examples]
+        texts = self._texts(examples, stage)
         position = {text: index for index, text in enumerate(dict.fromkeys(texts))}
         extractor = self._features(stage)
         before = getattr(extractor, "truncated", 0)
         features = extractor.embed(list(position))
         return features[[position[text] for text in texts]], getattr(extractor, "truncated", 0) - before
 
+    def _texts(self, examples: Sequence[Example], stage: Stage) -> list[str]:
+        if self.reads != "whole":
+            return [routing_text(example, self.reads) for example in examples]
+        for example in examples:
+            routing_text(example)  # refuses an empty one, which a template would fill
+        encoder = stage.encoder.with_limit(None, "error")
+        return [encoder.tokenizer.decode(encoder.prompt(example)) for example in examples]
+
     def _features(self, stage: Stage) -> Embedder:
         if self.features in ("base", "tokens"):  # of a model that is another object after every stage
-            return build_features(self.features, stage, self.max_length)
+            return build_features(self.features, stage, self.max_length, self._cut)
         if self._extractor is None:
-            self._extractor = build_features(self.features, stage, self.max_length)
+            self._extractor = build_features(self.features, stage, self.max_length, self._cut)
         return self._extractor
 
     # -- memory --------------------------------------------------------------------------------------------------
@@ -310,3 +334,52 @@ class SwitchRouter(SavedRouter):
         classes = len(self._network.bias) if self._network is not None else 0
         if not len(self._set_of) >= count == classes == len(self._familiarity.counts):
             raise RunError(f"{path}: damaged (it tells {classes} tasks apart, and router.json {len(self._set_of)})")
+
+
+class SwitchRouter(SwitchTokensRouter):
+    """The published switch: last-token states as they are, and a random fraction of every task's prompts, unbalanced.
+
+    The network is that of the first author's code: 200 hidden units with a ReLU, AdamW, on prompts as the model gets
+    them, of which the first ``max_length`` tokens are read. (Their training set leaves out the first task, by an
+    off-by-one that is not followed here.) Every prompt goes to some task's set.
+
+    Args:
+        features: ``"base"``: last-token states of the base model, adapters off; or any causal language model
+            (``facebook/opt-125m`` in the paper), a folder or hub name.
+        fraction: of every task's prompts that is kept and learned from, in (0, 1], at least one.
+        max_length: tokens read of a prompt.
+        hidden, learning_rate, epochs, batch_size: of the network.
+
+    Raises:
+        ConfigError: an option out of range.
+    """
+
+    name = "switch"
+    _fraction_of_all = True
+    _cut = "end"
+    _training: ClassVar[dict[str, Any]] = {"standardised": False, "optimizer": "adamw"}
+
+    def __init__(
+        self,
+        features: str = "base",
+        fraction: float = 0.0001,
+        max_length: int = 512,
+        hidden: int = 200,
+        learning_rate: float = 1e-3,
+        epochs: int = 20,
+        batch_size: int = 32,
+    ) -> None:
+        self.fraction = fraction
+        super().__init__(
+            features,
+            retained=fraction,
+            at_least=1,
+            max_length=max_length,
+            hidden=hidden,
+            learning_rate=learning_rate,
+            epochs=epochs,
+            batch_size=batch_size,
+            balanced=False,
+            reads="whole",
+            reject=0.0,
+        )

@@ -8,7 +8,8 @@ from safetensors.torch import load, save_file
 
 from cit_fast.data import Example
 from cit_fast.errors import ConfigError, DataError, RunError
-from cit_fast.methods.routing import SwitchRouter, load_router, train_switch
+from cit_fast.methods.routing import SwitchRouter, SwitchTokensRouter, load_router, switch, train_switch
+from cit_fast.methods.routing import features as features_of
 from cit_fast.models.adapter_bank import BASE
 
 
@@ -63,7 +64,7 @@ def test_a_class_with_few_examples_is_drawn_as_often():
 # The states of a model that has learned nothing tell its last token, and no more: there it reads what tells the task.
 @pytest.mark.parametrize(("features", "reads"), [("base", "instruction"), ("tokens", "prompt")])
 def test_prompts_go_to_their_tasks_set(tasks, stage, features, reads):
-    router = SwitchRouter(features, retained=0.25, at_least=1, reads=reads, reject=0)
+    router = SwitchTokensRouter(features, retained=0.25, at_least=1, reads=reads, reject=0)
     decided = learn(router, tasks, stage)
     assert router.sets == ("task-dates", "task-mail", "task-mood")
     assert [each.examples for each in decided] == [16, 4 + 16, 8 + 16]
@@ -75,15 +76,15 @@ def test_prompts_go_to_their_tasks_set(tasks, stage, features, reads):
 
 
 def test_what_is_far_from_everything_goes_to_the_base_model(tasks, stage):
-    router = SwitchRouter("tokens", retained=0.5, reject=0.15)
+    router = SwitchTokensRouter("tokens", retained=0.5, reject=0.15)
     learn(router, tasks, stage)
     strange = Example("%&/ 7777 ~~~ {}[] 31415926 <<>>", references=("-",))
     assert router.answer([strange, tasks[1].test[0]], stage()) == [BASE, "task-mail"]
 
 
 def test_of_a_small_task_enough_is_kept(tasks, stage):
-    assert [each.retained for each in learn(SwitchRouter("tokens", at_least=6), tasks, stage)] == [6, 12, 18]
-    assert [each.retained for each in learn(SwitchRouter("tokens"), tasks, stage)] == [16, 32, 48]  # all
+    assert [each.retained for each in learn(SwitchTokensRouter("tokens", at_least=6), tasks, stage)] == [6, 12, 18]
+    assert [each.retained for each in learn(SwitchTokensRouter("tokens"), tasks, stage)] == [16, 32, 48]  # all
 
 
 def test_unknown_tasks_set_the_threshold(tasks, stage, tmp_path):
@@ -91,7 +92,7 @@ def test_unknown_tasks_set_the_threshold(tasks, stage, tmp_path):
     path.write_text(
         "".join(json.dumps({"instruction": f"%&/ 77{k} ~~~ {{}}[]", "output": "-"}) + "\n" for k in range(8))
     )
-    router = SwitchRouter("tokens", reject=0.01, held_out=[str(path)])
+    router = SwitchTokensRouter("tokens", reject=0.01, held_out=[str(path)])
     learn(router, tasks, stage)
     strange = [Example(f"%&/ 33{k} ~~~ {{}}[]", references=("-",)) for k in range(5)]
     assert router.answer(strange, stage()) == [BASE] * 5
@@ -100,14 +101,14 @@ def test_unknown_tasks_set_the_threshold(tasks, stage, tmp_path):
 
 
 def test_a_long_prompt_is_read_in_part_and_counted(tasks, stage):
-    decided = learn(SwitchRouter("base", max_length=8), tasks[:1], stage)[0]
+    decided = learn(SwitchTokensRouter("base", max_length=8), tasks[:1], stage)[0]
     assert decided.truncated > 0
     assert decided.notes == [f"{len(set(tasks[0].train))} prompts are longer than 8 tokens; their middle was not read."]
-    assert learn(SwitchRouter("base", max_length=500), tasks[:1], stage)[0].truncated == 0
+    assert learn(SwitchTokensRouter("base", max_length=500), tasks[:1], stage)[0].truncated == 0
 
 
 def test_save_and_load(tasks, stage, tmp_path):
-    router = SwitchRouter(retained=0.25, hidden=8, reject=0.1)
+    router = SwitchTokensRouter(retained=0.25, hidden=8, reject=0.1)
     learn(router, tasks, stage)
     router.save(tmp_path)
     texts = " ".join(path.read_text(errors="replace") for path in tmp_path.iterdir())
@@ -122,7 +123,7 @@ def test_save_and_load(tasks, stage, tmp_path):
 
 
 def test_learning_goes_on_after_loading_as_if_nothing_had_happened(tasks, stage, tmp_path):
-    whole, first = SwitchRouter(retained=0.25), SwitchRouter(retained=0.25)
+    whole, first = SwitchTokensRouter(retained=0.25), SwitchTokensRouter(retained=0.25)
     learn(whole, tasks, stage)
     learn(first, tasks[:2], stage)
     first.save(tmp_path / "two")
@@ -136,7 +137,7 @@ def test_learning_goes_on_after_loading_as_if_nothing_had_happened(tasks, stage,
 
 
 def test_damage_is_named(tasks, stage, tmp_path):
-    router = SwitchRouter("tokens", hidden=4)
+    router = SwitchTokensRouter("tokens", hidden=4)
     learn(router, tasks, stage)
     router.save(tmp_path)
     path, saved = tmp_path / "switch.safetensors", json.loads((tmp_path / "router.json").read_text())
@@ -172,16 +173,86 @@ def test_damage_is_named(tasks, stage, tmp_path):
 )
 def test_options_out_of_range(options, message):
     with pytest.raises(ConfigError, match=message):
-        SwitchRouter(**options)
+        SwitchTokensRouter(**options)
 
 
 def test_nothing_to_choose_from(tasks, stage):
     with pytest.raises(RunError, match="no task has been learned yet"):
-        SwitchRouter().answer(tasks[0].test, stage())
+        SwitchTokensRouter().answer(tasks[0].test, stage())
     with pytest.raises(ConfigError, match=r"router\.features .*: no folder 'no such model'"):
-        learn(SwitchRouter("no such model"), tasks, stage)
+        learn(SwitchTokensRouter("no such model"), tasks, stage)
     blank = Example("", references=("x",), messages=(("user", ""), ("assistant", "x")))
-    router = SwitchRouter("tokens")
+    router = SwitchTokensRouter("tokens")
     learn(router, tasks[:1], stage)
     with pytest.raises(DataError, match="an empty prompt cannot be routed"):
         router.answer([blank], stage())
+
+
+# -- the published switch ------------------------------------------------------------------------------------------
+
+
+def test_the_published_network_by_hand(tasks, stage, monkeypatch):
+    """Raw last-token states of whole prompts, a fraction of every task, AdamW, in plain torch."""
+    seen = []
+    original = switch.train_switch
+
+    def watched(features, labels, classes, **options):
+        seen.append((features, labels, classes, options))
+        return original(features, labels, classes, **options)
+
+    monkeypatch.setattr(switch, "train_switch", watched)
+    router = SwitchRouter(fraction=0.25)
+    decided = learn(router, tasks, stage)
+    assert [each.examples for each in decided] == [4, 8, 12]  # of every task a quarter, the new one's too
+    assert [each.retained for each in decided] == [4, 8, 12]
+    features, labels, classes, options = seen[-1]
+    assert labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    expected = {"hidden": 200, "learning_rate": 1e-3, "epochs": 20, "batch_size": 32, "balanced": False}
+    assert {key: options[key] for key in expected} == expected
+
+    chance = torch.Generator().manual_seed(options["seed"])
+    inside = torch.nn.Sequential(
+        torch.nn.Linear(features.shape[1], 200), torch.nn.ReLU(), torch.nn.Linear(200, classes)
+    )
+    for parameter, columns in zip(inside.parameters(), [features.shape[1]] * 2 + [200] * 2, strict=True):
+        parameter.data.uniform_(-(columns**-0.5), columns**-0.5, generator=chance)
+    optimizer = torch.optim.AdamW(inside.parameters(), lr=1e-3)
+    for _ in range(20):
+        order = torch.randperm(len(labels), generator=chance)  # one batch: twelve are fewer than 32
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(inside(features[order]), labels[order]).backward()
+        optimizer.step()
+    torch.testing.assert_close(router._network(features), inside(features), rtol=1e-5, atol=1e-6)
+
+
+def test_the_published_switch_reads_what_the_model_is_given(tasks, stage):
+    router, state = SwitchRouter(), stage()
+    (text,) = router._texts([tasks[0].test[0]], state)
+    assert text == state.encoder.tokenizer.decode(state.encoder.prompt(tasks[0].test[0]))
+    assert tasks[0].test[0].instruction in text
+    assert [each.examples for each in learn(router, tasks, stage)] == [1, 2, 3]  # 0.0001 of 16: at least one
+    assert BASE not in router.answer([Example("%&/ ~~~", references=("-",))], state)  # no reject class
+    with pytest.raises(DataError, match="an empty prompt cannot be routed"):
+        router.answer([Example("", references=("x",), messages=(("user", " "), ("assistant", "x")))], state)
+
+
+def test_the_first_tokens_of_a_long_prompt_are_read(stage):
+    features = features_of.build_features("base", stage(), 4, "end")
+    texts = ["one two three four five six seven eight nine", "one two three four 5 6 7 8 9"]
+    found = features.embed(texts)
+    assert features.truncated == 2
+    assert torch.equal(found[0], found[1])
+    middle = features_of.build_features("base", stage(), 4).embed(texts)
+    assert not torch.equal(middle[0], middle[1])
+
+
+def test_the_published_switch_is_saved_and_loaded(tasks, stage, tmp_path):
+    router = SwitchRouter(fraction=0.25, hidden=8)
+    learn(router, tasks, stage)
+    router.save(tmp_path)
+    twin = load_router(tmp_path)
+    assert type(twin) is SwitchRouter
+    examples = [example for task in tasks for example in task.test]
+    assert twin.answer(examples, stage()) == router.answer(examples, stage())
+    with pytest.raises(ConfigError, match="retained: 2"):
+        SwitchRouter(fraction=2)
