@@ -6,10 +6,16 @@
                  quotes around the answer and a final full stop do not count; an answer outside is wrong
 ``token_f1``     F1 of the bags of words after SQuAD's normalisation: lower case, no ASCII punctuation, no
                  articles (Rajpurkar et al. 2016, arXiv 1606.05250; empty answers as in SQuAD 2.0)
+``rouge_1``      ROUGE-1 F-measure: as ``rouge_l``, but single words instead of their longest common order
 ``rouge_l``      ROUGE-L F-measure, lower case, Porter stems (package ``rouge-score``); ASCII text scores as
                  there; words of other scripts count as words too (:func:`cit_fast.text.words`)
 ``bleu``         value: corpus BLEU; per example: sentence BLEU with effective order (package ``sacrebleu``,
                  13a); **case counts**, white space does not
+``sari``         SARI of simplifications against the input and the references (Xu et al. 2016, TACL; 13a tokens,
+                 lower case, 0/0 = 1 as in its revised form); needs the inputs
+``bertscore``    F1 of contextual embeddings (Zhang et al. 2020, arXiv 1904.09675; package ``bert-score``, extra
+                 ``bertscore``, with its model for English, which is fetched where it is not cached)
+``judge``        a chat model's mark, see ``evaluation.judge`` of a configuration; never a default
 ``set_match``    100 if the answers, split at commas, new lines and ``|``, are equal as sets; case and white
                  space around elements do not count, nor do empty elements and repetitions
 ===============  ===========================================================================================
@@ -28,7 +34,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cit_fast.errors import ConfigError, DataError
-from cit_fast.text import composed, normalise_label, words
+from cit_fast.text import composed, first_line, normalise_label, words
 from cit_fast.values import choices, imported
 
 
@@ -40,6 +46,7 @@ class Score:
     per_example: list[float]
 
 
+JUDGE = "judge"
 Metric = Callable[[Sequence[str], Sequence[Sequence[str]], Sequence[str]], "Score | Sequence[float]"]
 """``metric(predictions, references, labels)``: a :class:`Score`, or one value in [0, 100] per example."""
 
@@ -49,6 +56,7 @@ def score(
     predictions: Sequence[str],
     references: Sequence[Sequence[str]],
     labels: Sequence[str] = (),
+    inputs: Sequence[str] = (),
 ) -> Score:
     """Score predictions against their references.
 
@@ -57,6 +65,7 @@ def score(
         predictions: N generated answers, N >= 1.
         references: for each prediction its acceptable answers, at least one.
         labels: the closed set of answers; used by ``accuracy`` and handed to a callable of the user's.
+        inputs: what each prediction was made from; used by ``sari``.
 
     Returns:
         Value and per-example values in [0, 100]; the value is the mean of the examples except for ``bleu``.
@@ -69,7 +78,7 @@ def score(
     >>> score("exact_match", ["42 km"], [["42  km", "42 kilometres"]]).value
     100.0
     """
-    function = resolve_metric(metric)
+    function = _sari(inputs) if metric == "sari" else resolve_metric(metric)
     if not predictions:
         raise DataError(f"metric {metric}: no predictions to score; at least one is needed")
     if len(predictions) != len(references):
@@ -79,6 +88,8 @@ def score(
             raise DataError(
                 f"metric {metric}: example {index} needs a non-empty list of reference answers, not {answers!r}"
             )
+    if metric == "sari" and len(inputs) != len(predictions):
+        raise DataError(f"metric sari: {len(predictions)} predictions but {len(inputs)} inputs, which it compares with")
     if metric in METRICS:
         predictions, labels = list(map(composed, predictions)), list(map(composed, labels))
         references = [list(map(composed, answers)) for answers in references]
@@ -95,6 +106,8 @@ def resolve_metric(metric: str) -> Metric:
     Raises:
         ConfigError: no such metric, module or function.
     """
+    if metric == JUDGE:
+        raise ConfigError("metric judge asks a chat model, in a run with evaluation.judge; nothing else can use it")
     if metric in METRICS:
         return METRICS[metric]
     if ":" not in metric and "." not in metric:
@@ -190,18 +203,93 @@ class _Tokenizer:
         return [self._stem(word) if len(word) > 3 and word.isascii() else word for word in words(text)]
 
 
-def _rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]], labels: Sequence[str]) -> Score:
-    # Imported here: rouge-score pulls nltk and scipy, more than a second that only this metric should cost.
-    from nltk.stem.porter import PorterStemmer  # type: ignore[import-untyped]
-    from rouge_score.rouge_scorer import RougeScorer
+def _rouge(kind: str) -> Metric:
+    def metric(predictions: Sequence[str], references: Sequence[Sequence[str]], labels: Sequence[str]) -> Score:
+        # Imported here: rouge-score pulls nltk and scipy, more than a second that only this metric should cost.
+        from nltk.stem.porter import PorterStemmer  # type: ignore[import-untyped]
+        from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(["rougeL"], tokenizer=_Tokenizer(PorterStemmer().stem))
-    per_example = []
-    for prediction, answers in zip(predictions, references, strict=True):
-        best = 100.0 * scorer.score_multi(answers, prediction)["rougeL"].fmeasure
-        # An answer without a single word (such as "+") has no subsequence to share: equality decides.
-        wordless = not words(prediction) and prediction.strip() in {a.strip() for a in answers}
-        per_example.append(100.0 if wordless else best)
+        scorer = RougeScorer([kind], tokenizer=_Tokenizer(PorterStemmer().stem))
+        per_example = []
+        for prediction, answers in zip(predictions, references, strict=True):
+            best = 100.0 * scorer.score_multi(answers, prediction)[kind].fmeasure
+            # An answer without a single word (such as "+") has no subsequence to share: equality decides.
+            wordless = not words(prediction) and prediction.strip() in {a.strip() for a in answers}
+            per_example.append(100.0 if wordless else best)
+        return Score(_mean(per_example), per_example)
+
+    return metric
+
+
+def _sari(inputs: Sequence[str]) -> Metric:
+    def metric(predictions: Sequence[str], references: Sequence[Sequence[str]], labels: Sequence[str]) -> Score:
+        from sacrebleu.metrics.bleu import _get_tokenizer
+
+        tokens = _get_tokenizer("13a")()
+        rows = zip(map(composed, inputs), predictions, references, strict=True)
+        per_example = [
+            100.0 * sentence_sari(*([tokens(text.lower()).split() for text in (source, answer, *answers)]))
+            for source, answer, answers in rows
+        ]
+        return Score(_mean(per_example), per_example)
+
+    return metric
+
+
+def sentence_sari(source: Sequence[str], prediction: Sequence[str], *references: Sequence[str]) -> float:
+    """SARI of one simplification, in [0, 1]: mean over n = 1..4 of what was rightly kept, added and deleted.
+
+    Args:
+        source, prediction, references: tokens; of references at least one.
+    """
+    kept, added, deleted = [], [], []
+    for n in range(1, 5):
+        # Counts are as if there were as many sources and predictions as references.
+        before = Counter({gram: count * len(references) for gram, count in _ngrams(source, n).items()})
+        after = Counter({gram: count * len(references) for gram, count in _ngrams(prediction, n).items()})
+        wanted = sum((_ngrams(reference, n) for reference in references), Counter())
+        stay, stay_wanted = before & after, before & wanted
+        right = stay & wanted
+        kept.append(
+            _f1(
+                _ratio(sum(right[gram] / stay[gram] for gram in right), len(stay)),
+                _ratio(sum(right[gram] / stay_wanted[gram] for gram in right), len(stay_wanted)),
+            )
+        )
+        gone = before - after
+        deleted.append(_ratio(sum((gone - wanted)[gram] / gone[gram] for gram in gone - wanted), len(gone)))
+        new, new_wanted = after.keys() - before.keys(), wanted.keys() - before.keys()
+        good = new & wanted.keys()
+        added.append(_f1(_ratio(len(good), len(new)), _ratio(len(good), len(new_wanted))))
+    return sum(map(sum, (kept, added, deleted))) / 12
+
+
+def _ngrams(tokens: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
+    return Counter(zip(*(tokens[k:] for k in range(n)), strict=False))
+
+
+def _ratio(part: float, whole: int) -> float:
+    return part / whole if whole else 1.0
+
+
+def _f1(precision: float, recall: float) -> float:
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+BERTSCORE_MODEL: dict[str, object] = {"lang": "en"}
+"""What ``bert_score.score`` is told of its model."""
+
+
+def _bertscore(predictions: Sequence[str], references: Sequence[Sequence[str]], labels: Sequence[str]) -> Score:
+    try:
+        import bert_score
+    except ImportError:
+        raise ConfigError("metric bertscore: the package bert-score is missing; install cit-fast[bertscore]") from None
+    try:
+        found = bert_score.score(list(predictions), [list(answers) for answers in references], **BERTSCORE_MODEL)
+    except (OSError, ValueError) as error:  # a model that is neither cached nor reachable
+        raise ConfigError(f"metric bertscore: {first_line(error)}") from None
+    per_example = [100.0 * min(1.0, max(0.0, value)) for value in found[2].tolist()]
     return Score(_mean(per_example), per_example)
 
 
@@ -232,7 +320,10 @@ METRICS: dict[str, Metric] = {
     "exact_match": _best_of(_exact_match),
     "accuracy": _accuracy,
     "token_f1": _best_of(_token_f1),
-    "rouge_l": _rouge_l,
+    "rouge_1": _rouge("rouge1"),
+    "rouge_l": _rouge("rougeL"),
     "bleu": _bleu,
     "set_match": _best_of(_set_match),
+    "sari": _sari(()),  # score() gives it the inputs
+    "bertscore": _bertscore,
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cit_fast.data.constraints import Constraints
 from cit_fast.errors import DataError, RunError
-from cit_fast.evaluation.metrics import METRICS, score
+from cit_fast.evaluation.metrics import JUDGE, METRICS, Score, score
 from cit_fast.evaluation.records import RunRecord, StageRecord, read_run, read_stages, write_record
 from cit_fast.evaluation.violations import task_v_score, violation_rates
 from cit_fast.files import damaged_files, file_checksum, write_file
@@ -20,7 +20,8 @@ from cit_fast.files import damaged_files, file_checksum, write_file
 class Prediction:
     """One test example as it was answered; ``score`` in [0, 100].
 
-    ``input`` is the example's, kept where its answer has to be a span of it; elsewhere ``None``.
+    ``input`` is the example's, kept where its score is computed from it (an answer that has to be a span of it, SARI);
+    elsewhere ``None``.
     """
 
     prompt: str
@@ -204,8 +205,13 @@ def _constraints(run_folder: Path, run: RunRecord, task: str) -> Constraints | N
 
 
 def _score_again(metric: str, stored: list[Prediction], constraints: Constraints | None) -> _Again:
-    # No labels needed: with a closed set, equality with a reference is all that accuracy asks.
-    value = score(metric, [each.prediction for each in stored], [each.references for each in stored])
+    if metric == JUDGE:  # asks nobody again: the marks are what they were
+        marks = [each.score for each in stored]
+        value = Score(sum(marks) / len(marks), marks)
+    else:
+        # No labels needed: with a closed set, equality with a reference is all that accuracy asks.
+        answers, references = [each.prediction for each in stored], [each.references for each in stored]
+        value = score(metric, answers, references, inputs=[each.input or "" for each in stored])
     return _Again(
         value.value,
         None if constraints is None else judged(constraints, stored),

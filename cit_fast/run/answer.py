@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from cit_fast.data.constraints import Constraints
 from cit_fast.data.example import Example, Task
 from cit_fast.errors import ConfigError, DataError
-from cit_fast.evaluation.metrics import score
+from cit_fast.evaluation.metrics import JUDGE, score
 from cit_fast.evaluation.predictions import Prediction, judged
 from cit_fast.methods.routing import Router
 from cit_fast.methods.stage import Stage
@@ -25,6 +25,7 @@ from cit_fast.models.generation import generate
 from cit_fast.models.pretrained import cache_folder
 from cit_fast.models.prompts import PromptEncoder
 from cit_fast.run.config import EvaluationConfig
+from cit_fast.run.judge import judge_score
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,15 @@ def evaluate(
     for task in tasks:
         own = [index for index, (of, _) in enumerate(asked) if of is task]
         references = [asked[index][1].references for index in own]
-        result = score(task.metric, [answers[index] for index in own], references, labels=task.labels)
+        examples, own_answers = [asked[index][1] for index in own], [answers[index] for index in own]
+        if task.metric == JUDGE and config.judge is not None:
+            result = judge_score(config.judge, examples, own_answers, cache_folder() / "chat")
+        else:
+            own_inputs = [example.input for example in examples]
+            result = score(task.metric, own_answers, references, labels=task.labels, inputs=own_inputs)
         scores[task.name] = result.value
-        inputs = [asked[index][1].input if task.extractive else None for index in own]
+        # What a score is computed from again.
+        inputs = [example.input if task.extractive or task.metric == "sari" else None for example in examples]
         if sets is not None:
             answered_by[task.name] = dict(Counter(sets[index] for index in own))
         predictions[task.name] = [

@@ -21,6 +21,7 @@ from cit_fast.errors import ConfigError
 from cit_fast.methods.config import MethodConfig
 from cit_fast.models.config import DataConfig, ModelConfig
 from cit_fast.run.arguments import checked_adapter, checked_training
+from cit_fast.run.judge import JudgeConfig
 from cit_fast.run.yaml_file import check_plain, read_yaml, set_key
 from cit_fast.values import Section, choices
 
@@ -29,7 +30,8 @@ VERSION = 1
 
 class EvaluationConfig(Section):
     """What is measured after every stage. Tasks of ``held_out`` are answered but never trained: by the untrained model
-    and after the last stage, or after every one (``held_out_after: all``).
+    and after the last stage, or after every one (``held_out_after: all``). ``judge`` marks the answers of tasks whose
+    metric is ``judge``.
     """
 
     split: Literal["test", "dev"] = "test"
@@ -40,6 +42,7 @@ class EvaluationConfig(Section):
     held_out_after: Literal["last", "all"] = "last"
     max_new_tokens: PositiveInt = 64
     batch_size: PositiveInt = 16
+    judge: JudgeConfig | None = None
 
 
 class RunConfig(Section):

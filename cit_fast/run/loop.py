@@ -83,11 +83,11 @@ class ContinualTrainer:
             test=config.data.test,
         )
         for task in self.stream:
-            check_task(task, config.evaluation.split, "data.tasks")
+            check_task(task, config.evaluation.split, "data.tasks", config.evaluation.judge is not None)
             if not task.train:
                 raise DataError(f"data.tasks: task {task.name!r} has no training examples")
         self.held_out = load_held_out(config, from_config=stream is None) if held_out is None else tuple(held_out)
-        check_held_out(self.held_out, self.stream, config.evaluation.split)
+        check_held_out(self.held_out, self.stream, config.evaluation.split, config.evaluation.judge is not None)
 
     def run(self) -> list[Path]:
         """Run, or go on with, every method; returns their folders, in order.

@@ -8,16 +8,17 @@ from cit_fast.data import Task, TaskStream, load_task
 from cit_fast.data.constraints import Constraints
 from cit_fast.data.sources import origin
 from cit_fast.errors import CitFastError, ConfigError, DataError
-from cit_fast.evaluation.metrics import score
+from cit_fast.evaluation.metrics import JUDGE, score
 from cit_fast.evaluation.violations import violation_rates
 from cit_fast.run.config import RunConfig
 
 
-def check_task(task: Task, split: str, where: str) -> None:
+def check_task(task: Task, split: str, where: str, judged: bool = False) -> None:
     """See that a task can be evaluated: a wrong name should not wait until a stage is trained.
 
     Args:
-        split: the one that is evaluated. ``where``: the configuration's key, for error messages.
+        split: the one that is evaluated. ``where``: the configuration's key, for error messages. ``judged``: whether
+            there is a judge for the metric ``judge``.
 
     Raises:
         ConfigError: no examples in the split, or a metric that is unknown.
@@ -28,8 +29,10 @@ def check_task(task: Task, split: str, where: str) -> None:
         raise ConfigError(f"{where}: task {task.name!r} has no {split} examples to evaluate on (evaluation.split)")
     references = [example.references for example in examples]
     first = [answers[0] for answers in references]
+    if task.metric == JUDGE and judged:
+        return
     try:
-        score(task.metric, first, references, labels=task.labels)
+        score(task.metric, first, references, labels=task.labels, inputs=[example.input for example in examples])
     except CitFastError as error:
         raise type(error)(f"{where}: task {task.name!r}: metric: {error}") from None
     declared = Constraints.of(task)
@@ -60,7 +63,7 @@ def load_held_out(config: RunConfig, *, from_config: bool) -> tuple[Task, ...]:
     return tuple(tasks)
 
 
-def check_held_out(tasks: Sequence[Task], stream: TaskStream, split: str) -> None:
+def check_held_out(tasks: Sequence[Task], stream: TaskStream, split: str, judged: bool = False) -> None:
     """See that held-out tasks can be evaluated and are told apart from each other and from those of the stream.
 
     Raises:
@@ -74,4 +77,4 @@ def check_held_out(tasks: Sequence[Task], stream: TaskStream, split: str) -> Non
             )
         if task.name in {other.name for other in tasks[:index]}:
             raise DataError(f"evaluation.held_out: two tasks are called {task.name!r}; give one of them another name")
-        check_task(task, split, "evaluation.held_out")
+        check_task(task, split, "evaluation.held_out", judged)
