@@ -131,13 +131,14 @@ def _merged(name: str, tasks: list[Task]) -> Task:
 
 def method(name: str, options: argparse.Namespace) -> dict:
     """A preset or one of the ablations over it, with the budget that was asked for where it replays."""
-    budget = {"fraction": options.fraction, "per_task": options.per_task}
-    given = {key: value for key, value in budget.items() if value is not None}
     chosen = ABLATIONS.get(name, {"preset": name})
-    replay = chosen.get("replay", presets().get(chosen["preset"], {}).get("replay", "none"))
-    if not given or replay == "none":
+    replay = {**presets().get(chosen["preset"], {}).get("replay", {}), **(chosen.get("replay") or {})}
+    given = options.fraction is not None or options.per_task is not None
+    if not given or chosen.get("replay") == "none" or not replay:
         return chosen
-    return {**chosen, "replay": {**(chosen.get("replay") or {}), **given}}
+    own = {key: None for key in ("tasks", "instances") if key in replay}  # the paper's budget gives way
+    fraction = {} if options.fraction is None else {"fraction": options.fraction}
+    return {**chosen, "replay": {**(chosen.get("replay") or {}), **own, **fraction, "per_task": options.per_task}}
 
 
 def settings(options: argparse.Namespace, seed: int) -> dict:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from cit_fast.data.example import Example
 from cit_fast.errors import DataError
 from cit_fast.key_parts.clauses import Span
 from cit_fast.models.chat import Chat, ask_until_usable, first_list
@@ -13,12 +14,22 @@ from cit_fast.text import cut
 
 _PROMPT = """\
 An instruction is given to an assistant. Its key parts are the words that decide what the answer contains, how long it \
-is, or what form it has. Copy the key parts of the instruction below: one to five short spans of it, each word for \
-word as it stands there, and not the whole instruction.
+is, what form it has, or whether it makes sense. Copy the key parts of the instruction below: one to five short spans \
+of it, each word for word as it stands there, and not the whole instruction.
 
 Instruction:
 <<<
 {instruction}
+>>>
+
+An input it is given with:
+<<<
+{input}
+>>>
+
+A right answer to that:
+<<<
+{output}
 >>>
 
 Answer with a JSON list of the spans and nothing else, for example ["the author", "in one sentence"]."""
@@ -31,16 +42,18 @@ _FIELDS = ("span", "text", "key_part", "part")
 
 
 def ask_for_key_parts(
-    chat: Chat, instructions: Sequence[str], *, unusable: Literal["error", "none"] = "error"
+    chat: Chat, examples: Sequence[Example], *, unusable: Literal["error", "none"] = "error"
 ) -> tuple[dict[str, tuple[Span, ...]], int]:
     """The key parts of each instruction, and how many spans were dropped because the instruction does not have them.
+
+    The model is shown the instruction with the input and the answer of one example, as in the paper.
 
     An answer without one usable span (no list, nothing of it in the instruction, or all of the instruction) is asked
     for again, twice, each time in other words.
 
     Args:
         chat: answers the prompts, and keeps what it answered.
-        instructions: distinct ones.
+        examples: one for each distinct instruction.
         unusable: ``"error"``, or ``"none"``: no key parts for an instruction that got no usable answer.
 
     Raises:
@@ -55,15 +68,21 @@ def ask_for_key_parts(
         dropped += foreign
         return spans
 
-    found, missing = ask_until_usable(chat, instructions, _PROMPT, _REMINDERS, read, forget=unusable == "error")
+    prompts = {
+        each.instruction: _PROMPT.format(
+            instruction=each.instruction, input=cut(each.input, 600) or "(none)", output=cut(each.references[0], 300)
+        )
+        for each in examples
+    }
+    found, missing = ask_until_usable(chat, prompts, _REMINDERS, read, forget=unusable == "error")
     if missing and unusable == "error":
         instruction, answer = next(iter(missing.items()))
         raise DataError(
-            f"key_parts.llm: {len(missing)} of {len(instructions)} instructions got no usable key part in "
+            f"key_parts.llm: {len(missing)} of {len(prompts)} instructions got no usable key part in "
             f"{len(_REMINDERS)} attempts; {cut(instruction)!r} was answered with {cut(answer)!r}. Name a "
             "model that copies spans into a JSON list, or set unusable: none"
         )
-    return {text: found.get(text, ()) for text in instructions}, dropped
+    return {text: found.get(text, ()) for text in prompts}, dropped
 
 
 def read_spans(answer: str) -> list[str]:

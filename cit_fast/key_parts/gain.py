@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -19,6 +19,7 @@ from cit_fast.models.forward import evaluating
 from cit_fast.models.prompts import PromptEncoder
 from cit_fast.ops import key_part_information_gain, token_gain
 
+_ROWS = 256  # logits of so many tokens at a time
 Progress = Callable[[int, int], object]
 """Called with how many pairs are done and how many there are."""
 
@@ -85,6 +86,53 @@ def information_gain(
         gains.get(pair.index, ExampleGain(pair.index, None, None, None, pair.scored[1] - pair.scored[0]))
         for pair in encoded.pairs
     ]
+
+
+def predictive_entropy(
+    model: nn.Module, encoder: PromptEncoder, examples: Sequence[Example], *, batch_size: int = 8
+) -> list[tuple[int, float]]:
+    """How undecided a model is about each answer: the mean entropy, in nats, of what it predicts for its tokens.
+
+    The instruction is read whole, no key part is masked. In evaluation mode and without gradients.
+
+    Args:
+        model, encoder, batch_size: as in :func:`information_gain`.
+        examples: key parts are not looked at.
+
+    Returns:
+        (the example's number, entropy in [0, ln V]) of each, but for those that the encoder skipped for their length.
+
+    Raises:
+        DataError, ConfigError: as :func:`information_gain`.
+
+    Source: Mok et al., DYNAINST (ACL 2023), as KPIG's ablation without mask replays by it.
+    """
+    pairs = encode_pairs(encoder, [replace(example, key_parts=()) for example in examples]).pairs
+    head = head_of(model)
+    collate = pair_collator(model, encoder.pad_token_id, False)
+    device = head.weight.device
+    found: dict[int, float] = {}
+    with evaluating(model), torch.no_grad():
+        for numbers in alike_together(pairs, batch_size, collate.share_prefix):
+            batch = collate([pairs[number] for number in numbers])
+            hidden = pair_hidden(model, {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+            scored = hidden.only_scored()
+            rows = torch.cat([_entropies(head, block) for block in torch.split(scored.full, _ROWS)])
+            for number, own in zip(numbers, torch.split(rows, scored.offsets.diff().tolist()), strict=True):
+                found[number] = own.mean().item()
+    return [(pairs[number].index, found[number]) for number in range(len(pairs))]
+
+
+def _entropies(head: Head, hidden: Tensor) -> Tensor:
+    """[T], nats, of the distributions after hidden states [T, d]."""
+    logits = (hidden @ head.weight.T).float()
+    if head.bias is not None:
+        logits = logits + head.bias.float()
+    logits = head.scale * logits
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    log_probabilities = logits.log_softmax(1)
+    return -(log_probabilities.exp() * log_probabilities).sum(1)
 
 
 def pair_gains(

@@ -122,7 +122,9 @@ def find_key_parts(
     found: dict[str, tuple[Span, ...]]
     if name == "llm":
         unusable = options.pop("unusable")
-        found, dropped = ask_for_key_parts(chat_of(options, cache), distinct, unusable=unusable)
+        one_of = {example.instruction: example for example in reversed(examples)}
+        shown = [one_of[text] for text in distinct]
+        found, dropped = ask_for_key_parts(chat_of(options, cache), shown, unusable=unusable)
         if progress is not None:
             progress(len(distinct), len(distinct))
     else:
@@ -216,6 +218,22 @@ def key_parts_for_run(
         replace(example, key_parts=spans[example.instruction]) if id(example) in chosen else example
         for example in examples
     ]
+
+
+def discovered_note(before: Sequence[Example], after: Sequence[Example], source: KeyPartSource) -> list[str]:
+    """One sentence for the record where key parts were discovered: nobody wrote them down, the model itself chose.
+
+    Args:
+        before, after: the examples as :func:`key_parts_for_run` was given them, and as it returned them.
+        source: what it was told.
+    """
+    if source != "auto" and check_source(source)[0] != "discover":
+        return []
+    pairs = zip(before, after, strict=True)
+    found = {new.instruction for old, new in pairs if new.key_parts and (source != "auto" or not old.key_parts)}
+    if not found:
+        return []
+    return [f"Key parts of {len(found)} instructions are discovered: clauses that the model itself heeds most."]
 
 
 def chat_of(spec: Mapping[str, Any], cache: Path | None) -> Chat:

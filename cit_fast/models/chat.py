@@ -351,8 +351,7 @@ def first_list(answer: str, read: Callable[[list[Any]], list[_Read]]) -> list[_R
 
 def ask_until_usable(
     chat: Chat,
-    instructions: Sequence[str],
-    prompt: str,
+    prompts: Mapping[str, str],
     reminders: Sequence[str],
     read: Callable[[str, str], _Read],
     *,
@@ -364,8 +363,7 @@ def ask_until_usable(
 
     Args:
         chat: answers the prompts, and keeps what it answered.
-        instructions: distinct ones.
-        prompt: what to ask, with ``{instruction}`` in it.
+        prompts: instruction -> what to ask about it.
         reminders: what each attempt adds to the prompt.
         read: makes of ``(instruction, answer)`` what is wanted, or something false where the answer is of no use.
         forget: whether answers of no use are forgotten where no attempt brought a better one, so that the next call
@@ -380,15 +378,12 @@ def ask_until_usable(
     found: dict[str, _Read] = {}
     answers: dict[str, str] = {}
 
-    def asked(instruction: str, reminder: str) -> str:
-        return prompt.format(instruction=instruction) + reminder
-
     for reminder in reminders:
-        left = [each for each in instructions if each not in found]
-        replies = chat.complete([asked(each, reminder) for each in left]) if left else []
+        left = [each for each in prompts if each not in found]
+        replies = chat.complete([prompts[each] + reminder for each in left]) if left else []
         answers = dict(zip(left, replies, strict=True))
         found |= {each: value for each, answer in answers.items() if (value := read(each, answer))}
     unusable = {each: answer for each, answer in answers.items() if each not in found}
     if forget:
-        chat.forget([asked(each, reminder) for each in unusable for reminder in reminders])
+        chat.forget([prompts[each] + reminder for each in unusable for reminder in reminders])
     return found, unusable

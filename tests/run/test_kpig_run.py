@@ -13,15 +13,19 @@ from killed import at_call, killed
 from launches import ACCELERATE, TORCHRUN, launch
 from rich.console import Console
 from toy_runs import adapter
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cit_fast import ContinualTrainer
 from cit_fast.data import Example, Task, TaskStream
+from cit_fast.errors import ConfigError
 from cit_fast.evaluation import read_run, read_stages
 from cit_fast.evaluation.records import ObjectiveRecord
 from cit_fast.key_parts import teacher as frozen
+from cit_fast.key_parts.gain import predictive_entropy
+from cit_fast.key_parts.wordings import Wording, write_pools
 from cit_fast.methods.objectives import KPIG, kpig, plain_inputs
 from cit_fast.methods.replay import kpig as replay
+from cit_fast.models.prompts import PromptEncoder
 from cit_fast.run import method_run, stage_trainer
 
 METHODS = ["random-replay", "kpig", "kpig-no-mask", "kpig-no-jsd", "kpig-fixed-temperature"]
@@ -60,10 +64,15 @@ def losses(stages) -> list[list[float]]:
 
 def test_presets_at_the_budget_of_random_replay(settings, stream):
     training = {**settings["training"], "max_steps": 2, "save_strategy": "no"}
-    runs = run(settings, stream, methods=spelled(METHODS), training=training)
+    runs = run(settings, stream, methods=spelled(METHODS, 0.1), training=training)
     totals = {name: [sum(stage.replayed.values()) for stage in stages] for name, stages in runs.items()}
     assert totals == {name: [0, 0, 2, 4] for name in METHODS}
-    for name in METHODS[1:]:
+    for stage in runs["kpig-no-mask"][2:]:
+        entropies = stage.replay.details["predictive_entropy"]
+        assert list(entropies) == list(NAMES[: stage.index - 1])
+        assert stage.replay.budgets[max(entropies, key=entropies.get)] > 0
+        assert stage.replay.gains == {}
+    for name in ("kpig", "kpig-no-jsd", "kpig-fixed-temperature"):
         for stage in runs[name][2:]:
             gains, budgets = stage.replay.gains, stage.replay.budgets
             assert list(gains) == list(NAMES[: stage.index - 1])
@@ -74,7 +83,9 @@ def test_presets_at_the_budget_of_random_replay(settings, stream):
     assert last.objective.without_key_parts == 0
     assert set(last.objective.gains) == {"gamma", *(name for name, share in last.replayed.items() if share)}
     assert last.objective.seconds > 0
-    assert runs["kpig-no-jsd"][3].objective == ObjectiveRecord()
+    (said,) = last.objective.notes
+    assert said.startswith("No pool of wordings is given")
+    assert runs["kpig-no-jsd"][3].objective == ObjectiveRecord(notes=[said])
     curves = [losses(runs[name]) for name in METHODS[1:]]
     assert all(curves.count(curve) == 1 for curve in curves)  # each is a method of its own
     folder = Path(settings["output"]) / "kpig"
@@ -92,7 +103,8 @@ def test_cit_fast_replays_compares_and_averages(settings, stream):
             *((0, 0) if without == "replay" else (2, 4)),
         ]
         assert [bool(stage.objective.gains) for stage in stages[1:]] == [without != "objective"] * 3
-        assert [bool(stage.balance_weights) for stage in stages[1:]] == [without != "update"] * 3
+        averaged = [False, True, True] if without != "update" else [False] * 3  # when: from-second
+        assert [bool(stage.balance_weights) for stage in stages[1:]] == averaged
 
 
 def test_full_fine_tuning_and_what_the_data_does_not_say(settings, stream):
@@ -101,7 +113,12 @@ def test_full_fine_tuning_and_what_the_data_does_not_say(settings, stream):
     settings["adapter"] = None
     settings["training"]["learning_rate"] = 1e-4
     methods = [
-        {"preset": "kpig", "name": name, "replay": {"key_parts": source}, "objective": {"key_parts": source}}
+        {
+            "preset": "kpig",
+            "name": name,
+            "replay": {"key_parts": source, "tasks": None, "instances": None},
+            "objective": {"key_parts": source},
+        }
         for name, source in (("discovered", "auto"), ("given", "data"))
     ]
     runs = run(settings, mixed, methods=methods)
@@ -221,7 +238,11 @@ def test_two_processes_equal_one(settings, stream, tmp_path, full, sharded):
     settings["training"]["learning_rate"] = 1e-3
     # Four replayed examples, and none of the 16 held out for a dev set: in two processes Accelerate fills a last batch
     # that is not full up with the first examples of the epoch, so its loss would be another one.
-    method = {"preset": "kpig", "objective": {"lambda_": 2.0, "batch_size": 4}, "replay": {"per_task": 4}}
+    method = {
+        "preset": "kpig",
+        "objective": {"lambda_": 2.0, "batch_size": 4},
+        "replay": {"per_task": 4, "tasks": None, "instances": None},
+    }
     settings["methods"] = [method]
     ContinualTrainer(settings, console=Console(quiet=True)).run()
     one = Path(settings["output"]) / "kpig"
@@ -247,5 +268,73 @@ def test_the_options_of_a_preset_reach_its_parts(settings, stream):
     method = {"preset": "kpig", "objective": {"temperature": 1.0, "lambda_": 0.5}}
     trainer = ContinualTrainer({**settings, "methods": [method]}, stream=stream, console=Console(quiet=True))
     options = trainer.config.methods[0].objective.options
-    assert options == {"temperature": 1.0, "lambda_": 0.5}
+    assert options == {"instructions": "pool", "temperature": 1.0, "lambda_": 0.5}
     assert KPIG(**options).temperature == 1.0
+
+
+def test_the_budget_of_the_paper(settings, stream):
+    """M = N = 10, capped by what there is: both earlier tasks, ten instances of each."""
+    training = {**settings["training"], "max_steps": 1, "save_strategy": "no"}
+    stages = run(settings, stream, methods=["kpig-no-diversity"], training=training)["kpig-no-diversity"]
+    assert [stage.replayed for stage in stages[2:]] == [{"alpha": 10}, {"alpha": 10, "beta": 10}]
+    assert stages[3].objective.notes == []
+
+
+def test_a_pool_is_drawn_from_for_training_and_for_scoring(settings, stream, tmp_path, monkeypatch):
+    pool = tmp_path / "pool.json"
+    first = stream[0].train[0]
+    wordings = [Wording(first.instruction, first.key_parts), Wording("Please reply in words.", ((13, 21),))]
+    write_pools(pool, {"alpha": wordings}, {"model": "hand"})
+    scored, trained = [], []
+
+    def watch(module, name, seen, position):
+        original = getattr(module, name)
+
+        def watched(*args, **options):
+            seen.extend(args[position])
+            return original(*args, **options)
+
+        monkeypatch.setattr(module, name, watched)
+
+    watch(replay, "information_gain", scored, 2)
+    watch(kpig, "encode_pairs", trained, 1)
+    two = TaskStream(stream[:2])
+    part = {"pool": str(pool)}
+    methods = [{"preset": "kpig", "objective": part, "replay": part}]
+    training = {**settings["training"], "max_steps": 1, "save_strategy": "no"}
+    stages = run(settings, two, methods=methods, training=training)["kpig"]
+    for examples in (scored, [each for each in trained if each.task == "alpha"]):
+        assert {"Please reply in words."} < {each.instruction for each in examples}
+    assert stages[1].objective.wordings == {"alpha": 2}
+    assert len(stages[1].objective.details["pool"]) == 64
+    assert not stages[1].objective.notes
+    broken = pool.read_text().replace('"in words"', '"in figures"')
+    pool.write_text(broken)
+    with pytest.raises(
+        ConfigError, match=r"replay\.pool: .*pool\.json: tasks\.alpha\.\d: key part 'in figures' is not in"
+    ):
+        run({**settings, "output": str(tmp_path / "again")}, two, methods=methods)
+
+
+def test_discovered_key_parts_are_marked_in_the_record(settings):
+    mixed = TaskStream((make_task("alpha"), make_task("beta", key_parts=False)))
+    training = {**settings["training"], "max_steps": 1, "save_strategy": "no"}
+    stages = run(settings, mixed, methods=["kpig-no-diversity"], training=training)["kpig-no-diversity"]
+    assert stages[1].objective.notes == []  # given by the data
+    assert any("are discovered: clauses that the model itself heeds most" in note for note in stages[2].objective.notes)
+
+
+def test_entropy_is_that_of_the_models_own_logits(settings, stream, tiny_model_folder):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    encoder = PromptEncoder(AutoTokenizer.from_pretrained(tiny_model_folder), max_length=96)
+    examples = list(stream[0].train[:5])
+    found = predictive_entropy(model, encoder, examples, batch_size=2)
+    assert [index for index, _ in found] == list(range(5))
+    for index, value in found:
+        encoded = encoder.example(examples[index])
+        ids, start = encoded.input_ids, encoded.prompt_length
+        end = next(k for k in range(start, len(ids)) if ids[k] in encoder.stop_token_ids)
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, start - 1 : end - 1].double()
+        log_p = logits.log_softmax(1)
+        assert value == pytest.approx(-(log_p.exp() * log_p).sum(1).mean().item(), rel=1e-4)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,13 +25,14 @@ from torch.distributed.tensor import DTensor
 from cit_fast.data.example import Example
 from cit_fast.errors import ConfigError, DataError
 from cit_fast.evaluation.records import ObjectiveRecord
+from cit_fast.files import file_checksum
 from cit_fast.key_parts.head import Head, head_of
 from cit_fast.key_parts.hidden import pair_collator, pair_hidden
 from cit_fast.key_parts.layout import GroupingCollator
 from cit_fast.key_parts.pairs import EncodedPair, PairCollator, encode_pairs
-from cit_fast.key_parts.sources import chat_of, check_key_parts, key_parts_for_run
+from cit_fast.key_parts.sources import chat_of, check_key_parts, discovered_note, key_parts_for_run
 from cit_fast.key_parts.teacher import TeacherStates, teacher_states
-from cit_fast.key_parts.wordings import chat_pools, data_pools, draw_wordings
+from cit_fast.key_parts.wordings import chat_pools, data_pools, draw_wordings, given_pools
 from cit_fast.methods.objectives.cross_entropy import CrossEntropy
 from cit_fast.methods.objectives.objective import plain_inputs
 from cit_fast.methods.stage import Stage, StageInputs
@@ -53,8 +55,10 @@ class KPIG:
         key_parts: where key parts come from: ``"auto"`` (the data, else discovery), or a source of
             :func:`cit_fast.key_parts.sources.find_key_parts`.
         instructions: which wording an example is trained with: ``"own"``, the one it has; ``"data"``, one drawn from
-            those that its task has in the data; or a chat model's options, to draw from a pool that it makes. See
-            :func:`cit_fast.key_parts.wordings.draw_wordings`.
+            those that its task has in the data; ``"pool"``, one drawn from ``pool``; or a chat model's options, to draw
+            from a pool that it makes. See :func:`cit_fast.key_parts.wordings.draw_wordings`.
+        pool: a file of wordings for each task (``cit-fast pool`` makes one); without it ``"pool"`` is ``"own"``, which
+            the record says.
         share_prefix: see :func:`cit_fast.key_parts.hidden.pair_collator`.
         batch_size: examples at a time in the pass of the earlier model.
 
@@ -73,6 +77,7 @@ class KPIG:
         instructions: str | dict[str, Any] = "own",
         share_prefix: bool | Literal["auto"] = "auto",
         batch_size: int = 16,
+        pool: str | None = None,
     ) -> None:
         if not (lambda_ >= 0 and math.isfinite(lambda_)):
             raise ConfigError(f"lambda_: {lambda_} is negative or not finite")
@@ -88,14 +93,18 @@ class KPIG:
         if isinstance(instructions, Mapping):
             if "local" not in instructions:
                 chat_of(instructions, None)  # what is wrong with its options should not wait until a stage begins
-        elif instructions not in {"own", "data"}:
+        elif instructions not in {"own", "data", "pool"}:
             raise ConfigError(
-                f"instructions: {instructions!r} is unknown; expected 'own', 'data' or a chat model like "
+                f"instructions: {instructions!r} is unknown; expected 'own', 'data', 'pool' or a chat model like "
                 "{base_url: ...}"
             )
+        if pool is not None and instructions != "pool":
+            raise ConfigError(f"pool: {pool!r} is for instructions: pool, and instructions is {instructions!r}")
         self.lambda_, self.alpha, self.temperature, self.masked, self.jsd = lambda_, alpha, temperature, masked, jsd
         self.key_parts, self.instructions = key_parts, instructions
         self.share_prefix, self.batch_size = share_prefix, batch_size
+        self.pool = pool
+        self._pools = given_pools(pool)
         self._frozen_head: Head | None = None
 
     def prepare(self, stage: Stage) -> StageInputs:
@@ -107,12 +116,20 @@ class KPIG:
         """
         model, encoder = stage.model, stage.encoder
         examples, wordings = self._reworded(stage)
+        notes = []
+        if self.instructions == "pool" and self.pool is None:
+            notes.append(
+                "No pool of wordings is given (objective.pool): every example keeps its own, as in the paper's "
+                "ablation without diversity."
+            )
         if not (self.jsd and self.lambda_):
             plain = plain_inputs(stage, examples)
-            return replace(plain, record=ObjectiveRecord(wordings=wordings))
+            return replace(plain, record=ObjectiveRecord(wordings=wordings, notes=notes))
+        given = examples
         examples = key_parts_for_run(
-            examples, self.key_parts, model, encoder, alpha=self.alpha, run=stage.kept, cache=stage.cache
+            given, self.key_parts, model, encoder, alpha=self.alpha, run=stage.kept, cache=stage.cache
         )
+        notes += discovered_note(given, examples, self.key_parts)
         encoded = encode_pairs(encoder, examples)
         masked = [pair for pair in encoded.pairs if pair.masked is not None]
         collate = pair_collator(model, encoder.pad_token_id, self.share_prefix)
@@ -129,6 +146,9 @@ class KPIG:
             folder=stage.scratch,
         )
         record = _record(examples, frozen, len(encoded.pairs) - len(masked), wordings)
+        record.notes += notes
+        if self.pool is not None:
+            record.details["pool"] = file_checksum(Path(self.pool))
         features = encoded.pairs if self.masked else [replace(pair, masked=None) for pair in encoded.pairs]
         temperature = None if self.temperature == "gain" else float(self.temperature)
         collator = FrozenPairCollator(GroupingCollator(collate), frozen, temperature, head.weight.shape[1])
@@ -161,8 +181,12 @@ class KPIG:
 
     def _reworded(self, stage: Stage) -> tuple[list[Example], dict[str, int]]:
         """The examples with the wordings they are trained with, and how many wordings each task has."""
-        if self.instructions == "own":
+        if self.instructions == "own" or (self.instructions == "pool" and not self._pools):
             return list(stage.examples), {}
+        if self.instructions == "pool":
+            drawn = draw_wordings(stage.examples, self._pools, stage.rng("objective"))
+            names = {task.name for task in stage.known}
+            return drawn, {task: len(pool) for task, pool in self._pools.items() if task in names}
         known = [example for task in stage.known for example in task.train]
         if isinstance(self.instructions, Mapping):
             pools = chat_pools(known, chat_of(self.instructions, stage.cache))

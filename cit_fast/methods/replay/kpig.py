@@ -15,8 +15,9 @@ from typing import Any, Literal
 from cit_fast.data.example import Example
 from cit_fast.errors import ConfigError, DataError
 from cit_fast.evaluation.records import ReplayRecord
-from cit_fast.key_parts.gain import information_gain
-from cit_fast.key_parts.sources import check_key_parts, key_parts_for_run
+from cit_fast.key_parts.gain import information_gain, predictive_entropy
+from cit_fast.key_parts.sources import check_key_parts, discovered_note, key_parts_for_run
+from cit_fast.key_parts.wordings import draw_wordings, given_pools
 from cit_fast.methods.replay.allocation import Budget, allocate
 from cit_fast.methods.stage import Selection, Stage
 from cit_fast.processes import split_over_ranks
@@ -38,6 +39,10 @@ class KPIGReplay:
         scored: random instances of each task that are scored, >= 1; they are the first to be replayed.
         alpha: decay of the information gain per answer token, in (0, 1].
         key_parts: where key parts come from, as in :class:`cit_fast.methods.objectives.KPIG`.
+        pool: a file of wordings (see :func:`cit_fast.key_parts.wordings.given_pools`); each instance is scored with one
+            drawn from its task's pool, as in the paper, and replayed with its own.
+        score: ``"gain"``; or ``"entropy"``, for the tasks about whose answers the model is least decided
+            (:func:`cit_fast.key_parts.gain.predictive_entropy`): the paper's ablation without mask.
         share_prefix: see :func:`cit_fast.key_parts.hidden.pair_collator`.
         batch_size: instances scored at a time.
 
@@ -56,7 +61,11 @@ class KPIGReplay:
         key_parts: str | dict[str, Any] = "auto",
         share_prefix: bool | Literal["auto"] = "auto",
         batch_size: int = 16,
+        pool: str | None = None,
+        score: Literal["gain", "entropy"] = "gain",
     ) -> None:
+        if score not in ("gain", "entropy"):
+            raise ConfigError(f"score: {score!r} is unknown; expected gain or entropy")
         Budget(fraction, per_task)
         for name, value in (("tasks", tasks), ("instances", instances), ("scored", scored), ("batch_size", batch_size)):
             if value is not None and value < 1:
@@ -67,6 +76,8 @@ class KPIGReplay:
         self.fraction, self.per_task, self.tasks, self.instances = fraction, per_task, tasks, instances
         self.scored, self.alpha, self.key_parts = scored, alpha, key_parts
         self.share_prefix, self.batch_size = share_prefix, batch_size
+        self.pool, self.score = pool, score
+        self._pools = given_pools(pool)
 
     def select(self, stage: Stage) -> Selection:
         """Examples of the tasks with the lowest gain, task by task in order.
@@ -80,8 +91,11 @@ class KPIGReplay:
         # The draw does not depend on what is scored: as many are scored, the same examples come first.
         orders = [rng.sample(range(len(task.train)), len(task.train)) for task in stage.seen]
         drawn = [[task.train[k] for k in own[: self.scored]] for task, own in zip(stage.seen, orders, strict=True)]
-        gains = self._mean_gains(stage, drawn)
-        shares = self._shares(gains, [len(task.train) for task in stage.seen])
+        notes: list[str] = []
+        entropy = self.score == "entropy"
+        scores = self._mean_entropies(stage, drawn) if entropy else self._mean_gains(stage, drawn, notes)
+        lowest_first = [-value for value in scores] if entropy else scores
+        shares = self._shares(lowest_first, [len(task.train) for task in stage.seen])
         names = [task.name for task in stage.seen]
         chosen = [
             task.train[k]
@@ -90,15 +104,31 @@ class KPIGReplay:
         ]
         record = ReplayRecord(
             budgets=dict(zip(names, shares, strict=True)),
-            gains=dict(zip(names, gains, strict=True)),
+            gains={} if entropy else dict(zip(names, scores, strict=True)),
+            details={"predictive_entropy": dict(zip(names, scores, strict=True))} if entropy else {},
+            notes=notes,
             scored={name: len(own) for name, own in zip(names, drawn, strict=True)},
         )
         return Selection(chosen, record)
 
-    def _mean_gains(self, stage: Stage, drawn: Sequence[Sequence[Example]]) -> list[float]:
+    def _mean_entropies(self, stage: Stage, drawn: Sequence[Sequence[Example]]) -> list[float]:
+        """Mean predictive entropy of each task's drawn instances."""
+        numbered = list(enumerate(example for own in drawn for example in own))
+
+        def score(mine: Sequence[tuple[int, Example]]) -> list[tuple[int, float]]:
+            examples = [example for _, example in mine]
+            found = predictive_entropy(stage.model, stage.encoder, examples, batch_size=self.batch_size)
+            return [(mine[index][0], value) for index, value in found]
+
+        return self._means(stage, drawn, dict(split_over_ranks(numbered, score)))
+
+    def _mean_gains(self, stage: Stage, drawn: Sequence[Sequence[Example]], notes: list[str]) -> list[float]:
         """Mean G of each task's drawn instances under the model as it is."""
+        examples = [example for own in drawn for example in own]
+        if self._pools:
+            examples = draw_wordings(examples, self._pools, stage.rng("wordings"))
         flat = key_parts_for_run(
-            [example for own in drawn for example in own],
+            examples,
             self.key_parts,
             stage.model,
             stage.encoder,
@@ -106,6 +136,7 @@ class KPIGReplay:
             run=stage.kept,
             cache=stage.cache,
         )
+        notes += discovered_note(examples, flat, self.key_parts)
         numbered = [(k, example) for k, example in enumerate(flat) if example.key_parts]
         # Long examples first: memory runs out at once or never, and batches hold like lengths.
         numbered.sort(key=lambda entry: -len(entry[1].instruction) - len(entry[1].input))
@@ -121,7 +152,10 @@ class KPIGReplay:
             )
             return [(mine[each.index][0], each.gain) for each in found if each.gain is not None]
 
-        by_number: Mapping[int, float] = dict(split_over_ranks(numbered, score))
+        return self._means(stage, drawn, dict(split_over_ranks(numbered, score)))
+
+    def _means(self, stage: Stage, drawn: Sequence[Sequence[Example]], by_number: Mapping[int, float]) -> list[float]:
+        """Of each task's drawn instances, whose number among all is the key of ``by_number``."""
         means = []
         start = 0
         for task, own in zip(stage.seen, drawn, strict=True):

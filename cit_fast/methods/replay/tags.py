@@ -249,8 +249,7 @@ class LLMTagger:
         distinct = list(dict.fromkeys(instructions))
         found, missing = ask_until_usable(
             self.chat,
-            distinct,
-            _PROMPT,
+            {each: _PROMPT.format(instruction=each) for each in distinct},
             _REMINDERS,
             lambda _, answer: read_tags(answer),
             forget=self.unusable == "error",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+import re
 from dataclasses import replace
 
 import pytest
 
 from cit_fast.data import Example
 from cit_fast.errors import ConfigError, DataError, RunError
-from cit_fast.key_parts.wordings import LARGEST_POOL, STRATEGIES, Wording, chat_pools
+from cit_fast.key_parts.wordings import LARGEST_POOL, STRATEGIES, Wording, chat_pools, read_pools, write_pools
 from cit_fast.models.chat import ChatEndpoint
 
 ONE = Example("Write the number in words.", "42", ("forty-two",), "numbers", ((17, 25),))
@@ -35,25 +35,73 @@ def chat_at(tmp_path):
     return make
 
 
-def test_every_strategy_gives_its_share_and_answers_are_kept(serve, chat_at):
+def test_a_pool_evolves_from_its_own_members(serve, chat_at):
+    """30 evolutions, each of a member drawn at random by a strategy drawn at random; answers are kept."""
+
     def respond(prompt, attempt):
-        (name,) = [name for name, how in STRATEGIES.items() if how in prompt]
-        return completion(f"Of course!\n{wordings(20, name)}")
+        evolution = re.search(r"\(rewording (\d+), strategy: (\w+)\)", prompt)
+        assert STRATEGIES[evolution[2]] in prompt
+        assert "An input: 42\nIts answer: forty-two" in prompt
+        return completion(f"Of course!\n{wordings(1, f'{evolution[2]} {evolution[1]}')}")
 
     with serve(respond) as server:
         pools = chat_pools([ONE, ONE, TWO], chat_at(server))
-        assert len(server.requests) == 4
-        assert all("<<<Write the number in words.>>>" in prompt for prompt in server.prompts)  # the most frequent
-        assert all('["in words"]' in prompt for prompt in server.prompts)
+        prompts = server.prompts
+        assert len(prompts) == LARGEST_POOL - 1
         assert chat_pools([ONE, ONE, TWO], chat_at(server)) == pools
-        assert len(server.requests) == 4
+        assert len(server.requests) == LARGEST_POOL - 1
     pool = pools["numbers"]
     assert len(pool) == LARGEST_POOL
-    assert pool[0] == Wording(ONE.instruction, ONE.key_parts)
-    shares = Counter(wording.instruction.split()[0] for wording in pool[1:])
-    assert set(shares) == set(STRATEGIES)
-    assert max(shares.values()) - min(shares.values()) <= 1
+    assert pool[0] == Wording(ONE.instruction, ONE.key_parts)  # the most frequent
+    assert {wording.instruction.split()[0] for wording in pool[1:]} == set(STRATEGIES)
+    parents = [re.search("^<<<(.*)>>>", prompt, re.MULTILINE)[1] for prompt in prompts]
+    known = [wording.instruction for wording in pool]
+    assert all(parent in known[: k + 1] for k, parent in enumerate(parents))  # what was there then
+    assert len(set(parents)) > 10  # recursive: most are rewordings of rewordings
+    assert all('Its key parts: ["in words"]' in prompt for prompt in prompts)
     assert all(wording.instruction[slice(*wording.key_parts[0])] == "in words" for wording in pool[1:])
+
+
+def test_a_pool_is_a_file(tmp_path):
+    pools = {"numbers": (Wording(ONE.instruction, ONE.key_parts), Wording("No key part here."))}
+    path = tmp_path / "pool.json"
+    write_pools(path, pools, {"model": "stub"})
+    assert read_pools(path) == pools
+    assert json.loads(path.read_text())["made_by"] == {"model": "stub"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tasks: tasks["numbers"][0].update(key_parts=["in figures"]),
+         r"tasks\.numbers\.0: key part 'in figures' is not in its wording, 'Write the number in words\.'"),
+        (lambda tasks: tasks["numbers"][0].update(key_parts=["in words", "words"]), r"tasks\.numbers\.0: .*overlap"),
+        (lambda tasks: tasks["numbers"].append("Say it."), r"tasks\.numbers\.1: expected an object"),
+        (lambda tasks: tasks.update(numbers=[]), r"tasks\.numbers: 0 wordings; expected 1 to 31"),
+        (lambda tasks: tasks.update(numbers=3), "no pool of wordings: 'tasks' must hold a list for each task"),
+    ],
+)  # fmt: skip
+def test_a_pool_file_that_cannot_be_used(tmp_path, change, message):
+    path = tmp_path / "pool.json"
+    write_pools(path, {"numbers": (Wording(ONE.instruction, ONE.key_parts),)}, {})
+    content = json.loads(path.read_text())
+    change(content["tasks"])
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=f"pool\\.json: {message}") as caught:
+        read_pools(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pool_file_that_is_none(tmp_path):
+    path = tmp_path / "pool.json"
+    with pytest.raises(DataError, match=r"pool\.json: no such file; cit-fast pool makes one"):
+        read_pools(path)
+    path.write_text("{")
+    with pytest.raises(DataError, match=r"pool\.json: broken"):
+        read_pools(path)
+    path.write_text('{"format_version": 9, "tasks": {}}')
+    with pytest.raises(DataError, match="format version 9; this cit-fast reads 1"):
+        read_pools(path)
 
 
 USABLE = {"instruction": "Spell it out as words.", "key_parts": ["as words"]}
@@ -82,18 +130,18 @@ def test_an_answer_of_no_use_names_the_task_and_is_asked_again(serve, chat_at, g
     with serve(lambda prompt, attempt: completion(json.dumps([USABLE]) if good else garbage)) as server:
         with pytest.raises(DataError, match="no usable rewording for task 'numbers'"):
             chat_pools([ONE], chat_at(server))
+        assert len(server.requests) == 4  # it is not asked thirty times
         good.append(True)
-        assert len(chat_pools([ONE], chat_at(server))["numbers"]) == 2
-        assert len(server.requests) == 8
+        assert len(chat_pools([ONE], chat_at(server))["numbers"]) == 2  # 30 times the same rewording
 
 
 def test_a_server_that_says_nothing_is_an_error_that_keeps_the_answers(serve, chat_at):
     def respond(prompt, attempt):
-        return (200, 0.5, {}) if STRATEGIES["breadth"] in prompt else completion(json.dumps([USABLE]))
+        return (200, 0.5, {}) if "(rewording 3," in prompt else completion(json.dumps([USABLE]))
 
     with (
         serve(respond) as server,
-        pytest.raises(RunError, match=r"no answer to 1 of 4 prompts .*nothing came within 0.1 s"),
+        pytest.raises(RunError, match=r"no answer to 1 of 1 prompts .*nothing came within 0.1 s"),
     ):
         chat_pools([ONE], chat_at(server, timeout=0.1, attempts=1, concurrency=1))
 

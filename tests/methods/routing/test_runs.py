@@ -21,7 +21,7 @@ from cit_fast.methods.routing import load_router
 from cit_fast.models.adapter_bank import BASE
 from cit_fast.run import run_folder, stage_trainer
 
-PRESETS = ["lcia", "grouping-ema", "switchcit", "oracle", "cit-fast-switch"]
+PRESETS = ["lcia", "grouping-ema", "switchcit", "switch-tokens", "oracle", "cit-fast-switch"]
 
 
 # Room for these tasks, with their long instructions and one-word answers.
@@ -143,7 +143,7 @@ def test_what_cannot_be_routed(settings, tasks):
     with pytest.raises(ConfigError, match="router: a joint run trains all tasks at once"):
         run(settings, tasks, {"preset": "joint", "name": "j", "router": "lcia"})
     with pytest.raises(ConfigError, match=r"router\.held_out: .*nowhere"):
-        run(settings, tasks, {"preset": "switchcit", "router": {"held_out": ["nowhere"]}})
+        run(settings, tasks, {"preset": "switch-tokens", "router": {"held_out": ["nowhere"]}})
 
 
 def test_a_router_without_its_memory_is_refused(settings, tasks, edit_record, tmp_path, whole_runs):
