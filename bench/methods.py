@@ -184,8 +184,8 @@ def figures(folder: Path) -> dict[str, Any]:
     run, stages = read_run(folder), read_stages(folder)
     metrics = continual_metrics(run, stages)
     last = stages[-1]
-    seen = task_set_scores(run.tasks, last.scores, last.violations)
-    held_out = task_set_scores(run.held_out_tasks, last.scores, last.violations)
+    seen = task_set_scores(run.tasks, last.scores, last.violations, run.metrics)
+    held_out = task_set_scores(run.held_out_tasks, last.scores, last.violations, run.metrics)
     train = sum(stage.train_seconds for stage in stages) / 60
     return {
         "AP": metrics.average_performance,

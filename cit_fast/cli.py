@@ -1,4 +1,4 @@
-"""The command line: ``cit-fast run | presets | report | eval | generate | export | distances | score | doctor``."""
+"""The command line ``cit-fast``: run, presets, report, eval, generate, export, distances, score, pool, doctor."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cit_fast.errors import CitFastError, DataError, LeftOutWarning, RunError
+from cit_fast.errors import CitFastError, ConfigError, DataError, LeftOutWarning, RunError
+from cit_fast.text import cut
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -271,6 +272,53 @@ def distances(
         console.print()
     console.print(how_measured(result), highlight=False, markup=False)
     console.print(f"Page: {write_distances(result, out)}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def pool(
+    data: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DATA...",
+            help="Files and folders of instruction data, a task each; folders of such; 'builtin', or a built-in task.",
+        ),
+    ],
+    chat: Annotated[
+        str,
+        typer.Option(
+            metavar="{base_url: ..., model: ...}",
+            help="Who rewords: an OpenAI-compatible endpoint, or '{local: a model folder or hub name}'.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The JSON file to write.")] = Path("pool.json"),
+    size: Annotated[int, typer.Option(min=2, max=31, help="Wordings per task, its own included.")] = 31,
+    seed: Annotated[int, typer.Option(help="Of what is reworded, and how, at each evolution.")] = 0,
+) -> None:
+    """Have the instruction of each task reworded into a pool for KPIG: one file, to be reviewed and shared."""
+    from cit_fast.analysis.read_tasks import read_tasks
+    from cit_fast.key_parts.sources import chat_of
+    from cit_fast.key_parts.wordings import chat_pools, write_pools
+    from cit_fast.models.pretrained import cache_folder
+    from cit_fast.run.yaml_file import parse_yaml
+
+    spec = parse_yaml(chat, "--chat")
+    if not isinstance(spec, dict):
+        raise ConfigError(f"--chat: {chat!r}; expected options such as '{{base_url: ..., model: ...}}'")
+    asked = chat_of(spec, cache_folder())
+    examples = [example for task in read_tasks(data) for example in task.train]
+    pools = chat_pools(examples, asked, size, seed)
+    if not pools:
+        raise DataError(
+            f"{' '.join(data)}: no task has an instruction that can be reworded (each example needs an input beside "
+            "it, and a task at most 31 wordings)"
+        )
+    write_pools(output, pools, {**asked.identity, "size": size, "seed": seed})
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for task, wordings in pools.items():
+        table.add_row(f"[bold]{task}[/bold]", f"{len(wordings)} wordings", cut(wordings[-1].instruction))
+    console = Console()
+    console.print(table)
+    console.print(f"Pool: {output}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from cit_fast import cli
+from cit_fast.key_parts.wordings import read_pools
 from cit_fast.methods.config import descriptions
 
 STREAM = ["units", "records"]
@@ -235,3 +236,26 @@ def test_interrupt_is_not_a_stack_trace(monkeypatch, capsys):
     monkeypatch.setattr("cit_fast.run.environment.describe_environment", interrupted)
     assert call(monkeypatch, "doctor") == 130
     assert "goes on from the last checkpoint" in capsys.readouterr().err
+
+
+def test_pool_is_made_once_and_can_be_used(monkeypatch, capsys, tmp_path, serve):
+    def respond(prompt, attempt):
+        evolution = prompt.partition("(rewording ")[2].partition(",")[0]
+        said = [{"instruction": f"Wording {evolution}: in one word.", "key_parts": ["in one word"]}]
+        return 200, {"choices": [{"message": {"content": json.dumps(said)}}]}, {}
+
+    monkeypatch.setenv("CIT_FAST_CACHE", str(tmp_path / "cache"))
+    output = tmp_path / "pool.json"
+    with serve(respond) as server:
+        chat = f"{{base_url: {server.url}, model: stub}}"
+        assert call(monkeypatch, "pool", "numbers", "--chat", chat, "-o", str(output), "--size", "4") == 0
+        assert len(server.requests) == 3
+    printed = capsys.readouterr().out
+    assert "numbers" in printed
+    assert "4 wordings" in printed
+    content = json.loads(output.read_text())
+    assert [len(wordings) for wordings in content["tasks"].values()] == [4]
+    assert content["made_by"]["model"] == "stub"
+    assert read_pools(output)["numbers"][1].instruction == "Wording 1: in one word."
+    assert call(monkeypatch, "pool", "numbers", "--chat", "stub") == 2
+    assert "--chat: 'stub'; expected options" in capsys.readouterr().err

@@ -45,7 +45,8 @@ class TaskSource(Constraints):
         builtin: name of a built-in task.
         path: a file (``.json``, ``.jsonl``, ``.csv``, ``.tsv``, ``.parquet``), a folder of such files, one per split
             (``train``, ``dev``, ``test`` or their usual other names) or in shards as the hub lays them out
-            (``data/train-00000-of-00002.parquet``), or a dataset saved by ``save_to_disk``.
+            (``data/train-00000-of-00002.parquet``), or a dataset saved by ``save_to_disk``. Several of them, with a
+            ``name``, are one task, as the categories of InsCL are.
         dataset: a dataset on the Hugging Face hub, or anything else ``datasets.load_dataset`` takes.
         name: the task's name; otherwise the built-in name or the last part of the path.
         metric: name of the metric; otherwise ``accuracy`` where the answers are a closed set, else
@@ -70,7 +71,7 @@ class TaskSource(Constraints):
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     builtin: str | None = None
-    path: str | None = None
+    path: str | tuple[str, ...] | None = None
     dataset: str | None = None
     name: str | None = None
     metric: str | None = None
@@ -93,6 +94,10 @@ class TaskSource(Constraints):
             raise ConfigError(
                 f"a task source needs exactly one of builtin, path and dataset, not {' and '.join(given) or 'none'}"
             )
+        if isinstance(self.path, (list, tuple)):
+            if not self.path or self.name is None:
+                raise ConfigError("path: a task of several files or folders needs at least one, and a name")
+            object.__setattr__(self, "path", tuple(self.path))
         unknown = sorted(set(self.splits) - set(SPLITS))
         if unknown:
             raise ConfigError(f"splits: {unknown[0]!r} is unknown; the splits are {', '.join(SPLITS)}")
@@ -170,7 +175,7 @@ def origin(source: TaskSource | str) -> tuple[str, ...]:
     if isinstance(source, str):
         source = _source_of_text(source)
     if source.path is not None:
-        return "path", str(Path(source.path).resolve())
+        return "path", *(str(Path(path).resolve()) for path in _paths(source))
     return ("builtin", source.builtin) if source.builtin else ("dataset", f"{source.dataset}", f"{source.subset}")
 
 
@@ -200,14 +205,15 @@ def find_tasks(places: Sequence[str]) -> list[TaskSource]:
         if source.path is None:
             sources.append(dataclasses.replace(source, name=source.builtin))
         else:
-            sources += [TaskSource(path=str(path), skip_unanswered=True) for path in tasks_below(Path(source.path))]
+            below = tasks_below(Path(*_paths(source)))
+            sources += [TaskSource(path=str(path), skip_unanswered=True) for path in below]
     named = [source if source.name else dataclasses.replace(source, name=_name_of(source)) for source in sources]
     alike = Counter(source.name for source in named)
     if max(alike.values(), default=0) > 1:
         named = [_under_its_folder(s) if s.path is not None and alike[s.name] > 1 else s for s in named]
     for name, count in Counter(source.name for source in named).items():
         if count > 1:
-            twice = [source.path or "builtin" for source in named if source.name == name]
+            twice = [f"{source.path or 'builtin'}" for source in named if source.name == name]
             raise DataError(f"two tasks are called {name!r}: {twice[0]} and {twice[1]}; give each task once")
     return named
 
@@ -330,7 +336,7 @@ def _read(source: TaskSource, seed: int, limits: Limits) -> Task:
 
 def _name_of(source: TaskSource) -> str:
     if source.path is not None:
-        path = Path(source.path).resolve()
+        path = Path(*_paths(source)).resolve()
         text = path.name if path.is_dir() else stem(path)
     else:
         text = f"{source.dataset}".rstrip("/").rpartition("/")[2]
@@ -381,7 +387,33 @@ def _check_labels(splits: Mapping[str, tuple[Example, ...]], labels: tuple[str, 
                 raise DataError(_not_a_label(example, reference, labels))
 
 
+def _paths(source: TaskSource) -> tuple[str, ...]:
+    return (source.path,) if isinstance(source.path, str) else source.path or ()
+
+
+def _joined(parts: Sequence[_Opened]) -> _Opened:
+    """Several sources as one, in their order; labels are a closed set only where each has one."""
+    counts = {split: sum(part.counts.get(split, 0) for part in parts) for split in SPLITS}
+
+    def read(split: str, positions: list[int]) -> list[Example]:
+        examples: list[Example] = []
+        start = 0
+        for part in parts:
+            end = start + part.counts.get(split, 0)
+            own = [position - start for position in positions if start <= position < end]
+            examples += part.read(split, own) if own else []
+            start = end
+        return examples
+
+    labels = {normalise_label(label): label for part in parts for label in part.labels}
+    closed = all(part.labels for part in parts)
+    there = {split: count for split, count in counts.items() if any(split in part.counts for part in parts)}
+    return _Opened(there, read, tuple(labels.values()) if closed else ())
+
+
 def _open(source: TaskSource, options: ReadOptions) -> _Opened:
+    if isinstance(source.path, tuple):
+        return _joined([_open(dataclasses.replace(source, path=path), options) for path in source.path])
     if source.dataset is not None:
         return _open_dataset(_load_dataset(source.dataset, source.subset, source.revision), source, options)
     path = Path(f"{source.path}")

@@ -161,6 +161,8 @@ class TaskSetScores:
     Args:
         tasks: how many; ``constrained``: of how many the V-score speaks (the others declare no constraint).
         p: mean of the tasks' scores, higher is better.
+        p_by_metric: the same scores, averaged within each metric first and then over the metrics (the paper's macro
+            average); ``None`` where the metrics are not known.
         v: mean over the constrained tasks of the mean of each one's rates, lower is better.
         v_by_kind: the same rates, averaged within each kind first and then over the kinds.
         rates: kind -> its mean rate over the tasks it applies to, in points.
@@ -172,10 +174,14 @@ class TaskSetScores:
     v: float | None
     v_by_kind: float | None
     rates: dict[str, float]
+    p_by_metric: float | None = None
 
 
 def task_set_scores(
-    tasks: Iterable[str], scores: Mapping[str, float], violations: Mapping[str, Rates]
+    tasks: Iterable[str],
+    scores: Mapping[str, float],
+    violations: Mapping[str, Rates],
+    metrics: Mapping[str, str] | None = None,
 ) -> TaskSetScores:
     """P-score and V-score of ``tasks``.
 
@@ -184,7 +190,7 @@ def task_set_scores(
 
     Args:
         tasks: names. ``scores``: task -> score in [0, 100]. ``violations``: task -> its rates, empty for a task
-            without constraints.
+            without constraints. ``metrics``: task -> the name of its metric.
 
     >>> judged = {"a": {"WFR": 50.0, "WR": 0.0}, "b": {"WFR": 0.0}, "c": {}}
     >>> found = task_set_scores("abc", {"a": 40.0, "b": 80.0, "c": 90.0}, judged)
@@ -196,11 +202,17 @@ def task_set_scores(
     constrained = [rates for rates in judged if rates]
     complete = len(judged) == len(names)
     by_kind = {kind: [rates[kind] for rates in constrained if kind in rates] for kind in KINDS}
+    complete_scores = bool(names) and all(name in scores for name in names)
+    by_metric: dict[str, list[float]] = {}
+    if metrics and complete_scores:
+        for name in names:
+            by_metric.setdefault(metrics[name], []).append(scores[name])
     means = {kind: _mean(values) for kind, values in by_kind.items() if values} if complete else {}
     return TaskSetScores(
         tasks=len(names),
         constrained=len(constrained),
-        p=_mean([scores[name] for name in names]) if names and all(name in scores for name in names) else None,
+        p=_mean([scores[name] for name in names]) if complete_scores else None,
+        p_by_metric=_mean([_mean(values) for values in by_metric.values()]) if by_metric else None,
         v=_mean([_mean(list(rates.values())) for rates in constrained]) if complete and constrained else None,
         v_by_kind=_mean(list(means.values())) if means else None,
         rates=means,

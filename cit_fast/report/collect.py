@@ -65,7 +65,7 @@ class RunView:
 
     def _scores_of(self, tasks: Sequence[str]) -> TaskSetScores:
         last = self.stages[-1] if self.trained else StageRecord(0, [], {})
-        return task_set_scores(tasks, last.scores, last.violations)
+        return task_set_scores(tasks, last.scores, last.violations, self.record.metrics)
 
     @property
     def is_joint(self) -> bool:
@@ -271,6 +271,9 @@ COLUMNS = (
            lambda view: view.metrics.forward_transfer, highest=True, sign=True, aside=True),
     Column("Rel. gain %", "relative gain: share of a single-task expert's score kept on earlier tasks (mean of stages)",
            lambda view: view.metrics.relative_gain_mean, highest=True, aside=True),
+    Column("P by metric", "mean over metrics of the mean score of the tasks that have it, where they have several",
+           lambda view: view.seen.p_by_metric if len(set(view.record.metrics.values())) > 1 else None,
+           highest=True, aside=True),
     Column("V", "V-score: how often answers break the format, scope or length their task declares, all tasks together",
            lambda view: view.seen.v, highest=False, answers=True),
     Column("Held-out P", "P-score of tasks that were never trained: their mean score after the last stage",

@@ -408,3 +408,29 @@ def test_an_error_is_one_line_whatever_it_quotes(tmp_path):
         load_task(TaskSource(path=str(path), labels=("3", "a\nb")))
     assert "a\\nb" in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_several_folders_are_one_task(tmp_path):
+    for name, labels in (("one", ["yes", "no"]), ("two", ["no", "maybe"])):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "labels.json").write_text(json.dumps(labels))
+        for split, count in (("train", 6), ("test", 2)):
+            rows = [{"instruction": f"{name}?", "input": f"{split} {k}", "output": labels[k % 2]} for k in range(count)]
+            (folder / f"{split}.json").write_text(json.dumps(rows))
+    source = TaskSource(path=[str(tmp_path / "one"), str(tmp_path / "two")], name="both")
+    task = load_task(source)
+    assert task.name == "both"
+    dev = [example.instruction for example in task.dev]  # held out of the training set, as of any task
+    told = ["one?"] * (6 - dev.count("one?")) + ["two?"] * (6 - dev.count("two?"))
+    assert [example.instruction for example in task.train] == told
+    assert len(task.test) == 4
+    assert task.labels == ("yes", "no", "maybe")
+    assert {example.task for example in task.train} == {"both"}
+    few = load_task(source, train=4)
+    assert len(few.train) == 4
+    assert {example.instruction for example in few.train} <= {"one?", "two?"}
+    with pytest.raises(ConfigError, match="path: a task of several files or folders needs at least one, and a name"):
+        TaskSource(path=[str(tmp_path)])
+    with pytest.raises(DataError, match=r"three: no such file or folder"):
+        load_task(TaskSource(path=[str(tmp_path / "one"), str(tmp_path / "three")], name="both"))

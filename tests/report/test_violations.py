@@ -104,6 +104,7 @@ def test_page_and_values(runs, tmp_path):
     assert (first["label"], first["AP"], first["V"], first["Held-out V"]) == ("sequential", 65.0, 37.5, 68.75)
     assert second["held_out"] == {
         "tasks": 2, "constrained": 2, "p": 35.0, "v": 34.375, "v_by_kind": 25.0, "rates": {"OOS": 37.5, "WR": 12.5},
+        "p_by_metric": 35.0,
     }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from cit_fast.errors import ConfigError
 from cit_fast.evaluation.records import RankedInstruction, ReplayRecord
 from cit_fast.methods.replay.allocation import Budget, allocate
 from cit_fast.methods.replay.insinfo import draw_by_insinfo, insinfo
-from cit_fast.methods.replay.tags import LLMTagger, OfflineTagger, Tagger, merge_similar
+from cit_fast.methods.replay.tags import LLMTagger, OfflineTagger, Tagger, merge_similar, normalise
 from cit_fast.methods.stage import Selection, Stage
 from cit_fast.models.chat import build_chat
 from cit_fast.ops import wasserstein_matrix
@@ -51,7 +51,11 @@ class InsCLReplay:
             :class:`~cit_fast.models.chat.ChatEndpoint` or ``{local: folder or hub name}`` with those of
             :class:`~cit_fast.models.chat.LocalChat`, beside them ``unusable`` (see
             :class:`~cit_fast.methods.replay.tags.LLMTagger`); or a tagger of your own.
+        tag_embedder: makes tags points, as ``embedder``; ``None``: the same one. (The paper: token means of the model
+            for instructions, phrase-BERT for tags.)
         eps, min_samples: of the clustering that merges tags, see :func:`~cit_fast.methods.replay.tags.merge_similar`.
+            ``None``: 0.1 and 5 as in the paper for tags of a chat model; 0.2 and 2 for offline ones, which are phrases
+            of the instructions and further apart.
 
     Raises:
         ConfigError: an option out of range or unknown.
@@ -66,8 +70,9 @@ class InsCLReplay:
         embedder: str = "tokens",
         distance: Literal["exact", "sinkhorn"] = "exact",
         tagger: str | dict[str, Any] | Tagger = "offline",
-        eps: float = 0.1,
-        min_samples: int = 5,
+        eps: float | None = None,
+        min_samples: int | None = None,
+        tag_embedder: str | None = None,
     ) -> None:
         Budget(fraction, per_task)
         for name, value, known in (
@@ -80,11 +85,14 @@ class InsCLReplay:
             raise ConfigError(f"tagger: {tagger!r} is unknown; expected 'offline' or a chat model like {{local: ...}}")
         if isinstance(tagger, Mapping):
             _check_chat(tagger)
+        offline = isinstance(tagger, str)
+        eps = (0.2 if offline else 0.1) if eps is None else eps
+        min_samples = (2 if offline else 5) if min_samples is None else min_samples
         if not (eps > 0 and min_samples >= 1):
             raise ConfigError(f"eps, min_samples: {eps}, {min_samples}; expected above 0, at least 1")
         self.fraction, self.per_task, self.weights, self.insinfo = fraction, per_task, weights, insinfo
         self.embedder, self.distance, self.tagger = embedder, distance, tagger
-        self.eps, self.min_samples = eps, min_samples
+        self.eps, self.min_samples, self.tag_embedder = eps, min_samples, tag_embedder
         self._loaded: dict[str, Any] = {}
 
     def select(self, stage: Stage) -> Selection:
@@ -105,7 +113,8 @@ class InsCLReplay:
             notes=list(allocation.notes),
         )
         if self.insinfo:
-            ranked = self._rank(stage, embedder)
+            own = self.tag_embedder
+            ranked = self._rank(stage, embedder if own is None else embedder_for(own, stage, self._loaded))
             record.notes += ranked.notes
             drawn = [
                 draw_by_insinfo(list(places.values()), scores, share, rng)
@@ -143,15 +152,20 @@ class InsCLReplay:
         # The new task's instructions count, too: what they share with earlier ones is no longer rare.
         every = [text for own in places for text in own] + list(stage.task.instructions)
         tagger = self._tagger(stage)
-        tags = merge_similar(tagger.tags(every), embedder, eps=self.eps, min_samples=self.min_samples)
+        given = tagger.tags(every)
+        tags = merge_similar(given, embedder, eps=self.eps, min_samples=self.min_samples)
+        before, after = (len({normalise(tag) for own in each for tag in own}) for each in (given, tags))
         replaced = getattr(tagger, "replaced", 0)
-        notes = [
-            f"{replaced} of {len(set(every))} instructions got their tags offline: the chat model's answers held none."
-        ]
+        notes = [f"Of {before} tags {before - after} were merged with another that says the same."]
+        if replaced:
+            count = len(set(every))
+            notes.append(
+                f"{replaced} of {count} instructions got their tags offline: the chat model's answers held none."
+            )
         scores = insinfo(tags)
         ends = list(itertools.accumulate(map(len, places), initial=0))
         own = [slice(start, end) for start, end in itertools.pairwise(ends)]
-        return _Ranked(places, [scores[s] for s in own], [tags[s] for s in own], notes if replaced else [])
+        return _Ranked(places, [scores[s] for s in own], [tags[s] for s in own], notes)
 
     # -- models, loaded once -------------------------------------------------------------------------------------
 
@@ -203,10 +217,10 @@ def embedder_for(spec: str, stage: Stage, loaded: dict[str, Any]) -> Embedder:
     """The embedder that ``spec`` names; that of the training model anew for every task, as training may change it."""
     if spec == "tokens":
         return build_embedder(spec, model=stage.model, tokenizer=stage.encoder.tokenizer)
-    if "embedder" not in loaded:
+    if spec not in loaded:
         cache = None if stage.cache is None else stage.cache / "embeddings"
-        loaded["embedder"] = build_embedder(spec, cache=cache)
-    embedder: Embedder = loaded["embedder"]
+        loaded[spec] = build_embedder(spec, cache=cache)
+    embedder: Embedder = loaded[spec]
     return embedder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -128,8 +129,11 @@ def test_the_budget_is_that_of_random_replay(model):
 
 def test_a_budget_larger_than_the_history(model):
     asked = stage(model, [COLOURS, FRUIT])
-    assert counts((found := InsCLReplay(per_task=200).select(asked)).examples) == {"colours": 40, "fruit": 40}
-    assert found.record.notes == ["The budget of 400 is larger than the history of 80: all of it came back."]
+    found = InsCLReplay(per_task=200).select(asked)
+    assert counts(found.examples) == {"colours": 40, "fruit": 40}
+    budget, merged = found.record.notes
+    assert budget == "The budget of 400 is larger than the history of 80: all of it came back."
+    assert re.fullmatch(r"Of \d+ tags \d+ were merged with another that says the same\.", merged)
 
 
 def test_tasks_with_the_same_instructions_share_equally(model):
@@ -244,7 +248,7 @@ def test_tags_of_a_chat_model_are_asked_once_for_all_tasks(serve, model, tmp_pat
         asked = stage(model, [COLOURS], FRUIT, cache=tmp_path)
         _, record = select(policy, asked)
         assert len(server.requests) == 6 + 3  # what was answered is known, what was of no use is asked again
-        assert record.notes == ["1 of 4 instructions got their tags offline: the chat model's answers held none."]
+        assert record.notes[1:] == ["1 of 4 instructions got their tags offline: the chat model's answers held none."]
         policy.select(stage(model, [COLOURS, FRUIT], NEW, cache=tmp_path))
         assert len(server.requests) == 9 + 2  # the two new ones
     down = InsCLReplay(tagger={**tagger, "attempts": 1})
@@ -262,7 +266,7 @@ def test_tags_of_a_chat_model_are_asked_once_for_all_tasks(serve, model, tmp_pat
         ({"tagger": "online"}, "tagger: 'online' is unknown"),
         ({"tagger": {"base_url": "http://host/v1"}}, "missing 1 required positional argument: 'model'"),
         ({"tagger": {"local": "a/b", "unusable": "skip"}}, "unusable: 'skip'"),
-        ({"eps": 0}, "eps, min_samples: 0, 5"),
+        ({"eps": 0}, "eps, min_samples: 0, 2"),
     ],
 )
 def test_bad_options(options, message):
@@ -311,3 +315,40 @@ def test_diverse_instructions_are_those_least_like_the_new_ones(model):
 def test_token_means_are_the_default(model):
     embedder = inscl.embedder_for("tokens", stage(model, [COLOURS]), {})
     assert isinstance(embedder, TokenMeanEmbedder)
+
+
+class Directions:
+    """An embedder whose texts are one point each, but for those that mean the same."""
+
+    name = "directions"
+
+    def __init__(self, alike):
+        self.alike, self.seen = alike, []
+
+    def embed(self, texts):
+        self.seen += texts
+        first = {text: group[0] for group in self.alike for text in group}
+        points = torch.eye(64)
+        order: dict[str, int] = {}
+        return torch.stack([points[order.setdefault(first.get(text, text), len(order))] for text in texts])
+
+
+def test_tags_have_an_embedder_of_their_own(model, monkeypatch):
+    """The paper's pair: one model for the distances of instructions, another for the meaning of tags."""
+    of_tags = Directions([])
+    monkeypatch.setattr(
+        inscl, "build_embedder", lambda spec, **options: of_tags if spec == "phrases" else build(spec, **options)
+    )
+    build = build_embedder
+    _, record = select(InsCLReplay(tag_embedder="phrases"), stage(model, [COLOURS, FRUIT]))
+    assert of_tags.seen
+    assert not set(of_tags.seen) & {text for task in (COLOURS, FRUIT) for text in task.instructions}  # tags alone
+    assert record.distances
+
+
+def test_offline_tags_merge_where_two_say_the_same():
+    tags = [["classify text", "mood"], ["classify sentence"], ["write"]]
+    merged = inscl.merge_similar(tags, Directions([("classify text", "classify sentence")]), eps=0.2, min_samples=2)
+    assert merged[0][0] == merged[1][0]
+    assert (InsCLReplay().eps, InsCLReplay().min_samples) == (0.2, 2)
+    assert (InsCLReplay(tagger={"local": "model"}).eps, InsCLReplay(tagger={"local": "model"}).min_samples) == (0.1, 5)
