@@ -336,10 +336,10 @@ class Directions:
 def test_tags_have_an_embedder_of_their_own(model, monkeypatch):
     """The paper's pair: one model for the distances of instructions, another for the meaning of tags."""
     of_tags = Directions([])
+    build = inscl.build_embedder
     monkeypatch.setattr(
         inscl, "build_embedder", lambda spec, **options: of_tags if spec == "phrases" else build(spec, **options)
     )
-    build = build_embedder
     _, record = select(InsCLReplay(tag_embedder="phrases"), stage(model, [COLOURS, FRUIT]))
     assert of_tags.seen
     assert not set(of_tags.seen) & {text for task in (COLOURS, FRUIT) for text in task.instructions}  # tags alone
