@@ -1,4 +1,4 @@
-"""The command line ``cit-fast``: run, presets, report, eval, generate, export, distances, score, pool, doctor."""
+"""The command line ``cit-fast``; ``cit-fast --help`` lists its commands."""
 
 from __future__ import annotations
 
@@ -55,15 +55,21 @@ def run(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override one key; may be repeated.")
     ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what would be trained and what is not here yet; train nothing.")
+    ] = False,
 ) -> None:
     """Train every method of CONFIG on its stream of tasks, or go on where an earlier call stopped. `cit-fast presets`
-    lists the methods.
+    lists the methods, `cit-fast streams` the streams of papers.
     """
     from cit_fast.report import collect, comparison_table, write_report
     from cit_fast.run.config import load_config
     from cit_fast.run.loop import ContinualTrainer
 
     settings = load_config(config, overrides or [])
+    if plan:
+        _print_plan(settings)
+        return
     trainer = ContinualTrainer(settings)
     folders = trainer.run()
     if int(os.environ.get("RANK", "0")) != 0:
@@ -72,6 +78,56 @@ def run(
     report_path = write_report(runs, settings.folder / "report.html", title=settings.name)
     trainer.console.print(comparison_table(runs))
     trainer.console.print(f"Report: {report_path}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_plan(settings: Any) -> None:
+    from cit_fast.run.plan import plan_run
+
+    planned = plan_run(settings)
+    console = Console()
+    about = "" if planned.exact else "~"
+    for method, stages in planned.stages.items():
+        table = Table(title=method, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+        for column in ("stage", "task", "examples", "replayed at most", "steps", f"tokens{about and ' (guessed)'}"):
+            table.add_column(column, justify="left" if column == "task" else "right")
+        for number, stage in enumerate(stages, 1):
+            task = stage.tasks[0] if len(stage.tasks) == 1 else f"all {len(stage.tasks)} tasks"
+            values = (stage.examples, stage.replayed, stage.steps, stage.tokens)
+            table.add_row(str(number), task, *("?" if value is None else f"{value:,}" for value in values))
+        steps = [stage.steps for stage in stages]
+        total = "?" if None in steps else f"{sum(step for step in steps if step is not None):,}"
+        table.add_row("", "in all", "", "", total, "", style="dim")
+        console.print(table)
+        console.print()
+    for what in planned.missing:
+        console.print(f"Not here: {what}", highlight=False, markup=False, soft_wrap=True)
+    if not planned.missing:
+        console.print("Everything that the run needs is here.", highlight=False)
+
+
+@app.command()
+def streams(
+    root: Annotated[
+        Path | None, typer.Option(help="A folder with data: say which parts of each stream are there.")
+    ] = None,
+) -> None:
+    """List the streams of tasks that papers use, for `data: {stream: NAME/ORDER, root: FOLDER}`."""
+    from cit_fast.data.streams import missing_parts, stream_files
+
+    console = Console()
+    for stream in stream_files().values():
+        order = next(iter(stream.orders))
+        console.print(f"[bold]{stream.name}[/bold]  {escape(stream.says)}", highlight=False)
+        console.print(f"  orders: {', '.join(stream.orders)} ({len(stream.orders[order])} tasks)", highlight=False)
+        console.print(f"  from: {escape(stream.source)}", highlight=False)
+        console.print(f"  data: {escape(stream.where)}", highlight=False)
+        if root is not None:
+            missing = missing_parts(stream, order, root)
+            there = len(stream.orders[order]) - len(missing)
+            said = f"  below {root}: {there} of {len(stream.orders[order])} tasks"
+            console.print(said, highlight=False, markup=False, soft_wrap=True)
+            for problem in list(missing.values()) if there else []:
+                console.print(f"    {problem}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -16,6 +16,8 @@
 ``bertscore``    F1 of contextual embeddings (Zhang et al. 2020, arXiv 1904.09675; package ``bert-score``, extra
                  ``bertscore``, with its model for English, which is fetched where it is not cached)
 ``judge``        a chat model's mark, see ``evaluation.judge`` of a configuration; never a default
+``edit_similarity``  ratio of matching characters (difflib's, as TRACE scores code), literals of Py150 put in plainly
+``first_letter``  100 if the first character that is no space is the same (TRACE's ScienceQA: letter, then reasons)
 ``set_match``    100 if the answers, split at commas, new lines and ``|``, are equal as sets; case and white
                  space around elements do not count, nor do empty elements and repetitions
 ===============  ===========================================================================================
@@ -26,6 +28,7 @@ in Unicode's form NFC: a letter with its accent is the same text in one characte
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 import string
@@ -308,6 +311,22 @@ def _bleu(predictions: Sequence[str], references: Sequence[Sequence[str]], label
     return Score(min(100.0, value), [min(100.0, each) for each in per_example])
 
 
+_LITERAL = re.compile(r"<(STR|NUM|CHAR)_LIT(?::(.*?))?>", re.DOTALL)
+
+
+def _plain_literals(code: str) -> str:
+    return _LITERAL.sub(lambda match: match[2] or ("0" if match[1] == "NUM" else ""), code)
+
+
+def _edit_similarity(prediction: str, reference: str) -> float:
+    texts = _plain_literals(prediction), _plain_literals(reference)
+    return 100.0 * difflib.SequenceMatcher(None, *texts, autojunk=False).ratio()
+
+
+def _first_letter(prediction: str, reference: str) -> float:
+    return 100.0 * (prediction.strip()[:1].casefold() == reference.strip()[:1].casefold())
+
+
 def _answer_set(text: str) -> set[str]:
     return {" ".join(item.casefold().split()) for item in re.split(r"[,|\n]", text)} - {""}
 
@@ -324,6 +343,8 @@ METRICS: dict[str, Metric] = {
     "rouge_l": _rouge("rougeL"),
     "bleu": _bleu,
     "set_match": _best_of(_set_match),
+    "edit_similarity": _best_of(_edit_similarity),
+    "first_letter": _best_of(_first_letter),
     "sari": _sari(()),  # score() gives it the inputs
     "bertscore": _bertscore,
 }

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, PositiveInt, TypeAdapter, ValidationError, field_validator, model_validator
 
 from cit_fast.data.sources import TaskSource
+from cit_fast.data.streams import find_stream
+from cit_fast.errors import ConfigError
 from cit_fast.values import Section
 
 _RESERVED_TEMPLATE = {
@@ -32,8 +35,12 @@ class DataConfig(Section):
 
     ``template_options`` are variables of the chat template (``enable_thinking: false``). ``date`` is what it takes for
     today, where it writes the date; without one, the day on which the run began, also when it is resumed or serves.
+    ``stream`` names a stream file instead of tasks (``superni-15/order-1``, see ``cit-fast streams``), ``root`` the
+    folder that holds its data; options that are not given are the stream's.
     """
 
+    stream: str | None = None
+    root: str | None = None
     tasks: tuple[str | TaskSource, ...] | None = None
     train: PositiveInt | None = None
     dev: int | None = Field(default=None, ge=0)
@@ -43,6 +50,29 @@ class DataConfig(Section):
     on_overflow: Literal["truncate", "error", "skip"] = "truncate"
     template_options: dict[str, Any] = Field(default_factory=dict)
     date: datetime.date = Field(default_factory=datetime.date.today)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tasks_of_the_stream(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping) or value.get("stream") is None:
+            if isinstance(value, Mapping) and value.get("root") is not None:
+                raise ValueError("root: the folder of a stream's data, and no stream is named")
+            return value
+        try:
+            stream, order = find_stream(str(value["stream"]))
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        if not isinstance(value.get("root"), str):
+            raise ValueError(f"root: name the folder that holds the data of {stream.name}: {stream.where}")
+        sources = stream.sources(order, value["root"])
+        if value.get("tasks") is not None:
+            try:  # a resolved configuration has both
+                given = TypeAdapter(tuple[TaskSource, ...]).validate_python(value["tasks"])
+            except ValidationError:
+                given = ()
+            if given != sources:
+                raise ValueError("tasks: they are those of the stream; leave out tasks, or stream and root")
+        return {**stream.data, **value, "tasks": sources}
 
     @field_validator("template_options")
     @classmethod

@@ -76,6 +76,22 @@ def resolve_model(config: ModelConfig) -> Path:
         return converted if (converted / "config.json").exists() else _convert_wheel(wheel, converted)
 
 
+def local_model(config: ModelConfig) -> Path | None:
+    """The folder of a model that is on this machine already; ``None`` where it would have to be fetched."""
+    if Path(config.name).is_dir():
+        return Path(config.name)
+    converted = cache_folder() / "models" / config.name.replace("/", "--")
+    if config.revision is None and (converted / "config.json").exists():
+        return converted
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(config.name, "config.json", revision=config.revision)
+    except ValueError:  # no name that the hub could have
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
 def model_folder(name: str, revision: str | None = None, *, where: str = "model.name", code: bool = False) -> Path:
     """The folder of a model: the name itself, else what the hub gives for it.
 

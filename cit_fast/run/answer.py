@@ -88,11 +88,11 @@ def evaluate(
         if task.metric == JUDGE and config.judge is not None:
             result = judge_score(config.judge, examples, own_answers, cache_folder() / "chat")
         else:
-            own_inputs = [example.input for example in examples]
+            own_inputs = [example.input or example.instruction for example in examples]
             result = score(task.metric, own_answers, references, labels=task.labels, inputs=own_inputs)
         scores[task.name] = result.value
         # What a score is computed from again.
-        inputs = [example.input if task.extractive or task.metric == "sari" else None for example in examples]
+        inputs = [_kept_input(task, example) for example in examples]
         if sets is not None:
             answered_by[task.name] = dict(Counter(sets[index] for index in own))
         predictions[task.name] = [
@@ -101,6 +101,12 @@ def evaluate(
         ]
     violations = {task.name: judged(Constraints.of(task), predictions[task.name]) for task in tasks}
     return Evaluated(scores, predictions, truncated, skipped, violations, answered_by, routing_seconds)
+
+
+def _kept_input(task: Task, example: Example) -> str | None:
+    if task.metric == "sari":
+        return example.input or example.instruction
+    return example.input if task.extractive else None
 
 
 def _routed(model: Any, encoder: PromptEncoder, examples: Sequence[Example], router: Router | None) -> list[str] | None:

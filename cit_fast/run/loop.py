@@ -16,6 +16,7 @@ from rich.console import Console
 
 from cit_fast.data import Task, TaskStream, load_stream
 from cit_fast.data.builtin import builtin_task_names
+from cit_fast.data.streams import check_stream
 from cit_fast.errors import ConfigError, DataError, RunError
 from cit_fast.files import is_disk_full
 from cit_fast.methods.registry import build_parts
@@ -75,6 +76,8 @@ class ContinualTrainer:
                 )
         self._state = PartialState(cpu=not torch.cuda.is_available())
         self.console = console or Console(quiet=not self._state.is_main_process)
+        if stream is None and config.data.stream is not None and config.data.root is not None:
+            check_stream(config.data.stream, config.data.root)
         self.stream = stream or load_stream(
             config.data.tasks if config.data.tasks is not None else builtin_task_names(),
             seed=config.seed,

@@ -32,7 +32,13 @@ def check_task(task: Task, split: str, where: str, judged: bool = False) -> None
     if task.metric == JUDGE and judged:
         return
     try:
-        score(task.metric, first, references, labels=task.labels, inputs=[example.input for example in examples])
+        score(
+            task.metric,
+            first,
+            references,
+            labels=task.labels,
+            inputs=[example.input or example.instruction for example in examples],
+        )
     except CitFastError as error:
         raise type(error)(f"{where}: task {task.name!r}: metric: {error}") from None
     declared = Constraints.of(task)

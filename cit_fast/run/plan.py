@@ -1,0 +1,172 @@
+"""What a run would do: stages, examples, steps, tokens, and what is not here yet. Nothing is trained or fetched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cit_fast.data import Task, load_task
+from cit_fast.data.builtin import builtin_task_names
+from cit_fast.data.example import Example
+from cit_fast.data.sources import TaskSource
+from cit_fast.data.streams import find_stream, missing_parts
+from cit_fast.errors import CitFastError, DataError
+from cit_fast.methods.registry import build_parts
+from cit_fast.methods.replay import KPIGReplay, NoReplay
+from cit_fast.methods.replay.allocation import Budget
+from cit_fast.models.adapters import prompt_encoder
+from cit_fast.models.pretrained import load_tokenizer, local_model
+from cit_fast.run.arguments import training_arguments
+from cit_fast.run.config import RunConfig
+
+_CHARACTERS_A_TOKEN = 4  # where the tokenizer is not here
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage; ``None`` where the data is not here.
+
+    Args:
+        tasks: that it trains; ``examples``: of theirs; ``replayed``: earlier ones at most.
+        steps: of the optimizer; ``tokens``: of the examples once, replayed ones left out.
+    """
+
+    tasks: tuple[str, ...]
+    examples: int | None = None
+    replayed: int | None = None
+    steps: int | None = None
+    tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """All methods of a configuration.
+
+    Args:
+        stages: method -> its stages.
+        missing: what the run needs and is not here: parts of the data, and what would be fetched.
+        exact: whether tokens are counted by the model's own tokenizer, or guessed from characters.
+    """
+
+    stages: dict[str, list[StagePlan]]
+    missing: list[str] = field(default_factory=list)
+    exact: bool = True
+
+
+def plan_run(config: RunConfig) -> RunPlan:
+    """See :class:`RunPlan`.
+
+    Raises:
+        ConfigError: a part that cannot be made with its options.
+        DataError: data that is there and cannot be read.
+    """
+    parts = {method.name: build_parts(method, config.training) for method in config.methods}
+    missing: list[str] = []
+    tasks = _tasks(config, missing)
+    folder = local_model(config.model)
+    if folder is None:
+        missing.append(f"model {config.model.name}{_at(config.model.revision)}: would be fetched from the hub")
+    count = _tokens_by(folder, config)
+    tokens = {name: None if task is None else count(task.train) for name, task in tasks.items()}
+    arguments = training_arguments(config.training, config.seed, Path("unused"))
+    stages: dict[str, list[StagePlan]] = {}
+    for method in config.methods:
+        groups = [list(tasks)] if method.schedule == "joint" else [[name] for name in tasks]
+        planned: list[StagePlan] = []
+        sizes: list[int | None] = []  # of the tasks seen before
+        for names in groups:
+            own = [tasks[name] for name in names]
+            if any(task is None for task in own) or None in sizes:
+                planned.append(StagePlan(tuple(names)))
+            else:
+                examples = sum(len(task.train) for task in own if task is not None)
+                replayed = _replayed(parts[method.name]["replay"], sizes)
+                planned.append(
+                    StagePlan(
+                        tuple(names),
+                        examples,
+                        replayed,
+                        None if replayed is None else _steps(examples + replayed, arguments),
+                        sum(tokens[name] or 0 for name in names),
+                    )
+                )
+            sizes += [None if task is None else len(task.train) for task in own]
+        stages[method.name] = planned
+    return RunPlan(stages, missing, exact=folder is not None)
+
+
+def _at(revision: str | None) -> str:
+    return "" if revision is None else f"@{revision}"
+
+
+def _tasks(config: RunConfig, missing: list[str]) -> dict[str, Task | None]:
+    """The tasks by name, ``None`` for one whose data is not here."""
+    sources: Sequence[TaskSource | str] = config.data.tasks or builtin_task_names()
+    gone: dict[str, str] = {}
+    if config.data.stream is not None and config.data.root is not None:
+        stream, order = find_stream(config.data.stream)
+        gone = missing_parts(stream, order, config.data.root)
+        missing += [f"data {task}: {problem}" for task, problem in gone.items()]
+        if gone:
+            missing.append(f"the data of {stream.name} is to be had from {stream.where}")
+    tasks: dict[str, Task | None] = {}
+    for source in sources:
+        name = source if isinstance(source, str) else source.name
+        if name in gone:
+            tasks[name] = None
+        elif isinstance(source, TaskSource) and source.dataset is not None:
+            missing.append(f"data {source.dataset}{_at(source.revision)}: would be fetched from the hub")
+            tasks[name or source.dataset] = None
+        else:
+            sizes = {split: getattr(config.data, split) for split in ("train", "dev", "test")}
+            task = load_task(source, seed=config.seed, **sizes)
+            tasks[task.name] = task
+    if not tasks:
+        raise DataError("data.tasks: no tasks")
+    return tasks
+
+
+def _tokens_by(folder: Path | None, config: RunConfig) -> Any:
+    """What counts the tokens of examples."""
+    if folder is None:
+        return lambda examples: sum(len(_text(each)) for each in examples) // _CHARACTERS_A_TOKEN
+    encoder = prompt_encoder(load_tokenizer(folder, config.model.trust_remote_code), config.data)
+
+    def count(examples: Sequence[Example]) -> int:
+        try:
+            return sum(len(each) for each in encoder.encode_all(examples).encoded)
+        except CitFastError:  # what does not fit is said when the run begins
+            return sum(len(_text(each)) for each in examples) // _CHARACTERS_A_TOKEN
+
+    return count
+
+
+def _text(example: Example) -> str:
+    turns = "".join(text for _, text in example.messages)
+    return turns or f"{example.instruction}{example.input}{example.references[0]}"
+
+
+def _replayed(policy: Any, sizes: Sequence[int | None]) -> int | None:
+    """How many examples come back at most; ``None`` for a policy of the user's own."""
+    known = [size for size in sizes if size is not None]
+    if isinstance(policy, NoReplay) or not known:
+        return 0
+    if isinstance(policy, KPIGReplay) and policy.instances is not None:
+        count = min(policy.tasks or (len(known) + 1) // 2, len(known))
+        return sum(min(policy.instances, size) for size in sorted(known)[-count:])
+    if not (hasattr(policy, "fraction") and hasattr(policy, "per_task")):
+        return None
+    budget = Budget(policy.fraction, policy.per_task)
+    return min(sum(budget.wanted(size) for size in known), sum(known))
+
+
+def _steps(examples: int, arguments: Any) -> int:
+    if arguments.max_steps > 0:
+        return int(arguments.max_steps)
+    batches = math.ceil(examples / arguments.train_batch_size)
+    a_step: int = arguments.gradient_accumulation_steps
+    steps: int = math.ceil(math.ceil(batches / a_step) * float(arguments.num_train_epochs))
+    return steps
