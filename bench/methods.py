@@ -14,11 +14,11 @@ The table goes to the terminal and, with hardware and versions, to ``--results``
 
 Every Super-NI task has one instruction. With ``--by-category`` the tasks of a category are trained as one, as in the
 InsCL paper, so that there are several to choose from. ``--fraction`` or ``--per-task`` gives every method that replays
-the same budget; without them each has its preset's, which is the same for all presets that are shipped.
+the same budget; without them each has its preset's, for a published method that of its paper.
 
 The last ``--held-out`` tasks of the order (or, by category, the last categories) are never trained, only answered at
-the end. V says how often answers break what a task's definition asks for (``ASKS``, and the closed sets that its
-answers show); the P-score of the trained tasks is AP.
+the end. V says how often answers break what a task's definition asks for (the stream file superni-15 says what, and
+the closed sets that its answers show); the P-score of the trained tasks is AP.
 """
 
 from __future__ import annotations
@@ -42,16 +42,13 @@ from scipy.stats import t
 from cit_fast import ContinualTrainer
 from cit_fast.data import Task, TaskStream, load_stream
 from cit_fast.data.sources import TaskSource
+from cit_fast.data.streams import stream_files
 from cit_fast.errors import CitFastError, DataError
 from cit_fast.evaluation import continual_metrics, read_run, read_stages, task_set_scores
 from cit_fast.evaluation.metrics import normalise_label
 from cit_fast.methods.config import presets
 
-# The two orders that continual-learning papers use on these fifteen tasks, by the number in the folder's name.
-ORDERS = {
-    1: (1572, 363, 1290, 181, 2, 1510, 639, 1729, 73, 1590, 748, 511, 591, 1687, 875),
-    2: (748, 73, 1590, 639, 1572, 1687, 591, 363, 1510, 1729, 181, 511, 2, 1290, 875),
-}
+STREAM = stream_files()["superni-15"]
 ABLATIONS = {
     method["name"]: method
     for method in yaml.safe_load(Path(__file__).with_name("configs").joinpath("ablations.yaml").read_text())["methods"]
@@ -61,31 +58,23 @@ COLUMNS = (
     "fell back %", "replayed", "train minutes", "total minutes",
 )  # fmt: skip
 PAIRED = ("AP", "New.ACC", "forgetting")
-# What definitions ask of an answer, by the number of the task: a form, a phrase of the text, or a summary and no more.
-ASKS: dict[int, dict[str, Any]] = {
-    2: {"extractive": True},
-    511: {"wordy_above": 2.0},  # "a short summary ... one or two sentences long"
-    748: {"answer_pattern": r"(?s).+>\s*(?i:causes/enables|causes|enables)\s*>.+"},
-    1290: {"wordy_above": 2.0},  # "summarize the article in a sentence"
-    1510: {"answer_pattern": r".+ (MemberOf|MadeOf|Synonym|Entails|HasA|HasProperty|PartOf|Antonym|IsA) .+"},
-}
 
 
 def task_folders(data: Path, order: int, count: int | None, only: Sequence[int] = ()) -> list[Path]:
     """The first ``count`` task folders of ``data`` in one of the published orders, or ``only`` these, in this order."""
-    by_number = {int(path.name[4:].partition("_")[0]): path for path in data.glob("task[0-9]*_*") if path.is_dir()}
-    wanted = (only or ORDERS[order])[:count]
-    missing = [number for number in wanted if number not in by_number]
+    names = STREAM.orders[f"order-{order}"]
+    if only:
+        by_number = {int(name[4:].partition("_")[0]): name for name in names}
+        names = [by_number.get(number, f"task{number}_?") for number in only]
+    missing = [name for name in names[:count] if not (data / name).is_dir()]
     if missing:
-        raise DataError(f"{data}: no folder of task {missing[0]}; give the folder that holds task..._.../train.json")
-    return [by_number[number] for number in wanted]
+        raise DataError(f"{data}: no folder {missing[0]}; give the folder that holds task..._.../train.json")
+    return [data / name for name in names[:count]]
 
 
 def source(path: Path) -> dict:
-    """A task as a configuration names it, with what its definition asks of an answer."""
-    number = int(path.name[4:].partition("_")[0])
-    plain = {"path": str(path), "format": "super_ni", "metric": "rouge_l", "skip_unanswered": True}
-    return {**plain, "infer_labels": True, **ASKS.get(number, {})}
+    """A task as the stream file names it, with what its definition asks of an answer."""
+    return {**STREAM.tasks[path.name], "path": str(path), "name": path.name}
 
 
 def divided(options: argparse.Namespace) -> tuple[list[dict], list[dict]]:
@@ -243,7 +232,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder of Super-NI task folders")
     parser.add_argument("--methods", nargs="+", default=["sequential", "random-replay", "lcia-ema"])
-    parser.add_argument("--order", type=int, choices=ORDERS, default=1)
+    parser.add_argument("--order", type=int, choices=(1, 2), default=1)
     parser.add_argument("--tasks", type=int, help="only the first so many tasks of the order")
     parser.add_argument("--only", type=int, nargs="+", default=(), help="these tasks by number, instead of an order")
     parser.add_argument("--by-category", action="store_true", help="train the tasks of a category as one")
