@@ -103,12 +103,12 @@ def fsdp(kind: str, rank: int, world: int, **options: Any) -> dict[str, Any]:
     return {"weights": len(used), "skipped": optimizer.skipped_updates}
 
 
-def checkpoint(kind: str, rank: int, world: int, folder: Path) -> dict[str, Any]:
+def checkpoint(kind: str, rank: int, world: int, folder: Path, rule: str) -> dict[str, Any]:
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
     straight, first, second = shard(make_model()), shard(make_model()), shard(make_model())
-    optimizers = [MAKERS[kind](model.parameters()) for model in (straight, first, second)]
+    optimizers = [MAKERS[kind](model.parameters(), rule=rule) for model in (straight, first, second)]
     train(straight, optimizers[0], range(4), rank, world)
     train(first, optimizers[1], range(2), rank, world)
     model_state, optimizer_state = get_state_dict(first, optimizers[1])
@@ -179,7 +179,8 @@ def main() -> None:
     for kind in MAKERS:
         for rule in ("released", "paper", "fixed"):
             result[f"fsdp {kind} {rule}"] = fsdp(kind, rank, world, rule=rule)
-        result[f"checkpoint {kind}"] = checkpoint(kind, rank, world, folder / kind)
+        for rule in ("released", "paper"):
+            result[f"checkpoint {kind} {rule}"] = checkpoint(kind, rank, world, folder / f"{kind}-{rule}", rule)
         result[f"ddp {kind}"] = ddp(kind, rank, world, bucket_view=False)
         result[f"ddp {kind} buckets"] = ddp(kind, rank, world, bucket_view=True)
     other_placements(rank, world)
