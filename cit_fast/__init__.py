@@ -13,6 +13,7 @@ from cit_fast.ops.backends import available_backends, backend
 
 if TYPE_CHECKING:
     from cit_fast.inference.continual_model import ContinualModel
+    from cit_fast.models.fused_lora import fuse_lora, unfuse_lora
     from cit_fast.run.config import RunConfig
     from cit_fast.run.loop import ContinualTrainer
 
@@ -24,6 +25,8 @@ __all__ = [
     "__version__",
     "available_backends",
     "backend",
+    "fuse_lora",
+    "unfuse_lora",
 ]
 
 # transformers and peft take seconds to import; a user of the ops or the optimizer should not wait for them.
@@ -31,6 +34,8 @@ _LAZY = {
     "ContinualModel": "cit_fast.inference.continual_model",
     "ContinualTrainer": "cit_fast.run.loop",
     "RunConfig": "cit_fast.run.config",
+    "fuse_lora": "cit_fast.models.fused_lora",
+    "unfuse_lora": "cit_fast.models.fused_lora",
 }
 
 

@@ -44,7 +44,7 @@ _UNDERSTOOD = {
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out",
 }  # fmt: skip
 # bitsandbytes' quantised layers add the same update to another base product.
-_PLAIN_LAYERS = {"Linear", "Linear4bit", "Linear8bitLt"}
+_PLAIN_LAYERS = {"Linear", "FusedLoraLinear", "Linear4bit", "Linear8bitLt"}
 
 
 def is_plain_lora(config: Any) -> bool:

@@ -18,6 +18,7 @@ from cit_fast.errors import ConfigError, RunError
 from cit_fast.files import link_tree, write_json
 from cit_fast.models.adapter_bank import read_adapter_config, read_adapter_weights
 from cit_fast.models.config import DataConfig
+from cit_fast.models.fused_lora import fuse_lora
 from cit_fast.models.prompts import PromptEncoder
 from cit_fast.models.rewritten_base import RewrittenBase, rewrites_base
 from cit_fast.text import first_line
@@ -49,13 +50,20 @@ def prompt_encoder(tokenizer: Any, config: DataConfig) -> PromptEncoder:
 
 
 def train_adapter(
-    model: Any, adapter: Mapping[str, Any] | None, name: str, seed: int, start_from: str | None = None
+    model: Any,
+    adapter: Mapping[str, Any] | None,
+    name: str,
+    seed: int,
+    start_from: str | None = None,
+    *,
+    fuse: bool = False,
 ) -> tuple[Any, RewrittenBase | None]:
     """``model`` ready to train adapter set ``name``: made when new, the only one with gradients.
 
     Args:
         adapter: fields of a PEFT configuration; ``None``: the model itself is trained.
         start_from: the set whose weights a new one starts with.
+        fuse: LoRA layers run as one op each (:func:`~cit_fast.models.fused_lora.fuse_lora`).
 
     Returns:
         The model; and what undoes the set's initialisation after the stage, where that rewrites the base model.
@@ -71,6 +79,8 @@ def train_adapter(
         )
     if isinstance(model, PeftModel) and name in model.peft_config:
         model.set_adapter(name)
+        if fuse:
+            fuse_lora(model)
         return model, None
     rewritten = RewrittenBase(model) if rewrites_base(adapter) else None
     if rewritten is not None and start_from is not None:
@@ -90,6 +100,8 @@ def train_adapter(
     if start_from is not None:
         weights = get_peft_model_state_dict(model, adapter_name=start_from)
         set_peft_model_state_dict(model, weights, adapter_name=name)
+    if fuse:
+        fuse_lora(model)
     return model, rewritten
 
 

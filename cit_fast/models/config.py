@@ -21,13 +21,14 @@ _RESERVED_TEMPLATE = {
 
 
 class ModelConfig(Section):
-    """Which language model, and how it is loaded."""
+    """Which language model, and how it is loaded. ``fuse_lora``: LoRA layers as one op each instead of PEFT's path."""
 
     name: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attn_implementation: str = "auto"
     trust_remote_code: bool = False
+    fuse_lora: bool = True
 
 
 class DataConfig(Section):

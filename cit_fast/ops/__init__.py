@@ -22,6 +22,7 @@ from cit_fast.ops.information_gain import (
     token_gain_from_statistics,
     token_gain_statistics,
 )
+from cit_fast.ops.lora import lora_linear
 from cit_fast.ops.wasserstein import Wasserstein, wasserstein_matrix
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "flush_balance_ema_",
     "key_part_information_gain",
     "linear_cross_entropy",
+    "lora_linear",
     "masked_jsd",
     "token_gain",
     "token_gain_from_statistics",

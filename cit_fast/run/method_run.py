@@ -228,7 +228,12 @@ class MethodRun:
         frozen = FrozenWeights(model)
         # Replay and objective look at the model with the set that will be trained, as a resumed run finds it.
         model, rewritten = train_adapter(
-            model, self.config.adapter, assignment.adapter, self.config.seed, assignment.start_from
+            model,
+            self.config.adapter,
+            assignment.adapter,
+            self.config.seed,
+            assignment.start_from,
+            fuse=self.config.model.fuse_lora,
         )
         stage = dataclasses.replace(stage, model=model, new_set=new_set)
         selection = self._select(stage)
@@ -470,7 +475,8 @@ class MethodRun:
         self.state.wait_for_everyone()
         trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = None
         accelerator.free_memory()
-        return train_adapter(self._load(gathered), self.config.adapter, adapter, self.config.seed)[0]
+        fuse = self.config.model.fuse_lora
+        return train_adapter(self._load(gathered), self.config.adapter, adapter, self.config.seed, fuse=fuse)[0]
 
     def _checked(self, stage: StageRecord) -> Path:
         """The folder of a committed stage to go on from, when its files have been looked at."""

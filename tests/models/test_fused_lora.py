@@ -1,0 +1,284 @@
+"""Fused LoRA layers against PEFT's own, in float64, for every option that PEFT's LoRA has."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import Linear
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from cit_fast import fuse_lora, unfuse_lora
+from cit_fast.models import fused_lora
+from cit_fast.models.fused_lora import FusedLoraLinear
+
+IDS = torch.tensor([[3, 7, 11, 2, 9, 30], [5, 1, 8, 60, 4, 2]])
+
+
+def base_model(dtype=torch.float64, **options):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        attention_bias=True,
+        **options,
+    )
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def adapted(base=None, **options):
+    torch.manual_seed(1)
+    options = {"r": 3, "lora_alpha": 7, "target_modules": "all-linear", "init_lora_weights": False, **options}
+    base = base if base is not None else base_model()
+    return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **options), autocast_adapter_dtype=False).train()
+
+
+def logits_and_gradients(model):
+    torch.manual_seed(2)
+    model.zero_grad()
+    logits = model(input_ids=IDS).logits
+    logits.square().mean().backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"logits": logits.detach(), **found}
+
+
+def compare(model, other, **tolerance):
+    found, right = logits_and_gradients(model), logits_and_gradients(other)
+    assert found.keys() == right.keys()
+    assert len(found) > 1
+    for name in right:
+        torch.testing.assert_close(found[name], right[name], **tolerance)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many layers went through the op."""
+    count = []
+
+    def counting(*args, **kwargs):
+        count.append(1)
+        return original(*args, **kwargs)
+
+    original = fused_lora.lora_linear
+    monkeypatch.setattr(fused_lora, "lora_linear", counting)
+    return count
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_rslora": True},
+        {"lora_dropout": 0.3},
+        {"bias": "all"},
+        {"bias": "lora_only"},
+        {"lora_bias": True, "target_modules": ["q_proj", "v_proj"]},
+        {"rank_pattern": {"q_proj": 1, "down_proj": 9}, "alpha_pattern": {"q_proj": 2}},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"]},
+    ],
+)
+def test_every_option_of_lora_gives_what_peft_gives(options, calls):
+    model = adapted(**options)
+    other = copy.deepcopy(model)
+    fused = fuse_lora(model)
+    assert fused == sum(isinstance(module, Linear) for module in other.modules()) > 0
+    compare(model, other)
+    assert len(calls) == fused
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_a_tied_head(calls):
+    model = adapted(base_model(tie_word_embeddings=True), target_modules=["q_proj", "lm_head"])
+    other = copy.deepcopy(model)
+    assert fuse_lora(model) == 3
+    compare(model, other)
+    assert len(calls) == 3
+
+
+def test_several_active_sets_add_up(calls):
+    model = adapted()
+    model.add_adapter(
+        "second", LoraConfig(r=5, lora_alpha=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    )
+    model.base_model.set_adapter(["default", "second"])
+    model.double()
+    other = copy.deepcopy(model)
+    fuse_lora(model)
+    compare(model, other)
+    assert len(calls) == 14
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_dropout": 0.5}])
+def test_what_the_op_cannot_do_goes_pefts_way(options, calls, caplog):
+    model = adapted(**options)
+    if "lora_dropout" in options:  # two sets, each with a dropout of its own
+        model.add_adapter(
+            "second", LoraConfig(r=5, target_modules="all-linear", lora_dropout=0.1, init_lora_weights=False)
+        )
+        model.base_model.set_adapter(["default", "second"])
+        model.double()
+    other = copy.deepcopy(model)
+    with caplog.at_level(logging.INFO):
+        fused = fuse_lora(model)
+    compare(model, other)
+    assert not calls
+    if "use_dora" in options:
+        assert fused == 0
+        assert "14 LoRA layers keep PEFT's path: DoraLinearVariant" in caplog.text
+
+
+def test_disabled_merged_and_mixed_sets_go_pefts_way(calls):
+    model = adapted().eval()
+    other = copy.deepcopy(model)
+    fuse_lora(model)
+    with torch.no_grad(), model.disable_adapter(), other.disable_adapter():
+        assert torch.equal(model(input_ids=IDS).logits, other(input_ids=IDS).logits)
+    with torch.no_grad():
+        names = ["default", "__base__"]
+        assert torch.equal(
+            model(input_ids=IDS, adapter_names=names).logits, other(input_ids=IDS, adapter_names=names).logits
+        )
+        model.merge_adapter()
+        other.merge_adapter()
+        assert torch.equal(model(input_ids=IDS).logits, other(input_ids=IDS).logits)
+        assert not calls
+        model.unmerge_adapter()
+        other.unmerge_adapter()
+        torch.testing.assert_close(model(input_ids=IDS).logits, other(input_ids=IDS).logits)
+    assert len(calls) == 14
+    merged = model.merge_and_unload()
+    assert not any(isinstance(module, Linear) for module in merged.modules())
+    torch.testing.assert_close(merged(input_ids=IDS).logits, other.merge_and_unload()(input_ids=IDS).logits)
+
+
+def test_a_hook_on_a_part_is_called(calls):
+    model = adapted(target_modules=["q_proj", "v_proj"])
+    fuse_lora(model)
+    seen = []
+    layer = model.base_model.model.model.layers[0].self_attn
+    handle = layer.q_proj.lora_A["default"].register_forward_hook(lambda *_: seen.append("A"))
+    layer.v_proj.base_layer.register_forward_pre_hook(lambda *_: seen.append("base"))
+    model(input_ids=IDS)
+    assert seen == ["A", "base"]
+    assert len(calls) == 2  # of the other layer
+    handle.remove()
+    model(input_ids=IDS)
+    assert len(calls) == 5
+
+
+def test_a_trained_base_and_a_frozen_set(calls):
+    model = adapted(target_modules=["q_proj", "v_proj"])
+    layers = model.base_model.model.model.layers
+    layers[0].self_attn.q_proj.base_layer.weight.requires_grad_(True)
+    layers[1].self_attn.v_proj.lora_A["default"].weight.requires_grad_(False)
+    other = copy.deepcopy(model)
+    fuse_lora(model)
+    compare(model, other)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_gradient_checkpointing(dropout, calls):
+    model = adapted(lora_dropout=dropout)
+    other = copy.deepcopy(model)
+    fuse_lora(model)
+    for each in (model, other):
+        each.gradient_checkpointing_enable({"use_reentrant": False})
+        each.enable_input_require_grads()
+    compare(model, other)
+    assert len(calls) == 28
+
+
+def test_float32_sets_on_a_bfloat16_base_err_no_more_than_peft(calls):
+    """Against the same weights in float64; both are noise of the base's own rounding."""
+    ours, theirs = [], []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        base = base_model(torch.bfloat16)
+        model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+        assert next(p for p in model.parameters() if p.requires_grad).dtype == torch.float32
+        other, exact = copy.deepcopy(model), copy.deepcopy(model).double()
+        fuse_lora(model)
+        right = logits_and_gradients(exact)
+        for errors, each in ((ours, model), (theirs, other)):
+            found = logits_and_gradients(each)
+            gradients = [name for name in right if name != "logits"]
+            error = sum(float((found[name].double() - right[name]).square().sum()) for name in gradients)
+            errors.append((error / sum(float(right[name].square().sum()) for name in gradients)) ** 0.5)
+    assert len(calls) == 4 * 14
+    assert sum(ours) <= 1.25 * sum(theirs), (ours, theirs)
+
+
+def test_autocast(calls):
+    model = adapted(base_model(torch.float32))
+    other = copy.deepcopy(model)
+    fuse_lora(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        compare(model, other, rtol=0, atol=0)
+    assert not calls  # a base in float32 is cast by autocast, at every call
+    half = adapted(base_model(torch.bfloat16))
+    other = copy.deepcopy(half)
+    fuse_lora(half)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, right = logits_and_gradients(half), logits_and_gradients(other)
+    ours, theirs = (torch.cat([each.double().flatten() for each in side.values()]) for side in (found, right))
+    assert (ours - theirs).norm() <= 0.05 * theirs.norm()
+    assert len(calls) == 14
+
+
+def test_compiles_to_one_graph():
+    model = adapted(base_model(torch.float32))
+    other = copy.deepcopy(model)
+    fuse_lora(model)
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    right = other.base_model.model.model.layers[0].mlp.up_proj
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
+    one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y = compiled(one)
+    torch.testing.assert_close(y, right(two))
+    y.sum().backward()
+    right(two).sum().backward()
+    torch.testing.assert_close(one.grad, two.grad)
+    torch.testing.assert_close(layer.lora_A["default"].weight.grad, right.lora_A["default"].weight.grad)
+
+
+def test_files_names_copies_and_new_sets_stay_pefts(tmp_path):
+    model = adapted()
+    model.save_pretrained(tmp_path / "before")
+    keys = list(model.state_dict())
+    assert fuse_lora(model) == fuse_lora(model) == 14
+    assert list(model.state_dict()) == keys
+    model.save_pretrained(tmp_path / "after")
+    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("before", "after"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        next(p for p in twin.parameters() if p.requires_grad).zero_()
+    assert not torch.equal(twin(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    model.add_adapter("wider", LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    assert sum(type(module) is FusedLoraLinear for module in model.modules()) == 14
+    assert fuse_lora(model) == 15
+    assert unfuse_lora(model) == 15
+    assert not any(type(module) is FusedLoraLinear for module in model.modules())
+    assert unfuse_lora(model) == 0
+
+
+def test_batches_of_one_token_and_of_any_shape(calls):
+    model = adapted()
+    other = copy.deepcopy(model)
+    fuse_lora(model)
+    for ids in (IDS[:1, :1], IDS[:, :2], IDS, IDS[:1, :5]):
+        torch.testing.assert_close(model(input_ids=ids).logits, other(input_ids=ids).logits)
+    assert len(calls) == 4 * 14
