@@ -69,9 +69,7 @@ def pair_hidden(model: nn.Module, batch: Mapping[str, Any]) -> PairHidden:
     """
     if hasattr(model, "_orig_mod"):
         raise ConfigError("torch_compile: pairs of full and masked instructions need the model uncompiled")
-    inputs = {name: value for name, value in batch.items() if name not in _OURS}
-    if "branch" in batch:
-        inputs["attention_mask"] = _shared_row_mask(model, batch["branch"], batch["visible"])
+    inputs = model_inputs(model, batch)
     places = torch.cat([batch["full_at"], batch["masked_at"]])
     caught: list[Tensor] = []
 
@@ -89,6 +87,14 @@ def pair_hidden(model: nn.Module, batch: Mapping[str, Any]) -> PairHidden:
         full = full + output.logits.sum().to(full.dtype)  # the sum of nothing
     targets = batch["labels"].flatten()[batch["full_at"] + 1]
     return PairHidden(full, masked, targets, batch["offsets"], batch["scored"], router_loss(model, output))
+
+
+def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a batch the model itself takes; of shared rows with their attention mask."""
+    inputs = {name: value for name, value in batch.items() if name not in _OURS}
+    if "branch" in batch:
+        inputs["attention_mask"] = _shared_row_mask(model, batch["branch"], batch["visible"])
+    return inputs
 
 
 def _shared_row_mask(model: nn.Module, branch: Tensor, visible: Tensor) -> Tensor:
@@ -128,16 +134,26 @@ def pair_collator(
         ConfigError: ``share_prefix`` is True and the model does not take it.
     """
     packed = "flash" in str(unwrap(model).config._attn_implementation) and _device(model).type == "cuda"  # type: ignore[union-attr]
+    share = can_share_prefixes(model, share_prefix)
+    positions = learned_positions(model)
+    if positions is not None:  # padding must not go beyond them either
+        lengths = [*(length for length in lengths if length < positions), positions]
+    return PairCollator(pad_token_id, share, packed and not share, shortest_window(model), lengths=tuple(lengths))
+
+
+def can_share_prefixes(model: nn.Module, share_prefix: bool | Literal["auto"]) -> bool:
+    """Whether rows may share their beginnings, by the option ``share_prefix`` of :func:`pair_collator`.
+
+    Raises:
+        ConfigError: the option is True and the model does not take it.
+    """
     share = honours_4d_mask(model) if share_prefix is not False else False
     if share_prefix is True and not share:
         raise ConfigError(
             f"share_prefix: {type(unwrap(model)).__name__} does not honour an attention mask of four dimensions; "
             "set it to 'auto' or false"
         )
-    positions = learned_positions(model)
-    if positions is not None:  # padding must not go beyond them either
-        lengths = [*(length for length in lengths if length < positions), positions]
-    return PairCollator(pad_token_id, share, packed and not share, shortest_window(model), lengths=tuple(lengths))
+    return share
 
 
 @torch.no_grad()

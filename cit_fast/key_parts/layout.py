@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from cit_fast.key_parts.pairs import BranchedRow, EncodedPair, PairCollator, of_pairs, shared_prefix
-from cit_fast.models.collation import padded_length
+from cit_fast.models.collation import PaddingCollator, padded_length
 from cit_fast.models.prompts import IGNORED, Encoded
 
 _LIMITS = (0, 128, 256, 512, 1024)
@@ -96,6 +96,48 @@ class GroupingCollator:
         return of_pairs(features, batch, [(starts[full], starts[masked], 0) for full, masked in numbers])
 
 
+@dataclass(frozen=True)
+class PrefixCollator:
+    """Makes batches of plain examples, padded, or in rows of common beginnings where that is less work.
+
+    Args:
+        padded: makes the batches of separate rows.
+        window: the shortest sliding window of the model's attention layers; longer examples have rows of their own.
+    """
+
+    padded: PaddingCollator
+    window: int | None = None
+
+    def __call__(self, features: Sequence[Encoded]) -> dict[str, Any]:
+        """Collate B examples.
+
+        Returns:
+            What :class:`~cit_fast.models.collation.PaddingCollator` returns; or, with R < B rows of S places,
+            ``input_ids``, ``labels``, ``position_ids``, ``branch`` and ``visible`` [R, S] int64, which
+            :func:`~cit_fast.key_parts.hidden.model_inputs` makes inputs of the model of. The token before a labelled
+            one is its neighbour in both.
+        """
+        if self.window is not None and max(map(len, features)) > self.window:
+            return self.padded(features)
+        lengths = self.padded.lengths
+        sequences = [_Sequence(one.input_ids, one.labels, _first_label(one)) for one in features]
+        if any(one.first == 0 for one in sequences):  # nothing predicts such a token, so nothing may stand before it
+            return self.padded(features)
+        plans = [_rows(sequences, limit) for limit in _LIMITS]
+        costs = [_cost([_places(sequences, *row) for row in plan], lengths) for plan in plans]
+        plan = plans[costs.index(min(costs))]
+        if len(plan) == len(sequences):
+            return self.padded(features)
+        width = padded_length(max(_places(sequences, *row) for row in plan), lengths)
+        rows = []
+        for members, common in plan:
+            row = BranchedRow(sequences[members[0]].ids[:common], [IGNORED] * common)
+            for member in members:
+                row.add(sequences[member].ids, sequences[member].labels, common)
+            rows.append(row)
+        return BranchedRow.stacked(rows, width, self.padded.pad_token_id)
+
+
 def alike_together(pairs: Sequence[EncodedPair], size: int, share_prefix: bool) -> list[list[int]]:
     """Indices of the pairs in batches of similar length, longest first, so that memory runs out at once or never.
 
@@ -111,7 +153,7 @@ def alike_together(pairs: Sequence[EncodedPair], size: int, share_prefix: bool) 
 
 
 def _first_label(one: Encoded) -> int:
-    return next(k for k, label in enumerate(one.labels) if label != IGNORED)
+    return next((k for k, label in enumerate(one.labels) if label != IGNORED), len(one.labels))
 
 
 def joint_length(pair: EncodedPair) -> int:

@@ -35,6 +35,7 @@ class Stage:
         seen: the tasks trained before, in order.
         examples: what the stage trains, new examples first, replayed ones after them; the objective's to prepare.
         new_set: whether the adapter set that the stage trains is new, once the router has assigned it.
+        compiled: whether the model will be compiled for training, which goes better with batches of few shapes.
         averages: of an average that lives across stages: what the set answers with, by parameter's name, while
             ``model`` holds the weights that training goes on from.
         seed: of this stage; see :meth:`rng`.
@@ -51,6 +52,7 @@ class Stage:
     seen: tuple[Task, ...] = ()
     examples: tuple[Example, ...] = ()
     new_set: bool = False
+    compiled: bool = False
     averages: Mapping[str, Tensor] | None = None
     seed: str = "0"
     kept: Path | None = None

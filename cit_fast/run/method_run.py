@@ -219,6 +219,7 @@ class MethodRun:
             index,
             tasks=tuple(tasks),
             seen=() if joint else tuple(self.stream)[: index - 1],
+            compiled=any(value for key, value in self.config.training.items() if key.startswith("torch_compile")),
             seed=f"{self.config.seed}/{index}",
             kept=self.folder.path / "replay",
             scratch=self.folder.checkpoints(index),

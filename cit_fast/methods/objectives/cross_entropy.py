@@ -3,39 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cit_fast.errors import ConfigError
+from cit_fast.key_parts.hidden import can_share_prefixes, model_inputs, shortest_window
+from cit_fast.key_parts.layout import PrefixCollator
 from cit_fast.methods.objectives.objective import plain_inputs
 from cit_fast.methods.stage import Stage, StageInputs
-from cit_fast.models.forward import per_item, response_logits
+from cit_fast.models.collation import PaddingCollator
+from cit_fast.models.forward import per_item, response_logits, unwrap
 
 
 class CrossEntropy:
     """``L_CE``: mean negative log-likelihood of the response tokens, in nats.
 
+    The examples of a task mostly begin with the same instruction. Where it is less work, a batch computes what its
+    examples begin with once: the same loss and gradients within rounding.
+
     Args:
         label_smoothing: share of the target's weight that all tokens of the vocabulary have in equal parts, in [0, 1).
+        share_prefix: ``"auto"``: for models that honour an attention mask of four dimensions, where no chance and no
+            other loss sees how often a token is computed (dropout, a router's balance, a compiled graph's shapes);
+            True: or an error; False: never.
 
     Raises:
-        ConfigError: a share outside that.
+        ConfigError: an option outside that.
     """
 
-    def __init__(self, label_smoothing: float = 0.0) -> None:
+    def __init__(self, label_smoothing: float = 0.0, share_prefix: bool | Literal["auto"] = "auto") -> None:
         if not 0 <= label_smoothing < 1:
             raise ConfigError(f"label_smoothing: {label_smoothing} is outside [0, 1)")
-        self.label_smoothing = label_smoothing
+        if share_prefix not in (True, False, "auto"):
+            raise ConfigError(f"share_prefix: {share_prefix!r}; expected true, false or auto")
+        self.label_smoothing, self.share_prefix = label_smoothing, share_prefix
 
     def prepare(self, stage: Stage) -> StageInputs:
         """Prompts with their answers."""
-        return plain_inputs(stage, stage.examples)
+        inputs = plain_inputs(stage, stage.examples)
+        if not isinstance(inputs.collator, PaddingCollator):
+            return inputs
+        if self.share_prefix == "auto" and (stage.compiled or counts_matter(stage.model)):
+            return inputs
+        if not can_share_prefixes(stage.model, self.share_prefix):
+            return inputs
+        return replace(inputs, collator=PrefixCollator(inputs.collator, shortest_window(stage.model)))
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor], num_items: Tensor | int | None) -> Tensor:
         """See :class:`cit_fast.methods.objectives.Objective`."""
-        found = response_logits(model, batch)
+        found = response_logits(model, {**model_inputs(model, batch), "labels": batch["labels"]})
         total = F.cross_entropy(
             found.logits.float(), found.targets, reduction="sum", label_smoothing=self.label_smoothing
         )
         return per_item(total, found.targets.numel(), num_items, found.router_loss)
+
+
+def counts_matter(model: nn.Module) -> bool:
+    """Whether it makes a difference how often the same token is computed: dropout, or a router's balance."""
+    config: Any = unwrap(model).config
+    dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    named = any(getattr(config, name, 0.0) for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop"))
+    return dropout or named or bool(getattr(config.get_text_config(), "output_router_logits", False))

@@ -2,13 +2,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from cit_fast.data import Example
 from cit_fast.errors import ConfigError
+from cit_fast.key_parts import hidden
+from cit_fast.key_parts.layout import PrefixCollator
 from cit_fast.methods.objectives import CrossEntropy
+from cit_fast.methods.stage import Stage
 from cit_fast.models.collation import PaddingCollator
 from cit_fast.models.forward import response_logits, unwrap
+from cit_fast.models.prompts import Encoded, PromptEncoder
 
 
 @pytest.fixture
@@ -91,3 +98,98 @@ def test_label_smoothing_is_that_of_the_trainer(model, batch):
     torch.testing.assert_close(CrossEntropy(label_smoothing=0.3)(model, batch, None), expected)
     with pytest.raises(ConfigError, match=r"label_smoothing: 1 is outside \[0, 1\)"):
         CrossEntropy(label_smoothing=1)
+
+
+LONG = "Read the text with care, then convert the number to words and answer with the words only, in lower case please."
+
+
+def stage_of(model, tokenizer, **options):
+    examples = [Example(LONG if k % 4 else "In words.", f"{k} of {k * 7}", (f"{k} {k * 7}",), "t") for k in range(8)]
+    return Stage(model, PromptEncoder(tokenizer, max_length=None), examples=tuple(examples), **options)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_common_beginning_is_computed_once_with_the_same_loss_and_gradients(
+    make_model, tiny_tokenizer, implementation
+):
+    model = make_model("Llama", torch.float64, implementation).train()
+    stage = stage_of(model, tiny_tokenizer)
+    found = []
+    for share in (False, "auto"):
+        objective = CrossEntropy(share_prefix=share)
+        inputs = objective.prepare(stage)
+        batch = inputs.collator(inputs.features)
+        loss = objective(model, batch, None)
+        loss.backward()
+        found.append((batch, loss.detach(), gradients(model)))
+    (plain, expected, right), (shared, loss, ours) = found
+    assert shared["input_ids"].numel() <= 0.5 * plain["input_ids"].numel()
+    assert (shared["labels"] != -100).sum() == (plain["labels"] != -100).sum()  # what the Trainer counts
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    for name, gradient in right.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_examples_that_have_little_in_common_are_padded(make_model, tiny_tokenizer):
+    model = make_model("Llama", torch.float32, "sdpa")
+    stage = stage_of(model, tiny_tokenizer)
+    inputs = CrossEntropy().prepare(stage)
+    apart = CrossEntropy(share_prefix=False).prepare(stage)
+    one = inputs.features[:1]
+    assert inputs.collator(one).keys() == apart.collator(one).keys()
+    random = torch.Generator().manual_seed(0)
+    rows = [torch.randint(0, 60, (30,), generator=random).tolist() for _ in range(4)]
+    features = [Encoded(ids, [-100] * 6 + ids[6:], 6) for ids in rows]
+    assert "attention_mask" in inputs.collator(features)
+    labelled = [Encoded(ids, ids, 0) for ids in [rows[0]] * 3]  # nothing may stand before such a token
+    assert "attention_mask" in inputs.collator(labelled)
+
+
+@given(data=st.data())
+def test_rows_hold_every_example_once(data):
+    beginnings = data.draw(st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=12), min_size=1, max_size=3))
+    features = []
+    for number in range(data.draw(st.integers(1, 7))):
+        prompt = [*data.draw(st.sampled_from(beginnings)), *data.draw(st.lists(st.integers(1, 5), max_size=4))]
+        answer = [100 + number] * data.draw(st.integers(1, 3))
+        features.append(Encoded([*prompt, *answer], [-100] * len(prompt) + answer, len(prompt)))
+    window = data.draw(st.sampled_from([None, 8, 64]))
+    batch = PrefixCollator(PaddingCollator(0), window)(features)
+    if "branch" not in batch:
+        return
+    assert window is None or max(map(len, features)) <= window
+    seen = []
+    for ids, labels, positions, branch, visible in zip(
+        *(batch[name].tolist() for name in ("input_ids", "labels", "position_ids", "branch", "visible")), strict=True
+    ):
+        for number in sorted(set(branch) - {-1, 0}):
+            own = [k for k in range(len(ids)) if branch[k] == number]
+            common = visible[own[0]]
+            assert positions[:common] == list(range(common))
+            assert [positions[k] for k in own] == list(range(common, common + len(own)))
+            assert labels[own[0]] == -100  # predicted by nobody of its own
+            seen.append(([*ids[:common], *(ids[k] for k in own)], [-100] * common + [labels[k] for k in own]))
+    assert sorted(seen) == sorted((one.input_ids, one.labels) for one in features)
+
+
+@pytest.mark.parametrize("change", ["dropout", "router", "compiled", "mask"])
+def test_nothing_is_shared_where_it_would_make_a_difference(make_model, tiny_tokenizer, change, monkeypatch):
+    model = make_model("Llama", torch.float32, "sdpa")
+    if change == "dropout":
+        model.model.layers[0].mlp.dropout = nn.Dropout(0.1)
+    if change == "router":
+        model.config.output_router_logits = True
+    if change == "mask":
+        monkeypatch.setattr(hidden, "honours_4d_mask", lambda _: False)
+    stage = stage_of(model, tiny_tokenizer, compiled=change == "compiled")
+    assert isinstance(CrossEntropy().prepare(stage).collator, PaddingCollator)
+    if change == "mask":
+        with pytest.raises(ConfigError, match="share_prefix: LlamaForCausalLM does not honour"):
+            CrossEntropy(share_prefix=True).prepare(stage)
+    else:
+        assert isinstance(CrossEntropy(share_prefix=True).prepare(stage).collator, PrefixCollator)
+
+
+def test_share_prefix_is_true_false_or_auto():
+    with pytest.raises(ConfigError, match="share_prefix: 'sometimes'; expected true, false or auto"):
+        CrossEntropy(share_prefix="sometimes")
