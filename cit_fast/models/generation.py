@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,15 @@ from transformers import GenerationConfig
 from cit_fast.errors import DataError
 from cit_fast.models.adapter_bank import BASE, AdapterBank, RowsLostError
 from cit_fast.models.forward import evaluating, head_input
+from cit_fast.models.prefix_cache import (
+    CACHE,
+    SHORTEST,
+    alike_together,
+    can_continue,
+    common_beginning,
+    read_beginning,
+    work,
+)
 
 
 def generate(
@@ -32,7 +41,8 @@ def generate(
 ) -> list[str]:
     """Answer each prompt with the most likely token at every step, until an end token or ``max_new_tokens``.
 
-    Prompts are batched by length, longest first (so that memory runs out at once or never), and padded on the left; an
+    Prompts are batched by length, longest first (so that memory runs out at once or never), and padded on the left; or,
+    where that is less work and the model can, by how they begin, and what a batch begins with is read once. An
     answer depends on its prompt alone, not on the batch it is in, up to the rounding of the model's dtype. A model that
     does not skip padding (linear attention, state spaces), which is tried once, gets prompts of one length in a batch;
     one that mixes the rows of a batch up gets them one by one. The model's own generation defaults (sampling,
@@ -73,10 +83,13 @@ def generate(
         eos_token_id=end_tokens,
         use_cache=True,
     )
+    if adapters is not None and len(adapters) != len(prompts):
+        raise DataError(f"generate: {len(adapters)} adapter sets for {len(prompts)} prompts")
     answers = [""] * len(prompts)
 
     def answer(batch: Sequence[int]) -> None:
-        new_tokens = _new_tokens(model, [prompts[index] for index in batch], config)
+        one_set = adapters is None or len({adapters[index] for index in batch}) == 1
+        new_tokens = _new_tokens(model, [prompts[index] for index in batch], config, share and one_set)
         for index, tokens in zip(batch, new_tokens, strict=True):
             end = next((k for k, token in enumerate(tokens) if token in end_tokens), len(tokens))
             text = tokenizer.decode(tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -91,8 +104,12 @@ def generate(
     in_one_block = head_input(model, torch.Tensor.contiguous)
     with evaluating(model), _only_defaults(model, config), in_one_block, torch.inference_mode():
         together = "any" if batch_size == 1 or len(prompts) < 2 else _batched_together(model, prompts[0], pad_token_id)
+        share = together == "any" and _worth_sharing(prompts, longest_first, batch_size, adapters)
+        share = share and can_continue(model, prompts[0], pad_token_id)
 
         def batches(indices: Sequence[int]) -> Iterator[Sequence[int]]:
+            if share:
+                return iter(alike_together(prompts, indices, batch_size, adapters))
             if together == "any":
                 return _chunks(indices, batch_size)
             alike = itertools.groupby(indices, key=lambda index: lengths[index])
@@ -161,8 +178,6 @@ def _answer_with_sets(
     answer: Callable[[Sequence[int]], None],
 ) -> None:
     """Call ``answer`` on batches of ``indices`` while each of their rows has its set."""
-    if len(sets) != len(indices):
-        raise DataError(f"generate: {len(sets)} adapter sets for {len(indices)} prompts")
     known = bank.names if bank is not None else set(getattr(model, "peft_config", ()))
     unknown = set(sets) - {*known, BASE}
     if unknown:
@@ -211,18 +226,38 @@ def _one_set(model: Any, bank: AdapterBank | None, name: str) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _new_tokens(model: Any, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> list[list[int]]:
+def _worth_sharing(
+    prompts: Sequence[Sequence[int]], longest_first: Sequence[int], size: int, adapters: Sequence[str] | None
+) -> bool:
+    """Whether batches of prompts that begin alike, each beginning read once, are less work than those by length."""
+
+    def total(batches: Iterable[Sequence[int]], shared: bool) -> int:
+        return sum(work([prompts[index] for index in batch], shared) for batch in batches)
+
+    alike = alike_together(prompts, longest_first, size, adapters)
+    return total(alike, True) < total(_chunks(longest_first, size), False)
+
+
+def _new_tokens(model: Any, prompts: Sequence[Sequence[int]], config: GenerationConfig, share: bool) -> list[list[int]]:
     """Generated tokens ``[batch][at most max_new_tokens]``, without the prompts."""
     width = max(map(len, prompts))
+    common = common_beginning(prompts) if share and len(prompts) > 1 else 0
+    cache = read_beginning(model, prompts[0][:common], len(prompts)) if common >= SHORTEST else None
+    if cache is None:
+        common = 0
     input_ids = torch.full((len(prompts), width), config.pad_token_id, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
+    input_ids[:, :common] = torch.tensor(list(prompts[0][:common]), dtype=torch.long)
+    attention_mask[:, :common] = 1
     for row, prompt in enumerate(prompts):
-        input_ids[row, width - len(prompt) :] = torch.as_tensor(prompt)
-        attention_mask[row, width - len(prompt) :] = 1
+        rest = width - len(prompt) + common
+        input_ids[row, rest:] = torch.tensor(list(prompt[common:]))
+        attention_mask[row, rest:] = 1
     output = model.generate(
         input_ids=input_ids.to(model.device),
         attention_mask=attention_mask.to(model.device),
         generation_config=config,
+        **({} if cache is None else {CACHE: cache}),
     )
     return output[:, width:].tolist()  # type: ignore[no-any-return]
 

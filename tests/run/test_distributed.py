@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from cit_fast import ContinualTrainer
 from cit_fast.evaluation import read_run, read_stages
-from cit_fast.models.collation import PaddingCollator
+from cit_fast.key_parts.layout import PrefixCollator
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
 
@@ -53,7 +53,7 @@ def fill_last_batches(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
 
     Every process has to have as many batches as the others (its ``even_batches``), so these examples count twice.
     """
-    collate, first = PaddingCollator.__call__, []
+    collate, first = PrefixCollator.__call__, []
 
     def filled(self, features):
         first[:] = first or features
@@ -62,7 +62,7 @@ def fill_last_batches(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
             first.clear()  # the next batch is of another stage
         return collate(self, features)
 
-    monkeypatch.setattr(PaddingCollator, "__call__", filled)
+    monkeypatch.setattr(PrefixCollator, "__call__", filled)
 
 
 def compare(two: Path, one: Path, *, losses: float = 1e-5, weights: float = 1e-4) -> None:
