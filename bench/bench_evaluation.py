@@ -1,0 +1,129 @@
+"""What answering test prompts costs beside `model.generate` in batches of the same size, in turns.
+
+    python -m bench.bench_evaluation                       the quickstart's tasks
+    python -m bench.bench_evaluation --superni FOLDER      and the fifteen tasks of Super-NI
+
+`generate` is transformers' own, greedy, prompts in batches by length and padded on the left; PEFT's layers. `fused` is
+the same with fuse_lora. `ours` is cit_fast's: fused layers, and what a batch's prompts begin with read once. Records
+medians in bench/results, and how many answers are the same (in bfloat16 a batch of another shape rounds otherwise).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from bench.ceilings import record
+from cit_fast import fuse_lora, unfuse_lora
+from cit_fast.data import load_stream
+from cit_fast.models.adapters import prompt_encoder, train_adapter
+from cit_fast.models.config import DataConfig
+from cit_fast.models.generation import generate
+from cit_fast.models.pretrained import load_model, load_tokenizer, resolve_model
+from cit_fast.run.config import load_config
+
+QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart.yaml"
+
+
+@torch.inference_mode()
+def by_generate(model: Any, encoder: Any, prompts: Sequence[Sequence[int]], size: int, new: int) -> list[str]:
+    """What an engineer writes with transformers alone."""
+    tokenizer = encoder.tokenizer
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=new,
+        pad_token_id=encoder.pad_token_id,
+        eos_token_id=sorted(encoder.stop_token_ids),
+    )
+    answers = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    for start in range(0, len(order), size):
+        batch = order[start : start + size]
+        width = max(len(prompts[index]) for index in batch)
+        ids = torch.full((len(batch), width), encoder.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, index in enumerate(batch):
+            ids[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
+            mask[row, width - len(prompts[index]) :] = 1
+        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, width:]
+        for index, tokens in zip(batch, output.tolist(), strict=True):
+            end = next((k for k, token in enumerate(tokens) if token in encoder.stop_token_ids), len(tokens))
+            answers[index] = tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
+    return answers
+
+
+def measure(model: Any, encoder: Any, prompts: list[list[int]], size: int, new: int, rounds: int) -> dict[str, Any]:
+    """Every contender ``rounds`` times, in turns."""
+
+    def ours() -> list[str]:
+        return generate(
+            model,
+            prompts,
+            pad_token_id=encoder.pad_token_id,
+            eos_token_ids=sorted(encoder.stop_token_ids),
+            tokenizer=encoder.tokenizer,
+            max_new_tokens=new,
+            batch_size=size,
+        )
+
+    def plain() -> list[str]:
+        return by_generate(model, encoder, prompts, size, new)
+
+    contenders: dict[str, tuple[bool, Callable[[], list[str]]]] = {
+        "generate": (False, plain),
+        "fused": (True, plain),
+        "ours": (True, ours),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    answers: dict[str, list[str]] = {}
+    for _ in range(rounds):
+        for name, (fused, run) in contenders.items():
+            (fuse_lora if fused else unfuse_lora)(model)
+            start = time.perf_counter()
+            answers[name] = run()
+            seconds[name].append(time.perf_counter() - start)
+    return {
+        "prompts": len(prompts),
+        "median s": {name: round(statistics.median(values), 2) for name, values in seconds.items()},
+        "of generate": {
+            name: round(statistics.median(a / b for a, b in zip(values, seconds["generate"], strict=True)), 3)
+            for name, values in seconds.items()
+        },
+        "same answers": sum(a == b for a, b in zip(answers["ours"], answers["generate"], strict=True)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--test", type=int, default=16, help="prompts of each task")
+    parser.add_argument("--superni", type=Path, help="the folder of the stream superni-15")
+    options = parser.parse_args()
+    config = load_config(QUICKSTART)
+    folder = resolve_model(config.model)
+    loads: dict[str, tuple[Any, DataConfig, int]] = {
+        "quickstart": (config.data.tasks, config.data, config.evaluation.max_new_tokens)
+    }
+    if options.superni is not None:
+        data = DataConfig(stream="superni-15/order-1", root=str(options.superni), on_overflow="skip")
+        loads["super-ni"] = (data.tasks, data, 16)
+    result = {}
+    for name, (tasks, data, new) in loads.items():
+        encoder = prompt_encoder(load_tokenizer(folder, False), data)
+        stream = load_stream(tasks, seed=0, train=1, dev=0, test=options.test)
+        prompts = [prompt for task in stream for prompt in encoder.encode_prompts(task.test, reserve=new).prompts]
+        model = train_adapter(load_model(folder, config.model), config.adapter, "shared", config.seed)[0].eval()
+        result[name] = measure(model, encoder, prompts, config.evaluation.batch_size, new, options.rounds)
+        print(name, result[name])
+    print(f"recorded in {record('evaluation', result)}")
+
+
+if __name__ == "__main__":
+    main()
