@@ -21,7 +21,7 @@ class Prediction:
     """One test example as it was answered; ``score`` in [0, 100].
 
     ``input`` is the example's, kept where its score is computed from it (an answer that has to be a span of it, SARI);
-    elsewhere ``None``.
+    elsewhere ``None``. ``adapter`` is the set that a router chose for the prompt; ``None`` where there is no choice.
     """
 
     prompt: str
@@ -29,6 +29,7 @@ class Prediction:
     references: tuple[str, ...]
     score: float
     input: str | None = None
+    adapter: str | None = None
 
 
 def predictions_path(run_folder: Path, stage: int, task: str) -> Path:
@@ -77,13 +78,19 @@ def _prediction(line: str, where: str) -> Prediction:
     except (ValueError, RecursionError) as error:
         raise RunError(f"{where}: broken JSON ({error})") from None
     kinds = {"prompt": str, "prediction": str, "references": list, "score": (int, float)}
-    if not isinstance(raw, dict) or set(raw) - {"input"} != set(kinds):
+    optional = {"input", "adapter"}
+    if not isinstance(raw, dict) or set(raw) - optional != set(kinds):
         raise RunError(f"{where}: an object with the keys {', '.join(kinds)} was expected")
-    for key, kind in {**kinds, **({"input": str} if "input" in raw else {})}.items():
+    for key, kind in {**kinds, **{key: str for key in optional if key in raw}}.items():
         if not isinstance(raw[key], kind):  # type: ignore[arg-type]
             raise RunError(f"{where}: {key} has the wrong type ({type(raw[key]).__name__})")
     return Prediction(
-        raw["prompt"], raw["prediction"], tuple(map(str, raw["references"])), float(raw["score"]), raw.get("input")
+        raw["prompt"],
+        raw["prediction"],
+        tuple(map(str, raw["references"])),
+        float(raw["score"]),
+        raw.get("input"),
+        raw.get("adapter"),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,7 @@ class Evaluated:
         truncated: prompts whose input was shortened to fit; ``skipped``: examples left out because they cannot fit.
         answered_by: task name -> adapter set -> how many of its prompts the router sent there, :data:`BASE` for none
             of the sets; empty without a router. ``routing_seconds``: wall time the router took.
+        taken_over: how many answers are those of the stage before.
     """
 
     scores: dict[str, float]
@@ -47,6 +48,28 @@ class Evaluated:
     violations: dict[str, dict[str, float]] = field(default_factory=dict)
     answered_by: dict[str, dict[str, int]] = field(default_factory=dict)
     routing_seconds: float = 0.0
+    taken_over: int = 0
+
+
+@dataclass(frozen=True)
+class Before:
+    """What the stage before answered.
+
+    Args:
+        predictions: task name -> its predictions; of tasks that were answered then.
+        changed: the adapter set that has been trained since.
+    """
+
+    predictions: Mapping[str, Sequence[Prediction]]
+    changed: str
+
+    def answer(self, task: str, position: int, prompt: str, adapter: str) -> str | None:
+        """The answer to the same prompt by the same set, if that has not changed."""
+        known = self.predictions.get(task, ())
+        if adapter == self.changed or position >= len(known):
+            return None
+        one = known[position]
+        return one.prediction if (one.prompt, one.adapter) == (prompt, adapter) else None
 
 
 def evaluate(
@@ -56,8 +79,11 @@ def evaluate(
     config: EvaluationConfig,
     router: Router | None = None,
     title: str = "",
+    before: Before | None = None,
 ) -> Evaluated:
     """Answer every example of the tasks' split, each with the adapter set its router names, and score the answers.
+
+    Where an adapter set has not changed since the stage ``before``, its answers are taken over.
 
     Raises:
         DataError: no example of a task fits.
@@ -77,14 +103,20 @@ def evaluate(
     started = time.perf_counter()
     sets = _routed(model, encoder, [example for _, example in asked], router)
     routing_seconds = time.perf_counter() - started
-    answers = _answers(model, encoder, sets, prompts, config, title)
+    texts = [encoder.tokenizer.decode(prompt) for prompt in prompts]
+    answers, taken_over = _taken_over(before, [task.name for task, _ in asked], texts, sets)
+    new = [index for index, answer in enumerate(answers) if answer is None]
+    some = None if sets is None else [sets[index] for index in new]
+    found = _answers(model, encoder, some, [prompts[index] for index in new], config, title) if new else []
+    for index, answer in zip(new, found, strict=True):
+        answers[index] = answer
     scores: dict[str, float] = {}
     predictions: dict[str, list[Prediction]] = {}
     answered_by: dict[str, dict[str, int]] = {}
     for task in tasks:
         own = [index for index, (of, _) in enumerate(asked) if of is task]
         references = [asked[index][1].references for index in own]
-        examples, own_answers = [asked[index][1] for index in own], [answers[index] for index in own]
+        examples, own_answers = [asked[index][1] for index in own], [str(answers[index]) for index in own]
         if task.metric == JUDGE and config.judge is not None:
             result = judge_score(config.judge, examples, own_answers, cache_folder() / "chat")
         else:
@@ -96,11 +128,27 @@ def evaluate(
         if sets is not None:
             answered_by[task.name] = dict(Counter(sets[index] for index in own))
         predictions[task.name] = [
-            Prediction(encoder.tokenizer.decode(prompts[index]), answers[index], right, points, text)
-            for index, right, points, text in zip(own, references, result.per_example, inputs, strict=True)
+            Prediction(texts[index], answer, right, points, text, None if sets is None else sets[index])
+            for index, answer, right, points, text in zip(
+                own, own_answers, references, result.per_example, inputs, strict=True
+            )
         ]
     violations = {task.name: judged(Constraints.of(task), predictions[task.name]) for task in tasks}
-    return Evaluated(scores, predictions, truncated, skipped, violations, answered_by, routing_seconds)
+    return Evaluated(scores, predictions, truncated, skipped, violations, answered_by, routing_seconds, taken_over)
+
+
+def _taken_over(
+    before: Before | None, tasks: Sequence[str], prompts: Sequence[str], sets: Sequence[str] | None
+) -> tuple[list[str | None], int]:
+    """For each prompt the answer that still holds, or ``None``; and how many hold."""
+    answers: list[list[str | None]] = [[None] * len(prompts)]
+    if before is not None and sets is not None:
+        place: Counter[str] = Counter()
+        for index, (task, prompt, name) in enumerate(zip(tasks, prompts, sets, strict=True)):
+            answers[0][index] = before.answer(task, place[task], prompt, name)
+            place[task] += 1
+        broadcast_object_list(answers)  # one process decides, as about the sets
+    return answers[0], sum(answer is not None for answer in answers[0])
 
 
 def _kept_input(task: Task, example: Example) -> str | None:

@@ -22,7 +22,7 @@ from cit_fast.data import TaskStream
 from cit_fast.data.constraints import Constraints
 from cit_fast.data.example import Task, unseen_media
 from cit_fast.errors import CitFastError, ConfigError, DataError, RunError
-from cit_fast.evaluation.predictions import Prediction, write_stage_predictions
+from cit_fast.evaluation.predictions import Prediction, read_predictions, write_stage_predictions
 from cit_fast.evaluation.records import (
     Assignment,
     Learned,
@@ -43,7 +43,7 @@ from cit_fast.models.adapters import load_weights, loading_whole, prompt_encoder
 from cit_fast.models.digests import model_identity
 from cit_fast.models.pretrained import cache_folder, load_model, load_tokenizer, resolve_model
 from cit_fast.models.rewritten_base import RewrittenBase, refuse_sharded, rewrites_base
-from cit_fast.run.answer import Evaluated, evaluate
+from cit_fast.run.answer import Before, Evaluated, evaluate
 from cit_fast.run.arguments import training_arguments
 from cit_fast.run.cached_scores import CachedScores
 from cit_fast.run.config import RunConfig
@@ -242,7 +242,7 @@ class MethodRun:
         stage = dataclasses.replace(stage, examples=(*fresh, *selection.examples))
         trained = self._train(stage, assignment.adapter, title, frozen, rewritten)
         learned = self._learn(dataclasses.replace(stage, model=trained.model))
-        found, seconds = self._answer(trained.model, index, count, title)
+        found, seconds = self._answer(trained.model, index, count, title, assignment.adapter)
         record = StageRecord(
             index=index,
             trained=[task.name for task in tasks],
@@ -263,6 +263,7 @@ class MethodRun:
             skipped=len(trained.inputs.skipped),
             test_truncated=found.truncated,
             test_skipped=found.skipped,
+            taken_over=found.taken_over,
             notes=trained.notes,
         )
         self._commit(record, trained.model, found.predictions, trained.live)
@@ -341,14 +342,23 @@ class MethodRun:
         learned: Learned = self._returned("router", "learn", self.parts["router"].learn(stage), Learned)
         return learned
 
-    def _answer(self, model: Any, index: int, count: int, title: str) -> tuple[Evaluated, float]:
+    def _answer(self, model: Any, index: int, count: int, title: str, trained: str) -> tuple[Evaluated, float]:
         """The test examples answered and scored, and how long that took."""
         started = time.perf_counter()
         only_seen = self.config.evaluation.tasks == "seen" and self.method.schedule != "joint"
         known = list(self.stream)[:index] if only_seen else list(self.stream)
         held_out = self.held_out if index == count or self.config.evaluation.held_out_after == "all" else []
-        found = evaluate(model, self.encoder, [*known, *held_out], self.config.evaluation, self.parts["router"], title)
+        tasks, router = [*known, *held_out], self.parts["router"]
+        before = None if isinstance(router, SharedRouter) or index == 1 else self._before(index - 1, trained)
+        found = evaluate(model, self.encoder, tasks, self.config.evaluation, router, title, before)
         return found, time.perf_counter() - started
+
+    def _before(self, index: int, changed: str) -> Before:
+        """What the answers were after stage ``index``; ``changed`` is the set that has been trained since."""
+        folder = self.folder.stage_path(index)
+        check_files(folder, self.folder.stages()[index], "predictions/")
+        paths = (folder / "predictions").glob("*.jsonl")
+        return Before({path.stem: read_predictions(path) for path in paths}, changed)
 
     def _routing(
         self, stage: Stage, assignment: Assignment, learned: Learned, new: bool, found: Evaluated

@@ -17,9 +17,10 @@ from cit_fast import ContinualTrainer
 from cit_fast.data import TaskStream
 from cit_fast.errors import ConfigError, RunError
 from cit_fast.evaluation import read_stages
+from cit_fast.evaluation.predictions import predictions_path, read_predictions
 from cit_fast.methods.routing import load_router
 from cit_fast.models.adapter_bank import BASE
-from cit_fast.run import run_folder, stage_trainer
+from cit_fast.run import method_run, run_folder, stage_trainer
 
 PRESETS = ["lcia", "grouping-ema", "switchcit", "switch-tokens", "oracle", "cit-fast-switch"]
 
@@ -82,6 +83,28 @@ def test_each_task_has_its_own_set_and_old_ones_never_change(tasks, preset, whol
         assert stages[1].scores["mood"] == stages[0].scores["mood"]  # the base model, as it was
 
 
+def test_answers_of_sets_that_have_not_changed_are_taken_over(settings, tasks, whole_runs, monkeypatch):
+    folder = whole_runs("oracle")
+    # After stage 2: the first task's, and the third's by the base model; after stage 3 the first two tasks'.
+    assert [stage.taken_over for stage in read_stages(folder)] == [0, 0, 8, 8]
+    monkeypatch.setattr(method_run.MethodRun, "_before", lambda *_: None)
+    again = run(settings, tasks, "oracle")
+    assert [stage.taken_over for stage in read_stages(again)] == [0, 0, 0, 0]
+    for stage in range(1, 4):
+        for task in tasks.names:
+            ours, right = (read_predictions(predictions_path(each, stage, task)) for each in (folder, again))
+            assert ours == right
+    assert {one.adapter for one in ours} == {"task-mood"}
+
+
+def test_answers_that_have_changed_on_disk_are_not_taken_over(settings, tasks):
+    assert killed(lambda: run(settings, tasks, "oracle"), MOMENTS["inside the second stage"])
+    path = predictions_path(Path(settings["output"]) / "oracle", 1, "dates")
+    path.write_text(path.read_text().replace('"prediction": "', '"prediction": "x'))
+    with pytest.raises(RunError, match=r"predictions/dates.jsonl: damaged"):
+        run(settings, tasks, "oracle")
+
+
 def test_a_checkpoint_holds_the_set_in_training_alone(settings, tasks, monkeypatch):
     seen = []
     mark = stage_trainer.mark_complete
@@ -132,6 +155,7 @@ def test_a_reused_set_trains_on_and_learns_more_instructions(settings, tasks):
     assert stages[3].routing.trained_by == {"dates": "set-01", "mail": "set-02", "again": "set-01"}
     assert stages[3].replayed == {"dates": 8, "mail": 8}
     assert [bool(stage.balance_weights) for stage in stages[1:]] == [False, False, True]  # when: retrained
+    assert stages[3].taken_over <= 4  # at most the second task's
     before, after = files(folder, 2), files(folder, 3)
     changed = {name.split("/")[1] for name in before if before[name] != after[name] and name.startswith("adapters")}
     assert changed == {"set-01"}
