@@ -34,7 +34,6 @@ from cit_fast.key_parts.sources import chat_of, check_key_parts, discovered_note
 from cit_fast.key_parts.teacher import TeacherStates, teacher_states
 from cit_fast.key_parts.wordings import chat_pools, data_pools, draw_wordings, given_pools
 from cit_fast.methods.objectives.cross_entropy import CrossEntropy
-from cit_fast.methods.objectives.objective import plain_inputs
 from cit_fast.methods.stage import Stage, StageInputs
 from cit_fast.models.forward import evaluating, per_item
 from cit_fast.ops import linear_cross_entropy, masked_jsd
@@ -123,7 +122,7 @@ class KPIG:
                 "ablation without diversity."
             )
         if not (self.jsd and self.lambda_):
-            plain = plain_inputs(stage, examples)
+            plain = CrossEntropy(share_prefix=self.share_prefix).prepare(replace(stage, examples=tuple(examples)))
             return replace(plain, record=ObjectiveRecord(wordings=wordings, notes=notes))
         given = examples
         examples = key_parts_for_run(
