@@ -15,15 +15,8 @@ from transformers import GenerationConfig
 from cit_fast.errors import DataError
 from cit_fast.models.adapter_bank import BASE, AdapterBank, RowsLostError
 from cit_fast.models.forward import evaluating, head_input
-from cit_fast.models.prefix_cache import (
-    CACHE,
-    SHORTEST,
-    alike_together,
-    can_continue,
-    common_beginning,
-    read_beginning,
-    work,
-)
+from cit_fast.models.fused_lora import adapters_cast_once
+from cit_fast.models.prefix_cache import CACHE, Beginnings, batches_of_least_work, can_continue, layout, padded
 
 
 def generate(
@@ -41,13 +34,12 @@ def generate(
 ) -> list[str]:
     """Answer each prompt with the most likely token at every step, until an end token or ``max_new_tokens``.
 
-    Prompts are batched by length, longest first (so that memory runs out at once or never), and padded on the left; or,
-    where that is less work and the model can, by how they begin, and what a batch begins with is read once. An
-    answer depends on its prompt alone, not on the batch it is in, up to the rounding of the model's dtype. A model that
-    does not skip padding (linear attention, state spaces), which is tried once, gets prompts of one length in a batch;
-    one that mixes the rows of a batch up gets them one by one. The model's own generation defaults (sampling,
-    penalties, lengths) play no part; they, and which modules are in training mode, are as before afterwards. No
-    gradients are kept.
+    Batches are cut for the least work, the largest first (so that memory runs out at once or never), and padded on the
+    left. Where the model can, what several prompts of a batch begin with is read once. An answer depends on its prompt
+    alone, not on the batch it is in, up to the rounding of the model's dtype. A model that does not skip padding
+    (linear attention, state spaces), which is tried once, gets prompts of one length in a batch; one that mixes the
+    rows of a batch up gets them one by one. The model's own generation defaults (sampling, penalties, lengths) play no
+    part; they, and which modules are in training mode, are as before afterwards. No gradients are kept.
 
     Args:
         model: a causal language model of transformers, or a PEFT model around one.
@@ -86,10 +78,17 @@ def generate(
     if adapters is not None and len(adapters) != len(prompts):
         raise DataError(f"generate: {len(adapters)} adapter sets for {len(prompts)} prompts")
     answers = [""] * len(prompts)
+    beginnings: dict[str | None, Beginnings] = {}
 
     def answer(batch: Sequence[int]) -> None:
-        one_set = adapters is None or len({adapters[index] for index in batch}) == 1
-        new_tokens = _new_tokens(model, [prompts[index] for index in batch], config, share and one_set)
+        sets = {None if adapters is None else adapters[index] for index in batch}
+        kept = None
+        if share and len(sets) == 1:
+            name = sets.pop()
+            kept = beginnings.get(name) or Beginnings(model)
+            beginnings.clear()  # of one set at a time
+            beginnings[name] = kept
+        new_tokens = _new_tokens(model, [prompts[index] for index in batch], config, kept)
         for index, tokens in zip(batch, new_tokens, strict=True):
             end = next((k for k, token in enumerate(tokens) if token in end_tokens), len(tokens))
             text = tokenizer.decode(tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -101,17 +100,15 @@ def generate(
     longest_first = sorted(range(len(prompts)), key=lambda index: -lengths[index])
     # After a prompt the projection's rows are a strided slice, for which torch on a CPU copies the whole projection
     # once per prompt: 3.6 GB for 64 prompts and a vocabulary of 49,000, two fifths of a short evaluation's time.
-    in_one_block = head_input(model, torch.Tensor.contiguous)
-    with evaluating(model), _only_defaults(model, config), in_one_block, torch.inference_mode():
+    in_one_block, cast = head_input(model, torch.Tensor.contiguous), adapters_cast_once(model)
+    with evaluating(model), _only_defaults(model, config), in_one_block, cast, torch.inference_mode():
         together = "any" if batch_size == 1 or len(prompts) < 2 else _batched_together(model, prompts[0], pad_token_id)
-        share = together == "any" and _worth_sharing(prompts, longest_first, batch_size, adapters)
+        share = together == "any" and _worth_sharing(prompts, batch_size, adapters)
         share = share and can_continue(model, prompts[0], pad_token_id)
 
-        def batches(indices: Sequence[int]) -> Iterator[Sequence[int]]:
-            if share:
-                return iter(alike_together(prompts, indices, batch_size, adapters))
+        def batches(indices: Sequence[int]) -> Iterable[Sequence[int]]:
             if together == "any":
-                return _chunks(indices, batch_size)
+                return batches_of_least_work(prompts, indices, batch_size, adapters if share else None, share)
             alike = itertools.groupby(indices, key=lambda index: lengths[index])
             size = batch_size if together == "equal" else 1
             return itertools.chain.from_iterable(_chunks(list(group), size) for _, group in alike)
@@ -124,7 +121,7 @@ def generate(
     return answers
 
 
-_Batches = Callable[[Sequence[int]], Iterator[Sequence[int]]]
+_Batches = Callable[[Sequence[int]], Iterable[Sequence[int]]]
 
 
 def _chunks(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
@@ -183,16 +180,16 @@ def _answer_with_sets(
     if unknown:
         raise DataError(f"generate: no adapter set {min(unknown)!r}; there are {', '.join(sorted(known)) or 'none'}")
     mixed = bank if bank is not None else AdapterBank.of_model(model)
-    done = 0
+    done: set[int] = set()
     if mixed is not None:
         try:
             for batch in batches(indices):
                 with mixed.answering([sets[index] for index in batch]):
                     answer(batch)
-                done += len(batch)
+                done.update(batch)
         except RowsLostError:  # e.g. experts, each given the tokens that are routed to it
             pass
-    left = indices[done:]
+    left = [index for index in indices if index not in done]
     for name in dict.fromkeys(sets[index] for index in left):
         own = [index for index in left if sets[index] == name]
         with _one_set(model, bank, name):
@@ -226,40 +223,34 @@ def _one_set(model: Any, bank: AdapterBank | None, name: str) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _worth_sharing(
-    prompts: Sequence[Sequence[int]], longest_first: Sequence[int], size: int, adapters: Sequence[str] | None
-) -> bool:
-    """Whether batches of prompts that begin alike, each beginning read once, are less work than those by length."""
+def _worth_sharing(prompts: Sequence[Sequence[int]], size: int, adapters: Sequence[str] | None) -> bool:
+    """Whether it is less work to read what prompts begin with once, which takes batches of one adapter set."""
 
-    def total(batches: Iterable[Sequence[int]], shared: bool) -> int:
-        return sum(work([prompts[index] for index in batch], shared) for batch in batches)
+    def total(kinds: Sequence[str] | None, share: bool) -> int:
+        batches = batches_of_least_work(prompts, range(len(prompts)), size, kinds, share)
+        return sum(layout([prompts[index] for index in batch], share).work for batch in batches)
 
-    alike = alike_together(prompts, longest_first, size, adapters)
-    return total(alike, True) < total(_chunks(longest_first, size), False)
+    return len(prompts) > 1 and size > 1 and total(adapters, True) < total(None, False)
 
 
-def _new_tokens(model: Any, prompts: Sequence[Sequence[int]], config: GenerationConfig, share: bool) -> list[list[int]]:
+def _new_tokens(
+    model: Any, prompts: Sequence[Sequence[int]], config: GenerationConfig, beginnings: Beginnings | None
+) -> list[list[int]]:
     """Generated tokens ``[batch][at most max_new_tokens]``, without the prompts."""
-    width = max(map(len, prompts))
-    common = common_beginning(prompts) if share and len(prompts) > 1 else 0
-    cache = read_beginning(model, prompts[0][:common], len(prompts)) if common >= SHORTEST else None
-    if cache is None:
-        common = 0
-    input_ids = torch.full((len(prompts), width), config.pad_token_id, dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
-    input_ids[:, :common] = torch.tensor(list(prompts[0][:common]), dtype=torch.long)
-    attention_mask[:, :common] = 1
-    for row, prompt in enumerate(prompts):
-        rest = width - len(prompt) + common
-        input_ids[row, rest:] = torch.tensor(list(prompt[common:]))
-        attention_mask[row, rest:] = 1
+    found = layout(prompts, share=beginnings is not None)
+    cache = None
+    if beginnings is not None and any(read for _, read in found.groups):
+        cache = beginnings.rows(prompts, found.groups)
+        if cache is None:
+            found = layout(prompts, share=False)
+    input_ids, attention_mask = padded(prompts, found, config.pad_token_id, model.device)
     output = model.generate(
-        input_ids=input_ids.to(model.device),
-        attention_mask=attention_mask.to(model.device),
+        input_ids=input_ids,
+        attention_mask=attention_mask,
         generation_config=config,
         **({} if cache is None else {CACHE: cache}),
     )
-    return output[:, width:].tolist()  # type: ignore[no-any-return]
+    return output[:, input_ids.shape[1] :].tolist()  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cit_fast import fuse_lora, unfuse_lora
 from cit_fast.models import fused_lora
-from cit_fast.models.fused_lora import FusedLoraLinear
+from cit_fast.models.fused_lora import FusedLoraLinear, adapters_cast_once
 
 IDS = torch.tensor([[3, 7, 11, 2, 9, 30], [5, 1, 8, 60, 4, 2]])
 
@@ -282,3 +282,28 @@ def test_batches_of_one_token_and_of_any_shape(calls):
     for ids in (IDS[:1, :1], IDS[:, :2], IDS, IDS[:1, :5]):
         torch.testing.assert_close(model(input_ids=ids).logits, other(input_ids=ids).logits)
     assert len(calls) == 4 * 14
+
+
+def test_adapters_cast_once_give_the_same_bits_and_are_forgotten_afterwards():
+    model = adapted().to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    fuse_lora(model.eval())
+    with torch.no_grad():
+        right = model(input_ids=IDS).logits
+        with adapters_cast_once(model):
+            assert torch.equal(model(input_ids=IDS).logits, right)
+            layer = next(module for module in model.modules() if isinstance(module, FusedLoraLinear))
+            ((a, b),) = layer.cast.values()
+            model(input_ids=IDS)
+            assert a.dtype == b.dtype == torch.bfloat16
+            assert next(iter(layer.cast.values()))[0] is a
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+        with adapters_cast_once(model):
+            changed = model(input_ids=IDS).logits
+        with model.disable_adapter():
+            assert torch.equal(changed, model(input_ids=IDS).logits)
+    assert layer.cast is None

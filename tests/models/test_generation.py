@@ -137,7 +137,7 @@ def test_through_an_adapter(model):
 def test_progress_counts_prompts(model):
     done = []
     answer(model, PROMPTS, max_new_tokens=1, batch_size=3, progress=done.append)
-    assert done == [3, 3, 1]
+    assert sorted(done) == [1, 3, 3]
 
 
 def test_no_prompts(model):

@@ -18,9 +18,9 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from cit_fast.models import generation, prefix_cache
+from cit_fast.models import prefix_cache
 from cit_fast.models.generation import generate
-from cit_fast.models.prefix_cache import SHORTEST, alike_together, can_continue, common_beginning, work
+from cit_fast.models.prefix_cache import Beginnings, batches_of_least_work, can_continue, common_beginning, layout
 
 VOCABULARY = 32
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -55,46 +55,62 @@ def answers(model, prompts, **options):
 
 
 @pytest.fixture
-def tokens_read(monkeypatch):
-    """(rows, tokens) of every beginning that was read."""
+def groups_read(monkeypatch):
+    """(prompts, tokens) of every group whose beginning was read once, batch by batch."""
     read = []
 
-    def counting(model, tokens, rows):
-        read.append((rows, len(tokens)))
-        return original(model, tokens, rows)
+    def watched(self, prompts, groups):
+        if sum(map(len, prompts)) > 2 * prefix_cache._TRIED:  # else it is the trial of the model
+            read.append([group for group in groups if group[1]])
+        return original(self, prompts, groups)
 
-    original = prefix_cache.read_beginning
-    monkeypatch.setattr(generation, "read_beginning", counting)
+    original = Beginnings.rows
+    monkeypatch.setattr(Beginnings, "rows", watched)
     return read
 
 
+@pytest.fixture(autouse=True)
+def passes_that_cost_little(monkeypatch):
+    """Prompts as short as these tests have would otherwise not be worth it."""
+    monkeypatch.setattr(prefix_cache, "_PASS", 2)
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_answers_are_those_of_each_prompt_alone(attention, tokens_read):
+def test_answers_are_those_of_each_prompt_alone(attention, groups_read):
     model = llama(attn_implementation=attention)
-    prompts = prompts_of(40, 25)
+    prompts = prompts_of(40, 25, rests=(6, 7, 7, 5, 7))
     alone = [answers(model, [prompt])[0] for prompt in prompts]
     assert len(set(alone)) > 5
-    assert not tokens_read
-    assert answers(model, prompts, batch_size=5) == alone
-    assert sorted(tokens_read) == [(5, 25), (5, 40)]
+    assert not groups_read
+    assert answers(model, prompts, batch_size=10) == alone
+    assert [sorted(batch) for batch in groups_read] == [[(5, 25), (5, 40)]]  # both tasks in one batch
 
 
-def test_prompts_that_are_alike_or_of_one_token_more(tokens_read):
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_beginnings_of_every_length_beside_prompts_without(attention, groups_read):
+    model = llama(attn_implementation=attention)
+    prompts = [*prompts_of(60, 33, 90), *(random_tokens(length, 500 + length) for length in (4, 9, 1, 12))]
+    alone = [answers(model, [prompt])[0] for prompt in prompts]
+    assert answers(model, prompts, batch_size=32) == alone
+    assert len({read for batch in groups_read for _, read in batch}) >= 3
+
+
+def test_prompts_that_are_alike_or_of_one_token_more(groups_read):
     model = llama()
     start = random_tokens(30, 1)
     prompts = [start, start, [*start, 5], start[:29]]
     assert answers(model, prompts) == [answers(model, [prompt])[0] for prompt in prompts]
-    assert tokens_read == [(4, 28)]
+    assert groups_read == [[(4, 28)]]
 
 
-def test_little_in_common_is_padded_as_before(tokens_read):
+def test_little_in_common_is_padded_as_before(groups_read):
     model = llama()
     prompts = [random_tokens(20, seed) for seed in range(6)]
     assert answers(model, prompts) == [answers(model, [prompt])[0] for prompt in prompts]
-    assert not tokens_read
+    assert not groups_read
 
 
-def test_sets_of_their_own_are_never_in_one_batch(tokens_read):
+def test_sets_of_their_own_are_never_in_one_batch(groups_read):
     torch.manual_seed(1)
     model = llama()
     for name in ("first", "second"):
@@ -104,13 +120,14 @@ def test_sets_of_their_own_are_never_in_one_batch(tokens_read):
         else:
             model.add_adapter(name, config)
     model.eval()
-    prompts = prompts_of(60, rests=(4, 9, 2, 6, 3, 8))
-    sets = ["first", "second", "first", "second", "second", "first"]
+    prompts = prompts_of(60, rests=(4, 4, 4, 4, 4, 4, 4, 4))
+    prompts = [[*prompt[:-1], 3 + number] for number, prompt in enumerate(prompts)]
+    sets = ["first", "second", "first", "second", "second", "first", "first", "second"]
     alone = [answers(model, [prompt], adapters=[name])[0] for prompt, name in zip(prompts, sets, strict=True)]
-    assert len(set(alone)) == 6
-    tokens_read.clear()
-    assert answers(model, prompts, adapters=sets, batch_size=3) == alone
-    assert tokens_read == [(3, 60), (3, 60)]
+    assert len(set(alone)) == 8
+    groups_read.clear()
+    assert answers(model, prompts, adapters=sets) == alone
+    assert [[rows for rows, _ in batch] for batch in groups_read] == [[4], [4]]
 
 
 @pytest.mark.parametrize(
@@ -129,38 +146,92 @@ def test_what_keeps_something_else_reads_every_prompt_whole(make):
     assert answers(model, prompts) == [answers(model, [prompt])[0] for prompt in prompts]
 
 
-def test_learned_positions_do_not_count_the_padding(tokens_read):
+def test_learned_positions_do_not_count_the_padding(groups_read):
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.4)
     model = GPT2LMHeadModel(config).eval()
-    prompts = prompts_of(30)
+    prompts = prompts_of(30, 20)
     assert answers(model, prompts) == [answers(model, [prompt])[0] for prompt in prompts]
-    assert tokens_read == [(5, 30)]
+    assert groups_read
 
 
-@given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), min_size=1, max_size=5))
-def test_common_beginning_is_the_longest_that_leaves_each_a_token(prompts):
-    found = common_beginning(prompts)
-    alike = [n for n in range(min(map(len, prompts))) if all(p[:n] == prompts[0][:n] for p in prompts)]
-    assert found == max(alike)
+@torch.inference_mode()
+def test_a_beginning_goes_on_from_the_one_before():
+    model = llama()
+    read = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: read.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+    start = random_tokens(40, 7)
+    kept, prompts = Beginnings(model), [[*start, 5], [*start, 6]]
+    for length in (30, 40, 20, 36):
+        cache = kept.rows(prompts, [(2, length)])
+        fresh = Beginnings(model).rows(prompts, [(2, length)])
+        for layer, right in zip(cache.layers, fresh.layers, strict=True):
+            assert layer.keys.shape == (2, 2, length, 8)
+            torch.testing.assert_close(layer.keys, right.keys)
+            torch.testing.assert_close(layer.values, right.values)
+    other = [*start[:10], 4, *start[11:]]
+    kept.rows([other], [(1, 15)])
+    # Ours and the fresh one in turns: ten more tokens after the thirty, none for twenty or thirty-six of the forty.
+    assert read == [30, 30, 10, 40, 20, 36, 5]
+
+
+tokens = st.lists(st.integers(0, 2), min_size=1, max_size=6)
+
+
+@given(one=tokens, other=tokens)
+def test_common_beginning_is_the_longest(one, other):
+    found = common_beginning(one, other)
+    assert found == max(n for n in range(min(len(one), len(other)) + 1) if one[:n] == other[:n])
+
+
+@given(prompts=st.lists(tokens, min_size=1, max_size=12), share=st.booleans(), a_pass=st.integers(0, 3))
+def test_a_layout_covers_every_prompt_with_what_its_group_begins_with(prompts, share, a_pass):
+    prompts = sorted(prompts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefix_cache, "_PASS", a_pass)
+        found, plain = layout(prompts, share), layout(prompts, False)
+    first = 0
+    for count, read in found.groups:
+        group = prompts[first : first + count]
+        assert all(prompt[:read] == group[0][:read] for prompt in group)
+        assert all(1 <= len(prompt) - read <= found.rest for prompt in group)
+        first += count
+    assert first == len(prompts)
+    reading = sum(read + a_pass for _, read in found.groups if read)
+    assert found.work == reading + len(prompts) * found.rest + 9 * a_pass <= plain.work
 
 
 @given(
-    prompts=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=5), min_size=1, max_size=12),
+    prompts=st.lists(tokens, min_size=1, max_size=12),
     size=st.integers(1, 5),
     kinds=st.none() | st.just("ab"),
+    share=st.booleans(),
 )
-def test_every_prompt_is_in_one_batch_of_its_kind(prompts, size, kinds):
+def test_every_prompt_is_in_one_batch_of_its_kind(prompts, size, kinds, share):
     kinds = kinds and [kinds[len(prompt) % 2] for prompt in prompts]
-    batches = alike_together(prompts, range(len(prompts)), size, kinds)
+    batches = batches_of_least_work(prompts, range(len(prompts)), size, kinds, share)
     assert sorted(index for batch in batches for index in batch) == list(range(len(prompts)))
     assert all(len(batch) <= size for batch in batches)
     assert kinds is None or all(len({kinds[index] for index in batch}) == 1 for batch in batches)
 
 
-def test_many_sets_of_one_prompt_each_stay_in_full_batches():
+def test_long_prompts_do_not_pad_many_short_ones(monkeypatch):
+    monkeypatch.setattr(prefix_cache, "_PASS", 50)
+    prompts = [random_tokens(length, length) for length in (500, 490, *range(20, 50))]
+    batches = batches_of_least_work(prompts, range(len(prompts)), 32)
+    assert sorted(map(len, batches)) == [2, 30]
+
+
+def test_batches_have_rests_of_one_length_not_prompts():
+    """Four tasks with instructions of 20 to 200 tokens; each has inputs of 5 and of 80."""
+    prompts = prompts_of(20, 80, 140, 200, rests=(4, 5, 6, 7, 80, 81, 82, 83))
+    batches = batches_of_least_work(prompts, range(len(prompts)), 16, share=True)
+    assert [sorted({index % 8 // 4 for index in batch}) for batch in batches] == [[1], [0]]
+    assert all(layout([prompts[index] for index in batch], True).rest <= 83 for batch in batches)
+
+
+def test_many_sets_of_one_prompt_each_stay_in_full_batches(monkeypatch):
+    monkeypatch.setattr(prefix_cache, "_PASS", 200)
     prompts = [random_tokens(20, 1) for _ in range(64)]
-    one_by_one = sum(work([prompt], True) for prompt in prompts)
-    assert work(prompts, False) < one_by_one
-    assert work(prompts, True) < work(prompts, False)
-    assert len(prompts[0]) > SHORTEST
+    apart = batches_of_least_work(prompts, range(64), 64, [str(n) for n in range(64)], True)
+    assert layout(prompts, False).work < sum(layout([prompts[index] for index in batch], True).work for batch in apart)
