@@ -66,6 +66,19 @@ def head_of(model: nn.Module) -> Head:
     return Head(weight, bias, *_checked[base], weight.shape[0])
 
 
+def whole_head(model: nn.Module, width: int) -> Head | None:
+    """:func:`head_of`, gathered where FSDP has its rows on several devices; ``None`` where ZeRO-3 has split it.
+
+    Args:
+        width: d of the hidden states.
+    """
+    head = head_of(model)
+    if isinstance(head.weight, DTensor):
+        bias = head.bias.full_tensor() if isinstance(head.bias, DTensor) else head.bias
+        return head._replace(weight=head.weight.full_tensor(), bias=bias)
+    return head if head.weight.dim() == 2 and head.weight.shape[1] == width else None
+
+
 def _projection(base: nn.Module) -> Any:
     get = getattr(base, "get_output_embeddings", None)
     projection = None if get is None else get()

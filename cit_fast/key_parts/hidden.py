@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cit_fast.errors import ConfigError
 from cit_fast.key_parts.pairs import EncodedPair, PairCollator
 from cit_fast.models.collation import LENGTHS
-from cit_fast.models.forward import evaluating, head_input, router_loss, unwrap
+from cit_fast.models.forward import evaluating, hidden_rows, router_loss, unwrap
 from cit_fast.models.prompts import IGNORED, Encoded, learned_positions
 
 _log = logging.getLogger(__name__)
@@ -56,10 +56,6 @@ _OURS = ("labels", "branch", "visible", "full_at", "masked_at", "offsets", "scor
 def pair_hidden(model: nn.Module, batch: Mapping[str, Any]) -> PairHidden:
     """One forward pass of the model over a batch of :class:`PairCollator`, without logits.
 
-    Gradients flow. The model is called as a whole, so that every wrapper does its own work; the output projection gets
-    no rows to project, and its logits of no rows are part of the result's graph, which tells wrappers that wait for
-    the model's own output that backward has begun.
-
     Args:
         model: the model as the trainer wraps it, or bare; not compiled.
         batch: on the model's device.
@@ -69,22 +65,9 @@ def pair_hidden(model: nn.Module, batch: Mapping[str, Any]) -> PairHidden:
     """
     if hasattr(model, "_orig_mod"):
         raise ConfigError("torch_compile: pairs of full and masked instructions need the model uncompiled")
-    inputs = model_inputs(model, batch)
     places = torch.cat([batch["full_at"], batch["masked_at"]])
-    caught: list[Tensor] = []
-
-    def catch(hidden: Tensor) -> Tensor:
-        rows = hidden.flatten(0, 1)
-        caught.append(rows[places])
-        return rows[:0]
-
-    with head_input(model, catch):
-        output = model(**inputs, use_cache=False)
-    if len(caught) != 1:
-        raise ConfigError(f"{type(unwrap(model)).__name__}: its output projection ran {len(caught)} times, not once")
-    full, masked = caught[0].chunk(2)
-    if full.requires_grad:
-        full = full + output.logits.sum().to(full.dtype)  # the sum of nothing
+    hidden, output = hidden_rows(model, model_inputs(model, batch), places)
+    full, masked = hidden.chunk(2)
     targets = batch["labels"].flatten()[batch["full_at"] + 1]
     return PairHidden(full, masked, targets, batch["offsets"], batch["scored"], router_loss(model, output))
 

@@ -89,6 +89,41 @@ def response_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> ResponseLo
     return ResponseLogits(logits if logits.dim() == 2 else logits[rows], targets, router_loss(model, output))
 
 
+def hidden_rows(model: nn.Module, inputs: Mapping[str, Any], places: Tensor) -> tuple[Tensor, Any]:
+    """What the output projection would multiply at some places, and the model's output without logits.
+
+    Gradients flow. The model is called as a whole, so that every wrapper does its own work; the output projection gets
+    no rows to project, and its logits of no rows are part of the result's graph, which tells wrappers that wait for
+    the model's own output that backward has begun.
+
+    Args:
+        model: the model as the trainer wraps it, or bare; not compiled.
+        inputs: what the model takes.
+        places: [T] int64, in the flattened [batch, length].
+
+    Returns:
+        Hidden states [T, d] in the model's dtype, and the output.
+
+    Raises:
+        ConfigError: a model that does not use its output projection once.
+    """
+    caught: list[Tensor] = []
+
+    def catch(hidden: Tensor) -> Tensor:
+        rows = hidden.flatten(0, -2)
+        caught.append(rows[places])
+        return rows[:0]
+
+    with head_input(model, catch):
+        output = model(**inputs, use_cache=False)
+    if len(caught) != 1:
+        raise ConfigError(f"{type(unwrap(model)).__name__}: its output projection ran {len(caught)} times, not once")
+    hidden = caught[0]
+    if hidden.requires_grad:
+        hidden = hidden + output.logits.sum().to(hidden.dtype)  # the sum of nothing
+    return hidden, output
+
+
 def router_loss(model: nn.Module, output: Any) -> Tensor | None:
     """The load-balancing loss of a mixture of experts, times its coefficient, of one forward pass.
 

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cit_fast.errors import ConfigError
+from cit_fast.key_parts.head import head_of, whole_head
 from cit_fast.key_parts.hidden import can_share_prefixes, model_inputs, shortest_window
 from cit_fast.key_parts.layout import PrefixCollator
 from cit_fast.methods.objectives.objective import plain_inputs
 from cit_fast.methods.stage import Stage, StageInputs
 from cit_fast.models.collation import PaddingCollator
-from cit_fast.models.forward import per_item, response_logits, unwrap
+from cit_fast.models.forward import evaluating, hidden_rows, per_item, response_logits, router_loss, unwrap
+from cit_fast.models.prompts import IGNORED
+from cit_fast.ops import linear_cross_entropy
+
+_log = logging.getLogger(__name__)
+
+MOST_LOGITS = 1 << 24
+"""Logits that a batch may have, 64 MiB in float32 and as much for their gradient; of more, none are made."""
 
 
 class CrossEntropy:
     """``L_CE``: mean negative log-likelihood of the response tokens, in nats.
+
+    Where the logits of a batch's response would be many, they are never made: the loss comes from the hidden states and
+    the output projection (:func:`cit_fast.ops.linear_cross_entropy`). A small batch's are, which is faster.
 
     The examples of a task mostly begin with the same instruction. Where it is less work, a batch computes what its
     examples begin with once: the same loss and gradients within rounding.
@@ -40,9 +54,12 @@ class CrossEntropy:
         if share_prefix not in (True, False, "auto"):
             raise ConfigError(f"share_prefix: {share_prefix!r}; expected true, false or auto")
         self.label_smoothing, self.share_prefix = label_smoothing, share_prefix
+        self._head_shape: tuple[int, int] | None = None  # vocabulary and width, where the op can stand for it
 
     def prepare(self, stage: Stage) -> StageInputs:
         """Prompts with their answers."""
+        plain = not (self.label_smoothing or stage.compiled)
+        self._head_shape = _head_shape(stage.model) if plain else None
         inputs = plain_inputs(stage, stage.examples)
         if not isinstance(inputs.collator, PaddingCollator):
             return inputs
@@ -54,11 +71,36 @@ class CrossEntropy:
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor], num_items: Tensor | int | None) -> Tensor:
         """See :class:`cit_fast.methods.objectives.Objective`."""
-        found = response_logits(model, {**model_inputs(model, batch), "labels": batch["labels"]})
+        inputs = model_inputs(model, batch)
+        labels = batch["labels"]
+        places = (labels[:, 1:] != IGNORED).nonzero()
+        vocabulary, width = self._head_shape or (0, 0)
+        # Before the model runs: where the head is split (ZeRO-3) there is none, and the model makes its logits.
+        head = whole_head(model, width) if len(places) * vocabulary > MOST_LOGITS else None
+        if head is not None:
+            rows, output = hidden_rows(model, inputs, places[:, 0] * labels.shape[1] + places[:, 1])
+            every = torch.ones(len(rows), device=rows.device)
+            targets = labels[places[:, 0], places[:, 1] + 1]
+            total = linear_cross_entropy(rows, head.weight, targets, every, bias=head.bias, **head.options)
+            return per_item(total, len(every), num_items, router_loss(model, output))
+        found = response_logits(model, {**inputs, "labels": labels})
         total = F.cross_entropy(
             found.logits.float(), found.targets, reduction="sum", label_smoothing=self.label_smoothing
         )
         return per_item(total, found.targets.numel(), num_items, found.router_loss)
+
+
+def _head_shape(model: nn.Module) -> tuple[int, int] | None:
+    """Vocabulary and width of the output projection, if it is one that :func:`linear_cross_entropy` computes."""
+    if isinstance(unwrap(model).get_output_embeddings(), BaseTunerLayer):  # type: ignore[operator]
+        return None  # its weight would be made anew for every batch
+    try:
+        with evaluating(model):
+            head = head_of(model)
+    except ConfigError as error:
+        _log.info("cross-entropy makes all logits: %s", error)
+        return None
+    return head.vocabulary, head.weight.shape[1]
 
 
 def counts_matter(model: nn.Module) -> bool:

@@ -20,13 +20,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from cit_fast.data.example import Example
 from cit_fast.errors import ConfigError, DataError
 from cit_fast.evaluation.records import ObjectiveRecord
 from cit_fast.files import file_checksum
-from cit_fast.key_parts.head import Head, head_of
+from cit_fast.key_parts.head import Head, head_of, whole_head
 from cit_fast.key_parts.hidden import pair_collator, pair_hidden
 from cit_fast.key_parts.layout import GroupingCollator
 from cit_fast.key_parts.pairs import EncodedPair, PairCollator, encode_pairs
@@ -103,6 +102,7 @@ class KPIG:
         self.key_parts, self.instructions = key_parts, instructions
         self.share_prefix, self.batch_size = share_prefix, batch_size
         self.pool = pool
+        self._plain = CrossEntropy(share_prefix=share_prefix)
         self._pools = given_pools(pool)
         self._frozen_head: Head | None = None
 
@@ -122,7 +122,7 @@ class KPIG:
                 "ablation without diversity."
             )
         if not (self.jsd and self.lambda_):
-            plain = CrossEntropy(share_prefix=self.share_prefix).prepare(replace(stage, examples=tuple(examples)))
+            plain = self._plain.prepare(replace(stage, examples=tuple(examples)))
             return replace(plain, record=ObjectiveRecord(wordings=wordings, notes=notes))
         given = examples
         examples = key_parts_for_run(
@@ -156,11 +156,16 @@ class KPIG:
     def __call__(self, model: nn.Module, batch: Mapping[str, Any], num_items: Tensor | int | None) -> Tensor:
         """See :class:`cit_fast.methods.objectives.Objective`; both terms are sums over response tokens."""
         if "frozen" not in batch:
-            return CrossEntropy()(model, batch, num_items)
+            return self._plain(model, batch, num_items)
         tensors = dict(batch)
         frozen, temperature, compared = (tensors.pop(name) for name in FrozenPairCollator.ADDED)
         hidden = pair_hidden(model, tensors)
-        head = _whole(head_of(model), hidden.full.shape[1])
+        head = whole_head(model, hidden.full.shape[1])
+        if head is None:
+            raise ConfigError(
+                "objective kpig: the output projection is split over the processes (ZeRO-3), and its loss needs all of "
+                "it; use ZeRO-2, FSDP or DDP"
+            )
         before = self._frozen_head or head
         every = torch.ones(len(hidden.targets), device=hidden.full.device)
         loss = linear_cross_entropy(hidden.full, head.weight, hidden.targets, every, bias=head.bias, **head.options)
@@ -246,19 +251,6 @@ class FrozenPairCollator:
 
 def _trains(head: Head) -> bool:
     return head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
-
-
-def _whole(head: Head, width: int) -> Head:
-    """The head, gathered where FSDP has its rows on several devices."""
-    if isinstance(head.weight, DTensor):
-        bias = head.bias.full_tensor() if isinstance(head.bias, DTensor) else head.bias
-        return head._replace(weight=head.weight.full_tensor(), bias=bias)
-    if head.weight.dim() != 2 or head.weight.shape[1] != width:
-        raise ConfigError(
-            "objective kpig: the output projection is split over the processes (ZeRO-3), and its loss needs all of it; "
-            "use ZeRO-2, FSDP or DDP"
-        )
-    return head
 
 
 def _copied(head: Head) -> Head:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -11,11 +12,12 @@ from cit_fast.data import Example
 from cit_fast.errors import ConfigError
 from cit_fast.key_parts import hidden
 from cit_fast.key_parts.layout import PrefixCollator
-from cit_fast.methods.objectives import CrossEntropy
+from cit_fast.methods.objectives import CrossEntropy, cross_entropy
 from cit_fast.methods.stage import Stage
 from cit_fast.models.collation import PaddingCollator
 from cit_fast.models.forward import response_logits, unwrap
 from cit_fast.models.prompts import Encoded, PromptEncoder
+from cit_fast.ops import linear_cross_entropy
 
 
 @pytest.fixture
@@ -193,3 +195,82 @@ def test_nothing_is_shared_where_it_would_make_a_difference(make_model, tiny_tok
 def test_share_prefix_is_true_false_or_auto():
     with pytest.raises(ConfigError, match="share_prefix: 'sometimes'; expected true, false or auto"):
         CrossEntropy(share_prefix="sometimes")
+
+
+@pytest.fixture
+def never_any_logits(monkeypatch):
+    """Every batch is too large for logits; how often the op ran."""
+    calls = []
+
+    def counted(*args, **options):
+        calls.append(args[0].shape)
+        return linear_cross_entropy(*args, **options)
+
+    monkeypatch.setattr(cross_entropy, "MOST_LOGITS", 0)
+    monkeypatch.setattr(cross_entropy, "linear_cross_entropy", counted)
+    return calls
+
+
+def prepared(model, tokenizer, **options):
+    example = Example("Name the animal.", "It barks.", ("dog",), "animals")
+    objective = CrossEntropy(**options)
+    objective.prepare(Stage(model, PromptEncoder(tokenizer), examples=(example,)))
+    return objective
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Gemma2", "Cohere", "Granite", "Phi"])
+def test_without_logits_the_loss_and_the_gradients_are_the_same(
+    make_model, tiny_tokenizer, batch, architecture, never_any_logits
+):
+    """Soft-cap, scales, biases and tied embeddings included; the head is trained as well."""
+    options = {"num_key_value_heads": 4} if architecture == "Phi" else {}
+    model = make_model(architecture, **options).train()
+    expected_loss = CrossEntropy()(model, batch, None)
+    expected_loss.backward()
+    expected = gradients(model)
+    assert not never_any_logits
+    loss = prepared(model, tiny_tokenizer)(model, batch, None)
+    loss.backward()
+    assert len(never_any_logits) == 1
+    torch.testing.assert_close(loss, expected_loss)
+    found = gradients(model)
+    assert found.keys() == expected.keys()
+    assert "lm_head.weight" in found or model.config.tie_word_embeddings
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient)
+
+
+def test_no_logits_reach_memory(model, tiny_tokenizer, batch, never_any_logits):
+    sizes = []
+    model.get_output_embeddings().register_forward_hook(lambda _, args, output: sizes.append(output.shape[0]))
+    objective = prepared(model, tiny_tokenizer)
+    sizes.clear()  # the trial of the head
+    objective(model, batch, None).backward()
+    assert sizes == [0]
+    assert never_any_logits == [(5, model.config.hidden_size)]
+
+
+def test_small_batches_make_their_logits_which_is_faster(model, tiny_tokenizer, batch, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "linear_cross_entropy", None)
+    prepared(model, tiny_tokenizer)(model, batch, None).backward()
+
+
+@pytest.mark.parametrize("change", ["smoothing", "compiled", "adapter", "unknown head"])
+def test_logits_are_made_where_the_op_cannot_stand_for_them(
+    model, tiny_tokenizer, batch, change, never_any_logits, monkeypatch
+):
+    smoothing = 0.1 if change == "smoothing" else 0.0
+    if change == "adapter":
+        config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["lm_head"], ensure_weight_tying=True)
+        model = get_peft_model(model, config)
+    if change == "unknown head":
+        projection = model.get_output_embeddings()
+        projection.register_forward_hook(lambda _, args, output: output.sin())
+    objective = CrossEntropy(label_smoothing=smoothing)
+    example = Example("Name the animal.", "It barks.", ("dog",), "animals")
+    compiled = change == "compiled"
+    objective.prepare(Stage(model, PromptEncoder(tiny_tokenizer), examples=(example,), compiled=compiled))
+    torch.testing.assert_close(
+        objective(model, batch, None), CrossEntropy(label_smoothing=smoothing)(model, batch, None)
+    )
+    assert not never_any_logits
