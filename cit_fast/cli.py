@@ -9,7 +9,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -81,28 +81,53 @@ def run(
 
 
 def _print_plan(settings: Any) -> None:
+    from cit_fast.run.pace import Paces
     from cit_fast.run.plan import plan_run
 
-    planned = plan_run(settings)
+    planned, paces = plan_run(settings), Paces(settings)
     console = Console()
-    about = "" if planned.exact else "~"
-    for method, stages in planned.stages.items():
-        table = Table(title=method, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
-        for column in ("stage", "task", "examples", "replayed at most", "steps", f"tokens{about and ' (guessed)'}"):
+    counts = ("examples", "replayed at most", "steps", "tokens" if planned.exact else "tokens (guessed)", "prompts")
+    total: list[float | None] = []
+    for method in settings.methods:
+        stages, pace = planned.stages[method.name], paces.of(method)
+        table = Table(title=method.name, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+        for column in ("stage", "task", *counts, "time"):
             table.add_column(column, justify="left" if column == "task" else "right")
-        for number, stage in enumerate(stages, 1):
+        rows = [(each.examples, each.replayed, each.steps, each.tokens, each.prompts) for each in stages]
+        seconds = [None if pace is None else pace.seconds(each) for each in stages]
+        for number, (stage, row, time) in enumerate(zip(stages, rows, seconds, strict=True), 1):
             task = stage.tasks[0] if len(stage.tasks) == 1 else f"all {len(stage.tasks)} tasks"
-            values = (stage.examples, stage.replayed, stage.steps, stage.tokens)
-            table.add_row(str(number), task, *("?" if value is None else f"{value:,}" for value in values))
-        steps = [stage.steps for stage in stages]
-        total = "?" if None in steps else f"{sum(step for step in steps if step is not None):,}"
-        table.add_row("", "in all", "", "", total, "", style="dim")
+            table.add_row(str(number), task, *map(_count, row), _about(time))
+        sums = [_count(_sum(column)) for column in zip(*rows, strict=True)]
+        table.add_row("", "in all", *sums, _about(_sum(seconds)), style="dim")
         console.print(table)
         console.print()
+        total.append(_sum(seconds))
+    if any(each is None for each in total):
+        console.print("How long it takes is not known: no stage of such a run has ended on this machine.")
+    else:
+        memory = max(pace.memory for method in settings.methods if (pace := paces.of(method)) is not None)
+        console.print(f"All of it takes {_about(_sum(total))} here and {memory / 1e9:.1f} GB, going by earlier stages.")
     for what in planned.missing:
         console.print(f"Not here: {what}", highlight=False, markup=False, soft_wrap=True)
     if not planned.missing:
         console.print("Everything that the run needs is here.", highlight=False)
+
+
+def _sum(values: Iterable[Any]) -> Any:
+    """Of numbers; ``None`` where one is unknown."""
+    values = list(values)
+    return None if None in values else sum(values)
+
+
+def _count(value: int | None) -> str:
+    return "?" if value is None else f"{value:,}"
+
+
+def _about(seconds: float | None) -> str:
+    from cit_fast.run.pace import duration
+
+    return "?" if seconds is None else f"about {duration(seconds)}"
 
 
 @app.command()

@@ -26,6 +26,8 @@ from cit_fast.run.arguments import training_arguments
 from cit_fast.run.config import RunConfig, load_config, validated
 from cit_fast.run.memory import release_memory
 from cit_fast.run.method_run import MethodRun
+from cit_fast.run.pace import Paces, TimeLeft
+from cit_fast.run.plan import plan_stages
 from cit_fast.run.run_folder import RunFolder
 from cit_fast.run.tasks import check_held_out, check_task, load_held_out
 from cit_fast.run.trial import skeleton, try_adapter, try_arguments, try_batches
@@ -99,15 +101,30 @@ class ContinualTrainer:
             RunError: a folder is in use, belongs to another configuration, or the disk is full.
         """
         self._try()
+        clock = self._clock()
         folders = []
-        for method in self.config.methods:
+        for number, method in enumerate(self.config.methods):
             folder = self.config.folder / method.name
             with _disk_full_as_run_error(folder), _only_our_progress_bars():
                 parts, where = self._parts[method.name], RunFolder(folder)
-                MethodRun(self.config, method, parts, self.stream, where, self.console, self.held_out).run()
+                clock.begin(number)
+                MethodRun(self.config, method, parts, self.stream, where, self.console, self.held_out, clock).run()
             folders.append(folder)
             release_memory()  # the next method has a model of its own
         return folders
+
+    def _clock(self) -> TimeLeft:
+        """What knows how long all methods still take."""
+        arguments = training_arguments(self.config.training, self.config.seed, self.config.folder)
+        tasks = {task.name: task for task in self.stream}
+        paces = Paces(self.config)
+        return TimeLeft(
+            [
+                plan_stages(method, self._parts[method.name]["replay"], tasks, {}, arguments, self.config.evaluation)
+                for method in self.config.methods
+            ],
+            [paces.of(method) for method in self.config.methods],
+        )
 
     def _try(self) -> None:
         """See that the run can be set up, before anything is written.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -52,6 +53,7 @@ from cit_fast.run.guards import FrozenWeights, TrainedWeights
 from cit_fast.run.identity import check_plain_values, digest, plain_options, task_digest
 from cit_fast.run.live_weights import save_live_weights, take_up_live_weights
 from cit_fast.run.memory import release_memory
+from cit_fast.run.pace import Paces, TimeLeft
 from cit_fast.run.run_folder import RunFolder, of_one_date
 from cit_fast.run.stage_trainer import StageTrainer
 from cit_fast.text import first_line
@@ -82,6 +84,7 @@ class MethodRun:
         stream: the tasks, in order; ``held_out``: tasks that are answered and never trained.
         folder: of the run.
         console: where progress is printed.
+        clock: knows how long the whole run still takes.
     """
 
     def __init__(
@@ -93,8 +96,9 @@ class MethodRun:
         folder: RunFolder,
         console: Console,
         held_out: Sequence[Task] = (),
+        clock: TimeLeft | None = None,
     ) -> None:
-        self.held_out = list(held_out)
+        self.held_out, self.clock = list(held_out), clock
         self.config, self.method, self.stream, self.folder = of_one_date(config, folder), method, stream, folder
         self.console = console
         self.state = PartialState()
@@ -267,10 +271,21 @@ class MethodRun:
             notes=trained.notes,
         )
         self._commit(record, trained.model, found.predictions, trained.live)
+        self._keep_pace(stage, record, sum(map(len, found.predictions.values())) - found.taken_over)
         self._say_scores(title, record)
         if record.skipped or record.test_skipped:
             self._say(f"  left out for their length: {record.skipped} training and {record.test_skipped} test examples")
         return trained.model
+
+    def _keep_pace(self, stage: Stage, record: StageRecord, answered: int) -> None:
+        """How long the stage took, for plans and for the time left."""
+        if not self.state.is_main_process:
+            return
+        fresh = [example for task in stage.tasks for example in task.train]
+        tokens = sum(map(len, self.encoder.encode_all(fresh).encoded))
+        Paces(self.config).keep(self.method, record, tokens, answered)
+        if self.clock is not None:
+            self.clock.answered(record.evaluate_seconds, answered)
 
     def _assign(self, stage: Stage) -> tuple[Assignment, bool]:
         """The set that the new task trains, the same on every process, and whether it is new."""
@@ -457,6 +472,7 @@ class MethodRun:
             update=self.parts["update"],
             stage=stage,
             title=title,
+            left=None if self.clock is None else functools.partial(self.clock.left, index),
             progress={} if checkpoint is None else checkpoint[1],
             model=stage.model,
             args=self._arguments(index),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,14 @@ from cit_fast.data.example import Example
 from cit_fast.data.sources import TaskSource
 from cit_fast.data.streams import find_stream, missing_parts
 from cit_fast.errors import CitFastError, DataError
+from cit_fast.methods.config import MethodConfig
 from cit_fast.methods.registry import build_parts
 from cit_fast.methods.replay import KPIGReplay, NoReplay
 from cit_fast.methods.replay.allocation import Budget
 from cit_fast.models.adapters import prompt_encoder
 from cit_fast.models.pretrained import load_tokenizer, local_model
 from cit_fast.run.arguments import training_arguments
-from cit_fast.run.config import RunConfig
+from cit_fast.run.config import EvaluationConfig, RunConfig
 
 _CHARACTERS_A_TOKEN = 4  # where the tokenizer is not here
 
@@ -31,7 +32,8 @@ class StagePlan:
 
     Args:
         tasks: that it trains; ``examples``: of theirs; ``replayed``: earlier ones at most.
-        steps: of the optimizer; ``tokens``: of the examples once, replayed ones left out.
+        steps: of the optimizer; ``tokens``: of the examples once, replayed ones left out; in a running run ``None``.
+        prompts: test prompts that are answered afterwards; those of held-out tasks left out.
     """
 
     tasks: tuple[str, ...]
@@ -39,6 +41,7 @@ class StagePlan:
     replayed: int | None = None
     steps: int | None = None
     tokens: int | None = None
+    prompts: int | None = None
 
 
 @dataclass(frozen=True)
@@ -72,30 +75,54 @@ def plan_run(config: RunConfig) -> RunPlan:
     count = _tokens_by(folder, config)
     tokens = {name: None if task is None else count(task.train) for name, task in tasks.items()}
     arguments = training_arguments(config.training, config.seed, Path("unused"))
-    stages: dict[str, list[StagePlan]] = {}
-    for method in config.methods:
-        groups = [list(tasks)] if method.schedule == "joint" else [[name] for name in tasks]
-        planned: list[StagePlan] = []
-        sizes: list[int | None] = []  # of the tasks seen before
-        for names in groups:
-            own = [tasks[name] for name in names]
-            if any(task is None for task in own) or None in sizes:
-                planned.append(StagePlan(tuple(names)))
-            else:
-                examples = sum(len(task.train) for task in own if task is not None)
-                replayed = _replayed(parts[method.name]["replay"], sizes)
-                planned.append(
-                    StagePlan(
-                        tuple(names),
-                        examples,
-                        replayed,
-                        None if replayed is None else _steps(examples + replayed, arguments),
-                        sum(tokens[name] or 0 for name in names),
-                    )
-                )
-            sizes += [None if task is None else len(task.train) for task in own]
-        stages[method.name] = planned
+    stages = {
+        method.name: plan_stages(method, parts[method.name]["replay"], tasks, tokens, arguments, config.evaluation)
+        for method in config.methods
+    }
     return RunPlan(stages, missing, exact=folder is not None)
+
+
+def plan_stages(
+    method: MethodConfig,
+    replay: Any,
+    tasks: Mapping[str, Task | None],
+    tokens: Mapping[str, int | None],
+    arguments: Any,
+    evaluation: EvaluationConfig,
+) -> list[StagePlan]:
+    """The stages of one method.
+
+    Args:
+        replay: its policy.
+        tasks: by name, in order, ``None`` for one whose data is not here; ``tokens``: of their training examples.
+        arguments: transformers.TrainingArguments.
+    """
+    joint = method.schedule == "joint"
+    planned: list[StagePlan] = []
+    sizes: list[int | None] = []  # of the tasks seen before
+    for names in [list(tasks)] if joint else [[name] for name in tasks]:
+        own = [tasks[name] for name in names]
+        before = list(sizes)
+        sizes += [None if task is None else len(task.train) for task in own]
+        if None in sizes:
+            planned.append(StagePlan(tuple(names)))
+            continue
+        examples = sum(len(task.train) for task in own if task is not None)
+        replayed = _replayed(replay, before)
+        known = list(tasks.values())[: len(sizes)] if evaluation.tasks == "seen" else list(tasks.values())
+        there = [len(getattr(task, evaluation.split)) for task in known if task is not None]
+        counted = [tokens.get(name) for name in names]
+        planned.append(
+            StagePlan(
+                tuple(names),
+                examples,
+                replayed,
+                None if replayed is None else _steps(examples + replayed, arguments),
+                None if None in counted else sum(count for count in counted if count is not None),
+                sum(there) if len(there) == len(known) else None,
+            )
+        )
+    return planned
 
 
 def _at(revision: str | None) -> str:

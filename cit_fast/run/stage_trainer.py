@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from cit_fast.errors import ConfigError, RunError
 from cit_fast.methods.objectives import Objective
 from cit_fast.methods.stage import Stage
 from cit_fast.methods.updates import PlainUpdate, Update, stream_wide
+from cit_fast.run.pace import duration
 from cit_fast.run.run_folder import mark_complete
 
 
@@ -31,6 +33,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         update: wraps the optimizer.
         stage: that is trained.
         title: what the progress bar says.
+        left: of the stage's steps to come and the seconds that one takes, those until the end of the whole run.
         progress: what an earlier part of this stage left in its checkpoint's marker (see ``record``).
         logs: where TensorBoard's events go, if ``training.report_to`` asks for them.
         **kwargs: of transformers.Trainer.
@@ -43,6 +46,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         update: Update,
         stage: Stage,
         title: str,
+        left: Callable[[int, float], float | None] | None,
         progress: dict[str, Any],
         logs: Path,
         **kwargs: Any,
@@ -57,7 +61,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback):
                 callback.logging_dir = str(logs)
-        self.record = _StageRecorder(update, stage, title, progress)
+        self.record = _StageRecorder(update, stage, title, left, progress)
         self.add_callback(self.record)
 
     def check_engine(self, method: str) -> None:
@@ -134,8 +138,16 @@ class StageTrainer(Trainer):  # type: ignore[misc]
 class _StageRecorder(TrainerCallback):  # type: ignore[misc]
     """Progress bar, balance weights per step, wall time, and the marker that makes a checkpoint count."""
 
-    def __init__(self, update: Update, stage: Stage, title: str, progress: dict[str, Any]) -> None:
-        self.update, self.stage, self.title = update, stage, title
+    def __init__(
+        self,
+        update: Update,
+        stage: Stage,
+        title: str,
+        left: Callable[[int, float], float | None] | None,
+        progress: dict[str, Any],
+    ) -> None:
+        self.update, self.stage, self.title, self.left = update, stage, title, left
+        self._loss: dict[str, str] = {}
         self.balance_weights: list[tuple[int, float, float, float, float]] = [
             tuple(entry) for entry in progress.get("balance_weights", [])
         ]
@@ -171,9 +183,15 @@ class _StageRecorder(TrainerCallback):  # type: ignore[misc]
             self.balance_weights.append((state.global_step + 1, *summary))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Move the bar."""
-        if self._bar is not None:
-            self._bar.update(1)
+        """Move the bar, and say when the whole run will be over."""
+        if self._bar is None:
+            return
+        rate = self._bar.format_dict["rate"]
+        step = 1 / rate if rate else (time.perf_counter() - self._started) / max(1, self._bar.n - self._bar.initial)
+        left = None if self.left is None else self.left(state.max_steps - state.global_step, step)
+        if left is not None:
+            self._bar.set_postfix({**self._loss, "whole run": f"{duration(left)} left"}, refresh=False)
+        self._bar.update(1)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Show the running loss; a run that has diverged ends here, not after hours."""
@@ -183,7 +201,8 @@ class _StageRecorder(TrainerCallback):  # type: ignore[misc]
                 "start again in another output with a smaller training.learning_rate"
             )
         if self._bar is not None and logs and "loss" in logs:
-            self._bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+            self._loss = {"loss": f"{float(logs['loss']):.3f}"}
+            self._bar.set_postfix(self._loss, refresh=False)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Every process has written its part: mark the checkpoint."""

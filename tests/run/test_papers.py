@@ -166,7 +166,7 @@ def test_a_plan_is_what_the_run_does(settings, tmp_path, quick_collections):
     assert planned.missing == []
     assert planned.exact
     assert planned.stages["sequential"][1] == StagePlan(
-        ("records",), 8, 0, 4, planned.stages["joint"][0].tokens - planned.stages["sequential"][0].tokens
+        ("records",), 8, 0, 4, planned.stages["joint"][0].tokens - planned.stages["sequential"][0].tokens, prompts=4
     )
     folders = ContinualTrainer(config, console=Console(quiet=True)).run()
     for folder in folders:
