@@ -4,9 +4,9 @@
     python -m bench.bench_evaluation --superni FOLDER      and the fifteen tasks of Super-NI
 
 `generate` is transformers' own, greedy, prompts in batches by length and padded on the left; PEFT's layers. `fused` is
-the same with fuse_lora. `ours` is cit_fast's: fused layers, batches cut for the least work, and what a batch's prompts
-begin with read once. Records medians in bench/results, and how many answers are the same: in bfloat16 a batch of
-another shape rounds otherwise, which `generate` in batches of an eighth of the size shows too.
+the same with fuse_lora and fuse_norms. `ours` is cit_fast's: these, batches cut for the least work, and what a batch's
+prompts begin with read once. Records medians in bench/results, and how many answers are the same: in bfloat16 a batch
+of another shape rounds otherwise, which `generate` in batches of an eighth of the size shows too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from transformers import GenerationConfig
 
 from bench.ceilings import record
-from cit_fast import fuse_lora, unfuse_lora
+from cit_fast import fuse_lora, fuse_norms, unfuse_lora, unfuse_norms
 from cit_fast.data import load_stream
 from cit_fast.models.adapters import prompt_encoder, train_adapter
 from cit_fast.models.config import DataConfig
@@ -86,11 +86,12 @@ def measure(model: Any, encoder: Any, prompts: list[list[int]], size: int, new: 
     answers: dict[str, list[str]] = {}
     for _ in range(rounds):
         for name, (fused, run) in contenders.items():
-            (fuse_lora if fused else unfuse_lora)(model)
+            for change in (fuse_lora, fuse_norms) if fused else (unfuse_lora, unfuse_norms):
+                change(model)
             start = time.perf_counter()
             answers[name] = run()
             seconds[name].append(time.perf_counter() - start)
-    unfuse_lora(model)
+    unfuse_lora(model), unfuse_norms(model)
     smaller = by_generate(model, encoder, prompts, max(1, size // 8), new)
     return {
         "prompts": len(prompts),

@@ -8,6 +8,7 @@ All sides take the same examples with the same model and optimizer settings:
 
 PEFT            PEFT's LoRA layers, a row for each example, torch's fused AdamW
 fused           the same with fuse_lora
+norms           and with fuse_norms
 shared          and with what a batch's examples begin with computed once
 balance-ema     and with AdamWBalanceEMA: a step of the preset `ema`
 bare products   x W^T and g W of every adapted layer, for the tokens of PEFT's batch; no attention, no LoRA
@@ -69,10 +70,12 @@ class Side:
 
 def make_sides(folder: Path, config: Any, attention: str, compiled: bool) -> dict[str, Side]:
     """The contenders, each with a model of its own."""
-    settings = config.model.model_copy(update={"attn_implementation": attention})
 
-    def side(fuse: bool, share: bool, optimizer: Callable[..., Any], compile_it: bool = False) -> Side:
-        model = load_model(folder, settings)
+    def side(
+        fuse: bool, share: bool, optimizer: Callable[..., Any], compile_it: bool = False, norms: bool = True
+    ) -> Side:
+        settings = {"attn_implementation": attention, "fuse_norms": fuse and norms}
+        model = load_model(folder, config.model.model_copy(update=settings))
         model = train_adapter(model, config.adapter, "shared", config.seed, fuse=fuse)[0].train()
         trained = [param for param in model.parameters() if param.requires_grad]
         return Side(torch.compile(model) if compile_it else model, optimizer(trained), share=share)
@@ -82,7 +85,8 @@ def make_sides(folder: Path, config: Any, attention: str, compiled: bool) -> dic
 
     sides = {
         "PEFT": side(False, False, adamw),
-        "fused": side(True, False, adamw),
+        "fused": side(True, False, adamw, norms=False),
+        "norms": side(True, False, adamw),
         "shared": side(True, True, adamw),
         "balance-ema": side(True, True, lambda params: AdamWBalanceEMA(params, lr=1e-4)),
     }

@@ -14,6 +14,7 @@ from cit_fast.ops.backends import available_backends, backend
 if TYPE_CHECKING:
     from cit_fast.inference.continual_model import ContinualModel
     from cit_fast.models.fused_lora import fuse_lora, unfuse_lora
+    from cit_fast.models.fused_norms import fuse_norms, unfuse_norms
     from cit_fast.run.config import RunConfig
     from cit_fast.run.loop import ContinualTrainer
 
@@ -26,7 +27,9 @@ __all__ = [
     "available_backends",
     "backend",
     "fuse_lora",
+    "fuse_norms",
     "unfuse_lora",
+    "unfuse_norms",
 ]
 
 # transformers and peft take seconds to import; a user of the ops or the optimizer should not wait for them.
@@ -34,7 +37,9 @@ _LAZY = {
     "ContinualModel": "cit_fast.inference.continual_model",
     "ContinualTrainer": "cit_fast.run.loop",
     "RunConfig": "cit_fast.run.config",
+    "fuse_norms": "cit_fast.models.fused_norms",
     "fuse_lora": "cit_fast.models.fused_lora",
+    "unfuse_norms": "cit_fast.models.fused_norms",
     "unfuse_lora": "cit_fast.models.fused_lora",
 }
 

@@ -107,3 +107,23 @@ def linear_cross_entropy(
     threads: int,
     gradients: tuple[int, int, int],
 ) -> float: ...
+def rms_norm(
+    addresses: tuple[int, int, int],
+    *,
+    dtype: int,
+    rows: int,
+    width: int,
+    eps: float,
+    from_one: bool,
+    threads: int,
+) -> None: ...
+def rms_norm_backward(
+    addresses: tuple[int, int, int, int],
+    *,
+    dtype: int,
+    rows: int,
+    width: int,
+    eps: float,
+    from_one: bool,
+    threads: int,
+) -> None: ...

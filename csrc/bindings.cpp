@@ -13,6 +13,7 @@
 #include "cpu/balance_ema/balance_ema.h"
 #include "cpu/dispatch.h"
 #include "cpu/information_gain/information_gain.h"
+#include "cpu/rms_norm/rms_norm.h"
 #include "cpu/wasserstein/products.h"
 #include "cpu/wasserstein/wasserstein.h"
 #include "sinkhorn.h"
@@ -42,6 +43,14 @@ T* pointer(std::int64_t address) {
 
 cit::Array array(const std::int64_t* columns) {
   return {pointer<void>(columns[0]), static_cast<cit::DType>(columns[1])};
+}
+
+// Arrays of one dtype.
+template <std::size_t kCount>
+std::array<cit::Array, kCount> arrays(const std::array<std::int64_t, kCount>& addresses, std::int64_t dtype) {
+  std::array<cit::Array, kCount> out{};
+  for (std::size_t i = 0; i < kCount; ++i) out[i] = {pointer<void>(addresses[i]), static_cast<cit::DType>(dtype)};
+  return out;
 }
 
 cit::EmaTensor ema_tensor(const std::int64_t* row) {
@@ -261,4 +270,26 @@ PYBIND11_MODULE(_native, m) {
       },
       py::arg("hidden"), py::arg("weight"), py::kw_only(), py::arg("bias"), py::arg("targets"), py::arg("row_weight"),
       py::arg("scale"), py::arg("softcap"), py::arg("threads"), py::arg("gradients"));
+
+  m.def(
+      "rms_norm",
+      [](const std::array<std::int64_t, 3>& addresses, std::int64_t dtype, std::int64_t rows, std::int64_t width,
+         float eps, bool from_one, int threads) {
+        py::gil_scoped_release release;
+        const auto [x, weight, y] = arrays(addresses, dtype);
+        cit::rms_norm({rows, width, eps, from_one}, x, weight, y, threads);
+      },
+      py::arg("addresses"), py::kw_only(), py::arg("dtype"), py::arg("rows"), py::arg("width"), py::arg("eps"),
+      py::arg("from_one"), py::arg("threads"));
+
+  m.def(
+      "rms_norm_backward",
+      [](const std::array<std::int64_t, 4>& addresses, std::int64_t dtype, std::int64_t rows, std::int64_t width,
+         float eps, bool from_one, int threads) {
+        py::gil_scoped_release release;
+        const auto [x, weight, grad, grad_x] = arrays(addresses, dtype);
+        cit::rms_norm_backward({rows, width, eps, from_one}, x, weight, grad, grad_x, threads);
+      },
+      py::arg("addresses"), py::kw_only(), py::arg("dtype"), py::arg("rows"), py::arg("width"), py::arg("eps"),
+      py::arg("from_one"), py::arg("threads"));
 }

@@ -21,7 +21,9 @@ _RESERVED_TEMPLATE = {
 
 
 class ModelConfig(Section):
-    """Which language model, and how it is loaded. ``fuse_lora``: LoRA layers as one op each instead of PEFT's path."""
+    """Which language model, and how it is loaded. ``fuse_lora``: LoRA layers as one op each instead of PEFT's path;
+    ``fuse_norms``: on a CPU, RMSNorm in one pass.
+    """
 
     name: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
     revision: str | None = None
@@ -29,6 +31,7 @@ class ModelConfig(Section):
     attn_implementation: str = "auto"
     trust_remote_code: bool = False
     fuse_lora: bool = True
+    fuse_norms: bool = True
 
 
 class DataConfig(Section):

@@ -22,6 +22,7 @@ from cit_fast.errors import ConfigError
 from cit_fast.files import commit_folder, is_disk_full
 from cit_fast.models.collation import resolve_attention
 from cit_fast.models.config import ModelConfig
+from cit_fast.models.fused_norms import fuse_norms
 from cit_fast.text import first_line
 
 
@@ -223,7 +224,7 @@ def load_model(folder: Path, config: ModelConfig) -> Any:
     if not (folder / "config.json").exists():
         raise ConfigError(f"model.name: {folder} holds no config.json, so it is no transformers model")
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
             attn_implementation=resolve_attention(
@@ -233,3 +234,6 @@ def load_model(folder: Path, config: ModelConfig) -> Any:
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"model.name: {folder} cannot be loaded: {first_line(error)}") from None
+    if config.fuse_norms and not torch.cuda.is_available():
+        fuse_norms(model)
+    return model

@@ -23,6 +23,7 @@ from cit_fast.ops.information_gain import (
     token_gain_statistics,
 )
 from cit_fast.ops.lora import lora_linear
+from cit_fast.ops.rms_norm import rms_norm
 from cit_fast.ops.wasserstein import Wasserstein, wasserstein_matrix
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "linear_cross_entropy",
     "lora_linear",
     "masked_jsd",
+    "rms_norm",
     "token_gain",
     "token_gain_from_statistics",
     "token_gain_statistics",

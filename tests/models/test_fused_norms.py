@@ -1,0 +1,141 @@
+"""Fused RMSNorm against the models' own."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from cit_fast import fuse_lora, fuse_norms, unfuse_norms
+from cit_fast.models import fused_norms
+from cit_fast.models.fused_norms import FusedNorm
+from cit_fast.ops import rms_norm
+from cit_fast.ops.backends import backend
+
+IDS = torch.tensor([[3, 7, 11, 2, 9, 30], [5, 1, 8, 60, 4, 2]])
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """One for each time that the op ran."""
+    made = []
+
+    def counted(*args, **kwargs):
+        made.append(1)
+        return rms_norm(*args, **kwargs)
+
+    monkeypatch.setattr(fused_norms, "rms_norm", counted)
+    return made
+
+
+def logits_and_gradients(model):
+    model.zero_grad()
+    logits = model(input_ids=IDS).logits
+    logits.square().mean().backward()
+    return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+# Gemma's counts from one, Cohere's is no RMSNorm, Phi has none.
+@pytest.mark.parametrize(
+    ("name", "norms"),
+    [("Llama", 5), ("Qwen3", 9), ("Mistral", 5), ("Gemma2", 9), ("Granite", 5), ("Cohere", 0), ("Phi", 0)],
+)
+def test_a_model_computes_what_it_did(make_model, name, norms, calls):
+    options = {"num_key_value_heads": 4} if name == "Phi" else {}
+    model = make_model(name, **options).train()
+    right, right_gradients = logits_and_gradients(model)
+    names = [key for key, _ in model.named_parameters()]
+    assert fuse_norms(model) == norms
+    assert fuse_norms(model) == 0
+    calls.clear()
+    found, gradients = logits_and_gradients(model)
+    assert len(calls) == norms
+    torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
+    assert gradients.keys() == right_gradients.keys()
+    for key, gradient in right_gradients.items():
+        torch.testing.assert_close(gradients[key], gradient, rtol=1e-4, atol=1e-5)
+    assert [key for key, _ in model.named_parameters()] == names
+    assert unfuse_norms(model) == norms
+    again, _ = logits_and_gradients(model)
+    assert torch.equal(again, right)
+    assert not any(isinstance(module, FusedNorm) for module in model.modules())
+
+
+def test_bfloat16_errs_no_more_than_the_models_own_layers(make_model):
+    exact, _ = logits_and_gradients(make_model("Llama", torch.float64).train())
+    model = make_model("Llama", torch.bfloat16).train()
+    own, _ = logits_and_gradients(model)
+    fuse_norms(model)
+    ours, _ = logits_and_gradients(model)
+    assert (ours - exact).norm() <= 1.1 * (own - exact).norm()
+
+
+def test_beside_lora_copies_and_files(make_model, tmp_path, calls):
+    from peft import LoraConfig, get_peft_model
+
+    model = make_model("Llama").train()
+    fuse_norms(model)
+    model.save_pretrained(tmp_path)
+    again = type(make_model("Llama")).from_pretrained(tmp_path)
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in again.state_dict().items())
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear", init_lora_weights=False)
+    adapted = get_peft_model(model, config)
+    right, right_gradients = logits_and_gradients(adapted)
+    assert len(calls) >= 5
+    fuse_lora(adapted)
+    found, gradients = logits_and_gradients(copy.deepcopy(adapted))
+    torch.testing.assert_close(found, right)
+    for key, gradient in right_gradients.items():
+        torch.testing.assert_close(gradients[key], gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["autocast", "another backend", "float64", "compiled"])
+def test_elsewhere_the_layers_run_as_they_are(make_model, way, calls):
+    model = make_model("Llama", torch.float64 if way == "float64" else torch.float32)
+    if way == "float64":
+        assert fuse_norms(model) == 0
+        return
+    fuse_norms(model)
+    calls.clear()
+    if way == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            model(input_ids=IDS)
+    elif way == "another backend":
+        with backend("reference"):
+            model(input_ids=IDS)
+    else:
+        compiled = torch.compile(model, backend="eager")
+        with torch.no_grad():
+            compiled(input_ids=IDS)
+    assert not calls
+
+
+def test_a_layer_that_does_something_else_stays_as_it_is():
+    class OddRMSNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.eps = nn.Parameter(torch.ones(8)), 1e-6
+
+        def forward(self, x):
+            return 3 * x
+
+    class NamedRMSNorm(OddRMSNorm):
+        def forward(self, x, residual):
+            return x + residual
+
+    model = nn.ModuleList([OddRMSNorm(), NamedRMSNorm(), nn.RMSNorm(8), nn.LayerNorm(8)])
+    assert fuse_norms(model) == 0
+    assert [type(module).__name__ for module in model] == ["OddRMSNorm", "NamedRMSNorm", "RMSNorm", "LayerNorm"]
+    x = torch.randn(2, 8)
+    assert torch.equal(model[0](x), 3 * x)
+
+
+def test_a_run_fuses_by_itself_and_can_be_told_not_to(tiny_model_folder):
+    from cit_fast.models.config import ModelConfig
+    from cit_fast.models.pretrained import load_model
+
+    for fuse in (True, False):
+        model = load_model(tiny_model_folder, ModelConfig(name=str(tiny_model_folder), fuse_norms=fuse))
+        assert any(isinstance(module, FusedNorm) for module in model.modules()) == fuse
