@@ -2,6 +2,7 @@
 
     python -m bench.bench_evaluation                       the quickstart's tasks
     python -m bench.bench_evaluation --superni FOLDER      and the fifteen tasks of Super-NI
+    python -m bench.bench_evaluation --dtype float32       whether the answers are the same, where rounding is small
 
 `generate` is transformers' own, greedy, prompts in batches by length and padded on the left; PEFT's layers. `fused` is
 the same with fuse_lora and fuse_norms. `ours` is cit_fast's: these, batches cut for the least work, and what a batch's
@@ -118,8 +119,10 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=16, help="prompts of each task")
     parser.add_argument("--superni-test", type=int, default=6, help="of each of these")
     parser.add_argument("--superni", type=Path, help="the folder of the stream superni-15")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     options = parser.parse_args()
     config = load_config(QUICKSTART)
+    settings = config.model.model_copy(update={"dtype": options.dtype, "fuse_norms": False})
     folder = resolve_model(config.model)
     loads: dict[str, tuple[Any, DataConfig, int, int]] = {
         "quickstart": (config.data.tasks, config.data, config.evaluation.max_new_tokens, options.test)
@@ -127,12 +130,12 @@ def main() -> None:
     if options.superni is not None:
         data = DataConfig(stream="superni-15/order-1", root=str(options.superni), on_overflow="skip")
         loads["super-ni"] = (data.tasks, data, 16, options.superni_test)
-    result = {}
+    result: dict[str, Any] = {"dtype": options.dtype}
     for name, (tasks, data, new, count) in loads.items():
         encoder = prompt_encoder(load_tokenizer(folder, False), data)
         stream = load_stream(tasks, seed=0, train=1, dev=0, test=count)
         prompts = [prompt for task in stream for prompt in encoder.encode_prompts(task.test, reserve=new).prompts]
-        model = train_adapter(load_model(folder, config.model), config.adapter, "shared", config.seed)[0].eval()
+        model = train_adapter(load_model(folder, settings), config.adapter, "shared", config.seed)[0].eval()
         result[name] = measure(model, encoder, prompts, config.evaluation.batch_size, new, options.rounds)
         print(name, result[name])
     print(f"recorded in {record('evaluation', result)}")
