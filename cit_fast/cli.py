@@ -103,10 +103,11 @@ def _print_plan(settings: Any) -> None:
         console.print(table)
         console.print()
         total.append(_sum(seconds))
-    if any(each is None for each in total):
+    known = [pace for method in settings.methods if (pace := paces.of(method)) is not None]
+    if len(known) < len(settings.methods):
         console.print("How long it takes is not known: no stage of such a run has ended on this machine.")
-    else:
-        memory = max(pace.memory for method in settings.methods if (pace := paces.of(method)) is not None)
+    elif None not in total:
+        memory = max(pace.memory for pace in known)
         console.print(f"All of it takes {_about(_sum(total))} here and {memory / 1e9:.1f} GB, going by earlier stages.")
     for what in planned.missing:
         console.print(f"Not here: {what}", highlight=False, markup=False, soft_wrap=True)

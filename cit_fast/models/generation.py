@@ -16,7 +16,15 @@ from cit_fast.errors import DataError
 from cit_fast.models.adapter_bank import BASE, AdapterBank, RowsLostError
 from cit_fast.models.forward import evaluating, head_input
 from cit_fast.models.fused_lora import adapters_cast_once
-from cit_fast.models.prefix_cache import CACHE, Beginnings, batches_of_least_work, can_continue, layout, padded
+from cit_fast.models.prefix_cache import (
+    CACHE,
+    Beginnings,
+    batches_of_least_work,
+    can_continue,
+    for_trial,
+    layout,
+    padded,
+)
 
 
 def generate(
@@ -130,7 +138,7 @@ def _chunks(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 
 _Together = Literal["any", "equal", "none"]
 _found: weakref.WeakKeyDictionary[torch.nn.Module, _Together] = weakref.WeakKeyDictionary()
-_PADDING, _TRIED, _NEW = 3, 16, 3  # tokens
+_PADDING, _TRIED = 3, 16  # tokens
 
 
 def _batched_together(model: Any, prompt: Sequence[int], pad_token_id: int) -> _Together:
@@ -142,13 +150,7 @@ def _batched_together(model: Any, prompt: Sequence[int], pad_token_id: int) -> _
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if base not in _found:
         start = list(prompt[:_TRIED])
-        config = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=_NEW,
-            pad_token_id=pad_token_id,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
+        config = for_trial(pad_token_id)
         with _only_defaults(model, config):
             alone, beside, padded = (_logits(model, start, *how, config) for how in ((1, 0), (2, 0), (1, _PADDING)))
         tolerance = 1e-3 if alone.dtype in (torch.float32, torch.float64) else 5e-2

@@ -229,6 +229,17 @@ def padded(
     return input_ids.to(device), attention_mask.to(device)
 
 
+def for_trial(pad_token_id: int) -> GenerationConfig:
+    """Some tokens with their logits, for trying what a model can do."""
+    return GenerationConfig(
+        do_sample=False,
+        max_new_tokens=_NEW,
+        pad_token_id=pad_token_id,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+
+
 _can: weakref.WeakKeyDictionary[torch.nn.Module, bool] = weakref.WeakKeyDictionary()
 _TRIED, _SHORTER, _MORE, _NEW = 16, 3, 2, 3  # tokens
 
@@ -248,13 +259,7 @@ def can_continue(model: Any, prompt: Sequence[int], pad_token_id: int) -> bool:
 
 
 def _try(model: Any, start: list[int], pad_token_id: int) -> bool:
-    config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=_NEW,
-        pad_token_id=pad_token_id,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
+    config = for_trial(pad_token_id)
     longer = (len(start) + 1) // 2
     # The same prompt twice, with beginnings of two lengths.
     tried = Layout(((1, max(1, longer - _SHORTER)), (1, longer)), len(start) + _MORE, 0)

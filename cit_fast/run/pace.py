@@ -69,15 +69,14 @@ class Paces:
         found = self._cache.get(_key(method)) or self._cache.get(_ANY)
         return None if found is None else Pace(**{each.name: found[each.name] for each in fields(Pace)})
 
-    def keep(self, method: MethodConfig, stage: StageRecord, tokens: int, answered: int) -> None:
+    def keep(self, method: MethodConfig, stage: StageRecord, example: float, answered: int) -> None:
         """Keep what a stage took.
 
         Args:
-            stage: its record; ``tokens``: of its ``train_examples``; ``answered``: test prompts.
+            stage: its record; ``example``: tokens of one of its examples; ``answered``: test prompts.
         """
         if not (stage.steps and answered):
             return
-        example = tokens / stage.train_examples if stage.train_examples else 0.0
         prompt = stage.evaluate_seconds / answered
         try:
             pace = Pace(stage.train_seconds / stage.steps, example, prompt, peak_memory())

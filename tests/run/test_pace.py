@@ -59,13 +59,13 @@ def test_a_plan_says_how_long_a_run_takes_once_one_stage_has_ended(path, monkeyp
 def test_another_model_or_batch_has_a_pace_of_its_own(path):
     config = load_config(path)
     stage = dataclasses.replace(_record(), steps=4, train_seconds=8.0, evaluate_seconds=3.0, train_examples=10)
-    Paces(config).keep(config.methods[0], stage, 500, 6)
+    Paces(config).keep(config.methods[0], stage, 50.0, 6)
     kept = Paces(config).of(config.methods[0])
     assert (kept.step, kept.example, kept.prompt) == (2.0, 50.0, 0.5)
     assert Paces(config).of(config.methods[1]) == kept  # until one of its own is known
     assert Paces(load_config(path, ["training.per_device_train_batch_size=2"])).of(config.methods[0]) is None
     assert Paces(load_config(path, ["training.learning_rate=1.0"])).of(config.methods[0]) is None
-    Paces(config).keep(config.methods[1], dataclasses.replace(stage, train_seconds=40.0), 500, 6)
+    Paces(config).keep(config.methods[1], dataclasses.replace(stage, train_seconds=40.0), 50.0, 6)
     assert Paces(config).of(config.methods[1]).step == 10
     assert Paces(config).of(config.methods[0]).step == 2
 
@@ -76,7 +76,7 @@ def _record():
 
 def test_a_stage_that_answered_nothing_anew_is_no_measure(path):
     config = load_config(path)
-    Paces(config).keep(config.methods[0], dataclasses.replace(_record(), steps=4, train_seconds=8.0), 500, 0)
+    Paces(config).keep(config.methods[0], dataclasses.replace(_record(), steps=4, train_seconds=8.0), 50.0, 0)
     assert Paces(config).of(config.methods[0]) is None
 
 
@@ -85,7 +85,7 @@ def test_a_cache_that_cannot_be_written_stops_nothing(path, tmp_path, monkeypatc
     monkeypatch.setenv("CIT_FAST_CACHE", str(tmp_path / "file"))
     config = load_config(path)
     stage = dataclasses.replace(_record(), steps=4, train_seconds=8.0, evaluate_seconds=1.0)
-    Paces(config).keep(config.methods[0], stage, 500, 6)
+    Paces(config).keep(config.methods[0], stage, 50.0, 6)
     assert Paces(config).of(config.methods[0]) is None
 
 

@@ -23,34 +23,8 @@ namespace {
 
 using cit::Array;
 using cit::DType;
+using cit::testing::Buffer;
 using cit::testing::check;
-using cit::testing::to_half;
-
-class Buffer {
- public:
-  Buffer(const std::vector<float>& values, DType dtype)
-      : dtype_(dtype), bytes_(values.size() * (dtype == DType::kFloat32 ? 4 : 2)) {
-    data_ = std::make_unique<unsigned char[]>(bytes_);
-    for (std::size_t i = 0; i < values.size(); ++i) {
-      if (dtype == DType::kFloat32) {
-        std::memcpy(data_.get() + 4 * i, &values[i], 4);
-      } else {
-        const std::uint16_t half = to_half(values[i], dtype);
-        std::memcpy(data_.get() + 2 * i, &half, 2);
-      }
-    }
-  }
-  Array array() { return {data_.get(), dtype_}; }
-  float* floats() { return reinterpret_cast<float*>(data_.get()); }
-  bool same_bits(const Buffer& other) const {
-    return bytes_ == other.bytes_ && std::memcmp(data_.get(), other.data_.get(), bytes_) == 0;
-  }
-
- private:
-  DType dtype_;
-  std::size_t bytes_;
-  std::unique_ptr<unsigned char[]> data_;
-};
 
 std::vector<float> random_values(std::size_t count, unsigned seed) {
   std::mt19937 generator(seed);

@@ -5,7 +5,6 @@
 #include "cpu/rms_norm/rms_norm.h"
 
 #include <cmath>
-#include <cstring>
 #include <random>
 #include <string>
 #include <vector>
@@ -14,39 +13,9 @@
 
 namespace {
 
-using cit::Array;
 using cit::DType;
+using cit::testing::Buffer;
 using cit::testing::check;
-using cit::testing::to_half;
-
-class Buffer {
- public:
-  Buffer(const std::vector<float>& values, DType dtype) : dtype_(dtype) {
-    for (float value : values) {
-      unsigned char bytes[4];
-      std::size_t size = 4;
-      if (dtype == DType::kFloat32) {
-        std::memcpy(bytes, &value, 4);
-      } else {
-        const std::uint16_t half = to_half(value, dtype);
-        std::memcpy(bytes, &half, size = 2);
-      }
-      bytes_.insert(bytes_.end(), bytes, bytes + size);
-    }
-    bytes_.shrink_to_fit();
-  }
-  Array array() { return {bytes_.data(), dtype_}; }
-  float at(std::size_t i) const {
-    float value;
-    std::memcpy(&value, bytes_.data() + 4 * i, 4);
-    return value;
-  }
-  bool operator==(const Buffer& other) const { return bytes_ == other.bytes_; }
-
- private:
-  DType dtype_;
-  std::vector<unsigned char> bytes_;
-};
 
 std::vector<float> random_values(std::size_t count, unsigned seed) {
   std::mt19937 generator(seed);
@@ -91,11 +60,11 @@ void test_rms_norm(std::int64_t rows, std::int64_t width, DType dtype, bool from
     cit::rms_norm_backward(norm.options, x.array(), weight.array(), grad.array(), grads.back().array(), threads);
   }
   const std::string what = "rms_norm " + std::to_string(rows) + " x " + std::to_string(width);
-  check(ys[0] == ys[1] && grads[0] == grads[1], what + ": other bits with other threads");
+  check(ys[0].same_bits(ys[1]) && grads[0].same_bits(grads[1]), what + ": other bits with other threads");
   if (dtype != DType::kFloat32) return;
   for (std::size_t i = 0; i < count; ++i) {
     const auto [y, grad_x] = norm.right(i / static_cast<std::size_t>(width), i % static_cast<std::size_t>(width));
-    check(close(ys[0].at(i), y) && close(grads[0].at(i), grad_x), what);
+    check(close(ys[0].floats()[i], y) && close(grads[0].floats()[i], grad_x), what);
   }
 }
 

@@ -127,9 +127,10 @@ def test_a_common_beginning_is_computed_once_with_the_same_loss_and_gradients(
     (plain, expected, right), (shared, loss, ours) = found
     assert shared["input_ids"].numel() <= 0.5 * plain["input_ids"].numel()
     assert (shared["labels"] != -100).sum() == (plain["labels"] != -100).sum()  # what the Trainer counts
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    # transformers' RMSNorm and our softmax are in float32 here too.
+    torch.testing.assert_close(loss, expected, rtol=3e-7, atol=0)
     for name, gradient in right.items():
-        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5)
+        assert (ours[name] - gradient).norm() <= 1e-6 * gradient.norm(), name
 
 
 def test_examples_that_have_little_in_common_are_padded(make_model, tiny_tokenizer):
