@@ -73,8 +73,8 @@ void test_rms_norm(std::int64_t rows, std::int64_t width, DType dtype, bool from
 int main(int argc, char** argv) {
   return cit::testing::run(argc, argv, [] {
     for (DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
-      for (std::int64_t rows : {0, 1, 2, 7}) {
-        for (std::int64_t width : {1, 15, 16, 33, 20000}) {
+      for (std::int64_t rows : {0, 1, 2, 61}) {
+        for (std::int64_t width : {1, 15, 16, 33, 600}) {
           for (bool from_one : {false, true}) test_rms_norm(rows, width, dtype, from_one);
         }
       }
