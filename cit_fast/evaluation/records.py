@@ -191,6 +191,7 @@ class StageRecord:
         skipped: examples left out because the user asked to skip what cannot fit.
         test_truncated, test_skipped: the same of the test examples that were answered.
         taken_over: how many answers are those of the stage before: the prompt's adapter set had not changed.
+        chosen: how many of the other answers are the likeliest of their task's labels (``evaluation.decode: labels``).
         violations: task name, held-out or not -> kind of violation that applies to it -> share of its answers in per
             cent (:mod:`cit_fast.evaluation.violations`); of every task that was evaluated, empty for one that declares
             no constraint.
@@ -219,6 +220,7 @@ class StageRecord:
     test_truncated: int = 0
     test_skipped: int = 0
     taken_over: int = 0
+    chosen: int = 0
     violations: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)

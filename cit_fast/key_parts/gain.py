@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cit_fast.data.example import Example
 from cit_fast.errors import ConfigError, DataError
-from cit_fast.key_parts.head import Head, head_of
+from cit_fast.key_parts.head import ROWS, Head, head_of
 from cit_fast.key_parts.hidden import PairHidden, pair_collator, pair_hidden
 from cit_fast.key_parts.layout import GroupingCollator, alike_together
 from cit_fast.key_parts.pairs import EncodedPair, encode_pairs, name_of
@@ -19,7 +19,6 @@ from cit_fast.models.forward import evaluating
 from cit_fast.models.prompts import PromptEncoder
 from cit_fast.ops import key_part_information_gain, token_gain
 
-_ROWS = 256  # logits of so many tokens at a time
 Progress = Callable[[int, int], object]
 """Called with how many pairs are done and how many there are."""
 
@@ -117,7 +116,7 @@ def predictive_entropy(
             batch = collate([pairs[number] for number in numbers])
             hidden = pair_hidden(model, {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
             scored = hidden.only_scored()
-            rows = torch.cat([_entropies(head, block) for block in torch.split(scored.full, _ROWS)])
+            rows = torch.cat([_entropies(head, block) for block in torch.split(scored.full, ROWS)])
             for number, own in zip(numbers, torch.split(rows, scored.offsets.diff().tolist()), strict=True):
                 found[number] = own.mean().item()
     return [(pairs[number].index, found[number]) for number in range(len(pairs))]
@@ -125,13 +124,7 @@ def predictive_entropy(
 
 def _entropies(head: Head, hidden: Tensor) -> Tensor:
     """[T], nats, of the distributions after hidden states [T, d]."""
-    logits = (hidden @ head.weight.T).float()
-    if head.bias is not None:
-        logits = logits + head.bias.float()
-    logits = head.scale * logits
-    if head.softcap is not None:
-        logits = head.softcap * torch.tanh(logits / head.softcap)
-    log_probabilities = logits.log_softmax(1)
+    log_probabilities = head.log_probabilities(hidden)
     return -(log_probabilities.exp() * log_probabilities).sum(1)
 
 

@@ -20,6 +20,10 @@ _DIVISORS = ("logits_scaling",)  # Granite
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
+ROWS = 256
+"""Hidden states whose logits are made at a time, where they are made: 50 MB of a vocabulary of 49,000."""
+
+
 class Head(NamedTuple):
     """``logits = cap(scale * (hidden @ weight.T + bias))``, ``cap(z) = softcap * tanh(z / softcap)`` or z itself."""
 
@@ -39,6 +43,16 @@ class Head(NamedTuple):
     def options(self) -> dict[str, Any]:
         """``softcap`` and ``scale`` as keyword arguments of the ops in :mod:`cit_fast.ops`."""
         return {"softcap": self.softcap, "scale": self.scale}
+
+    def log_probabilities(self, hidden: Tensor) -> Tensor:
+        """[T, V] float32, in nats, of the next token after hidden states [T, d]; for few T, as it makes all logits."""
+        logits = (hidden @ self.weight.T).float()
+        if self.bias is not None:
+            logits = logits + self.bias.float()
+        logits = self.scale * logits
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits.log_softmax(1)
 
 
 _checked: weakref.WeakKeyDictionary[nn.Module, tuple[float | None, float]] = weakref.WeakKeyDictionary()

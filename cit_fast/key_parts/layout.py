@@ -14,15 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from cit_fast.key_parts.pairs import BranchedRow, EncodedPair, PairCollator, of_pairs, shared_prefix
 from cit_fast.models.collation import PaddingCollator, padded_length
 from cit_fast.models.prompts import IGNORED, Encoded
 
-_LIMITS = (0, 128, 256, 512, 1024)
 # Attention over a row of so many places costs as much as everything else a place goes through; roughly, for any model.
 _ATTENTION = 1024
+
+
+_Plan = list[tuple[list[int], int]]
+"""Rows: the numbers of their sequences, and how many tokens these have in common."""
 
 
 class _Sequence(NamedTuple):
@@ -67,12 +71,9 @@ class GroupingCollator:
             numbers.append((full, masked))
             before = pair
         lengths = self.pairs.lengths
-        plans = [_rows(sequences, limit) for limit in _LIMITS]
-        costs = [_cost([_places(sequences, *row) for row in plan], lengths) for plan in plans]
-        least = min(costs)
-        if _cost([joint_length(pair) for pair in features], lengths) <= least:
+        plan = _least_work(sequences, lengths)
+        if _cost(list(map(joint_length, features)), lengths) <= _cost(_widths(sequences, plan), lengths):
             return self.pairs(features)
-        plan = plans[costs.index(least)]
         if len(plan) == len(sequences):
             return replace(self.pairs, share_prefix=False)(features)
         return self._laid_out(features, sequences, numbers, plan)
@@ -82,9 +83,9 @@ class GroupingCollator:
         features: Sequence[EncodedPair],
         sequences: Sequence[_Sequence],
         numbers: Sequence[tuple[int, int]],
-        plan: Sequence[tuple[list[int], int]],
+        plan: _Plan,
     ) -> dict[str, Any]:
-        width = padded_length(max(_places(sequences, *row) for row in plan), self.pairs.lengths)
+        width = padded_length(max(_widths(sequences, plan)), self.pairs.lengths)
         rows: list[BranchedRow] = []
         starts = [0] * len(sequences)  # the flat place where token 0 of a sequence would be
         for number, (members, common) in enumerate(plan):
@@ -123,12 +124,10 @@ class PrefixCollator:
         sequences = [_Sequence(one.input_ids, one.labels, _first_label(one)) for one in features]
         if any(one.first == 0 for one in sequences):  # nothing predicts such a token, so nothing may stand before it
             return self.padded(features)
-        plans = [_rows(sequences, limit) for limit in _LIMITS]
-        costs = [_cost([_places(sequences, *row) for row in plan], lengths) for plan in plans]
-        plan = plans[costs.index(min(costs))]
+        plan = _least_work(sequences, lengths)
         if len(plan) == len(sequences):
             return self.padded(features)
-        width = padded_length(max(_places(sequences, *row) for row in plan), lengths)
+        width = padded_length(max(_widths(sequences, plan)), lengths)
         rows = []
         for members, common in plan:
             row = BranchedRow(sequences[members[0]].ids[:common], [IGNORED] * common)
@@ -164,30 +163,48 @@ def joint_length(pair: EncodedPair) -> int:
     return full + len(pair.masked.input_ids) - shared_prefix(pair.full.input_ids, pair.masked.input_ids)
 
 
-def _rows(sequences: Sequence[_Sequence], limit: int) -> list[tuple[list[int], int]]:
-    """Rows of at most ``limit`` places (a longer sequence has its own) as ``(sequences, common tokens)``.
+def _least_work(sequences: Sequence[_Sequence], lengths: Sequence[int]) -> _Plan:
+    """The rows of common beginnings, of one padded length, that cost least; no sharing where nothing is saved.
 
-    In the order of their tokens, neighbours begin alike; each joins the row before it if that takes no more places
-    than a row of its own.
+    In the order of their tokens neighbours begin alike, and for a given length of the rows it takes fewest if each
+    holds as many neighbours as go in.
     """
-    rows: list[tuple[list[int], int]] = []
-    places = 0
-    for number in sorted(range(len(sequences)), key=lambda k: sequences[k].ids):
+    order = sorted(range(len(sequences)), key=lambda k: sequences[k].ids)
+    alike = [0, *(shared_prefix(sequences[a].ids, sequences[b].ids) for a, b in pairwise(order))]
+    longest = padded_length(max(len(one.ids) for one in sequences), lengths)
+    best: _Plan = [([number], sequences[number].first - 1) for number in order]
+    least = _cost([len(one.ids) for one in sequences], lengths)
+    for width in [longest, *(length for length in lengths if length > longest)]:
+        plan = _filled(sequences, order, alike, width)
+        cost = _cost([width] * len(plan), lengths)
+        if cost < least:
+            best, least = plan, cost
+        if len(plan) == 1:
+            break
+    return best
+
+
+def _filled(sequences: Sequence[_Sequence], order: Sequence[int], alike: Sequence[int], width: int) -> _Plan:
+    """Rows of at most ``width`` places; ``alike``: what each of ``order`` has in common with the one before it."""
+    plan: _Plan = []
+    tokens = 0  # of the last row's sequences
+    for number, begins_alike in zip(order, alike, strict=True):
         one = sequences[number]
-        if rows:
-            members, common = rows[-1]
-            shared = min(common, one.first - 1, shared_prefix(sequences[members[-1]].ids, one.ids))
-            joined = _places(sequences, [*members, number], shared)
-            if joined <= min(limit, places + len(one.ids)):
-                rows[-1], places = ([*members, number], shared), joined
+        common = one.first - 1  # the token before the first labelled one predicts it: each has its own
+        if plan:
+            members, before = plan[-1]
+            shared = min(before, begins_alike, common)
+            if tokens + len(one.ids) - len(members) * shared <= width:
+                plan[-1], tokens = ([*members, number], shared), tokens + len(one.ids)
                 continue
-        rows.append(([number], one.first - 1))
-        places = len(one.ids)
-    return rows
+        plan.append(([number], common))
+        tokens = len(one.ids)
+    return plan
 
 
-def _places(sequences: Sequence[_Sequence], members: Sequence[int], common: int) -> int:
-    return common + sum(len(sequences[member].ids) - common for member in members)
+def _widths(sequences: Sequence[_Sequence], plan: _Plan) -> list[int]:
+    """Places of each row."""
+    return [common + sum(len(sequences[k].ids) - common for k in members) for members, common in plan]
 
 
 def _cost(places: Sequence[int], lengths: Sequence[int]) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -53,6 +53,16 @@ def head_input(model: nn.Module, select: Callable[[Tensor], Tensor]) -> Iterator
         yield
     finally:
         handle.remove()
+
+
+def whole_rows(model: nn.Module) -> AbstractContextManager[None]:
+    """Inside, the output projection's input has no strides of a larger tensor.
+
+    After a prompt it is a slice, for which torch on a CPU copies the whole projection once per prompt: 3.6 GB for 64
+    prompts and a vocabulary of 49,000, two fifths of a short evaluation's time. Of one prompt the slice even counts as
+    contiguous, and it is copied all the same.
+    """
+    return head_input(model, lambda hidden: hidden.clone(memory_format=torch.contiguous_format))
 
 
 class ResponseLogits(NamedTuple):

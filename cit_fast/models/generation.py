@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,11 +11,11 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
 from cit_fast.errors import DataError
 from cit_fast.models.adapter_bank import BASE, AdapterBank, RowsLostError
-from cit_fast.models.forward import evaluating, head_input
+from cit_fast.models.forward import evaluating, whole_rows
 from cit_fast.models.fused_lora import adapters_cast_once
 from cit_fast.models.prefix_cache import (
     CACHE,
@@ -24,6 +25,7 @@ from cit_fast.models.prefix_cache import (
     for_trial,
     layout,
     padded,
+    same_logits,
 )
 
 
@@ -91,7 +93,7 @@ def generate(
     def answer(batch: Sequence[int]) -> None:
         sets = {None if adapters is None else adapters[index] for index in batch}
         kept = None
-        if share and len(sets) == 1:
+        if continues and len(sets) == 1:
             name = sets.pop()
             kept = beginnings.get(name) or Beginnings(model)
             beginnings.clear()  # of one set at a time
@@ -106,13 +108,12 @@ def generate(
 
     lengths = list(map(len, prompts))
     longest_first = sorted(range(len(prompts)), key=lambda index: -lengths[index])
-    # After a prompt the projection's rows are a strided slice, for which torch on a CPU copies the whole projection
-    # once per prompt: 3.6 GB for 64 prompts and a vocabulary of 49,000, two fifths of a short evaluation's time.
-    in_one_block, cast = head_input(model, torch.Tensor.contiguous), adapters_cast_once(model)
-    with evaluating(model), _only_defaults(model, config), in_one_block, cast, torch.inference_mode():
+    cast = adapters_cast_once(model)
+    with evaluating(model), _only_defaults(model, config), whole_rows(model), cast, torch.inference_mode():
         together = "any" if batch_size == 1 or len(prompts) < 2 else _batched_together(model, prompts[0], pad_token_id)
-        share = together == "any" and _worth_sharing(prompts, batch_size, adapters)
-        share = share and can_continue(model, prompts[0], pad_token_id)
+        several = batch_size > 1 and len(prompts) > 1
+        continues = several and together == "any" and can_continue(model, prompts[longest_first[0]], pad_token_id)
+        share = continues and _worth_sharing(prompts, batch_size, adapters)
 
         def batches(indices: Sequence[int]) -> Iterable[Sequence[int]]:
             if together == "any":
@@ -153,9 +154,7 @@ def _batched_together(model: Any, prompt: Sequence[int], pad_token_id: int) -> _
         config = for_trial(pad_token_id)
         with _only_defaults(model, config):
             alone, beside, padded = (_logits(model, start, *how, config) for how in ((1, 0), (2, 0), (1, _PADDING)))
-        tolerance = 1e-3 if alone.dtype in (torch.float32, torch.float64) else 5e-2
-        near = tolerance * alone.abs().amax().clamp(min=1e-6)
-        doubles, skips = ((alone - other).abs().amax() <= near for other in (beside, padded))
+        doubles, skips = (same_logits(base, alone, other) for other in (beside, padded))
         _found[base] = "none" if not doubles else "any" if skips else "equal"
     return _found[base]
 
@@ -194,14 +193,19 @@ def _answer_with_sets(
     left = [index for index in indices if index not in done]
     for name in dict.fromkeys(sets[index] for index in left):
         own = [index for index in left if sets[index] == name]
-        with _one_set(model, bank, name):
+        with one_set(model, name, bank):
             for batch in batches(own):
                 answer(batch)
 
 
 @contextlib.contextmanager
-def _one_set(model: Any, bank: AdapterBank | None, name: str) -> Iterator[None]:
-    """Activate adapter set ``name`` inside; afterwards restore the active set and every ``requires_grad``."""
+def one_set(model: Any, name: str, bank: AdapterBank | None = None) -> Iterator[None]:
+    """Activate adapter set ``name`` inside; afterwards restore the active set and every ``requires_grad``.
+
+    Args:
+        model: a PEFT model, or a base model whose sets are in ``bank``.
+        name: of the set, :data:`BASE` for the base model alone.
+    """
     if bank is not None:
         with bank.answering([name]):
             yield
@@ -232,27 +236,55 @@ def _worth_sharing(prompts: Sequence[Sequence[int]], size: int, adapters: Sequen
         batches = batches_of_least_work(prompts, range(len(prompts)), size, kinds, share)
         return sum(layout([prompts[index] for index in batch], share).work for batch in batches)
 
-    return len(prompts) > 1 and size > 1 and total(adapters, True) < total(None, False)
+    return total(adapters, True) < total(None, False)
+
+
+_AT_A_TIME = 8
+"""New tokens after which rows that have ended leave the batch."""
 
 
 def _new_tokens(
     model: Any, prompts: Sequence[Sequence[int]], config: GenerationConfig, beginnings: Beginnings | None
 ) -> list[list[int]]:
-    """Generated tokens ``[batch][at most max_new_tokens]``, without the prompts."""
+    """Generated tokens ``[batch][at most max_new_tokens]``, without the prompts.
+
+    Args:
+        beginnings: of a model that continues from a cache, in a batch of one adapter set; what the prompts begin with
+            is read once, and rows leave when they have ended.
+    """
     found = layout(prompts, share=beginnings is not None)
-    cache = None
-    if beginnings is not None and any(read for _, read in found.groups):
-        cache = beginnings.rows(prompts, found.groups)
+    cache: DynamicCache | None = None
+    if beginnings is not None:
+        cache = beginnings.rows(prompts, found.groups, found.rest + config.max_new_tokens)
         if cache is None:
             found = layout(prompts, share=False)
     input_ids, attention_mask = padded(prompts, found, config.pad_token_id, model.device)
-    output = model.generate(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        generation_config=config,
-        **({} if cache is None else {CACHE: cache}),
-    )
-    return output[:, input_ids.shape[1] :].tolist()  # type: ignore[no-any-return]
+    if cache is None:
+        output = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
+        return output[:, input_ids.shape[1] :].tolist()  # type: ignore[no-any-return]
+    answers: list[list[int]] = [[] for _ in prompts]
+    there = list(range(len(prompts)))
+    ends = torch.tensor(config.eos_token_id, device=model.device)
+    left = config.max_new_tokens
+    while True:
+        some = copy.copy(config)
+        some.max_new_tokens = min(left, _AT_A_TIME)
+        output = model.generate(
+            input_ids=input_ids, attention_mask=attention_mask, generation_config=some, **{CACHE: cache}
+        )
+        new = output[:, input_ids.shape[1] :]
+        for index, tokens in zip(there, new.tolist(), strict=True):
+            answers[index] += tokens
+        left -= new.shape[1]
+        rows = (~torch.isin(new, ends).any(1)).nonzero()[:, 0]
+        if not left or not len(rows):
+            return answers
+        there = [there[row] for row in rows.tolist()]
+        input_ids = output[rows]
+        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(new.shape)], 1)[rows]
+        if len(rows) < len(new):
+            for layer in cache.layers:
+                layer.keep(rows)
 
 
 @contextlib.contextmanager

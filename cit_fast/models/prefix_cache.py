@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Hashable, Sequence
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, DynamicLayer, GenerationConfig
 from transformers.generation.utils import ALL_CACHE_NAMES
 
 from cit_fast.models.forward import head_input, unwrap
@@ -148,6 +147,54 @@ def _cuts(widths: Sequence[int], size: int) -> list[tuple[int, int]]:
     return cuts[::-1]
 
 
+class RoomyLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values in a buffer with room for the tokens to come.
+
+    transformers' own layer is copied whole for every new token.
+
+    Args:
+        room: tokens to make room for.
+    """
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self._room = room
+        self._buffers: list[Tensor] = []
+
+    def begin(self, keys: Tensor, values: Tensor, rows: int, tokens: int) -> list[Tensor]:
+        """Say that ``tokens`` tokens of ``rows`` rows are there; returns the buffers that they have to be written to.
+
+        Args:
+            keys, values: [any, heads, any, d], of the dtypes and on the device of what will be written.
+        """
+        self.lazy_initialization(keys, values)
+        width = tokens + self._room
+        self._buffers = [x.new_empty(rows, x.shape[1], width, x.shape[3]) for x in (keys, values)]
+        self._show(tokens)
+        return self._buffers
+
+    def _show(self, tokens: int) -> None:
+        self.keys, self.values = (buffer[:, :, :tokens] for buffer in self._buffers)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the new ones behind those that are there."""
+        if not self.is_initialized:
+            self.begin(key_states, value_states, len(key_states), 0)
+        start, stop = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        if stop > self._buffers[0].shape[2]:
+            raise ValueError(f"{stop} tokens, but there is room for {self._buffers[0].shape[2]}")
+        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start:stop] = new
+        self._show(stop)
+        return self.keys, self.values
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all rows but some."""
+        filled = self.keys.shape[2]
+        self._buffers = [buffer[rows] for buffer in self._buffers]
+        self._show(filled)
+
+
 class Beginnings:
     """Reads what prompts begin with, and keeps the one read last.
 
@@ -160,27 +207,36 @@ class Beginnings:
         self._tokens: list[int] = []
         self._cache: DynamicCache | None = None
 
-    def rows(self, prompts: Sequence[Sequence[int]], groups: Sequence[tuple[int, int]]) -> DynamicCache | None:
-        """The keys and values of each prompt's beginning, padded on the left.
+    def rows(
+        self, prompts: Sequence[Sequence[int]], groups: Sequence[tuple[int, int]], room: int
+    ) -> DynamicCache | None:
+        """The keys and values of each prompt's beginning, padded on the left, with room for more tokens.
 
         ``None`` where the model keeps something else: sliding windows, states and whatever is no list of keys and
         values of all tokens cannot be continued with padding in between.
         """
         width = max(read for _, read in groups)
-        starts = accumulate((count for count, _ in groups), initial=0)
-        begin = [list(prompts[first][:read]) for first, (_, read) in zip(starts, groups, strict=False)]
-        some = max(begin, key=len)  # what stands in the columns of a group that reads nothing is masked
-        parts: list[list[list[Tensor]]] = []
-        for (count, read), tokens in zip(groups, begin, strict=True):
-            found = self._read(tokens or some)
+        cache = _empty(self.model)
+        if not _whole(cache):
+            return None
+        cache.layers = [RoomyLayer(room) for _ in cache.layers]
+        buffers: list[list[Tensor]] = []
+        row = 0
+        for count, read in groups:
+            found = self._read(list(prompts[row][:read])) if read else []
             if found is None:
                 return None
-            padding = (0, 0, width - read, 0)
-            parts.append([[F.pad(x[:, :, :read], padding).expand(count, -1, -1, -1) for x in kv] for kv in found])
-        cache = _empty(self.model)
-        for layer, pieces in enumerate(zip(*parts, strict=True)):
-            keys, values = (torch.cat(each) for each in zip(*pieces, strict=True))
-            cache.update(keys, values, layer)
+            if found and not buffers:
+                buffers = [
+                    layer.begin(*kv, rows=len(prompts), tokens=width)
+                    for layer, kv in zip(cache.layers, found, strict=True)
+                ]
+                for into in [x for kv in buffers for x in kv]:
+                    into[:, :, :width] = 0  # what is masked has to be finite: padding, and groups that read nothing
+            for buffer, kv in zip(buffers, found, strict=False):
+                for into, x in zip(buffer, kv, strict=True):
+                    into[row : row + count, :, width - read : width] = x[:, :, :read]
+            row += count
         return cache
 
     def _read(self, tokens: list[int]) -> list[tuple[Tensor, Tensor]] | None:
@@ -192,19 +248,21 @@ class Beginnings:
             if known < self._cache.get_seq_length():
                 self._cache = _start_of(self._cache, known, self.model)
             new = torch.tensor([tokens[known:]], device=self.model.device)
-            with head_input(self.model, lambda hidden: hidden[:, -1:]):
+            with head_input(self.model, lambda hidden: hidden[:, :0]):  # no logits
                 self.model(input_ids=new, use_cache=True, **{CACHE: self._cache})
             self._tokens = tokens
-        layers = self._cache.layers
-        if any(type(layer).__name__ != "DynamicLayer" for layer in layers):
+        if not _whole(self._cache) or self._cache.get_seq_length() != len(self._tokens):
             return None
-        if self._cache.get_seq_length() != len(self._tokens):
-            return None
-        return [(layer.keys, layer.values) for layer in layers]
+        return [(layer.keys, layer.values) for layer in self._cache.layers]
 
 
 def _empty(model: Any) -> DynamicCache:
     return DynamicCache(config=unwrap(model).config.get_text_config())  # type: ignore[union-attr,operator]
+
+
+def _whole(cache: DynamicCache) -> bool:
+    """Whether it keeps keys and values of all tokens, in every layer."""
+    return all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 def _start_of(cache: DynamicCache, tokens: int, model: Any) -> DynamicCache:
@@ -264,7 +322,7 @@ def _try(model: Any, start: list[int], pad_token_id: int) -> bool:
     # The same prompt twice, with beginnings of two lengths.
     tried = Layout(((1, max(1, longer - _SHORTER)), (1, longer)), len(start) + _MORE, 0)
     try:
-        cache = Beginnings(model).rows([start, start], tried.groups)
+        cache = Beginnings(model).rows([start, start], tried.groups, tried.rest + _NEW)
         if cache is None:
             return False
         input_ids, mask = padded([start, start], tried, pad_token_id, model.device)
@@ -273,7 +331,13 @@ def _try(model: Any, start: list[int], pad_token_id: int) -> bool:
         return False  # a cache of another kind; the plain way is right, only slower
     plain = torch.tensor([start], device=model.device)
     expected = model.generate(input_ids=plain, attention_mask=torch.ones_like(plain), generation_config=config)
-    right = torch.stack(list(expected.logits))
-    ours = torch.stack(list(found.logits))
-    tolerance = 1e-3 if right.dtype in (torch.float32, torch.float64) else 5e-2
+    return same_logits(model, torch.stack(list(expected.logits)), torch.stack(list(found.logits)))
+
+
+def same_logits(model: Any, right: Tensor, ours: Tensor) -> bool:
+    """Whether two ways through a model gave the same logits, but for the rounding of its dtype.
+
+    Generation hands out logits in float32, whatever they were computed in.
+    """
+    tolerance = 1e-3 if unwrap(model).dtype in (torch.float32, torch.float64) else 5e-2
     return bool((ours - right).abs().amax() <= tolerance * right.abs().amax().clamp(min=1e-6))

@@ -210,6 +210,11 @@ class PromptEncoder:
         (ids, labels), fitted = self._fitted(example, self._trained(example), self.max_length, masked)
         return Encoded(ids, labels, _start_of_last_run(labels), fitted is not example)
 
+    def answer(self, example: Example, text: str) -> list[int]:
+        """Token ids of an answer to the example's prompt and of its end, as training would have it learned."""
+        example = replace(example, references=(text,))
+        return self._split(self._turns(example, False), example)[1]
+
     def pair(self, example: Example) -> tuple[Encoded, Encoded]:
         """:meth:`example` full and masked; where the input must be shortened, it is the same in both.
 

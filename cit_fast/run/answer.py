@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
@@ -26,6 +26,7 @@ from cit_fast.models.pretrained import cache_folder
 from cit_fast.models.prompts import PromptEncoder
 from cit_fast.run.config import EvaluationConfig
 from cit_fast.run.judge import judge_score
+from cit_fast.run.label_choice import most_likely
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Evaluated:
         truncated: prompts whose input was shortened to fit; ``skipped``: examples left out because they cannot fit.
         answered_by: task name -> adapter set -> how many of its prompts the router sent there, :data:`BASE` for none
             of the sets; empty without a router. ``routing_seconds``: wall time the router took.
-        taken_over: how many answers are those of the stage before.
+        taken_over: how many answers are those of the stage before; ``chosen``: how many of the others are the likeliest
+            of their task's labels.
     """
 
     scores: dict[str, float]
@@ -49,6 +51,7 @@ class Evaluated:
     answered_by: dict[str, dict[str, int]] = field(default_factory=dict)
     routing_seconds: float = 0.0
     taken_over: int = 0
+    chosen: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,8 @@ def evaluate(
 ) -> Evaluated:
     """Answer every example of the tasks' split, each with the adapter set its router names, and score the answers.
 
-    Where an adapter set has not changed since the stage ``before``, its answers are taken over.
+    Where an adapter set has not changed since the stage ``before``, its answers are taken over. With ``decode: labels``
+    the answer to an example of a task with labels is the likeliest of them.
 
     Raises:
         DataError: no example of a task fits.
@@ -106,10 +110,11 @@ def evaluate(
     texts = [encoder.tokenizer.decode(prompt) for prompt in prompts]
     answers, taken_over = _taken_over(before, [task.name for task, _ in asked], texts, sets)
     new = [index for index, answer in enumerate(answers) if answer is None]
-    some = None if sets is None else [sets[index] for index in new]
-    found = _answers(model, encoder, some, [prompts[index] for index in new], config, title) if new else []
+    questions = [_Question(*asked[index], prompts[index], None if sets is None else sets[index]) for index in new]
+    found = _answers(model, encoder, questions, config, title) if new else []
     for index, answer in zip(new, found, strict=True):
         answers[index] = answer
+    chosen = sum(question.among_labels(config) for question in questions)
     scores: dict[str, float] = {}
     predictions: dict[str, list[Prediction]] = {}
     answered_by: dict[str, dict[str, int]] = {}
@@ -134,7 +139,9 @@ def evaluate(
             )
         ]
     violations = {task.name: judged(Constraints.of(task), predictions[task.name]) for task in tasks}
-    return Evaluated(scores, predictions, truncated, skipped, violations, answered_by, routing_seconds, taken_over)
+    return Evaluated(
+        scores, predictions, truncated, skipped, violations, answered_by, routing_seconds, taken_over, chosen
+    )
 
 
 def _taken_over(
@@ -169,33 +176,65 @@ def _routed(model: Any, encoder: PromptEncoder, examples: Sequence[Example], rou
     return sets[0]
 
 
+class _Question(NamedTuple):
+    """An example to answer: its task, its prompt as tokens, and the adapter set, ``None`` where there is one only."""
+
+    task: Task
+    example: Example
+    prompt: list[int]
+    adapter: str | None
+
+    def among_labels(self, config: EvaluationConfig) -> bool:
+        """Whether the answer is one of the task's labels by construction."""
+        return config.decode == "labels" and bool(self.task.labels)
+
+
 def _answers(
-    model: Any,
-    encoder: PromptEncoder,
-    sets: Sequence[str] | None,
-    prompts: Sequence[list[int]],
-    config: EvaluationConfig,
-    title: str,
+    model: Any, encoder: PromptEncoder, questions: Sequence[_Question], config: EvaluationConfig, title: str
 ) -> list[str]:
-    """The answers in the order of the prompts, which are shared out over the processes."""
+    """The answers in the order of the questions, which are shared out over the processes."""
     state = PartialState()
     bar = tqdm(
-        total=len(prompts), desc=f"{title}: answering", unit="prompt", leave=False, disable=not state.is_main_process
+        total=len(questions), desc=f"{title}: answering", unit="prompt", leave=False, disable=not state.is_main_process
     )
 
     def advance(count: int) -> None:
         bar.update(count * state.num_processes)
 
-    with bar, state.split_between_processes(list(range(len(prompts)))) as mine:
-        found = generate(
-            model,
-            [prompts[index] for index in mine],
-            tokenizer=encoder.tokenizer,
-            pad_token_id=encoder.pad_token_id,
-            eos_token_ids=encoder.stop_token_ids,
-            max_new_tokens=config.max_new_tokens,
-            batch_size=config.batch_size,
-            progress=advance,
-            adapters=None if sets is None else [sets[index] for index in mine],
-        )
+    def adapters(some: Sequence[_Question]) -> list[str] | None:
+        names = [question.adapter for question in some if question.adapter is not None]
+        return names if len(names) == len(some) else None
+
+    with bar, state.split_between_processes(list(range(len(questions)))) as mine:
+        found = [""] * len(mine)
+        closed = [place for place, index in enumerate(mine) if questions[index].among_labels(config)]
+        open_ = [place for place, index in enumerate(mine) if not questions[index].among_labels(config)]
+        if open_:
+            own = [questions[mine[place]] for place in open_]
+            texts = generate(
+                model,
+                [question.prompt for question in own],
+                tokenizer=encoder.tokenizer,
+                pad_token_id=encoder.pad_token_id,
+                eos_token_ids=encoder.stop_token_ids,
+                max_new_tokens=config.max_new_tokens,
+                batch_size=config.batch_size,
+                progress=advance,
+                adapters=adapters(own),
+            )
+            for place, text in zip(open_, texts, strict=True):
+                found[place] = text
+        if closed:
+            own = [questions[mine[place]] for place in closed]
+            best = most_likely(
+                model,
+                [question.prompt for question in own],
+                [[encoder.answer(question.example, label) for label in question.task.labels] for question in own],
+                pad_token_id=encoder.pad_token_id,
+                batch_size=config.batch_size,
+                progress=advance,
+                adapters=adapters(own),
+            )
+            for place, question, number in zip(closed, own, best, strict=True):
+                found[place] = question.task.labels[number]
     return gather_object(found) if state.num_processes > 1 else found

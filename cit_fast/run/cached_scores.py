@@ -59,6 +59,7 @@ class CachedScores:
                     test_truncated=found.truncated,
                     test_skipped=found.skipped,
                     violations=found.violations,
+                    chosen=found.chosen,
                 )
                 if self.state.is_main_process:
                     cached.commit(stage, lambda path: write_stage_predictions(path, found.predictions))

@@ -30,8 +30,9 @@ VERSION = 1
 
 class EvaluationConfig(Section):
     """What is measured after every stage. Tasks of ``held_out`` are answered but never trained: by the untrained model
-    and after the last stage, or after every one (``held_out_after: all``). ``judge`` marks the answers of tasks whose
-    metric is ``judge``.
+    and after the last stage, or after every one (``held_out_after: all``). With ``decode: labels`` the answer to a task
+    that has labels is the one of them which the model finds most likely, so it never breaks their format; other tasks
+    are answered greedily. ``judge`` marks the answers of tasks whose metric is ``judge``.
     """
 
     split: Literal["test", "dev"] = "test"
@@ -40,6 +41,7 @@ class EvaluationConfig(Section):
     experts: bool = False
     held_out: tuple[str | TaskSource, ...] = ()
     held_out_after: Literal["last", "all"] = "last"
+    decode: Literal["greedy", "labels"] = "greedy"
     max_new_tokens: PositiveInt = 64
     batch_size: PositiveInt = 16
     judge: JudgeConfig | None = None

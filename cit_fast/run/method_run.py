@@ -200,7 +200,7 @@ class MethodRun:
             held_out, folder = self.cached.untrained(model, self.held_out)
             folders.append(folder)
             stage.scores, stage.violations = stage.scores | held_out.scores, stage.violations | held_out.violations
-            for name in ("evaluate_seconds", "test_truncated", "test_skipped"):
+            for name in ("evaluate_seconds", "test_truncated", "test_skipped", "chosen"):
                 setattr(stage, name, getattr(stage, name) + getattr(held_out, name))
 
         def fill(path: Path) -> None:
@@ -269,6 +269,7 @@ class MethodRun:
             test_truncated=found.truncated,
             test_skipped=found.skipped,
             taken_over=found.taken_over,
+            chosen=found.chosen,
             notes=trained.notes,
         )
         self._commit(record, trained.model, found.predictions, trained.live)

@@ -59,7 +59,7 @@ class Paces:
             "model": config.model.model_dump(mode="json"),
             "adapter": config.adapter,
             "training": config.training,
-            "evaluation": config.evaluation.model_dump(mode="json", include={"max_new_tokens", "batch_size"}),
+            "evaluation": config.evaluation.model_dump(mode="json", include={"max_new_tokens", "batch_size", "decode"}),
         }
         setting = json.loads(json.dumps({"pace": environment, **sections}, default=str))
         self._cache = JsonCache(cache_folder() / "pace", setting)

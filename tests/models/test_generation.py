@@ -198,3 +198,15 @@ def test_models_that_do_not_skip_padding(kind, more, together):
     alone = [answer(other, [prompt], max_new_tokens=8)[0] for prompt in PROMPTS]
     assert answer(other, PROMPTS, max_new_tokens=8, batch_size=7) == alone
     assert _batched_together(other, PROMPTS[0], PAD) == together
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_output_projection_gets_rows_of_their_own(model, monkeypatch, rows):
+    """Strides of a longer tensor make torch copy the projection, of one row even though it counts as contiguous."""
+    strides = []
+    hook = model.lm_head.register_forward_hook(lambda _, args, __: strides.append(args[0].stride()))
+    try:
+        answer(model, [[3, 4, 5, 6]] * rows, max_new_tokens=2)
+    finally:
+        hook.remove()
+    assert set(strides) == {(32, 32, 1)}

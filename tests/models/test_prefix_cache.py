@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given
@@ -18,7 +20,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from cit_fast.models import prefix_cache
+from cit_fast.models import generation, prefix_cache
 from cit_fast.models.generation import generate
 from cit_fast.models.prefix_cache import Beginnings, batches_of_least_work, can_continue, common_beginning, layout
 
@@ -59,10 +61,11 @@ def groups_read(monkeypatch):
     """(prompts, tokens) of every group whose beginning was read once, batch by batch."""
     read = []
 
-    def watched(self, prompts, groups):
-        if sum(map(len, prompts)) > 2 * prefix_cache._TRIED:  # else it is the trial of the model
-            read.append([group for group in groups if group[1]])
-        return original(self, prompts, groups)
+    def watched(self, prompts, groups, room):
+        own = [group for group in groups if group[1]]
+        if own and sum(map(len, prompts)) > 2 * prefix_cache._TRIED:  # else it is the trial of the model
+            read.append(own)
+        return original(self, prompts, groups, room)
 
     original = Beginnings.rows
     monkeypatch.setattr(Beginnings, "rows", watched)
@@ -163,14 +166,14 @@ def test_a_beginning_goes_on_from_the_one_before():
     start = random_tokens(40, 7)
     kept, prompts = Beginnings(model), [[*start, 5], [*start, 6]]
     for length in (30, 40, 20, 36):
-        cache = kept.rows(prompts, [(2, length)])
-        fresh = Beginnings(model).rows(prompts, [(2, length)])
+        cache = kept.rows(prompts, [(2, length)], 0)
+        fresh = Beginnings(model).rows(prompts, [(2, length)], 0)
         for layer, right in zip(cache.layers, fresh.layers, strict=True):
             assert layer.keys.shape == (2, 2, length, 8)
             torch.testing.assert_close(layer.keys, right.keys)
             torch.testing.assert_close(layer.values, right.values)
     other = [*start[:10], 4, *start[11:]]
-    kept.rows([other], [(1, 15)])
+    kept.rows([other], [(1, 15)], 0)
     # Ours and the fresh one in turns: ten more tokens after the thirty, none for twenty or thirty-six of the forty.
     assert read == [30, 30, 10, 40, 20, 36, 5]
 
@@ -235,3 +238,50 @@ def test_many_sets_of_one_prompt_each_stay_in_full_batches(monkeypatch):
     prompts = [random_tokens(20, 1) for _ in range(64)]
     apart = batches_of_least_work(prompts, range(64), 64, [str(n) for n in range(64)], True)
     assert layout(prompts, False).work < sum(layout([prompts[index] for index in batch], True).work for batch in apart)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_half_precision_continues_too(attention):
+    torch.manual_seed(0)
+    config = LlamaConfig(**SMALL, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1)
+    model = LlamaForCausalLM._from_config(config, attn_implementation=attention).to(torch.bfloat16).eval()
+    assert can_continue(model, random_tokens(16, 0), 0)
+    assert generation._batched_together(model, random_tokens(16, 0), 0) == "any"
+
+
+def test_rows_leave_when_they_have_ended(monkeypatch):
+    monkeypatch.setattr(prefix_cache, "_PASS", 200)  # one batch, nothing shared
+    model = llama()
+    prompts = prompts_of(0, rests=(9, 7, 3, 12, 5, 8))
+    whole = [text.split() for text in answers(model, prompts, eos_token_ids=[VOCABULARY], max_new_tokens=30)]
+    ends = [int(tokens[k]) for tokens, k in zip(whole, (2, 28, 11, 5), strict=False)]
+    shortest = [min((tokens.index(str(end)) for end in ends if str(end) in tokens), default=30) for tokens in whole]
+    assert len(set(shortest)) > 2
+    rows = []
+    original = model.forward
+
+    @functools.wraps(original)  # generation reads what the model takes from its signature
+    def forward(*args, **inputs):
+        rows.append(len(inputs["input_ids"]))
+        return original(*args, **inputs)
+
+    monkeypatch.setattr(model, "forward", forward)
+    found = answers(model, prompts, eos_token_ids=ends, max_new_tokens=30)
+    assert [text.split() for text in found] == [t[:n] for t, n in zip(whole, shortest, strict=True)]
+    # Every eighth token those that have ended leave.
+    passes = [sum(n >= 8 * (step // 8) for n in shortest) for step in range(min(30, max(shortest) + 1))]
+    assert rows == passes
+    assert rows[-1] < rows[0]
+
+
+def test_the_room_is_used_in_place():
+    layer = prefix_cache.RoomyLayer(3)
+    new = torch.arange(8.0).view(1, 2, 2, 2)
+    keys, _ = layer.update(new, -new)
+    again, values = layer.update(new[:, :, :1], -new[:, :, :1])
+    assert again.data_ptr() == keys.data_ptr()
+    torch.testing.assert_close(again, torch.cat([new, new[:, :, :1]], 2))
+    torch.testing.assert_close(values, -again)
+    assert layer.get_seq_length() == 3
+    with pytest.raises(ValueError, match="4 tokens, but there is room for 3"):
+        layer.update(new[:, :, :1], new[:, :, :1])
