@@ -8,7 +8,7 @@
 the same in batches of an eighth of the size, which pads less. `contiguous` and `smaller, contiguous` are these without
 the copy of the output projection that torch makes on a CPU: the best that we know without this package. `fused` is the
 last with fuse_lora and fuse_norms. `ours` is cit_fast's: these, batches of at most the full size cut for the least
-work, and what a batch's prompts begin with read once. Records medians in bench/results, and how many answers are those
+work, what prompts begin with read once, all answered together. Records medians in bench/results, and how many answers are those
 of `generate`: in bfloat16 a batch of another shape rounds otherwise.
 """
 
@@ -65,8 +65,10 @@ def by_generate(model: Any, encoder: Any, prompts: Sequence[Sequence[int]], size
     return answers
 
 
-def measure(model: Any, encoder: Any, prompts: list[list[int]], size: int, new: int, rounds: int) -> dict[str, Any]:
-    """Every contender ``rounds`` times, in turns."""
+def measure(
+    model: Any, encoder: Any, prompts: list[list[int]], size: int, new: int, rounds: int, only: Sequence[str]
+) -> dict[str, Any]:
+    """Every contender, or ``only`` some, ``rounds`` times, in turns."""
 
     def ours() -> list[str]:
         return generate(
@@ -92,6 +94,7 @@ def measure(model: Any, encoder: Any, prompts: list[list[int]], size: int, new: 
         "fused": (True, lambda: plain(less, True)),
         "ours": (True, ours),
     }
+    contenders = {name: one for name, one in contenders.items() if not only or name in only}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     answers: dict[str, list[str]] = {}
     for _ in range(rounds):
@@ -101,15 +104,17 @@ def measure(model: Any, encoder: Any, prompts: list[list[int]], size: int, new: 
             start = time.perf_counter()
             answers[name] = run()
             seconds[name].append(time.perf_counter() - start)
+    first = next(iter(answers.values()))
     return {
         "prompts": len(prompts),
+        "tokens": sum(map(len, prompts)),
         "batch sizes": [size, less],
         "median s": {name: round(statistics.median(values), 2) for name, values in seconds.items()},
         "ours, share of": {
             name: round(statistics.median(a / b for a, b in zip(seconds["ours"], values, strict=True)), 3)
             for name, values in seconds.items()
         },
-        "same answers as generate": {name: _alike(own, answers["generate"]) for name, own in answers.items()},
+        "same answers as the first": {name: _alike(own, first) for name, own in answers.items()},
     }
 
 
@@ -123,6 +128,7 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=16, help="prompts of each task")
     parser.add_argument("--superni-test", type=int, default=6, help="of each of these")
     parser.add_argument("--superni", type=Path, help="the folder of the stream superni-15")
+    parser.add_argument("--only", nargs="+", default=(), help="these contenders; prints, and records nothing")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     options = parser.parse_args()
     config = load_config(QUICKSTART)
@@ -143,9 +149,10 @@ def main() -> None:
         prompts = [prompt for task in stream for prompt in encoder.encode_prompts(task.test, reserve=new).prompts]
         own = settings.model_copy(update={"attn_implementation": attention[name]})
         model = train_adapter(load_model(folder, own), config.adapter, "shared", config.seed)[0].eval()
-        result[name] = measure(model, encoder, prompts, config.evaluation.batch_size, new, options.rounds)
+        result[name] = measure(model, encoder, prompts, config.evaluation.batch_size, new, options.rounds, options.only)
         print(name, result[name])
-    print(f"recorded in {record('evaluation', result)}")
+    if not options.only:
+        print(f"recorded in {record('evaluation', result)}")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
     python -m bench.bench_kpig_step          prints, and records in bench/results
 
-Two copies of the model take the same examples with the same optimizer. A step is forward, backward and AdamW. The pass
-of the frozen model over a task's examples, which happens once a stage, is timed apart and shared out over the steps of
-one epoch. Batches take turns between the tasks, as their lengths differ.
+Three copies of the model take the same examples with the same optimizer: KPIG and plain tuning (`cross-entropy`) as
+`cit-fast run` trains them, and plain tuning through PEFT's layers. A step is forward, backward and AdamW. The pass of
+the frozen model over a task's examples, which happens once a stage, is timed apart and shared out over the steps of one
+epoch. Batches take turns between the tasks, as their lengths differ.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from cit_fast.data import load_stream
 from cit_fast.methods.objectives import KPIG, CrossEntropy
 from cit_fast.methods.stage import Stage
 from cit_fast.models.adapters import prompt_encoder, train_adapter
-from cit_fast.models.collation import choose_collator
 from cit_fast.models.pretrained import load_model, load_tokenizer, resolve_model
 from cit_fast.run.config import load_config
 
@@ -41,29 +41,28 @@ def main() -> None:
     size = config.training["per_device_train_batch_size"]
 
     sides = {}
-    for name in ("cross-entropy", "KPIG"):
-        model = train_adapter(load_model(folder, config.model), config.adapter, "shared", config.seed)[0].train()
+    for name in ("PEFT", "cross-entropy", "KPIG"):
+        fuse = name != "PEFT"
+        model = load_model(folder, config.model.model_copy(update={"fuse_norms": fuse}))
+        model = train_adapter(model, config.adapter, "shared", config.seed, fuse=fuse)[0].train()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
         sides[name] = model, optimizer, []
     model = sides["KPIG"][0]
     objective = KPIG(key_parts="data", share_prefix=False if options.separate else "auto")
+    plain, bare = CrossEntropy(), CrossEntropy(share_prefix=False)
     stages, frozen_seconds = [], 0.0
     for task in stream:  # each a stage of its own, as in a run
-        inputs = objective.prepare(Stage(model, encoder, tasks=tuple(stream), examples=task.train))
-        stages.append((inputs, encoder.encode_all(task.train).encoded))
-        frozen_seconds += inputs.seconds * size / sum(len(each.train) for each in stream)
-    collate = choose_collator(
-        model.config._attn_implementation, model.device, pad_token_id=encoder.pad_token_id,
-        max_length=config.data.max_length,
-    )  # fmt: skip
-    plain = CrossEntropy()
+        stage = Stage(model, encoder, tasks=tuple(stream), examples=task.train)
+        stages.append((objective.prepare(stage), plain.prepare(stage), bare.prepare(stage)))
+        frozen_seconds += stages[-1][0].seconds * size / sum(len(each.train) for each in stream)
     places: dict[str, list[int]] = {name: [] for name in sides}
     profiler = torch.profiler.profile() if options.profile else None
     for turn in range(options.rounds + 2):
-        inputs, encoded = stages[turn % len(stages)]
+        inputs, plainly, barely = stages[turn % len(stages)]
         own = slice(turn // len(stages) * size, (turn // len(stages) + 1) * size)
         batches = {
-            "cross-entropy": (plain, collate(encoded[own])),
+            "PEFT": (bare, barely.collator(barely.features[own])),
+            "cross-entropy": (plain, plainly.collator(plainly.features[own])),
             "KPIG": (objective, inputs.collator(inputs.features[own])),
         }
         for name, (loss, batch) in batches.items():
@@ -82,9 +81,12 @@ def main() -> None:
     if profiler is not None:
         print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=40))
     # Each batch against itself: tasks differ in length, and the machine in speed from minute to minute.
-    ours, theirs = sides["KPIG"][2], sides["cross-entropy"][2]
-    step = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
-    frozen = frozen_seconds / statistics.median(theirs)
+    ratios = {}
+    for name in ("PEFT", "cross-entropy"):
+        ours, theirs = sides["KPIG"][2], sides[name][2]
+        step = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+        frozen = frozen_seconds / statistics.median(theirs)
+        ratios[name] = {"step": round(step, 3), "with the frozen pass, one epoch": round(step + frozen, 3)}
     result = {
         "model": config.model.name,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -92,8 +94,7 @@ def main() -> None:
         "median ms": {name: round(statistics.median(seconds) * 1e3, 1) for name, (_, _, seconds) in sides.items()},
         "places a batch": {name: round(statistics.mean(counts)) for name, counts in places.items()},
         "frozen pass, ms a batch": round(frozen_seconds * 1e3, 1),
-        "step ratio": round(step, 3),
-        "step ratio with the frozen pass, one epoch": round(step + frozen, 3),
+        "KPIG, share of": ratios,
     }
     print(result)
     if not options.separate:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,11 +19,12 @@ from cit_fast.models.forward import evaluating, whole_rows
 from cit_fast.models.fused_lora import adapters_cast_once
 from cit_fast.models.prefix_cache import (
     CACHE,
-    Beginnings,
-    batches_of_least_work,
+    PASS,
+    AtWork,
+    PromptReader,
+    batches_of_pieces,
     can_continue,
     for_trial,
-    layout,
     padded,
     same_logits,
 )
@@ -88,53 +89,81 @@ def generate(
     if adapters is not None and len(adapters) != len(prompts):
         raise DataError(f"generate: {len(adapters)} adapter sets for {len(prompts)} prompts")
     answers = [""] * len(prompts)
-    beginnings: dict[str | None, Beginnings] = {}
+    done: set[int] = set()
 
-    def answer(batch: Sequence[int]) -> None:
-        sets = {None if adapters is None else adapters[index] for index in batch}
-        kept = None
-        if continues and len(sets) == 1:
-            name = sets.pop()
-            kept = beginnings.get(name) or Beginnings(model)
-            beginnings.clear()  # of one set at a time
-            beginnings[name] = kept
-        new_tokens = _new_tokens(model, [prompts[index] for index in batch], config, kept)
+    def answered(batch: Sequence[int], new_tokens: Sequence[Sequence[int]]) -> None:
         for index, tokens in zip(batch, new_tokens, strict=True):
             end = next((k for k, token in enumerate(tokens) if token in end_tokens), len(tokens))
             text = tokenizer.decode(tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
             answers[index] = text.strip()
+            done.add(index)
         if progress is not None:
             progress(len(batch))
 
-    lengths = list(map(len, prompts))
-    longest_first = sorted(range(len(prompts)), key=lambda index: -lengths[index])
+    longest_first = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     cast = adapters_cast_once(model)
     with evaluating(model), _only_defaults(model, config), whole_rows(model), cast, torch.inference_mode():
-        together = "any" if batch_size == 1 or len(prompts) < 2 else _batched_together(model, prompts[0], pad_token_id)
         several = batch_size > 1 and len(prompts) > 1
-        continues = several and together == "any" and can_continue(model, prompts[longest_first[0]], pad_token_id)
-        share = continues and _worth_sharing(prompts, batch_size, adapters)
+        together = _batched_together(model, prompts[0], pad_token_id) if several else "any"
+        apart = several and together == "any" and can_continue(model, prompts[longest_first[0]], pad_token_id)
 
-        def batches(indices: Sequence[int]) -> Iterable[Sequence[int]]:
-            if together == "any":
-                return batches_of_least_work(prompts, indices, batch_size, adapters if share else None, share)
-            alike = itertools.groupby(indices, key=lambda index: lengths[index])
-            size = batch_size if together == "equal" else 1
-            return itertools.chain.from_iterable(_chunks(list(group), size) for _, group in alike)
+        def answer(indices: Sequence[int], at_work: AtWork | None = None) -> None:
+            sets = adapters if at_work is not None else None
+            reader = PromptReader(model, at_work)
+            if apart:
+                for pieces in batches_of_pieces(prompts, indices, batch_size, sets):
+                    batch = [index for piece in pieces for index in piece.indices]
+                    own, names = [prompts[i] for i in batch], None if sets is None else [sets[i] for i in batch]
+                    cache = reader.read(prompts, pieces, 1 + max_new_tokens, sets)
+                    answered(batch, _continued(reader, own, config, cache, names))
+                return
+            for batch in _batches(prompts, indices, batch_size, together):
+                own, names = [prompts[i] for i in batch], None if sets is None else [sets[i] for i in batch]
+                input_ids, mask = padded(own, pad_token_id, model.device)
+                with reader.having(names):
+                    output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config)
+                answered(batch, output[:, input_ids.shape[1] :].tolist())
 
         if adapters is None:
-            for batch in batches(longest_first):
-                answer(batch)
+            answer(longest_first)
         else:
-            _answer_with_sets(model, bank, adapters, longest_first, batches, answer)
+            _answer_with_sets(model, bank, adapters, longest_first, answer, done.__contains__)
     return answers
 
 
-_Batches = Callable[[Sequence[int]], Iterable[Sequence[int]]]
+def _batches(
+    prompts: Sequence[Sequence[int]], indices: Sequence[int], size: int, together: _Together
+) -> list[list[int]]:
+    """Batches of at most ``size`` of the indices, whose prompts get shorter; the largest first."""
+    if together == "any":
+        cuts = _cuts([len(prompts[index]) for index in indices], size)
+        batches = [list(indices[start:stop]) for start, stop in cuts]
+        return sorted(batches, key=lambda batch: -len(batch) * len(prompts[batch[0]]))
+    alike = itertools.groupby(indices, key=lambda index: len(prompts[index]))
+    size = size if together == "equal" else 1
+    groups = [list(group) for _, group in alike]
+    return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
 
 
-def _chunks(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    return (indices[start : start + size] for start in range(0, len(indices), size))
+_STEPS = 8
+"""Tokens of an answer, a pass each; how many is not known before."""
+
+
+def _cuts(widths: Sequence[int], size: int) -> list[tuple[int, int]]:
+    """Where to cut descending widths into batches of at most ``size``, each padded to its first, for the least work."""
+    least, first = [0], [0]
+    for stop in range(1, len(widths) + 1):
+        work, start = min(
+            (least[start] + (stop - start) * widths[start] + (1 + _STEPS) * PASS, start)
+            for start in range(max(0, stop - size), stop)
+        )
+        least.append(work)
+        first.append(start)
+    cuts, stop = [], len(widths)
+    while stop:
+        cuts.append((first[stop], stop))
+        stop = first[stop]
+    return cuts[::-1]
 
 
 _Together = Literal["any", "equal", "none"]
@@ -172,30 +201,22 @@ def _answer_with_sets(
     bank: AdapterBank | None,
     sets: Sequence[str],
     indices: Sequence[int],
-    batches: _Batches,
-    answer: Callable[[Sequence[int]], None],
+    answer: Callable[[Sequence[int], AtWork | None], None],
+    done: Callable[[int], bool],
 ) -> None:
-    """Call ``answer`` on batches of ``indices`` while each of their rows has its set."""
+    """Call ``answer`` on the indices such that each of their rows has its set; ``done`` says which are answered."""
     known = bank.names if bank is not None else set(getattr(model, "peft_config", ()))
     unknown = set(sets) - {*known, BASE}
     if unknown:
         raise DataError(f"generate: no adapter set {min(unknown)!r}; there are {', '.join(sorted(known)) or 'none'}")
     mixed = bank if bank is not None else AdapterBank.of_model(model)
-    done: set[int] = set()
     if mixed is not None:
-        try:
-            for batch in batches(indices):
-                with mixed.answering([sets[index] for index in batch]):
-                    answer(batch)
-                done.update(batch)
-        except RowsLostError:  # e.g. experts, each given the tokens that are routed to it
-            pass
-    left = [index for index in indices if index not in done]
+        with contextlib.suppress(RowsLostError):  # e.g. experts, each given the tokens that are routed to it
+            answer(indices, mixed.answering)
+    left = [index for index in indices if not done(index)]
     for name in dict.fromkeys(sets[index] for index in left):
-        own = [index for index in left if sets[index] == name]
         with one_set(model, name, bank):
-            for batch in batches(own):
-                answer(batch)
+            answer([index for index in left if sets[index] == name], None)
 
 
 @contextlib.contextmanager
@@ -229,49 +250,35 @@ def one_set(model: Any, name: str, bank: AdapterBank | None = None) -> Iterator[
             parameter.requires_grad_(True)
 
 
-def _worth_sharing(prompts: Sequence[Sequence[int]], size: int, adapters: Sequence[str] | None) -> bool:
-    """Whether it is less work to read what prompts begin with once, which takes batches of one adapter set."""
-
-    def total(kinds: Sequence[str] | None, share: bool) -> int:
-        batches = batches_of_least_work(prompts, range(len(prompts)), size, kinds, share)
-        return sum(layout([prompts[index] for index in batch], share).work for batch in batches)
-
-    return total(adapters, True) < total(None, False)
-
-
 _AT_A_TIME = 8
 """New tokens after which rows that have ended leave the batch."""
 
 
-def _new_tokens(
-    model: Any, prompts: Sequence[Sequence[int]], config: GenerationConfig, beginnings: Beginnings | None
+def _continued(
+    reader: PromptReader,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    cache: DynamicCache,
+    names: Sequence[str] | None,
 ) -> list[list[int]]:
-    """Generated tokens ``[batch][at most max_new_tokens]``, without the prompts.
+    """Generated tokens ``[batch][at most max_new_tokens]`` of prompts that are in the cache but for their last token.
 
     Args:
-        beginnings: of a model that continues from a cache, in a batch of one adapter set; what the prompts begin with
-            is read once, and rows leave when they have ended.
+        names: the rows' adapter sets.
     """
-    found = layout(prompts, share=beginnings is not None)
-    cache: DynamicCache | None = None
-    if beginnings is not None:
-        cache = beginnings.rows(prompts, found.groups, found.rest + config.max_new_tokens)
-        if cache is None:
-            found = layout(prompts, share=False)
-    input_ids, attention_mask = padded(prompts, found, config.pad_token_id, model.device)
-    if cache is None:
-        output = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
-        return output[:, input_ids.shape[1] :].tolist()  # type: ignore[no-any-return]
+    model = reader.model
     answers: list[list[int]] = [[] for _ in prompts]
     there = list(range(len(prompts)))
+    input_ids, attention_mask = padded(prompts, config.pad_token_id, model.device)
     ends = torch.tensor(config.eos_token_id, device=model.device)
     left = config.max_new_tokens
     while True:
         some = copy.copy(config)
         some.max_new_tokens = min(left, _AT_A_TIME)
-        output = model.generate(
-            input_ids=input_ids, attention_mask=attention_mask, generation_config=some, **{CACHE: cache}
-        )
+        with reader.having(None if names is None else [names[row] for row in there]):
+            output = model.generate(
+                input_ids=input_ids, attention_mask=attention_mask, generation_config=some, **{CACHE: cache}
+            )
         new = output[:, input_ids.shape[1] :]
         for index, tokens in zip(there, new.tolist(), strict=True):
             answers[index] += tokens

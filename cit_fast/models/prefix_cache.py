@@ -1,18 +1,20 @@
-"""What prompts begin with, read once: its keys and values are those of every prompt that begins so.
+"""Prompts read apart, answered together: what they begin with once, neighbours in one pass, all into one cache.
 
-The prompts of a task begin with the same template, instruction and demonstrations. In a batch, neighbours that begin
-alike form groups, and the columns are::
+The prompts of a task begin with the same template, instruction and demonstrations. Neighbours in the order of their
+tokens form pieces. A piece reads its common beginning once, and what is left of its prompts in one pass::
 
-    [ padding | beginning of group g | padding | rest of prompt i ]     the left half comes from the cache
+    [ beginning, once | rest of prompt i, without its last token | padding ]
 
-The attention mask leaves padding out and positions do not count it. One beginning goes on from what it has in common
+Both end up in one cache for the whole batch, padded on the left, from which all prompts are answered together: there
+the attention mask leaves padding out and positions do not count it. One beginning goes on from what it has in common
 with the one read before it, across batches too.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -25,21 +27,20 @@ from cit_fast.models.forward import head_input, unwrap
 
 CACHE = ALL_CACHE_NAMES[0]
 """What this transformers calls the argument: ``cache``, before ``past_key_values``."""
-_PASS = 200
-"""What a pass costs beside its tokens, in tokens: 0.15 s, at 1,400 tokens a second, of SmolLM2-135M on two cores."""
-_STEPS = 8
-"""Tokens of an answer, a pass each; how many is not known before."""
+PASS = 200
+"""What a pass costs beside its tokens, in tokens: 0.1 s, at 2,000 tokens a second, of SmolLM2-135M on two cores."""
+
+AtWork = Callable[[Sequence[str]], AbstractContextManager[None]]
+"""Inside, row i of whatever goes through the model has the adapter set i; of one name any number of rows."""
 
 
-class Layout(NamedTuple):
-    """How the prompts of a batch are read, in their order."""
+class Piece(NamedTuple):
+    """Prompts that are read together."""
 
-    groups: tuple[tuple[int, int], ...]
-    """Of each group its prompts, and the tokens of the beginning that is read for them; 0 where none is."""
-    rest: int
-    """Columns for what is left of the longest prompt."""
-    work: int
-    """What the batch costs, in tokens read."""
+    indices: tuple[int, ...]
+    """Of the prompts, in the order of their tokens."""
+    beginning: int
+    """Tokens that all of them begin with and that are read once; 0 where that is not worth a pass."""
 
 
 def common_beginning(one: Sequence[int], other: Sequence[int]) -> int:
@@ -48,103 +49,68 @@ def common_beginning(one: Sequence[int], other: Sequence[int]) -> int:
     return next((k for k in range(shorter) if one[k] != other[k]), shorter)
 
 
-def layout(prompts: Sequence[Sequence[int]], share: bool) -> Layout:
-    """The layout of least work, of prompts whose neighbours begin alike; without ``share`` that of padded rows."""
-    rows, lengths = len(prompts), [len(prompt) for prompt in prompts]
-    steps = (1 + _STEPS) * _PASS
-    best = Layout(((rows, 0),), max(lengths), rows * max(lengths) + steps)
-    if not share or rows == 1:
-        return best
-    alike = [common_beginning(*pair) for pair in pairwise(prompts)]
-    # For a given width of the rests a group need not read more than its longest prompt has beyond it, and to have few
-    # groups is best. The widths at which groups become possible are differences of a length and what can be shared.
-    sharable = {*alike, *(length - 1 for length in lengths)}
-    for rest in sorted({length - common for length in set(lengths) for common in sharable if length > common}):
-        if rows * rest + steps >= best.work:
-            break
-        groups = _groups(lengths, alike, rest)
-        work = sum(read + _PASS for _, read in groups if read) + rows * rest + steps
-        if work < best.work:
-            best = Layout(groups, rest, work)
-    return best
-
-
-def _groups(lengths: Sequence[int], alike: Sequence[int], rest: int) -> tuple[tuple[int, int], ...]:
-    """The fewest groups of neighbours such that no prompt has more than ``rest`` tokens beside its group's beginning.
-
-    Every prompt keeps a token of its own, from which its answer starts.
-    """
-    groups: list[tuple[int, int]] = []
-    count, longest, common = 0, 0, 0
-    for index, length in enumerate(lengths):
-        joined = min(common, alike[index - 1], length - 1) if count else length - 1
-        if count and max(longest, length) - rest > joined:
-            groups.append((count, max(0, longest - rest)))
-            count, longest, joined = 0, 0, length - 1
-        count, longest, common = count + 1, max(longest, length), joined
-    return (*groups, (count, max(0, longest - rest)))
-
-
-def batches_of_least_work(
-    prompts: Sequence[Sequence[int]],
-    indices: Sequence[int],
-    size: int,
-    kinds: Sequence[Hashable] | None = None,
-    share: bool = False,
-) -> list[list[int]]:
-    """Batches of at most ``size`` indices, cut where padding would cost more than another batch; the largest first.
+def batches_of_pieces(
+    prompts: Sequence[Sequence[int]], indices: Sequence[int], size: int, sets: Sequence[str] | None = None
+) -> list[list[Piece]]:
+    """Batches of at most ``size`` prompts, in pieces of least work; the longest first.
 
     Args:
         indices: of the prompts to batch.
-        kinds: of every prompt; a batch then has one kind.
-        share: prompts that begin alike can be read as :func:`layout` says. A batch then has prompts with rests of much
-            the same length, and its neighbours begin alike.
+        sets: of every prompt its adapter set; prompts of several sets share no beginning.
     """
-    batches: list[list[int]] = []
-    by_kind: dict[Hashable, list[int]] = {}
-    for index in indices:
-        by_kind.setdefault(kinds[index] if kinds else None, []).append(index)
-    for own in by_kind.values():
-        order = sorted(own, key=lambda index: list(prompts[index]))
-        shared = _shared([prompts[index] for index in order]) if share else [0] * len(order)
-        rests = {index: len(prompts[index]) - alike for index, alike in zip(order, shared, strict=True)}
-        by_rest = sorted(order, key=lambda index: -rests[index])  # stable: of equal rests those that begin alike
-        for start, stop in _cuts([rests[index] for index in by_rest], size):
-            batches.append(sorted(by_rest[start:stop], key=lambda index: list(prompts[index])))
-    return sorted(batches, key=lambda batch: -len(batch) * max(len(prompts[index]) for index in batch))
+    pieces = _pieces(prompts, indices, size, sets)
+    # A batch's prompts are of much the same length; pieces with one beginning stay neighbours.
+    pieces.sort(key=lambda piece: -max(len(prompts[index]) for index in piece.indices))
+    batches: list[list[Piece]] = []
+    room = 0
+    for piece in pieces:
+        left = piece.indices
+        while left:
+            if not room:
+                batches.append([])
+                room = size
+            some, left = left[:room], left[room:]
+            batches[-1].append(Piece(some, piece.beginning))
+            room -= len(some)
+    return batches
 
 
-_ALIKE = 4
-"""Prompts that must begin alike for their beginning to count as shared."""
-
-
-def _shared(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """Of sorted prompts, how many tokens each begins with in common with three others or more; each keeps one."""
-    alike = [common_beginning(*pair) for pair in pairwise(prompts)]
-    shared = [0] * len(prompts)
-    for start in range(len(prompts) - _ALIKE + 1):
-        window = range(start, start + _ALIKE)
-        common = min(*alike[start : start + _ALIKE - 1], *(len(prompts[index]) - 1 for index in window))
-        for index in window:
-            shared[index] = max(shared[index], common)
-    return shared
-
-
-def _cuts(widths: Sequence[int], size: int) -> list[tuple[int, int]]:
-    """Where to cut descending widths into batches of at most ``size``, each padded to its first, for the least work."""
-    least, first = [0], [0]
-    for stop in range(1, len(widths) + 1):
-        work, start = min(
-            (least[start] + (stop - start) * widths[start] + (1 + _STEPS) * _PASS, start)
-            for start in range(max(0, stop - size), stop)
-        )
+def _pieces(
+    prompts: Sequence[Sequence[int]], indices: Sequence[int], size: int, sets: Sequence[str] | None
+) -> list[Piece]:
+    """The prompts in pieces of at most ``size`` neighbours, for the least work."""
+    names = sets or [""] * len(prompts)
+    order = sorted(indices, key=lambda index: (names[index], list(prompts[index])))
+    alike = [common_beginning(prompts[a], prompts[b]) if names[a] == names[b] else 0 for a, b in pairwise(order)]
+    tokens = [len(prompts[index]) - 1 for index in order]  # the last one is read with the answer
+    least, best = [0], [(0, 0)]
+    for stop in range(1, len(order) + 1):
+        longest = shortest = common = tokens[stop - 1]
+        choices = []
+        for start in range(stop - 1, max(0, stop - size) - 1, -1):
+            if start < stop - 1:
+                common = min(common, alike[start])
+            longest, shortest = max(longest, tokens[start]), min(shortest, tokens[start])
+            shared = min(common, shortest)
+            work, beginning = min(
+                (_work(stop - start, longest, 0), 0), (shared + PASS + _work(stop - start, longest, shared), shared)
+            )
+            choices.append((least[start] + work, start, beginning))
+        work, start, beginning = min(choices)
         least.append(work)
-        first.append(start)
-    cuts, stop = [], len(widths)
+        best.append((start, beginning))
+    pieces: list[Piece] = []
+    stop = len(order)
     while stop:
-        cuts.append((first[stop], stop))
-        stop = first[stop]
-    return cuts[::-1]
+        start, beginning = best[stop]
+        pieces.append(Piece(tuple(order[start:stop]), beginning))
+        stop = start
+    return pieces[::-1]
+
+
+def _work(rows: int, longest: int, beginning: int) -> int:
+    """What it costs to read ``rows`` prompts, the longest of so many tokens, after their beginning."""
+    return PASS + rows * (longest - beginning) if longest > beginning else 0
 
 
 class RoomyLayer(DynamicLayer):  # type: ignore[misc]
@@ -195,74 +161,112 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         self._show(filled)
 
 
-class Beginnings:
-    """Reads what prompts begin with, and keeps the one read last.
+_Cached = list[tuple[Tensor, Tensor]]
+"""Of each layer keys and values [rows, heads, tokens, d]."""
+
+
+class PromptReader:
+    """Reads prompts into a cache, and keeps the beginning that was read last.
 
     Args:
-        model: whose keys and values these are; neither it nor its active adapter set may change meanwhile.
+        model: whose keys and values these are; neither it nor its adapter sets may change meanwhile.
+        at_work: gives rows their adapter sets; without it the active set is at work.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, at_work: AtWork | None = None) -> None:
         self.model = model
+        self._at_work = at_work
+        self._set: str | None = None
         self._tokens: list[int] = []
         self._cache: DynamicCache | None = None
 
-    def rows(
-        self, prompts: Sequence[Sequence[int]], groups: Sequence[tuple[int, int]], room: int
-    ) -> DynamicCache | None:
-        """The keys and values of each prompt's beginning, padded on the left, with room for more tokens.
+    def having(self, sets: Sequence[str] | None) -> AbstractContextManager[None]:
+        """Inside, row i of whatever goes through the model has the adapter set i; ``None``: the active one."""
+        return nullcontext() if sets is None or self._at_work is None else self._at_work(sets)
 
-        ``None`` where the model keeps something else: sliding windows, states and whatever is no list of keys and
-        values of all tokens cannot be continued with padding in between.
+    def read(
+        self, prompts: Sequence[Sequence[int]], pieces: Sequence[Piece], room: int, sets: Sequence[str] | None = None
+    ) -> DynamicCache:
+        """The keys and values of all but the last token of the prompts of some pieces, padded on the left.
+
+        Args:
+            prompts: all that the pieces' indices count.
+            room: further tokens to leave room for.
+            sets: of every prompt its adapter set.
+
+        Returns:
+            A row for each prompt, in the order of the pieces.
+
+        Raises:
+            ValueError: the model keeps something else: sliding windows, states and whatever is no list of keys and
+                values of all tokens.
         """
-        width = max(read for _, read in groups)
         cache = _empty(self.model)
-        if not _whole(cache):
-            return None
+        if not (cache.layers and all(type(layer) is DynamicLayer for layer in cache.layers)):
+            raise ValueError(f"{type(unwrap(self.model)).__name__}: does not keep all keys and values")
         cache.layers = [RoomyLayer(room) for _ in cache.layers]
+        tokens = [len(prompts[index]) - 1 for piece in pieces for index in piece.indices]
+        width = max(tokens)
+        if not width:
+            return cache
         buffers: list[list[Tensor]] = []
         row = 0
-        for count, read in groups:
-            found = self._read(list(prompts[row][:read])) if read else []
-            if found is None:
-                return None
+        for piece in pieces:
+            own = [prompts[index] for index in piece.indices]
+            names = None if sets is None else [sets[index] for index in piece.indices]
+            with self.having(names):
+                found = self._piece(own, piece.beginning, names[0] if names else None)
             if found and not buffers:
                 buffers = [
-                    layer.begin(*kv, rows=len(prompts), tokens=width)
+                    layer.begin(*kv, rows=len(tokens), tokens=width)
                     for layer, kv in zip(cache.layers, found, strict=True)
                 ]
                 for into in [x for kv in buffers for x in kv]:
-                    into[:, :, :width] = 0  # what is masked has to be finite: padding, and groups that read nothing
-            for buffer, kv in zip(buffers, found, strict=False):
-                for into, x in zip(buffer, kv, strict=True):
-                    into[row : row + count, :, width - read : width] = x[:, :, :read]
-            row += count
+                    into[:, :, :width] = 0  # padding is masked, and has to be finite
+            for number in range(len(own)):
+                start = width - tokens[row]
+                for buffer, kv in zip(buffers, found, strict=False):
+                    for into, x in zip(buffer, kv, strict=True):
+                        into[row, :, start:width] = x[number % len(x), :, : width - start]
+                row += 1
         return cache
 
-    def _read(self, tokens: list[int]) -> list[tuple[Tensor, Tensor]] | None:
-        """Of each layer the keys and values [1, heads, tokens or more, d] of ``tokens``."""
-        known = common_beginning(self._tokens, tokens)
+    def _piece(self, prompts: Sequence[Sequence[int]], beginning: int, name: str | None) -> _Cached:
+        """Keys and values of the prompts, each followed by padding; of one row where all are the beginning alone."""
+        found = self._beginning(list(prompts[0][:beginning]), name) if beginning else []
+        longest = max(map(len, prompts)) - 1
+        if longest <= beginning:
+            return found
+        cache = _empty(self.model)
+        for layer, kv in enumerate(found):
+            cache.update(*(x[:, :, :beginning].expand(len(prompts), -1, -1, -1) for x in kv), layer)
+        # Nothing sees what comes after it: padding needs no mask here.
+        rest = torch.zeros(len(prompts), longest - beginning, dtype=torch.long)
+        for row, prompt in zip(rest, prompts, strict=True):
+            own = torch.tensor(list(prompt[beginning:-1]), dtype=torch.long)
+            row[: len(own)] = own
+        self._forward(rest, cache)
+        return [(layer.keys, layer.values) for layer in cache.layers]
+
+    def _beginning(self, tokens: list[int], name: str | None) -> _Cached:
+        """Keys and values [1, heads, tokens or more, d]."""
+        known = common_beginning(self._tokens, tokens) if name == self._set else 0
         if self._cache is None or known == 0:
             self._cache, known = _empty(self.model), 0
         if known < len(tokens):
             if known < self._cache.get_seq_length():
                 self._cache = _start_of(self._cache, known, self.model)
-            new = torch.tensor([tokens[known:]], device=self.model.device)
-            with head_input(self.model, lambda hidden: hidden[:, :0]):  # no logits
-                self.model(input_ids=new, use_cache=True, **{CACHE: self._cache})
-            self._tokens = tokens
-        if not _whole(self._cache) or self._cache.get_seq_length() != len(self._tokens):
-            return None
+            self._forward(torch.tensor([tokens[known:]]), self._cache)
+            self._tokens, self._set = tokens, name
         return [(layer.keys, layer.values) for layer in self._cache.layers]
+
+    def _forward(self, tokens: Tensor, cache: DynamicCache) -> None:
+        with head_input(self.model, lambda hidden: hidden[:, :0]):  # no logits
+            self.model(input_ids=tokens.to(self.model.device), use_cache=True, **{CACHE: cache})
 
 
 def _empty(model: Any) -> DynamicCache:
     return DynamicCache(config=unwrap(model).config.get_text_config())  # type: ignore[union-attr,operator]
-
-
-def _whole(cache: DynamicCache) -> bool:
-    """Whether it keeps keys and values of all tokens, in every layer."""
-    return all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 def _start_of(cache: DynamicCache, tokens: int, model: Any) -> DynamicCache:
@@ -272,18 +276,14 @@ def _start_of(cache: DynamicCache, tokens: int, model: Any) -> DynamicCache:
     return start
 
 
-def padded(
-    prompts: Sequence[Sequence[int]], found: Layout, pad_token_id: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """``input_ids`` and ``attention_mask`` [prompts, columns] of a batch in its layout."""
-    width = max(read for _, read in found.groups)
-    input_ids = torch.full((len(prompts), width + found.rest), pad_token_id)
+def padded(prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """``input_ids`` and ``attention_mask`` [prompts, columns] of a batch, padded on the left."""
+    width = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), width), pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
-    read = [tokens for count, tokens in found.groups for _ in range(count)]
-    for row, (prompt, beginning) in enumerate(zip(prompts, read, strict=True)):
-        for part, end in ((prompt[:beginning], width), (prompt[beginning:], width + found.rest)):
-            input_ids[row, end - len(part) : end] = torch.tensor(list(part), dtype=torch.long)
-            attention_mask[row, end - len(part) : end] = 1
+    for row, prompt in enumerate(prompts):
+        input_ids[row, width - len(prompt) :] = torch.tensor(list(prompt), dtype=torch.long)
+        attention_mask[row, width - len(prompt) :] = 1
     return input_ids.to(device), attention_mask.to(device)
 
 
@@ -299,18 +299,18 @@ def for_trial(pad_token_id: int) -> GenerationConfig:
 
 
 _can: weakref.WeakKeyDictionary[torch.nn.Module, bool] = weakref.WeakKeyDictionary()
-_TRIED, _SHORTER, _MORE, _NEW = 16, 3, 2, 3  # tokens
+_TRIED, _SHORTER, _NEW = 16, 3, 3  # tokens
 
 
 def can_continue(model: Any, prompt: Sequence[int], pad_token_id: int) -> bool:
-    """Whether the model goes on from cached beginnings, with padding on both sides, as if it had read all at once.
+    """Whether the model answers from a cache that was read apart, with padding, as if it had read all at once.
 
     Tried once per model, on the start of a prompt.
     """
     base = unwrap(model)
     if base not in _can:
         start = list(prompt[:_TRIED])
-        if len(start) < 2:
+        if len(start) < _SHORTER + 2:
             return False
         _can[base] = _try(model, start, pad_token_id)
     return _can[base]
@@ -318,20 +318,25 @@ def can_continue(model: Any, prompt: Sequence[int], pad_token_id: int) -> bool:
 
 def _try(model: Any, start: list[int], pad_token_id: int) -> bool:
     config = for_trial(pad_token_id)
-    longer = (len(start) + 1) // 2
-    # The same prompt twice, with beginnings of two lengths.
-    tried = Layout(((1, max(1, longer - _SHORTER)), (1, longer)), len(start) + _MORE, 0)
+    # A beginning with two rests, and a prompt of other length that is read as a whole.
+    prompts = [start[:-_SHORTER], start, start[1:]]
+    pieces = [Piece((0, 1), (len(start) - _SHORTER) // 2), Piece((2,), 0)]
     try:
-        cache = Beginnings(model).rows([start, start], tried.groups, tried.rest + _NEW)
-        if cache is None:
-            return False
-        input_ids, mask = padded([start, start], tried, pad_token_id, model.device)
+        cache = PromptReader(model).read(prompts, pieces, 1 + _NEW)
+        input_ids, mask = padded(prompts, pad_token_id, model.device)
         found = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config, **{CACHE: cache})
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
         return False  # a cache of another kind; the plain way is right, only slower
-    plain = torch.tensor([start], device=model.device)
-    expected = model.generate(input_ids=plain, attention_mask=torch.ones_like(plain), generation_config=config)
-    return same_logits(model, torch.stack(list(expected.logits)), torch.stack(list(found.logits)))
+    ours = torch.stack(list(found.logits), 1)
+    for row, prompt in zip(ours, prompts, strict=True):
+        plain = torch.tensor([prompt], device=model.device)
+        expected = model.generate(input_ids=plain, attention_mask=torch.ones_like(plain), generation_config=config)
+        right = torch.cat(list(expected.logits))
+        # After another first token the rest is another answer.
+        first = slice(None) if torch.equal(row.argmax(1), right.argmax(1)) else slice(1)
+        if not same_logits(model, right[first], row[first]):
+            return False
+    return True
 
 
 def same_logits(model: Any, right: Tensor, ours: Tensor) -> bool:

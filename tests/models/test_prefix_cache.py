@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from transformers import (
 
 from cit_fast.models import generation, prefix_cache
 from cit_fast.models.generation import generate
-from cit_fast.models.prefix_cache import Beginnings, batches_of_least_work, can_continue, common_beginning, layout
+from cit_fast.models.prefix_cache import Piece, PromptReader, batches_of_pieces, can_continue, common_beginning
 
 VOCABULARY = 32
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -58,24 +59,24 @@ def answers(model, prompts, **options):
 
 @pytest.fixture
 def groups_read(monkeypatch):
-    """(prompts, tokens) of every group whose beginning was read once, batch by batch."""
+    """(prompts, tokens) of every piece whose beginning was read once, batch by batch."""
     read = []
 
-    def watched(self, prompts, groups, room):
-        own = [group for group in groups if group[1]]
-        if own and sum(map(len, prompts)) > 2 * prefix_cache._TRIED:  # else it is the trial of the model
+    def watched(self, prompts, pieces, room, sets=None):
+        own = [(len(piece.indices), piece.beginning) for piece in pieces if piece.beginning]
+        if own and len(prompts) > 3:  # else it is the trial of the model
             read.append(own)
-        return original(self, prompts, groups, room)
+        return original(self, prompts, pieces, room, sets)
 
-    original = Beginnings.rows
-    monkeypatch.setattr(Beginnings, "rows", watched)
+    original = PromptReader.read
+    monkeypatch.setattr(PromptReader, "read", watched)
     return read
 
 
 @pytest.fixture(autouse=True)
 def passes_that_cost_little(monkeypatch):
     """Prompts as short as these tests have would otherwise not be worth it."""
-    monkeypatch.setattr(prefix_cache, "_PASS", 2)
+    monkeypatch.setattr(prefix_cache, "PASS", 2)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -103,7 +104,7 @@ def test_prompts_that_are_alike_or_of_one_token_more(groups_read):
     start = random_tokens(30, 1)
     prompts = [start, start, [*start, 5], start[:29]]
     assert answers(model, prompts) == [answers(model, [prompt])[0] for prompt in prompts]
-    assert groups_read == [[(4, 28)]]
+    assert groups_read == [[(4, 28)]]  # the last token of each is read with its answer
 
 
 def test_little_in_common_is_padded_as_before(groups_read):
@@ -113,7 +114,7 @@ def test_little_in_common_is_padded_as_before(groups_read):
     assert not groups_read
 
 
-def test_sets_of_their_own_are_never_in_one_batch(groups_read):
+def test_a_beginning_is_of_one_set(groups_read):
     torch.manual_seed(1)
     model = llama()
     for name in ("first", "second"):
@@ -130,7 +131,7 @@ def test_sets_of_their_own_are_never_in_one_batch(groups_read):
     assert len(set(alone)) == 8
     groups_read.clear()
     assert answers(model, prompts, adapters=sets) == alone
-    assert [[rows for rows, _ in batch] for batch in groups_read] == [[4], [4]]
+    assert [sorted(rows for rows, _ in batch) for batch in groups_read] == [[4, 4]]  # all answered together
 
 
 @pytest.mark.parametrize(
@@ -164,18 +165,37 @@ def test_a_beginning_goes_on_from_the_one_before():
     read = []
     model.register_forward_pre_hook(lambda _, args, kwargs: read.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
     start = random_tokens(40, 7)
-    kept, prompts = Beginnings(model), [[*start, 5], [*start, 6]]
+    kept, prompts = PromptReader(model), [[*start, 5], [*start, 6], [*start[:10], 4, *start[11:15], 3]]
     for length in (30, 40, 20, 36):
-        cache = kept.rows(prompts, [(2, length)], 0)
-        fresh = Beginnings(model).rows(prompts, [(2, length)], 0)
-        for layer, right in zip(cache.layers, fresh.layers, strict=True):
-            assert layer.keys.shape == (2, 2, length, 8)
+        for reader in (kept, PromptReader(model)):
+            cache = reader.read(prompts, [Piece((0, 1), length)], 0)
+            assert {tuple(layer.keys.shape) for layer in cache.layers} == {(2, 2, 40, 8)}
+            if reader is kept:
+                before = cache
+        for layer, right in zip(before.layers, cache.layers, strict=True):
             torch.testing.assert_close(layer.keys, right.keys)
             torch.testing.assert_close(layer.values, right.values)
-    other = [*start[:10], 4, *start[11:]]
-    kept.rows([other], [(1, 15)], 0)
-    # Ours and the fresh one in turns: ten more tokens after the thirty, none for twenty or thirty-six of the forty.
-    assert read == [30, 30, 10, 40, 20, 36, 5]
+    kept.read(prompts, [Piece((2,), 15)], 0)
+    # Ours and the fresh one in turns: ten more tokens after the thirty, none for twenty or thirty-six of the forty;
+    # and the rest of the forty where there is one.
+    assert read == [30, 10, 30, 10, 10, 40, 20, 20, 20, 4, 36, 4, 5]
+
+
+@torch.inference_mode()
+def test_prompts_stand_on_the_right_of_the_cache():
+    model = llama()
+    prompts = [*prompts_of(12, rests=(3, 1, 9)), [5], [7, 8]]
+    pieces = [Piece((1, 0, 2), 12), Piece((4,), 0), Piece((3,), 0)]
+    cache = PromptReader(model).read(prompts, pieces, 4)
+    for row, index in enumerate((1, 0, 2, 4, 3)):
+        tokens = prompts[index][:-1]
+        expected = model(torch.tensor([tokens]), use_cache=True).past_key_values.layers if tokens else []
+        for number, layer in enumerate(cache.layers):
+            padding, own = layer.keys[row, :, : 20 - len(tokens)], layer.keys[row, :, 20 - len(tokens) :]
+            assert not padding.any()
+            if tokens:
+                torch.testing.assert_close(own, expected[number].keys[0])
+                torch.testing.assert_close(layer.values[row, :, 20 - len(tokens) :], expected[number].values[0])
 
 
 tokens = st.lists(st.integers(0, 2), min_size=1, max_size=6)
@@ -187,57 +207,67 @@ def test_common_beginning_is_the_longest(one, other):
     assert found == max(n for n in range(min(len(one), len(other)) + 1) if one[:n] == other[:n])
 
 
-@given(prompts=st.lists(tokens, min_size=1, max_size=12), share=st.booleans(), a_pass=st.integers(0, 3))
-def test_a_layout_covers_every_prompt_with_what_its_group_begins_with(prompts, share, a_pass):
-    prompts = sorted(prompts)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prefix_cache, "_PASS", a_pass)
-        found, plain = layout(prompts, share), layout(prompts, False)
-    first = 0
-    for count, read in found.groups:
-        group = prompts[first : first + count]
-        assert all(prompt[:read] == group[0][:read] for prompt in group)
-        assert all(1 <= len(prompt) - read <= found.rest for prompt in group)
-        first += count
-    assert first == len(prompts)
-    reading = sum(read + a_pass for _, read in found.groups if read)
-    assert found.work == reading + len(prompts) * found.rest + 9 * a_pass <= plain.work
-
-
 @given(
     prompts=st.lists(tokens, min_size=1, max_size=12),
     size=st.integers(1, 5),
-    kinds=st.none() | st.just("ab"),
-    share=st.booleans(),
+    a_pass=st.integers(0, 3),
+    sets=st.none() | st.just("ab"),
 )
-def test_every_prompt_is_in_one_batch_of_its_kind(prompts, size, kinds, share):
-    kinds = kinds and [kinds[len(prompt) % 2] for prompt in prompts]
-    batches = batches_of_least_work(prompts, range(len(prompts)), size, kinds, share)
-    assert sorted(index for batch in batches for index in batch) == list(range(len(prompts)))
-    assert all(len(batch) <= size for batch in batches)
-    assert kinds is None or all(len({kinds[index] for index in batch}) == 1 for batch in batches)
+def test_every_prompt_is_in_one_piece_with_what_it_begins_with(prompts, size, a_pass, sets):
+    sets = sets and [sets[sum(prompt) % 2] for prompt in prompts]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefix_cache, "PASS", a_pass)
+        batches = batches_of_pieces(prompts, range(len(prompts)), size, sets)
+    assert sorted(i for batch in batches for piece in batch for i in piece.indices) == list(range(len(prompts)))
+    for batch in batches:
+        assert sum(len(piece.indices) for piece in batch) <= size
+        for piece in batch:
+            own = [prompts[index] for index in piece.indices]
+            assert all(prompt[: piece.beginning] == own[0][: piece.beginning] for prompt in own)
+            assert all(len(prompt) > piece.beginning for prompt in own)
+            assert not (piece.beginning and sets) or len({sets[index] for index in piece.indices}) == 1
+    # All but the last are full, and prompts get shorter.
+    assert len(batches) == -(-len(prompts) // size)
+
+
+@given(prompts=st.lists(tokens, min_size=1, max_size=6), a_pass=st.integers(0, 6))
+def test_pieces_are_of_least_work(prompts, a_pass):
+    """Of all ways to cut the prompts in their order, each with the better of two beginnings."""
+    order = sorted(prompts)
+
+    def work(group):
+        longest, shortest = max(map(len, group)) - 1, min(map(len, group)) - 1
+        common = min([shortest, *(common_beginning(group[0], other) for other in group)])
+        ways = [a_pass + len(group) * longest if longest else 0]
+        rest = a_pass + len(group) * (longest - common) if longest > common else 0
+        return min(*ways, common + a_pass + rest)
+
+    cuts = itertools.chain.from_iterable(itertools.combinations(range(1, len(order)), k) for k in range(len(order)))
+    least = min(sum(work(order[a:b]) for a, b in itertools.pairwise([0, *cut, len(order)])) for cut in cuts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefix_cache, "PASS", a_pass)
+        (batch,) = batches_of_pieces(prompts, range(len(prompts)), 6)
+        found = 0
+        for piece in batch:
+            longest = max(len(prompts[index]) for index in piece.indices) - 1
+            found += prefix_cache._work(len(piece.indices), longest, piece.beginning)
+            found += piece.beginning + a_pass if piece.beginning else 0
+    assert found == least
 
 
 def test_long_prompts_do_not_pad_many_short_ones(monkeypatch):
-    monkeypatch.setattr(prefix_cache, "_PASS", 50)
+    monkeypatch.setattr(prefix_cache, "PASS", 50)
     prompts = [random_tokens(length, length) for length in (500, 490, *range(20, 50))]
-    batches = batches_of_least_work(prompts, range(len(prompts)), 32)
-    assert sorted(map(len, batches)) == [2, 30]
+    (batch,) = batches_of_pieces(prompts, range(len(prompts)), 32)
+    assert sum(len(piece.indices) for piece in batch if 0 in piece.indices or 1 in piece.indices) == 2
+    assert [sorted(map(len, generation._batches(prompts, range(32), 32, "any")))] == [[2, 30]]
 
 
-def test_batches_have_rests_of_one_length_not_prompts():
-    """Four tasks with instructions of 20 to 200 tokens; each has inputs of 5 and of 80."""
-    prompts = prompts_of(20, 80, 140, 200, rests=(4, 5, 6, 7, 80, 81, 82, 83))
-    batches = batches_of_least_work(prompts, range(len(prompts)), 16, share=True)
-    assert [sorted({index % 8 // 4 for index in batch}) for batch in batches] == [[1], [0]]
-    assert all(layout([prompts[index] for index in batch], True).rest <= 83 for batch in batches)
-
-
-def test_many_sets_of_one_prompt_each_stay_in_full_batches(monkeypatch):
-    monkeypatch.setattr(prefix_cache, "_PASS", 200)
+def test_many_sets_of_one_prompt_each_are_read_together(monkeypatch):
+    monkeypatch.setattr(prefix_cache, "PASS", 200)
     prompts = [random_tokens(20, 1) for _ in range(64)]
-    apart = batches_of_least_work(prompts, range(64), 64, [str(n) for n in range(64)], True)
-    assert layout(prompts, False).work < sum(layout([prompts[index] for index in batch], True).work for batch in apart)
+    batches = batches_of_pieces(prompts, range(64), 64, [str(n) for n in range(64)])
+    assert [[(len(piece.indices), piece.beginning) for piece in batch] for batch in batches] == [[(64, 0)]]
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -250,7 +280,7 @@ def test_half_precision_continues_too(attention):
 
 
 def test_rows_leave_when_they_have_ended(monkeypatch):
-    monkeypatch.setattr(prefix_cache, "_PASS", 200)  # one batch, nothing shared
+    monkeypatch.setattr(prefix_cache, "PASS", 200)  # one batch, nothing shared
     model = llama()
     prompts = prompts_of(0, rests=(9, 7, 3, 12, 5, 8))
     whole = [text.split() for text in answers(model, prompts, eos_token_ids=[VOCABULARY], max_new_tokens=30)]
@@ -270,7 +300,7 @@ def test_rows_leave_when_they_have_ended(monkeypatch):
     assert [text.split() for text in found] == [t[:n] for t, n in zip(whole, shortest, strict=True)]
     # Every eighth token those that have ended leave.
     passes = [sum(n >= 8 * (step // 8) for n in shortest) for step in range(min(30, max(shortest) + 1))]
-    assert rows == passes
+    assert rows == [6, *passes]  # the prompts, then the answers
     assert rows[-1] < rows[0]
 
 

@@ -1,0 +1,142 @@
+"""Who forgets less, with how much certainty: methods on generated tasks, paired by seed.
+
+    python -m bench.testbed --methods sequential random-replay cit-fast joint --seeds 20
+    python -m bench.testbed --methods random-replay inscl kpig --fraction 0.01 --seeds 20 --orders 1
+
+A Llama of 5 M parameters, pretrained once on 30 generated tasks, learns a stream of eight others in one of two orders
+(:mod:`bench.testbed.streams`); the pretraining tasks are its general ability. Every seed draws other examples and
+another initialisation, the same for all methods. A call that was interrupted goes on where it was. The table has means,
+and of every method the mean difference to the first one of ``--methods`` paired by seed, with a 95 % bootstrap interval
+and the share of seeds in which it is better. ``--fraction`` gives every method that replays the same budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import statistics
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from scipy.stats import bootstrap
+
+from bench.ceilings import machine
+from bench.testbed.model import pretrained
+from bench.testbed.runs import FIGURES, GENERAL_TEST, TEST, TRAIN, TRAINING, Job, begin, run
+
+COMPARED = {"AP": 1, "forgetting": -1, "New.ACC": 1, "general": 1}
+"""Figures, and whether more (1) or less (-1) of them is better."""
+
+
+def difference(ours: Sequence[float], theirs: Sequence[float], better: int) -> dict[str, float]:
+    """Mean of the paired differences, its 95 % bootstrap interval, and the share of pairs in which ours is better.
+
+    A tie counts half. Of one pair the interval is the difference itself.
+    """
+    pairs = np.asarray(ours) - np.asarray(theirs)
+    low = high = float(pairs.mean())
+    if len(pairs) > 1 and np.ptp(pairs) > 0:
+        found = bootstrap((pairs,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(0))
+        low, high = map(float, found.confidence_interval)
+    wins = float(np.mean((better * pairs > 0) + 0.5 * (pairs == 0)))
+    return {"mean": float(pairs.mean()), "low": low, "high": high, "wins": wins}
+
+
+def summary(found: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Means and standard deviations of every method, and its differences to the first."""
+    reference = next(iter(found))
+    rows = {}
+    for name, runs in found.items():
+        values = {figure: [run[figure] for run in runs] for figure in FIGURES}
+        rows[name] = {
+            "mean": {figure: statistics.mean(of) for figure, of in values.items()},
+            "deviation": {figure: statistics.stdev(of) if len(of) > 1 else 0.0 for figure, of in values.items()},
+            f"difference to {reference}": {
+                figure: difference(values[figure], [run[figure] for run in found[reference]], better)
+                for figure, better in COMPARED.items()
+            },
+        }
+    return rows
+
+
+def tables(title: str, rows: dict[str, dict[str, Any]], console: Console) -> None:
+    """The table of a bed."""
+    reference = next(iter(rows))
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    for column in ("method", *FIGURES, "AP, difference", "wins", "forgetting, difference", "wins"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for name, row in rows.items():
+        cells = [f"{row['mean'][f]:.1f} ± {row['deviation'][f]:.1f}" for f in FIGURES[:4]]
+        cells += [f"{row['mean']['minutes']:.2f}", f"{row['mean']['replayed']:.0f}"]
+        for figure in ("AP", "forgetting"):
+            d = row[f"difference to {reference}"][figure]
+            same = name == reference
+            cells += ["–", "–"] if same else [f"{d['mean']:+.1f} [{d['low']:.1f}, {d['high']:.1f}]", f"{d['wins']:.0%}"]
+        table.add_row(name, *cells)
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", default=["random-replay", "sequential", "cit-fast", "joint"])
+    parser.add_argument("--seeds", type=int, default=20, help="how many")
+    parser.add_argument("--first-seed", type=int, default=0, help="a search takes seeds from 100 on, none that judge")
+    parser.add_argument("--orders", type=int, nargs="+", choices=(1, 2), default=[1, 2])
+    parser.add_argument("--fraction", type=float, help="share of every earlier task that is replayed, for all methods")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, each with one thread")
+    parser.add_argument("--output", type=Path, default=Path("runs/testbed"))
+    parser.add_argument("--keep", action="store_true", help="keep the run folders, not only their figures")
+    parser.add_argument("--results", type=Path, help="JSON file for the table, with hardware and versions")
+    options = parser.parse_args()
+    console, model = Console(width=180), pretrained()
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    # Seed by seed, so that what is there after an interruption is paired.
+    jobs = [
+        Job(name, options.fraction, order, seed)
+        for seed, order, name in itertools.product(seeds, options.orders, options.methods)
+    ]
+    open_jobs = [job for job in jobs if not job.file(options.output).exists()]
+    if open_jobs:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(options.workers, context, initializer=begin, initargs=(1,)) as pool:
+            futures = [pool.submit(run, job, model, options.output, options.keep) for job in open_jobs]
+            for future in track(as_completed(futures), "runs", len(futures), console=console):
+                if (error := future.result()) is not None:
+                    console.print(error, markup=False)
+    result: dict[str, Any] = {}
+    for order in options.orders:
+        found: dict[str, list[dict[str, Any]]] = {}
+        for name in options.methods:
+            files = [Job(name, options.fraction, order, seed).file(options.output) for seed in seeds]
+            missing = [file.stem for file in files if not file.exists()]
+            if missing:
+                raise SystemExit(f"{len(missing)} runs have no figures, the first {missing[0]}; run the command again")
+            found[name] = [json.loads(file.read_text()) for file in files]
+        rows = summary(found)
+        tables(f"order {order}, {options.seeds} seeds, replay {options.fraction or 'of each preset'}", rows, console)
+        result[f"order {order}"] = {"summary": rows, "runs": found}
+    if options.results is not None:
+        setting = {
+            "seeds": list(seeds),
+            "train": TRAIN,
+            "test": TEST,
+            "general test": GENERAL_TEST,
+            "training": TRAINING,
+        }
+        whole = {"machine": machine(), "fraction": options.fraction, "setting": setting, **result}
+        options.results.write_text(json.dumps(whole, indent=1) + "\n")
+        console.print(f"recorded in {options.results}")
+
+
+if __name__ == "__main__":
+    main()

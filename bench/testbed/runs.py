@@ -1,0 +1,125 @@
+"""One seed of one method on one stream: run, reduced to its figures, and kept as a small file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import traceback
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+
+from bench.methods import method
+from bench.testbed.pretraining_tasks import general
+from bench.testbed.streams import stream
+from cit_fast import ContinualTrainer
+from cit_fast.evaluation import continual_metrics, read_run, read_stages
+from cit_fast.files import write_file
+
+TRAIN, TEST, GENERAL_TEST = 640, 40, 20
+TRAINING = {
+    "learning_rate": 2e-3,
+    "per_device_train_batch_size": 16,
+    "warmup_steps": 3,
+    "num_train_epochs": 1,
+    "save_strategy": "no",
+    "use_cpu": True,
+}
+FIGURES = ("AP", "forgetting", "New.ACC", "general", "minutes", "replayed")
+
+
+class Job(NamedTuple):
+    """What is run: a method with a replay budget on one order with one seed."""
+
+    method: str
+    fraction: float | None
+    order: int
+    seed: int
+
+    def file(self, output: Path) -> Path:
+        """Where its figures are."""
+        budget = "own" if self.fraction is None else f"{self.fraction:g}"
+        return output / "figures" / f"{self.method}-{budget}-order{self.order}-seed{self.seed}.json"
+
+
+def settings(job: Job, model: Path, folder: Path) -> dict[str, Any]:
+    """The configuration of a run."""
+    chosen = method(job.method, argparse.Namespace(fraction=job.fraction, per_task=None))
+    return {
+        "name": "testbed",
+        "output": str(folder),
+        "seed": job.seed,
+        "methods": [chosen],
+        "model": {"name": str(model), "attn_implementation": "eager"},
+        "adapter": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"},
+        "data": {"max_length": 192},
+        "training": TRAINING,
+        "evaluation": {"max_new_tokens": 24, "batch_size": 64, "tasks": "seen", "untrained": True},
+    }
+
+
+def figures(folder: Path) -> dict[str, Any]:
+    """AP, forgetting and New.ACC of the stream in [0, 100], what general ability has changed by, and the cost."""
+    run, stages = read_run(folder), read_stages(folder)
+    metrics = continual_metrics(run, stages)
+    before, after = stages[0].scores, stages[-1].scores
+    ability = {task: (before[task], after[task]) for task in run.held_out_tasks}
+    return {
+        "AP": metrics.average_performance,
+        "forgetting": metrics.forgetting,
+        "New.ACC": metrics.new_accuracy,
+        "general": statistics.mean(new - old for old, new in ability.values()),
+        "general before": statistics.mean(old for old, _ in ability.values()),
+        "minutes": sum(stage.train_seconds + stage.evaluate_seconds for stage in stages) / 60,
+        "train minutes": sum(stage.train_seconds for stage in stages) / 60,
+        "replayed": sum(sum(stage.replayed.values()) for stage in stages),
+        "steps": sum(stage.steps for stage in stages),
+        "scores": {task: [stage.scores.get(task) for stage in stages] for task in run.tasks},
+        "general scores": ability,
+    }
+
+
+def run(job: Job, model: Path, output: Path, keep: bool) -> str | None:
+    """Run a job whose figures are not there yet; what went wrong, or ``None``."""
+    file = job.file(output)
+    if file.exists():
+        return None
+    folder = output / "runs" / file.stem
+    try:
+        trainer = ContinualTrainer(
+            settings(job, model, folder),
+            stream=stream(job.order, job.seed, TRAIN, TEST),
+            held_out=general(GENERAL_TEST),
+            console=Console(quiet=True),
+        )
+        (made,) = trainer.run()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_file(file, json.dumps(figures(made)))
+    except Exception:  # noqa: BLE001 - one run that fails must not end the others
+        return f"{file.stem}:\n{traceback.format_exc()}"
+    if not keep:
+        shutil.rmtree(folder, ignore_errors=True)
+    return None
+
+
+def begin(threads: int) -> None:
+    """Set up a worker process: so many threads, no progress bars."""
+    import torch
+    from tqdm import tqdm
+    from tqdm.auto import tqdm as chosen
+
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    torch.set_num_threads(threads)
+    for bar in (tqdm, chosen):
+        bar.__init__ = _silent(bar.__init__)  # type: ignore[method-assign]
+
+
+def _silent(make: Any) -> Any:
+    def init(self: Any, *args: Any, **options: Any) -> None:
+        make(self, *args, **{**options, "disable": True})
+
+    return init

@@ -1,0 +1,98 @@
+"""The test bed: tasks whose answers are right, streams that repeat, figures with intervals."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks are no package of the wheel
+from bench.testbed import __main__ as bed
+from bench.testbed import runs
+from bench.testbed.pretraining_tasks import KIND_OF, PRETRAINING
+from bench.testbed.streams import ORDERS, STREAM, stream
+
+
+@pytest.mark.parametrize("generator", [*PRETRAINING, *STREAM], ids=lambda g: g.name)
+def test_examples_are_the_same_again_and_wordings_take_turns(generator):
+    examples = generator.examples(60, "0")
+    assert examples == generator.examples(60, "0") != generator.examples(60, "1")
+    wordings = {re.sub(r"[\[\]]", "", wording) for wording in generator.wordings}
+    assert {example.instruction for example in examples} == wordings
+    assert all(example.references[0] and example.task == generator.name for example in examples)
+    if generator.labels:
+        assert {example.references[0] for example in examples} <= set(generator.labels)
+
+
+def test_what_pretraining_teaches_is_right():
+    answers = {g.name: [(e.input, e.references[0]) for e in g.examples(40, "right")] for g in PRETRAINING}
+    for text, answer in answers["reverse"]:
+        assert answer.split(", ")[::-1] == text.split(", ")
+    for text, answer in answers["count"]:
+        assert int(answer) == len(text.split(", "))
+    for text, answer in answers["odd-one-out"]:
+        kinds = [KIND_OF[word] for word in text.split(", ")]
+        assert kinds.count(KIND_OF[answer]) == 1
+    for text, answer in answers["holds"]:
+        items, kind = text.split(" / ")
+        assert (answer == "yes") == (kind in [KIND_OF[word] for word in items.split(", ")])
+    for text, answer in answers["next-number"]:
+        numbers = list(map(int, text.split(", ")))
+        assert int(answer) == numbers[-1] + numbers[1] - numbers[0]
+
+
+def test_a_stream_trains_on_no_test_input_and_seeds_differ():
+    one, again, other = stream(1, 0, 60, 20), stream(1, 0, 60, 20), stream(1, 1, 60, 20)
+    assert one.names == ORDERS[1]
+    assert sorted(ORDERS[1]) == sorted(ORDERS[2]) == sorted(g.name for g in STREAM)
+    for task, same, differs in zip(one, again, other, strict=True):
+        assert task == same != differs
+        assert (len(task.train), len(task.dev), len(task.test)) == (60, 20, 20)
+        inputs = [{example.input for example in split} for split in (task.train, task.dev, task.test)]
+        assert len(set.union(*inputs)) == sum(map(len, inputs))
+        assert all(example.key_parts for example in task.train)
+
+
+@pytest.mark.parametrize("pair", [("shelf", "shelf-moved"), ("last-two", "first-two"), ("level", "alarm")])
+def test_tasks_contradict_each_other_on_the_same_inputs(pair):
+    drawn = [{e.input: e.references[0] for e in g.examples(2000, "x")} for g in STREAM if g.name in pair]
+    shared = drawn[0].keys() & drawn[1].keys()
+    alike = [text for text in shared if drawn[0][text] == drawn[1][text]]
+    # The long lists of parcels hardly ever come twice.
+    assert len(shared) > (20 if "level" in pair or "shelf" in pair else -1)
+    assert not alike
+
+
+def test_differences_are_paired():
+    found = bed.difference([3.0, 5.0, 9.0, 4.0], [1.0, 4.0, 9.0, 5.0], 1)
+    assert found["mean"] == pytest.approx(0.5)
+    assert found["wins"] == pytest.approx(0.625)
+    assert found["low"] < 0.5 < found["high"]
+    assert -1 <= found["low"] <= found["high"] <= 2
+    assert bed.difference([2.0, 3.0], [1.0, 2.0], -1) == {"mean": 1.0, "low": 1.0, "high": 1.0, "wins": 0.0}
+
+
+def test_a_job_leaves_its_figures_and_is_not_run_twice(tiny_model_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("CIT_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(runs, "TRAIN", 8)
+    monkeypatch.setattr(runs, "TEST", 2)
+    monkeypatch.setattr(runs, "general", lambda test: [PRETRAINING[0].task(1, 2, "0")])
+    monkeypatch.setitem(runs.TRAINING, "per_device_train_batch_size", 8)
+    job = runs.Job("random-replay", 0.5, 2, 0)
+    assert runs.run(job, tiny_model_folder, tmp_path, keep=False) is None
+    found = json.loads(job.file(tmp_path).read_text())
+    assert set(runs.FIGURES) <= set(found)
+    assert list(found["scores"]) == list(ORDERS[2])
+    assert found["replayed"] == 4 * sum(range(8))
+    assert not (tmp_path / "runs" / job.file(tmp_path).stem).exists()
+    before = job.file(tmp_path).stat().st_mtime_ns
+    assert runs.run(job, Path("gone"), tmp_path, keep=False) is None
+    assert job.file(tmp_path).stat().st_mtime_ns == before
+    error = runs.run(job._replace(seed=1), Path("gone"), tmp_path, keep=False)
+    assert error is not None
+    assert "order2-seed1" in error
+    rows = bed.summary({"random-replay": [found], "other": [found]})
+    assert rows["other"]["difference to random-replay"]["AP"]["wins"] == 0.5
