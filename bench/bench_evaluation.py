@@ -7,9 +7,9 @@
 `generate` is transformers' own, greedy, prompts in batches by length, padded on the left; PEFT's layers. `smaller` is
 the same in batches of an eighth of the size, which pads less. `contiguous` and `smaller, contiguous` are these without
 the copy of the output projection that torch makes on a CPU: the best that we know without this package. `fused` is the
-last with fuse_lora and fuse_norms. `ours` is cit_fast's: these, batches of at most the full size cut for the least
-work, what prompts begin with read once, all answered together. Records medians in bench/results, and how many answers are those
-of `generate`: in bfloat16 a batch of another shape rounds otherwise.
+last with fuse_lora and fuse_norms. `ours` is cit_fast's: these, what prompts begin with read once, neighbours in one
+pass, all answered together. Records medians in bench/results, and how many answers are those of `generate`: in bfloat16
+a batch of another shape rounds otherwise.
 """
 
 from __future__ import annotations
