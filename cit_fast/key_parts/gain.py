@@ -16,6 +16,7 @@ from cit_fast.key_parts.hidden import PairHidden, pair_collator, pair_hidden
 from cit_fast.key_parts.layout import GroupingCollator, alike_together
 from cit_fast.key_parts.pairs import EncodedPair, encode_pairs, name_of
 from cit_fast.models.forward import evaluating
+from cit_fast.models.fused_lora import adapters_cast_once
 from cit_fast.models.prompts import PromptEncoder
 from cit_fast.ops import key_part_information_gain, token_gain
 
@@ -106,18 +107,53 @@ def predictive_entropy(
 
     Source: Mok et al., DYNAINST (ACL 2023), as KPIG's ablation without mask replays by it.
     """
+    return _of_answers(model, encoder, examples, batch_size, lambda head, hidden, _: _entropies(head, hidden))
+
+
+def answer_surprise(
+    model: nn.Module, encoder: PromptEncoder, examples: Sequence[Example], *, batch_size: int = 8
+) -> list[tuple[int, float]]:
+    """How unlikely a model finds each answer: the mean negative log-likelihood, in nats, of its tokens.
+
+    The instruction is read whole, no key part is masked. In evaluation mode and without gradients.
+
+    Args:
+        model, encoder, batch_size: as in :func:`information_gain`.
+        examples: key parts are not looked at.
+
+    Returns:
+        (the example's number, surprise >= 0) of each, but for those that the encoder skipped for their length.
+
+    Raises:
+        DataError, ConfigError: as :func:`information_gain`.
+
+    Source: Hazard et al., SuRe (arXiv 2511.22367), which ranks what is replayed by it.
+    """
+    return _of_answers(model, encoder, examples, batch_size, lambda head, *own: -head.target_log_probabilities(*own))
+
+
+def _of_answers(
+    model: nn.Module,
+    encoder: PromptEncoder,
+    examples: Sequence[Example],
+    batch_size: int,
+    measure: Callable[[Head, Tensor, Tensor], Tensor],
+) -> list[tuple[int, float]]:
+    """(number, mean over the answer's own tokens) of what ``measure`` makes of hidden states [T, d] and targets [T]."""
     pairs = encode_pairs(encoder, [replace(example, key_parts=()) for example in examples]).pairs
     head = head_of(model)
-    collate = pair_collator(model, encoder.pad_token_id, False)
+    collate = pair_collator(model, encoder.pad_token_id)
+    group = GroupingCollator(collate)
     device = head.weight.device
     found: dict[int, float] = {}
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), adapters_cast_once(model), torch.no_grad():
         for numbers in alike_together(pairs, batch_size, collate.share_prefix):
-            batch = collate([pairs[number] for number in numbers])
+            batch = group([pairs[number] for number in numbers])
             hidden = pair_hidden(model, {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
             scored = hidden.only_scored()
-            rows = torch.cat([_entropies(head, block) for block in torch.split(scored.full, ROWS)])
-            for number, own in zip(numbers, torch.split(rows, scored.offsets.diff().tolist()), strict=True):
+            blocks = zip(torch.split(scored.full, ROWS), torch.split(scored.targets, ROWS), strict=True)
+            values = torch.cat([measure(head, *block) for block in blocks])
+            for number, own in zip(numbers, torch.split(values, scored.offsets.diff().tolist()), strict=True):
                 found[number] = own.mean().item()
     return [(pairs[number].index, found[number]) for number in range(len(pairs))]
 
@@ -156,7 +192,7 @@ def pair_gains(
     group = GroupingCollator(collate)
     device = head.weight.device
     found: dict[int, ExampleGain] = {}
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), adapters_cast_once(model), torch.no_grad():
         # The longest batch goes first: memory runs out at once or never.
         for numbers in alike_together(pairs, batch_size, collate.share_prefix):
             batch = group([pairs[number] for number in numbers])

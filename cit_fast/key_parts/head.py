@@ -54,6 +54,11 @@ class Head(NamedTuple):
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits.log_softmax(1)
 
+    def target_log_probabilities(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """[T] float32, in nats, of the tokens ``targets`` [T] after hidden states [T, d]; any T."""
+        blocks = zip(torch.split(hidden, ROWS), torch.split(targets, ROWS), strict=True)
+        return torch.cat([self.log_probabilities(rows).gather(1, own[:, None])[:, 0] for rows, own in blocks])
+
 
 _checked: weakref.WeakKeyDictionary[nn.Module, tuple[float | None, float]] = weakref.WeakKeyDictionary()
 

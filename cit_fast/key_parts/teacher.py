@@ -30,6 +30,7 @@ from cit_fast.key_parts.layout import GroupingCollator, alike_together
 from cit_fast.key_parts.pairs import EncodedPair, PairCollator
 from cit_fast.models.digests import fingerprint
 from cit_fast.models.forward import evaluating
+from cit_fast.models.fused_lora import adapters_cast_once
 from cit_fast.models.prompts import IGNORED
 from cit_fast.ops import key_part_information_gain, token_gain
 from cit_fast.processes import rank_and_count, wait_for_all
@@ -126,7 +127,7 @@ def _pass(
     gains: list[float] = []
     done = 0
     group = GroupingCollator(collate)
-    with evaluating(model):
+    with evaluating(model), adapters_cast_once(model):
         head = head_of(model)
         device = head.weight.device
         states = torch.empty(sum(counts), head.weight.shape[1], dtype=head.weight.dtype)

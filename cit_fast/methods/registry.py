@@ -30,6 +30,7 @@ PARTS: dict[str, dict[str, str]] = {
         "prototype-instruction": "cit_fast.methods.replay.PrototypeInstructionReplay",
         "diverse-instruction": "cit_fast.methods.replay.DiverseInstructionReplay",
         "kpig": "cit_fast.methods.replay.KPIGReplay",
+        "surprise": "cit_fast.methods.replay.SurpriseReplay",
     },
     "objective": {
         "cross-entropy": "cit_fast.methods.objectives.CrossEntropy",

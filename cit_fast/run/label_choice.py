@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from cit_fast.errors import DataError
-from cit_fast.key_parts.head import ROWS, head_of
+from cit_fast.key_parts.head import head_of
 from cit_fast.key_parts.hidden import pair_collator, pair_hidden
 from cit_fast.key_parts.layout import GroupingCollator
 from cit_fast.key_parts.pairs import EncodedPair
 from cit_fast.models.forward import evaluating
+from cit_fast.models.fused_lora import adapters_cast_once
 from cit_fast.models.generation import one_set
 from cit_fast.models.prompts import IGNORED, Encoded
 
@@ -68,7 +69,8 @@ def most_likely(
     kinds: list[str | None] = [None] if adapters is None else list(dict.fromkeys(adapters))
     for name in kinds:
         own_indices = [i for i in range(len(prompts)) if adapters is None or adapters[i] == name]
-        with evaluating(model), torch.no_grad(), nullcontext() if name is None else one_set(model, name):
+        own_set = nullcontext() if name is None else one_set(model, name)
+        with evaluating(model), adapters_cast_once(model), torch.no_grad(), own_set:
             collate = pair_collator(model, pad_token_id)
             for batch in _batches(prompts, choices, own_indices, batch_size, collate.share_prefix):
                 scores = _scores(model, GroupingCollator(collate), [(prompts[i], choices[i]) for i in batch])
@@ -113,7 +115,6 @@ def _scores(
     device = head.weight.device
     batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in collate(pairs).items()}
     hidden = pair_hidden(model, batch)
-    blocks = zip(torch.split(hidden.full, ROWS), torch.split(hidden.targets, ROWS), strict=True)
-    tokens = torch.cat([head.log_probabilities(rows).gather(1, own[:, None])[:, 0] for rows, own in blocks])
+    tokens = head.target_log_probabilities(hidden.full, hidden.targets)
     each = iter([own.sum().item() for own in torch.split(tokens.double(), hidden.offsets.diff().tolist())])
     return [[next(each) for _ in choices] for _, choices in asked]

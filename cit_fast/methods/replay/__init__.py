@@ -4,6 +4,7 @@ from cit_fast.methods.replay.baselines import DiverseInstructionReplay, Prototyp
 from cit_fast.methods.replay.inscl import InsCLReplay
 from cit_fast.methods.replay.kpig import KPIGReplay
 from cit_fast.methods.replay.policy import NoReplay, RandomReplay, ReplayPolicy
+from cit_fast.methods.replay.surprise import SurpriseReplay
 from cit_fast.methods.replay.tags import LLMTagger, OfflineTagger, Tagger
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "PrototypeInstructionReplay",
     "RandomReplay",
     "ReplayPolicy",
+    "SurpriseReplay",
     "Tagger",
 ]

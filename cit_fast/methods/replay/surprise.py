@@ -1,0 +1,85 @@
+"""Replay of the earlier examples whose answers the model finds least likely.
+
+Source: Hazard et al., SuRe, arXiv 2511.22367.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cit_fast.data.example import Example
+from cit_fast.errors import ConfigError
+from cit_fast.evaluation.records import ReplayRecord
+from cit_fast.key_parts.gain import answer_surprise
+from cit_fast.methods.replay.allocation import Budget
+from cit_fast.methods.stage import Selection, Stage
+from cit_fast.processes import split_over_ranks
+
+
+class SurpriseReplay:
+    """Of every earlier task the examples with the largest mean negative log-likelihood of the answer.
+
+    The model is the one that the stage before left. (The paper fills a buffer as tasks arrive; here earlier data is
+    there, so every stage ranks anew.) To rank all of it would cost more with every task, so candidates are drawn.
+
+    Args:
+        fraction: share of each earlier task's training examples, in (0, 1].
+        per_task: examples per earlier task instead of a fraction (all, where a task has fewer).
+        candidates: examples drawn at random for each that is replayed, >= 1; ``None``: the whole task is ranked.
+        batch_size: examples scored at a time, >= 1.
+
+    Raises:
+        ConfigError: an option out of range.
+    """
+
+    def __init__(
+        self,
+        fraction: float = 0.1,
+        per_task: int | None = None,
+        candidates: int | None = 4,
+        batch_size: int = 16,
+    ) -> None:
+        Budget(fraction, per_task)
+        for name, value in (("candidates", candidates), ("batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}: {value} is below 1")
+        self.fraction, self.per_task = fraction, per_task
+        self.candidates, self.batch_size = candidates, batch_size
+
+    def select(self, stage: Stage) -> Selection:
+        """Examples of every earlier task, in order; what cannot be scored for its length comes last."""
+        if not stage.seen:
+            return Selection([])
+        rng, budget = stage.rng(), Budget(self.fraction, self.per_task)
+        shares = [min(budget.wanted(len(task.train)), len(task.train)) for task in stage.seen]
+        drawn: list[list[int]] = []
+        for task, share in zip(stage.seen, shares, strict=True):
+            count = len(task.train) if self.candidates is None else min(share * self.candidates, len(task.train))
+            drawn.append(rng.sample(range(len(task.train)), count))
+        flat = [task.train[k] for task, own in zip(stage.seen, drawn, strict=True) for k in own]
+
+        def score(mine: Sequence[tuple[int, Example]]) -> list[tuple[int, float]]:
+            examples = [example for _, example in mine]
+            found = answer_surprise(stage.model, stage.encoder, examples, batch_size=self.batch_size)
+            return [(mine[index][0], value) for index, value in found]
+
+        surprise = dict(split_over_ranks(list(enumerate(flat)), score))
+        chosen: list[Example] = []
+        means: dict[str, dict[str, float]] = {"surprise of candidates": {}, "surprise of replayed": {}}
+        start = 0
+        for task, own, share in zip(stage.seen, drawn, shares, strict=True):
+            numbers = range(start, start + len(own))
+            ranked = sorted(numbers, key=lambda k: -surprise.get(k, -1.0))[:share]
+            chosen += [flat[k] for k in sorted(ranked)]
+            for kind, some in zip(means, (numbers, ranked), strict=True):
+                known = [surprise[k] for k in some if k in surprise]
+                if known:
+                    means[kind][task.name] = sum(known) / len(known)
+            start += len(own)
+        names = [task.name for task in stage.seen]
+        record = ReplayRecord(
+            budgets=dict(zip(names, shares, strict=True)),
+            details=means,
+            scored={name: len(own) for name, own in zip(names, drawn, strict=True)},
+        )
+        return Selection(chosen, record)
