@@ -89,7 +89,7 @@ def some(rng: random.Random, low: int, high: int, pool: Sequence[str] = WORDS) -
 # ----------------------------------------------------------------------------------------------------- pretraining
 
 
-def _of_list(answer: Callable[[list[str]], str], low: int = 2, high: int = 6) -> Draw:
+def _of_list(answer: Callable[[list[str]], str], low: int = 2, high: int = 5) -> Draw:
     def draw(rng: random.Random) -> tuple[str, str]:
         items = some(rng, low, high)
         return ", ".join(items), answer(items)
