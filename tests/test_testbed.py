@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks are no package of the wheel
 from bench.testbed import __main__ as bed
-from bench.testbed import runs
+from bench.testbed import model, runs
 from bench.testbed.pretraining_tasks import KIND_OF, PRETRAINING
 from bench.testbed.streams import ORDERS, STREAM, stream
 
@@ -73,6 +76,29 @@ def test_differences_are_paired():
     assert found["low"] < 0.5 < found["high"]
     assert -1 <= found["low"] <= found["high"] <= 2
     assert bed.difference([2.0, 3.0], [1.0, 2.0], -1) == {"mean": 1.0, "low": 1.0, "high": 1.0, "wins": 0.0}
+
+
+def test_an_interrupted_pretraining_goes_on_where_it_was(tmp_path, monkeypatch):
+    for name, value in {"STEPS": 6, "_KEPT": 2, "BATCH": 4, "_POOL": 4, "WARMUP": 1, "GYM": {}}.items():
+        monkeypatch.setattr(model, name, value)
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    monkeypatch.setattr(model, "SIZES", {**model.SIZES, **small})
+    model._pretrain(tmp_path / "whole", tmp_path / "whole.checkpoint")
+    collate, calls = model.PaddingCollator.__call__, []
+
+    def stop_at_the_fifth(self, examples):
+        calls.append(examples)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return collate(self, examples)
+
+    monkeypatch.setattr(model.PaddingCollator, "__call__", stop_at_the_fifth)
+    for _ in range(2):
+        with contextlib.suppress(KeyboardInterrupt):
+            model._pretrain(tmp_path / "again", tmp_path / "again.checkpoint")
+    assert len(calls) == 5 + 2
+    whole, again = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "again"))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
 def test_a_job_leaves_its_figures_and_is_not_run_twice(tiny_model_folder, tmp_path, monkeypatch):

@@ -107,6 +107,7 @@ def main() -> None:
     ]
     open_jobs = [job for job in jobs if not job.file(options.output).exists()]
     if open_jobs:
+        os.environ["TQDM_DISABLE"] = "1"  # read by the workers
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(options.workers, context, initializer=begin, initargs=(1,)) as pool:
             futures = [pool.submit(run, job, model, options.output, options.keep) for job in open_jobs]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import traceback
@@ -107,19 +106,7 @@ def run(job: Job, model: Path, output: Path, keep: bool) -> str | None:
 
 
 def begin(threads: int) -> None:
-    """Set up a worker process: so many threads, no progress bars."""
+    """Set up a worker process: so many threads."""
     import torch
-    from tqdm import tqdm
-    from tqdm.auto import tqdm as chosen
 
-    os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(threads)
-    for bar in (tqdm, chosen):
-        bar.__init__ = _silent(bar.__init__)  # type: ignore[method-assign]
-
-
-def _silent(make: Any) -> Any:
-    def init(self: Any, *args: Any, **options: Any) -> None:
-        make(self, *args, **{**options, "disable": True})
-
-    return init

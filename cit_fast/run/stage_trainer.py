@@ -154,6 +154,7 @@ class _StageRecorder(TrainerCallback):  # type: ignore[misc]
         self._seconds_before = float(progress.get("train_seconds", 0.0))
         self._started = time.perf_counter()
         self._bar: tqdm[Any] | None = None
+        self._resumed_at = 0
         self.begun = False  # whether a batch has reached the model
 
     @property
@@ -165,6 +166,7 @@ class _StageRecorder(TrainerCallback):  # type: ignore[misc]
         """Show the bar, already moved to where a resumed stage stands."""
         self._started = time.perf_counter()
         if state.is_world_process_zero:
+            self._resumed_at = state.global_step
             self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.title, unit="step", leave=True)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -187,7 +189,8 @@ class _StageRecorder(TrainerCallback):  # type: ignore[misc]
         if self._bar is None:
             return
         rate = self._bar.format_dict["rate"]
-        step = 1 / rate if rate else (time.perf_counter() - self._started) / max(1, self._bar.n - self._bar.initial)
+        taken = state.global_step - self._resumed_at
+        step = 1 / rate if rate else (time.perf_counter() - self._started) / taken
         left = None if self.left is None else self.left(state.max_steps - state.global_step, step)
         if left is not None:
             self._bar.set_postfix({**self._loss, "whole run": f"{duration(left)} left"}, refresh=False)

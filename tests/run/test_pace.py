@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import pytest
 import yaml
@@ -10,6 +11,7 @@ from rich.console import Console
 
 from cit_fast.cli import main
 from cit_fast.evaluation.records import StageRecord, read_stages
+from cit_fast.run import stage_trainer
 from cit_fast.run.config import load_config
 from cit_fast.run.loop import ContinualTrainer
 from cit_fast.run.pace import Pace, Paces, TimeLeft, duration
@@ -124,3 +126,12 @@ def test_the_bar_says_when_the_whole_run_is_over(path, capsys):
 )
 def test_durations(seconds, text):
     assert duration(seconds) == text
+
+
+def test_a_run_whose_bars_are_switched_off(settings, stream, monkeypatch):
+    """TQDM_DISABLE=1 makes bars without most of their attributes."""
+    monkeypatch.setattr(stage_trainer, "tqdm", functools.partial(stage_trainer.tqdm, disable=True))
+    (folder,) = ContinualTrainer(
+        {**settings, "methods": ["sequential"]}, stream=stream, console=Console(quiet=True)
+    ).run()
+    assert len(read_stages(folder)) == 4
