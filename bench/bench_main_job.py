@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer
 
 from bench.bench_evaluation import QUICKSTART, by_generate
 from bench.ceilings import record
@@ -35,6 +35,7 @@ from cit_fast.evaluation import read_stages
 from cit_fast.evaluation.metrics import score
 from cit_fast.models.adapters import prompt_encoder
 from cit_fast.models.pretrained import resolve_model
+from cit_fast.run.arguments import training_arguments
 from cit_fast.run.config import load_config
 
 METHOD = "sequential"
@@ -72,9 +73,7 @@ def by_trainer(output: Path) -> None:
     for task in stream:
         start = time.perf_counter()
         examples = [{"input_ids": e.input_ids, "labels": e.labels} for e in encoder.encode_all(task.train).encoded]
-        arguments = TrainingArguments(
-            output_dir=str(output / task.name), report_to=[], seed=config.seed, disable_tqdm=True, **config.training
-        )
+        arguments = training_arguments(config.training, config.seed, output / task.name)  # one epoch, as in a run
         trainer = Trainer(
             model=model,
             args=arguments,
