@@ -9,7 +9,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,12 +63,13 @@ def run(
     lists the methods, `cit-fast streams` the streams of papers.
     """
     from cit_fast.report import collect, comparison_table, write_report
+    from cit_fast.report.plan import print_plan
     from cit_fast.run.config import load_config
     from cit_fast.run.loop import ContinualTrainer
 
     settings = load_config(config, overrides or [])
     if plan:
-        _print_plan(settings)
+        print_plan(settings, Console())
         return
     trainer = ContinualTrainer(settings)
     folders = trainer.run()
@@ -78,57 +79,6 @@ def run(
     report_path = write_report(runs, settings.folder / "report.html", title=settings.name)
     trainer.console.print(comparison_table(runs))
     trainer.console.print(f"Report: {report_path}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _print_plan(settings: Any) -> None:
-    from cit_fast.run.pace import Paces
-    from cit_fast.run.plan import plan_run
-
-    planned, paces = plan_run(settings), Paces(settings)
-    console = Console()
-    counts = ("examples", "replayed at most", "steps", "tokens" if planned.exact else "tokens (guessed)", "prompts")
-    total: list[float | None] = []
-    for method in settings.methods:
-        stages, pace = planned.stages[method.name], paces.of(method)
-        table = Table(title=method.name, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
-        for column in ("stage", "task", *counts, "time"):
-            table.add_column(column, justify="left" if column == "task" else "right")
-        rows = [(each.examples, each.replayed, each.steps, each.tokens, each.prompts) for each in stages]
-        seconds = [None if pace is None else pace.seconds(each) for each in stages]
-        for number, (stage, row, time) in enumerate(zip(stages, rows, seconds, strict=True), 1):
-            task = stage.tasks[0] if len(stage.tasks) == 1 else f"all {len(stage.tasks)} tasks"
-            table.add_row(str(number), task, *map(_count, row), _about(time))
-        sums = [_count(_sum(column)) for column in zip(*rows, strict=True)]
-        table.add_row("", "in all", *sums, _about(_sum(seconds)), style="dim")
-        console.print(table)
-        console.print()
-        total.append(_sum(seconds))
-    known = [pace for method in settings.methods if (pace := paces.of(method)) is not None]
-    if len(known) < len(settings.methods):
-        console.print("How long it takes is not known: no stage of such a run has ended on this machine.")
-    elif None not in total:
-        memory = max(pace.memory for pace in known)
-        console.print(f"All of it takes {_about(_sum(total))} here and {memory / 1e9:.1f} GB, going by earlier stages.")
-    for what in planned.missing:
-        console.print(f"Not here: {what}", highlight=False, markup=False, soft_wrap=True)
-    if not planned.missing:
-        console.print("Everything that the run needs is here.", highlight=False)
-
-
-def _sum(values: Iterable[Any]) -> Any:
-    """Of numbers; ``None`` where one is unknown."""
-    values = list(values)
-    return None if None in values else sum(values)
-
-
-def _count(value: int | None) -> str:
-    return "?" if value is None else f"{value:,}"
-
-
-def _about(seconds: float | None) -> str:
-    from cit_fast.run.pace import duration
-
-    return "?" if seconds is None else f"about {duration(seconds)}"
 
 
 @app.command()

@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from bench.testbed import __main__ as bed
 from bench.testbed import model, runs
 from bench.testbed.pretraining_tasks import KIND_OF, PRETRAINING
 from bench.testbed.streams import ORDERS, STREAM, stream
+from cit_fast.errors import CitFastError
 
 
 @pytest.mark.parametrize("generator", [*PRETRAINING, *STREAM], ids=lambda g: g.name)
@@ -108,17 +110,31 @@ def test_a_job_leaves_its_figures_and_is_not_run_twice(tiny_model_folder, tmp_pa
     monkeypatch.setattr(runs, "general", lambda test: [PRETRAINING[0].task(1, 2, "0")])
     monkeypatch.setitem(runs.TRAINING, "per_device_train_batch_size", 8)
     job = runs.Job("random-replay", 0.5, 2, 0)
-    assert runs.run(job, tiny_model_folder, tmp_path, keep=False) is None
+    runs.run(job, tiny_model_folder, tmp_path, keep=False)
     found = json.loads(job.file(tmp_path).read_text())
     assert set(runs.FIGURES) <= set(found)
     assert list(found["scores"]) == list(ORDERS[2])
     assert found["replayed"] == 4 * sum(range(8))
     assert not (tmp_path / "runs" / job.file(tmp_path).stem).exists()
     before = job.file(tmp_path).stat().st_mtime_ns
-    assert runs.run(job, Path("gone"), tmp_path, keep=False) is None
+    runs.run(job, Path("gone"), tmp_path, keep=False)
     assert job.file(tmp_path).stat().st_mtime_ns == before
-    error = runs.run(job._replace(seed=1), Path("gone"), tmp_path, keep=False)
-    assert error is not None
-    assert "order2-seed1" in error
+    with pytest.raises(CitFastError, match="gone"):
+        runs.run(job._replace(seed=1), Path("gone"), tmp_path, keep=False)
     rows = bed.summary({"random-replay": [found], "other": [found]})
     assert rows["other"]["difference to random-replay"]["AP"]["wins"] == 0.5
+
+
+def test_a_job_that_fails_is_named_and_the_call_ends_with_an_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CIT_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(bed, "pretrained", lambda: Path("gone"))
+    monkeypatch.setattr(bed, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+    monkeypatch.setattr(runs, "general", lambda test: [PRETRAINING[0].task(1, 2, "0")])
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    arguments = ["--methods", "sequential", "--seeds", "1", "--orders", "1", "--output", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["bench.testbed", *arguments])
+    with pytest.raises(SystemExit, match="1 runs have no figures, the first sequential-own-order1-seed0"):
+        bed.main()
+    printed = capsys.readouterr().out
+    assert "method='sequential'" in printed
+    assert "gone" in printed

@@ -21,6 +21,7 @@ import statistics
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from traceback import format_exception
 from typing import Any
 
 import numpy as np
@@ -110,10 +111,10 @@ def main() -> None:
         os.environ["TQDM_DISABLE"] = "1"  # read by the workers
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(options.workers, context, initializer=begin, initargs=(1,)) as pool:
-            futures = [pool.submit(run, job, model, options.output, options.keep) for job in open_jobs]
+            futures = {pool.submit(run, job, model, options.output, options.keep): job for job in open_jobs}
             for future in track(as_completed(futures), "runs", len(futures), console=console):
-                if (error := future.result()) is not None:
-                    console.print(error, markup=False)
+                if (error := future.exception()) is not None:  # the others go on; the call ends with an error
+                    console.print(f"{futures[future]}:", "".join(format_exception(error)), markup=False)
     result: dict[str, Any] = {}
     for order in options.orders:
         found: dict[str, list[dict[str, Any]]] = {}

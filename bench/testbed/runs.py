@@ -6,17 +6,17 @@ import argparse
 import json
 import shutil
 import statistics
-import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
 
+from bench.methods import figures as compared
 from bench.methods import method
 from bench.testbed.pretraining_tasks import general
 from bench.testbed.streams import stream
 from cit_fast import ContinualTrainer
-from cit_fast.evaluation import continual_metrics, read_run, read_stages
+from cit_fast.evaluation import read_run, read_stages
 from cit_fast.files import write_file
 
 TRAIN, TEST, GENERAL_TEST = 640, 40, 20
@@ -62,47 +62,39 @@ def settings(job: Job, model: Path, folder: Path) -> dict[str, Any]:
 
 
 def figures(folder: Path) -> dict[str, Any]:
-    """AP, forgetting and New.ACC of the stream in [0, 100], what general ability has changed by, and the cost."""
+    """The figures of any comparison, what general ability has changed by, and every score."""
     run, stages = read_run(folder), read_stages(folder)
-    metrics = continual_metrics(run, stages)
     before, after = stages[0].scores, stages[-1].scores
     ability = {task: (before[task], after[task]) for task in run.held_out_tasks}
+    own = compared(folder)
     return {
-        "AP": metrics.average_performance,
-        "forgetting": metrics.forgetting,
-        "New.ACC": metrics.new_accuracy,
+        **{name: own[name] for name in ("AP", "forgetting", "New.ACC", "replayed", "train minutes")},
         "general": statistics.mean(new - old for old, new in ability.values()),
         "general before": statistics.mean(old for old, _ in ability.values()),
-        "minutes": sum(stage.train_seconds + stage.evaluate_seconds for stage in stages) / 60,
-        "train minutes": sum(stage.train_seconds for stage in stages) / 60,
-        "replayed": sum(sum(stage.replayed.values()) for stage in stages),
+        "minutes": own["total minutes"],
         "steps": sum(stage.steps for stage in stages),
         "scores": {task: [stage.scores.get(task) for stage in stages] for task in run.tasks},
         "general scores": ability,
     }
 
 
-def run(job: Job, model: Path, output: Path, keep: bool) -> str | None:
-    """Run a job whose figures are not there yet; what went wrong, or ``None``."""
+def run(job: Job, model: Path, output: Path, keep: bool) -> None:
+    """Run a job whose figures are not there yet."""
     file = job.file(output)
     if file.exists():
-        return None
+        return
     folder = output / "runs" / file.stem
-    try:
-        trainer = ContinualTrainer(
-            settings(job, model, folder),
-            stream=stream(job.order, job.seed, TRAIN, TEST),
-            held_out=general(GENERAL_TEST),
-            console=Console(quiet=True),
-        )
-        (made,) = trainer.run()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_file(file, json.dumps(figures(made)))
-    except Exception:  # noqa: BLE001 - one run that fails must not end the others
-        return f"{file.stem}:\n{traceback.format_exc()}"
+    trainer = ContinualTrainer(
+        settings(job, model, folder),
+        stream=stream(job.order, job.seed, TRAIN, TEST),
+        held_out=general(GENERAL_TEST),
+        console=Console(quiet=True),
+    )
+    (made,) = trainer.run()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_file(file, json.dumps(figures(made)))
     if not keep:
-        shutil.rmtree(folder, ignore_errors=True)
-    return None
+        shutil.rmtree(folder)
 
 
 def begin(threads: int) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cit_fast.data.example import Example
 from cit_fast.errors import ConfigError, DataError
 from cit_fast.key_parts.head import ROWS, Head, head_of
-from cit_fast.key_parts.hidden import PairHidden, pair_collator, pair_hidden
+from cit_fast.key_parts.hidden import PairHidden, hidden_of, pair_collator
 from cit_fast.key_parts.layout import GroupingCollator, alike_together
 from cit_fast.key_parts.pairs import EncodedPair, encode_pairs, name_of
 from cit_fast.models.forward import evaluating
@@ -115,17 +115,7 @@ def answer_surprise(
 ) -> list[tuple[int, float]]:
     """How unlikely a model finds each answer: the mean negative log-likelihood, in nats, of its tokens.
 
-    The instruction is read whole, no key part is masked. In evaluation mode and without gradients.
-
-    Args:
-        model, encoder, batch_size: as in :func:`information_gain`.
-        examples: key parts are not looked at.
-
-    Returns:
-        (the example's number, surprise >= 0) of each, but for those that the encoder skipped for their length.
-
-    Raises:
-        DataError, ConfigError: as :func:`information_gain`.
+    Arguments, result (>= 0) and errors are those of :func:`predictive_entropy`.
 
     Source: Hazard et al., SuRe (arXiv 2511.22367), which ranks what is replayed by it.
     """
@@ -144,15 +134,11 @@ def _of_answers(
     head = head_of(model)
     collate = pair_collator(model, encoder.pad_token_id)
     group = GroupingCollator(collate)
-    device = head.weight.device
     found: dict[int, float] = {}
     with evaluating(model), adapters_cast_once(model), torch.no_grad():
         for numbers in alike_together(pairs, batch_size, collate.share_prefix):
-            batch = group([pairs[number] for number in numbers])
-            hidden = pair_hidden(model, {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
-            scored = hidden.only_scored()
-            blocks = zip(torch.split(scored.full, ROWS), torch.split(scored.targets, ROWS), strict=True)
-            values = torch.cat([measure(head, *block) for block in blocks])
+            scored = hidden_of(model, group, [pairs[number] for number in numbers]).only_scored()
+            values = measure(head, scored.full, scored.targets)
             for number, own in zip(numbers, torch.split(values, scored.offsets.diff().tolist()), strict=True):
                 found[number] = own.mean().item()
     return [(pairs[number].index, found[number]) for number in range(len(pairs))]
@@ -160,8 +146,8 @@ def _of_answers(
 
 def _entropies(head: Head, hidden: Tensor) -> Tensor:
     """[T], nats, of the distributions after hidden states [T, d]."""
-    log_probabilities = head.log_probabilities(hidden)
-    return -(log_probabilities.exp() * log_probabilities).sum(1)
+    blocks = map(head.log_probabilities, torch.split(hidden, ROWS))
+    return torch.cat([-(block.exp() * block).sum(1) for block in blocks])
 
 
 def pair_gains(
@@ -190,13 +176,11 @@ def pair_gains(
             )
     collate = pair_collator(model, encoder.pad_token_id, share_prefix)
     group = GroupingCollator(collate)
-    device = head.weight.device
     found: dict[int, ExampleGain] = {}
     with evaluating(model), adapters_cast_once(model), torch.no_grad():
         # The longest batch goes first: memory runs out at once or never.
         for numbers in alike_together(pairs, batch_size, collate.share_prefix):
-            batch = group([pairs[number] for number in numbers])
-            hidden = pair_hidden(model, {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+            hidden = hidden_of(model, group, [pairs[number] for number in numbers])
             rows = _gains(head, hidden.only_scored(), alpha)
             for number, gain, full, masked, tokens in zip(numbers, *rows, strict=True):
                 found[number] = ExampleGain(pairs[number].index, gain, full, masked, tokens)

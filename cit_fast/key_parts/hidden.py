@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -70,6 +70,15 @@ def pair_hidden(model: nn.Module, batch: Mapping[str, Any]) -> PairHidden:
     full, masked = hidden.chunk(2)
     targets = batch["labels"].flatten()[batch["full_at"] + 1]
     return PairHidden(full, masked, targets, batch["offsets"], batch["scored"], router_loss(model, output))
+
+
+def hidden_of(
+    model: nn.Module, collate: Callable[[Sequence[EncodedPair]], Mapping[str, Any]], pairs: Sequence[EncodedPair]
+) -> PairHidden:
+    """:func:`pair_hidden` of some pairs, as ``collate`` makes a batch of them, on the model's device."""
+    device = _device(model)
+    batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in collate(pairs).items()}
+    return pair_hidden(model, batch)
 
 
 def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:

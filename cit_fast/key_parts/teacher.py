@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from cit_fast.errors import RunError
 from cit_fast.files import replacing
 from cit_fast.key_parts.head import Head, head_of
-from cit_fast.key_parts.hidden import pair_hidden
+from cit_fast.key_parts.hidden import hidden_of
 from cit_fast.key_parts.layout import GroupingCollator, alike_together
 from cit_fast.key_parts.pairs import EncodedPair, PairCollator
 from cit_fast.models.digests import fingerprint
@@ -129,11 +129,9 @@ def _pass(
     group = GroupingCollator(collate)
     with evaluating(model), adapters_cast_once(model):
         head = head_of(model)
-        device = head.weight.device
         states = torch.empty(sum(counts), head.weight.shape[1], dtype=head.weight.dtype)
         for batch in tqdm(batches, desc="the model before this stage", unit="batch", leave=False, disable=None):
-            tensors = group([pairs[number] for number in batch])
-            hidden = pair_hidden(model, {k: v.to(device) if isinstance(v, Tensor) else v for k, v in tensors.items()})
+            hidden = hidden_of(model, group, [pairs[number] for number in batch])
             kept = hidden.masked if context == "masked" else hidden.full
             states = states.to(kept.dtype) if done == 0 else states
             states[done : done + len(kept)] = kept.cpu()

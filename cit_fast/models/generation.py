@@ -45,8 +45,8 @@ def generate(
 ) -> list[str]:
     """Answer each prompt with the most likely token at every step, until an end token or ``max_new_tokens``.
 
-    Batches are cut for the least work, the largest first (so that memory runs out at once or never), and padded on the
-    left. Where the model can, what several prompts of a batch begin with is read once. An answer depends on its prompt
+    Where the model can, prompts are read apart and answered together (:mod:`cit_fast.models.prefix_cache`); else a
+    batch is padded on the left. The longest go first: memory runs out at once or never. An answer depends on its prompt
     alone, not on the batch it is in, up to the rounding of the model's dtype. A model that does not skip padding
     (linear attention, state spaces), which is tried once, gets prompts of one length in a batch; one that mixes the
     rows of a batch up gets them one by one. The model's own generation defaults (sampling, penalties, lengths) play no

@@ -12,6 +12,7 @@ with the one read before it, across batches too.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -24,6 +25,8 @@ from transformers import DynamicCache, DynamicLayer, GenerationConfig
 from transformers.generation.utils import ALL_CACHE_NAMES
 
 from cit_fast.models.forward import head_input, unwrap
+
+_log = logging.getLogger(__name__)
 
 CACHE = ALL_CACHE_NAMES[0]
 """What this transformers calls the argument: ``cache``, before ``past_key_values``."""
@@ -325,8 +328,12 @@ def _try(model: Any, start: list[int], pad_token_id: int) -> bool:
         cache = PromptReader(model).read(prompts, pieces, 1 + _NEW)
         input_ids, mask = padded(prompts, pad_token_id, model.device)
         found = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config, **{CACHE: cache})
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
-        return False  # a cache of another kind; the plain way is right, only slower
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+        # A cache of another kind: to read every prompt as a whole is right, only slower.
+        _log.info("%s: prompts are read whole (%s: %s)", type(unwrap(model)).__name__, type(error).__name__, error)
+        return False
     ours = torch.stack(list(found.logits), 1)
     for row, prompt in zip(ours, prompts, strict=True):
         plain = torch.tensor([prompt], device=model.device)
@@ -335,6 +342,7 @@ def _try(model: Any, start: list[int], pad_token_id: int) -> bool:
         # After another first token the rest is another answer.
         first = slice(None) if torch.equal(row.argmax(1), right.argmax(1)) else slice(1)
         if not same_logits(model, right[first], row[first]):
+            _log.info("%s: prompts are read whole (other logits from a cache)", type(unwrap(model)).__name__)
             return False
     return True
 

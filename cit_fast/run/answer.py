@@ -198,43 +198,31 @@ def _answers(
         total=len(questions), desc=f"{title}: answering", unit="prompt", leave=False, disable=not state.is_main_process
     )
 
-    def advance(count: int) -> None:
-        bar.update(count * state.num_processes)
+    def asked(some: Sequence[_Question]) -> dict[str, Any]:
+        """What both ways to answer take."""
+        sets = [question.adapter for question in some]
+        return {
+            "prompts": [question.prompt for question in some],
+            "adapters": None if None in sets else sets,
+            "pad_token_id": encoder.pad_token_id,
+            "batch_size": config.batch_size,
+            "progress": lambda count: bar.update(count * state.num_processes),
+        }
 
-    def adapters(some: Sequence[_Question]) -> list[str] | None:
-        names = [question.adapter for question in some if question.adapter is not None]
-        return names if len(names) == len(some) else None
-
-    with bar, state.split_between_processes(list(range(len(questions)))) as mine:
-        found = [""] * len(mine)
-        closed = [place for place, index in enumerate(mine) if questions[index].among_labels(config)]
-        open_ = [place for place, index in enumerate(mine) if not questions[index].among_labels(config)]
-        if open_:
-            own = [questions[mine[place]] for place in open_]
-            texts = generate(
-                model,
-                [question.prompt for question in own],
-                tokenizer=encoder.tokenizer,
-                pad_token_id=encoder.pad_token_id,
-                eos_token_ids=encoder.stop_token_ids,
-                max_new_tokens=config.max_new_tokens,
-                batch_size=config.batch_size,
-                progress=advance,
-                adapters=adapters(own),
-            )
-            for place, text in zip(open_, texts, strict=True):
-                found[place] = text
-        if closed:
-            own = [questions[mine[place]] for place in closed]
-            best = most_likely(
-                model,
-                [question.prompt for question in own],
-                [[encoder.answer(question.example, label) for label in question.task.labels] for question in own],
-                pad_token_id=encoder.pad_token_id,
-                batch_size=config.batch_size,
-                progress=advance,
-                adapters=adapters(own),
-            )
-            for place, question, number in zip(closed, own, best, strict=True):
-                found[place] = question.task.labels[number]
+    with bar, state.split_between_processes(list(range(len(questions)))) as numbers:
+        mine = [questions[number] for number in numbers]
+        closed = [question for question in mine if question.among_labels(config)]
+        free = [question for question in mine if not question.among_labels(config)]
+        generated = generate(
+            model,
+            **asked(free),
+            tokenizer=encoder.tokenizer,
+            eos_token_ids=encoder.stop_token_ids,
+            max_new_tokens=config.max_new_tokens,
+        )
+        labels = [[encoder.answer(each.example, label) for label in each.task.labels] for each in closed]
+        chosen = most_likely(model, choices=labels, **asked(closed))
+        texts = iter(generated)
+        picked = (each.task.labels[number] for each, number in zip(closed, chosen, strict=True))
+        found = [next(picked) if each.among_labels(config) else next(texts) for each in mine]
     return gather_object(found) if state.num_processes > 1 else found

@@ -11,11 +11,10 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cit_fast.errors import DataError
 from cit_fast.key_parts.head import head_of
-from cit_fast.key_parts.hidden import pair_collator, pair_hidden
+from cit_fast.key_parts.hidden import hidden_of, pair_collator
 from cit_fast.key_parts.layout import GroupingCollator
 from cit_fast.key_parts.pairs import EncodedPair
 from cit_fast.models.forward import evaluating
@@ -65,6 +64,8 @@ def most_likely(
     for index, (prompt, own) in enumerate(zip(prompts, choices, strict=True)):
         if not len(prompt) or not own or not all(map(len, own)):
             raise DataError(f"most_likely: prompt {index} or one of its {len(own)} choices has no tokens")
+    if not prompts:
+        return []
     found = [0] * len(prompts)
     kinds: list[str | None] = [None] if adapters is None else list(dict.fromkeys(adapters))
     for name in kinds:
@@ -112,9 +113,7 @@ def _scores(
             one = Encoded([*prompt, *choice], [IGNORED] * len(prompt) + [*choice], len(prompt))
             pairs.append(EncodedPair(one, None, len(pairs), (len(prompt), len(one))))
     head = head_of(model)
-    device = head.weight.device
-    batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in collate(pairs).items()}
-    hidden = pair_hidden(model, batch)
+    hidden = hidden_of(model, collate, pairs)
     tokens = head.target_log_probabilities(hidden.full, hidden.targets)
     each = iter([own.sum().item() for own in torch.split(tokens.double(), hidden.offsets.diff().tolist())])
     return [[next(each) for _ in choices] for _, choices in asked]

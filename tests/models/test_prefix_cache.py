@@ -270,6 +270,31 @@ def test_many_sets_of_one_prompt_each_are_read_together(monkeypatch):
     assert [[(len(piece.indices), piece.beginning) for piece in batch] for batch in batches] == [[(64, 0)]]
 
 
+@pytest.mark.parametrize("kind", ["Llama", "Qwen2", "Qwen3", "Granite", "Cohere", "Gemma", "OPT", "GPTNeoX", "Mixtral"])
+def test_these_families_are_read_apart(make_model, kind, groups_read):
+    """So that an error of ours does not pass for a cache of another kind."""
+    model = make_model(kind)
+    prompts = prompts_of(40, 25, rests=(6, 7, 7, 5, 7))
+    assert can_continue(model, prompts[0], 0)
+    assert answers(model, prompts, batch_size=10) == [answers(model, [prompt])[0] for prompt in prompts]
+    assert groups_read
+
+
+def test_why_prompts_are_read_whole_is_logged(make_model, caplog):
+    caplog.set_level("INFO")
+    assert not can_continue(make_model("Mamba"), random_tokens(16, 0), 0)
+    assert "MambaForCausalLM: prompts are read whole (ValueError: MambaForCausalLM: does not keep all" in caplog.text
+
+
+def test_memory_that_runs_out_is_no_cache_of_another_kind(monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(PromptReader, "read", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        can_continue(llama(), random_tokens(16, 0), 0)
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_half_precision_continues_too(attention):
     torch.manual_seed(0)
