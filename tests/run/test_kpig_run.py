@@ -178,7 +178,7 @@ def test_a_users_own_objective(settings, stream):
 
 # One run is killed at all of them, one after another: calls are counted from where it went on.
 MOMENTS = {
-    "inside the first frozen pass": at_call(2, frozen, "pair_hidden"),
+    "inside the first frozen pass": at_call(2, frozen, "hidden_of"),
     "before its states are written": at_call(1, frozen, "save_file"),
     "while the seen task is scored": at_call(1, replay, "information_gain"),
     "inside a step of stage 2, after a checkpoint": at_call(4, kpig, "masked_jsd"),
@@ -212,7 +212,7 @@ def test_a_resumed_stage_reads_the_states_it_left(settings, stream, monkeypatch)
     assert killed(lambda: run(two, stages), at_call(4, kpig, "masked_jsd"))
     folder = Path(settings["output"]) / "kpig"
     assert len(list(folder.rglob("frozen-00000-of-00001.safetensors"))) == 1
-    monkeypatch.setattr(frozen, "pair_hidden", lambda *_, **__: pytest.fail("worked out again"))
+    monkeypatch.setattr(frozen, "hidden_of", lambda *_, **__: pytest.fail("worked out again"))
     assert len(run(two, stages)["kpig"]) == 2
 
 

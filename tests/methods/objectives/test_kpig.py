@@ -236,8 +236,8 @@ def test_nothing_to_compare_is_cross_entropy(previous, live, encoder):
 
 def test_states_are_kept_and_taken_up_by_content(previous, encoder, tmp_path, monkeypatch):
     calls = []
-    original = frozen_module.pair_hidden
-    monkeypatch.setattr(frozen_module, "pair_hidden", lambda *args: calls.append(1) or original(*args))
+    original = frozen_module.hidden_of
+    monkeypatch.setattr(frozen_module, "hidden_of", lambda *args: calls.append(1) or original(*args))
 
     def rows(model, **options):
         inputs = KPIG(key_parts="data", **options).prepare(stage(model, encoder, folder=tmp_path))
