@@ -31,6 +31,7 @@ PARTS: dict[str, dict[str, str]] = {
         "diverse-instruction": "cit_fast.methods.replay.DiverseInstructionReplay",
         "kpig": "cit_fast.methods.replay.KPIGReplay",
         "surprise": "cit_fast.methods.replay.SurpriseReplay",
+        "on-policy": "cit_fast.methods.replay.OnPolicyReplay",
     },
     "objective": {
         "cross-entropy": "cit_fast.methods.objectives.CrossEntropy",

@@ -1,17 +1,20 @@
-"""Batched greedy generation: the answers that are scored, each prompt's by its own adapter set where asked."""
+"""Batched generation: the answers that are scored or trained, each prompt's by its own adapter set where asked."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import itertools
+import math
+import random
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from peft import PeftModel
-from transformers import DynamicCache, GenerationConfig
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from cit_fast.errors import DataError
 from cit_fast.models.adapter_bank import BASE, AdapterBank, RowsLostError
@@ -30,7 +33,30 @@ from cit_fast.models.prefix_cache import (
 )
 
 
-def generate(
+class Sampling(NamedTuple):
+    """How tokens are drawn instead of the most likely one: each prompt with chance of its own, whatever its batch."""
+
+    temperature: float
+    """Divides the logits, > 0 and finite."""
+    seeds: Sequence[int]
+    """One for each prompt."""
+
+
+class Answer(NamedTuple):
+    """What a model answered."""
+
+    text: str
+    """Without special tokens and without white space around it."""
+    ended: bool
+    """Whether an end token came; without one the answer is as long as answers may be."""
+
+
+def generate(model: Any, prompts: Sequence[Sequence[int]], **options: Any) -> list[str]:
+    """The texts of :func:`generate_answers`."""
+    return [answer.text for answer in generate_answers(model, prompts, **options)]
+
+
+def generate_answers(
     model: Any,
     prompts: Sequence[Sequence[int]],
     *,
@@ -42,7 +68,8 @@ def generate(
     progress: Callable[[int], None] | None = None,
     adapters: Sequence[str] | None = None,
     bank: AdapterBank | None = None,
-) -> list[str]:
+    sampling: Sampling | None = None,
+) -> list[Answer]:
     """Answer each prompt with the most likely token at every step, until an end token or ``max_new_tokens``.
 
     Where the model can, prompts are read apart and answered together (:mod:`cit_fast.models.prefix_cache`); else a
@@ -56,20 +83,21 @@ def generate(
         model: a causal language model of transformers, or a PEFT model around one.
         prompts: N token sequences, each of one token or more, template and all.
         pad_token_id: any token; padded places are masked. ``eos_token_ids``: the tokens that end an answer.
-        tokenizer: turns the new tokens into text; special tokens and white space around the answer are
-            dropped.
+        tokenizer: turns the new tokens into text.
         max_new_tokens: tokens per answer, >= 1. ``batch_size``: prompts per batch, >= 1.
         progress: called after each batch with the number of prompts it answered.
         adapters: N names of adapter sets, prompt i is answered by ``adapters[i]``, ``BASE`` for the base
             model alone. Sets of plain LoRA are mixed in the same batch, others answer one after another.
             Without it, whichever set is active answers.
         bank: the sets, where ``model`` is a bare base model; those of a PEFT model are found in it.
+        sampling: draws tokens from the model's distribution instead.
 
     Returns:
         N answers in the order of the prompts.
 
     Raises:
-        DataError: a prompt without tokens, a size below 1, or a set that the model does not have.
+        DataError: a prompt without tokens, a size or temperature out of range, another number of sets or seeds than
+            of prompts, or a set that the model does not have.
     """
     for name, size in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if size < 1:
@@ -88,14 +116,18 @@ def generate(
     )
     if adapters is not None and len(adapters) != len(prompts):
         raise DataError(f"generate: {len(adapters)} adapter sets for {len(prompts)} prompts")
-    answers = [""] * len(prompts)
+    if sampling is not None and not (sampling.temperature > 0 and math.isfinite(sampling.temperature)):
+        raise DataError(f"generate: the temperature is {sampling.temperature}; it must be positive and finite")
+    if sampling is not None and len(sampling.seeds) != len(prompts):
+        raise DataError(f"generate: {len(sampling.seeds)} seeds for {len(prompts)} prompts")
+    answers = [Answer("", False)] * len(prompts)
     done: set[int] = set()
 
     def answered(batch: Sequence[int], new_tokens: Sequence[Sequence[int]]) -> None:
         for index, tokens in zip(batch, new_tokens, strict=True):
             end = next((k for k, token in enumerate(tokens) if token in end_tokens), len(tokens))
             text = tokenizer.decode(tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            answers[index] = text.strip()
+            answers[index] = Answer(text.strip(), end < len(tokens))
             done.add(index)
         if progress is not None:
             progress(len(batch))
@@ -115,13 +147,19 @@ def generate(
                     batch = [index for piece in pieces for index in piece.indices]
                     own, names = [prompts[i] for i in batch], None if sets is None else [sets[i] for i in batch]
                     cache = reader.read(prompts, pieces, 1 + max_new_tokens, sets)
-                    answered(batch, _continued(reader, own, config, cache, names))
+                    answered(batch, _continued(reader, own, config, cache, names, _draws(sampling, batch)))
                 return
             for batch in _batches(prompts, indices, batch_size, together):
                 own, names = [prompts[i] for i in batch], None if sets is None else [sets[i] for i in batch]
                 input_ids, mask = padded(own, pad_token_id, model.device)
+                drawn = _draws(sampling, batch)
                 with reader.having(names):
-                    output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config)
+                    output = model.generate(
+                        input_ids=input_ids,
+                        attention_mask=mask,
+                        generation_config=config,
+                        logits_processor=_used(drawn),
+                    )
                 answered(batch, output[:, input_ids.shape[1] :].tolist())
 
         if adapters is None:
@@ -129,6 +167,40 @@ def generate(
         else:
             _answer_with_sets(model, bank, adapters, longest_first, answer, done.__contains__)
     return answers
+
+
+class _Draw(LogitsProcessor):  # type: ignore[misc]
+    """Leaves greedy search one token to choose: the one that the row's own chance draws.
+
+    Args:
+        temperature: divides the logits.
+        chances: of the rows.
+    """
+
+    def __init__(self, temperature: float, chances: Sequence[random.Random]) -> None:
+        self.temperature, self.chances = temperature, list(chances)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Only these rows are left in the batch."""
+        self.chances = [self.chances[row] for row in rows]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """[rows, V]: 0 where the cumulated probability first exceeds the row's uniform draw, -inf elsewhere."""
+        cumulated = (scores.double() / self.temperature).softmax(1).cumsum(1)
+        uniform = torch.tensor([[chance.random()] for chance in self.chances], dtype=torch.float64)
+        place = torch.searchsorted(cumulated, uniform.to(scores.device) * cumulated[:, -1:], right=True)
+        return torch.full_like(scores, -math.inf).scatter_(1, place.clamp_(max=scores.shape[1] - 1), 0.0)
+
+
+def _draws(sampling: Sampling | None, batch: Sequence[int]) -> _Draw | None:
+    """What draws the tokens of a batch's rows, if tokens are drawn."""
+    if sampling is None:
+        return None
+    return _Draw(sampling.temperature, [random.Random(sampling.seeds[index]) for index in batch])  # noqa: S311
+
+
+def _used(drawn: _Draw | None) -> LogitsProcessorList | None:
+    return None if drawn is None else LogitsProcessorList([drawn])
 
 
 def _batches(
@@ -260,11 +332,13 @@ def _continued(
     config: GenerationConfig,
     cache: DynamicCache,
     names: Sequence[str] | None,
+    drawn: _Draw | None,
 ) -> list[list[int]]:
     """Generated tokens ``[batch][at most max_new_tokens]`` of prompts that are in the cache but for their last token.
 
     Args:
         names: the rows' adapter sets.
+        drawn: draws their tokens; ``None``: the most likely ones.
     """
     model = reader.model
     answers: list[list[int]] = [[] for _ in prompts]
@@ -277,7 +351,11 @@ def _continued(
         some.max_new_tokens = min(left, _AT_A_TIME)
         with reader.having(None if names is None else [names[row] for row in there]):
             output = model.generate(
-                input_ids=input_ids, attention_mask=attention_mask, generation_config=some, **{CACHE: cache}
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                generation_config=some,
+                logits_processor=_used(drawn),
+                **{CACHE: cache},
             )
         new = output[:, input_ids.shape[1] :]
         for index, tokens in zip(there, new.tolist(), strict=True):
@@ -287,6 +365,8 @@ def _continued(
         if not left or not len(rows):
             return answers
         there = [there[row] for row in rows.tolist()]
+        if drawn is not None:
+            drawn.keep(rows.tolist())
         input_ids = output[rows]
         attention_mask = torch.cat([attention_mask, attention_mask.new_ones(new.shape)], 1)[rows]
         if len(rows) < len(new):

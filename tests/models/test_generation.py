@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from cit_fast.errors import DataError
-from cit_fast.models.generation import _batched_together, generate
+from cit_fast.models.generation import Sampling, _batched_together, generate, generate_answers
 
 PAD, BOS, EOS = 0, 1, 2
 VOCABULARY = 32
@@ -134,6 +134,55 @@ def test_through_an_adapter(model):
     assert adapted.generation_config.repetition_penalty == 9.0
 
 
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_drawn_tokens_have_the_models_distribution(model, temperature):
+    """Total variation between 4,000 draws and the distribution stays below what chance makes of it."""
+    draws, prompt = 4000, PROMPTS[1]
+    sampling = Sampling(temperature, range(draws))
+    found = answer(model, [prompt] * draws, max_new_tokens=1, eos_token_ids=[], batch_size=500, sampling=sampling)
+    with torch.no_grad():
+        expected = (model(torch.tensor([prompt])).logits[0, -1].double() / temperature).softmax(0)
+    counts = torch.zeros(VOCABULARY, dtype=torch.float64)
+    for text in found:  # special tokens have no text
+        counts[int(text) if text else 0] += 1
+    expected[0], expected[1:3] = expected[:3].sum(), 0.0
+    distance = 0.5 * (counts / draws - expected).abs().sum()
+    assert distance < 4 * 0.5 * (expected * (1 - expected) / draws).sqrt().sum()
+    assert not counts[expected == 0].any()
+
+
+def test_a_draw_depends_on_its_seed_and_not_on_its_batch(model):
+    seeds = list(range(len(PROMPTS)))
+
+    def drawn(order, size):
+        texts = answer(
+            model,
+            [PROMPTS[k] for k in order],
+            max_new_tokens=20,
+            batch_size=size,
+            sampling=Sampling(1.0, [seeds[k] for k in order]),
+        )
+        return dict(zip(order, texts, strict=True))
+
+    alone = {k: drawn([k], 1)[k] for k in seeds}
+    assert len({len(text.split()) for text in alone.values()}) > 2  # rows leave at different times
+    assert drawn(seeds, 3) == drawn(seeds[::-1], 7) == alone
+    other = answer(model, PROMPTS, max_new_tokens=20, sampling=Sampling(1.0, [s + 100 for s in seeds]))
+    assert other != list(alone.values())
+    cold = answer(model, PROMPTS, max_new_tokens=20, sampling=Sampling(1e-4, seeds))
+    assert cold == answer(model, PROMPTS, max_new_tokens=20)
+
+
+def test_an_answer_says_whether_it_ended(model):
+    options = {"pad_token_id": PAD, "tokenizer": NumberTokenizer(), "max_new_tokens": 10}
+    free = generate_answers(model, PROMPTS[:2], eos_token_ids=[], **options)
+    assert [each.ended for each in free] == [False, False]
+    last = int(free[0].text.split()[-1])
+    ends = generate_answers(model, PROMPTS[:1], eos_token_ids=[last], **options)
+    assert ends[0].ended
+    assert ends[0].text == " ".join(free[0].text.split()[: free[0].text.split().index(str(last))])
+
+
 def test_progress_counts_prompts(model):
     done = []
     answer(model, PROMPTS, max_new_tokens=1, batch_size=3, progress=done.append)
@@ -150,6 +199,8 @@ def test_no_prompts(model):
         ([[3], []], {}, "prompt 1 has no tokens"),
         ([[3]], {"max_new_tokens": 0}, "max_new_tokens is 0; it must be at least 1"),
         ([[3]], {"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        ([[3]], {"sampling": Sampling(0.0, [1])}, "the temperature is 0.0; it must be positive"),
+        ([[3]], {"sampling": Sampling(1.0, [1, 2])}, "2 seeds for 1 prompts"),
     ],
 )
 def test_bad_input(model, prompts, options, message):

@@ -3,6 +3,7 @@
 from cit_fast.methods.replay.baselines import DiverseInstructionReplay, PrototypeDataReplay, PrototypeInstructionReplay
 from cit_fast.methods.replay.inscl import InsCLReplay
 from cit_fast.methods.replay.kpig import KPIGReplay
+from cit_fast.methods.replay.on_policy import OnPolicyReplay
 from cit_fast.methods.replay.policy import NoReplay, RandomReplay, ReplayPolicy
 from cit_fast.methods.replay.surprise import SurpriseReplay
 from cit_fast.methods.replay.tags import LLMTagger, OfflineTagger, Tagger
@@ -14,6 +15,7 @@ __all__ = [
     "LLMTagger",
     "NoReplay",
     "OfflineTagger",
+    "OnPolicyReplay",
     "PrototypeDataReplay",
     "PrototypeInstructionReplay",
     "RandomReplay",
