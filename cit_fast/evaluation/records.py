@@ -95,6 +95,24 @@ class ObjectiveRecord:
 
 
 @dataclass
+class UpdateRecord:
+    """What an update decided at the end of a stage.
+
+    Args:
+        coefficient: share of the new weights in a merge, in [0, 1].
+        losses: ``(coefficient, mean negative log-likelihood of answers in nats)`` of those that were tried.
+        notes: sentences for whoever reads the report; ``details``: plain values of an update of one's own.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    coefficient: float | None = None
+    losses: list[tuple[float, float]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class Assignment:
     """Which adapter set a router gave a new task, and why.
 
@@ -181,8 +199,8 @@ class StageRecord:
         adapter: name of the adapter set that was trained.
         train_examples: examples of the new task(s), without replay.
         replayed: earlier task -> examples replayed in this stage.
-        replay, objective, routing: what the parts of the method decided; ``None`` where there was nothing to decide
-            (no earlier task to replay, one adapter set for all).
+        replay, objective, update, routing: what the parts of the method decided; ``None`` where there was nothing to
+            decide (no earlier task to replay, one adapter set for all).
         steps: optimizer steps; ``train_seconds`` and ``evaluate_seconds``: wall time (summed over resumed parts).
         losses: ``(step, training loss)`` as logged.
         balance_weights: per optimizer step ``(step, mean, minimum, maximum, fallback fraction)`` of the balance
@@ -209,6 +227,7 @@ class StageRecord:
     replayed: dict[str, int] = field(default_factory=dict)
     replay: ReplayRecord | None = None
     objective: ObjectiveRecord | None = None
+    update: UpdateRecord | None = None
     routing: RoutingRecord | None = None
     steps: int = 0
     train_seconds: float = 0.0

@@ -40,6 +40,7 @@ PARTS: dict[str, dict[str, str]] = {
     "update": {
         "plain": "cit_fast.methods.updates.PlainUpdate",
         "balance-ema": "cit_fast.methods.updates.BalanceEMAUpdate",
+        "merge": "cit_fast.methods.updates.MergeUpdate",
     },
 }
 
@@ -90,7 +91,7 @@ METHODS = {
     "router": ("assign", "learn", "answer", "save"),
     "replay": ("select",),
     "objective": ("prepare", "__call__"),
-    "update": ("wrap", "finish", "summary"),
+    "update": ("begin", "wrap", "finish", "summary"),
 }
 """What an object must be able to do to be a part of each kind."""
 

@@ -3,6 +3,7 @@
 router.assign(stage) -> Assignment        which adapter set the new task trains
 replay.select(stage) -> Selection         which earlier examples come back
 objective.prepare(stage) -> StageInputs   what the stage trains on, in the form the loss wants
+update.finish(optimizer, stage) -> Finished   what the weights are when it is trained
 router.learn(stage) -> Learned            once the set is trained, how prompts will find it
 """
 
@@ -17,10 +18,10 @@ from typing import Any
 from torch import Tensor
 
 from cit_fast.data.example import Example, Task
-from cit_fast.evaluation.records import Assignment, Learned, ObjectiveRecord, ReplayRecord
+from cit_fast.evaluation.records import Assignment, Learned, ObjectiveRecord, ReplayRecord, UpdateRecord
 from cit_fast.models.prompts import PromptEncoder
 
-__all__ = ["Assignment", "Learned", "Selection", "Stage", "StageInputs"]
+__all__ = ["Assignment", "Finished", "Learned", "Selection", "Stage", "StageInputs"]
 
 
 @dataclass(frozen=True)
@@ -106,3 +107,18 @@ class StageInputs:
     skipped: tuple[str, ...] = ()
     seconds: float = 0.0
     record: ObjectiveRecord = field(default_factory=ObjectiveRecord)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What an update returns when a stage is trained; the model holds the weights that answer.
+
+    Args:
+        live: weights by name from which training goes on when the stage's adapter set is trained again, if those are
+            not the ones that the model holds. The run keeps them; ``stage.averages`` of that later stage has what the
+            model held instead.
+        record: what was decided, if anything was.
+    """
+
+    live: dict[str, Tensor] | None = None
+    record: UpdateRecord | None = None

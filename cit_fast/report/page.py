@@ -267,6 +267,7 @@ def _section(view: RunView, runs: Runs, album: _Album) -> dict[str, Any]:
         "stage_notes": _stage_notes(view, lambda stage: stage.notes),
         "replay_notes": _stage_notes(view, lambda stage: stage.replay.notes if stage.replay else []),
         "objective_notes": _stage_notes(view, lambda stage: stage.objective.notes if stage.objective else []),
+        "update_notes": _stage_notes(view, lambda stage: stage.update.notes if stage.update else []),
         "routing_notes": _stage_notes(view, lambda stage: stage.routing.notes if stage.routing else []),
         "ranking": _ranking(view),
         "answers_by_task": _answers_by_task(view),

@@ -32,13 +32,14 @@ from cit_fast.evaluation.records import (
     RoutingRecord,
     RunRecord,
     StageRecord,
+    UpdateRecord,
     check_files,
     read_run,
 )
 from cit_fast.methods.config import MethodConfig
 from cit_fast.methods.registry import PARTS, build_parts, part_name
 from cit_fast.methods.routing import SharedRouter, routing_record
-from cit_fast.methods.stage import Selection, Stage, StageInputs
+from cit_fast.methods.stage import Finished, Selection, Stage, StageInputs
 from cit_fast.methods.updates import stream_wide
 from cit_fast.models.adapters import load_weights, loading_whole, prompt_encoder, save_weights, train_adapter
 from cit_fast.models.digests import model_identity
@@ -64,10 +65,10 @@ _SAMPLED = 256  # examples of a task, for how long one is
 
 @dataclass(frozen=True)
 class _Trained:
-    """A trained stage: the model, weights that training goes on from, what it was trained on, what was logged."""
+    """A trained stage: the model, what its update made of it, what it was trained on, what was logged."""
 
     model: Any
-    live: dict[str, Tensor] | None
+    finished: Finished
     inputs: StageInputs
     steps: int
     seconds: float
@@ -258,6 +259,7 @@ class MethodRun:
             replayed={task.name: sum(e.task == task.name for e in selection.examples) for task in stage.seen},
             replay=selection.record if stage.seen else None,
             objective=trained.inputs.record,
+            update=trained.finished.record,
             routing=self._routing(stage, assignment, learned, new_set, found),
             steps=trained.steps,
             train_seconds=trained.seconds,
@@ -272,7 +274,7 @@ class MethodRun:
             chosen=found.chosen,
             notes=trained.notes,
         )
-        self._commit(record, trained.model, found.predictions, trained.live)
+        self._commit(record, trained.model, found.predictions, trained.finished.live)
         self._keep_pace(stage, record, sum(map(len, found.predictions.values())) - found.taken_over)
         self._say_scores(title, record)
         if record.skipped or record.test_skipped:
@@ -327,9 +329,14 @@ class MethodRun:
         stage = dataclasses.replace(stage, averages=averages)
         # What must not move is held against its copy afterwards, and what should have moved as well.
         before = TrainedWeights(model)
+        self.parts["update"].begin(stage)
         trainer = self._trained(stage, title, inputs)
         seconds = trainer.record.seconds + inputs.seconds
-        live = self.parts["update"].finish(trainer.optimizer, stage)
+        finished: Finished = self._returned(
+            "update", "finish", self.parts["update"].finish(trainer.optimizer, stage), Finished
+        )
+        if finished.record is not None:
+            self._returned("update", "finish", finished.record, UpdateRecord)
         model = self._unwrapped(trainer, stage.index, adapter)
         notes += before.notes(model)
         if rewritten is not None:
@@ -345,7 +352,7 @@ class MethodRun:
                 )
         return _Trained(
             model,
-            live,
+            finished,
             inputs,
             steps=trainer.state.global_step,
             seconds=seconds,
@@ -402,7 +409,7 @@ class MethodRun:
                 f"{kind}: {part}.{method}() returned a {type(value).__name__}; return a {wanted.__name__} "
                 f"({wanted.__module__})"
             )
-        if wanted not in (Selection, StageInputs):
+        if wanted not in (Selection, StageInputs, Finished):
             check_plain_values(value, f"{kind}: {part}.{method}()")
             for note in value.notes:  # type: ignore[attr-defined]
                 self._say(f"  {escape(note)}")

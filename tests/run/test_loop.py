@@ -20,7 +20,7 @@ from cit_fast.inference import continual_model as serving
 from cit_fast.methods.objectives import CrossEntropy
 from cit_fast.methods.replay import RandomReplay
 from cit_fast.methods.routing.router import SavedRouter
-from cit_fast.methods.stage import Assignment, Selection
+from cit_fast.methods.stage import Assignment, Finished, Selection
 from cit_fast.optim import BalanceEMA
 from cit_fast.run import cached_scores
 from cit_fast.run.run_folder import RunFolder
@@ -83,6 +83,9 @@ def test_the_average_is_what_is_kept(settings, stream, finished_run):
 
         averages = []  # noqa: RUF012  # of the class: each method trains with a copy of the object
 
+        def begin(self, stage):
+            pass
+
         def wrap(self, optimizer, stage):
             self.optimizer = BalanceEMA(optimizer)
             return self.optimizer
@@ -91,6 +94,7 @@ def test_the_average_is_what_is_kept(settings, stream, finished_run):
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
             self.averages.append(sorted(float(self.optimizer.state[p]["average"].sum()) for p in parameters))
             self.optimizer.copy_averaged_to_parameters()
+            return Finished()
 
         def summary(self, optimizer, stage):
             return self.optimizer.balance_summary()

@@ -1,55 +1,20 @@
-"""The update of a method: what happens to the weights at each optimizer step, and at the end of a stage."""
+"""LCIA's average of the weights as the update of a method."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from cit_fast.errors import ConfigError
-from cit_fast.methods.stage import Stage
+from cit_fast.methods.stage import Finished, Stage
+from cit_fast.methods.updates.update import When, due, when_checked
 from cit_fast.ops.balance_ema import BalanceRule, Rounding
 from cit_fast.optim import AdamWBalanceEMA, AveragingOptimizer, BalanceEMA, BalanceSummary, find_balance_ema
 from cit_fast.optim.averaging import AverageOptions
 
-When = Literal["always", "retrained", "from-second"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-class Update(Protocol):
-    """One of the four parts of a method."""
-
-    def wrap(self, optimizer: Optimizer, stage: Stage) -> Optimizer:
-        """The optimizer that the stage steps with, made from the one that TrainingArguments describe."""
-
-    def finish(self, optimizer: Optimizer, stage: Stage) -> dict[str, Tensor] | None:
-        """Called once when the stage's training is over, before anything is evaluated or kept.
-
-        Returns:
-            Weights by name from which training goes on when the stage's adapter set is trained again, if those are
-            not the ones that the model holds from now on. The run keeps them; ``stage.averages`` of that later stage
-            has what the model held instead.
-        """
-
-    def summary(self, optimizer: Optimizer, stage: Stage) -> BalanceSummary | None:
-        """``(mean, minimum, maximum, fallback fraction)`` of the last step's balance weights, if there are any."""
-
-
-class PlainUpdate:
-    """The optimizer as it is."""
-
-    def wrap(self, optimizer: Optimizer, stage: Stage) -> Optimizer:
-        """The same optimizer."""
-        return optimizer
-
-    def finish(self, optimizer: Optimizer, stage: Stage) -> None:
-        """Nothing to do."""
-
-    def summary(self, optimizer: Optimizer, stage: Stage) -> BalanceSummary | None:
-        """No average, no weights."""
-        return None
 
 
 class BalanceEMAUpdate:
@@ -63,9 +28,8 @@ class BalanceEMAUpdate:
         scope: ``"task"``: each stage has an average of its own, and training goes on from it; ``"stream"``: one
             average lives across all stages that train an adapter set, and training goes on from the live weights,
             which every stage then keeps beside the average.
-        when: the stages that are averaged. ``"always"`` (algorithm 1); ``"retrained"``: those that train an adapter
-            set again, so that a new one learns freely (appendix M and the authors' scripts); ``"from-second"``: all
-            but the stream's first (the authors' later toolbox).
+        when: the stages that are averaged, see :data:`cit_fast.methods.updates.When`. ``"always"`` is algorithm 1,
+            ``"retrained"`` appendix M and the authors' scripts, ``"from-second"`` the authors' later toolbox.
     """
 
     def __init__(
@@ -82,8 +46,7 @@ class BalanceEMAUpdate:
     ) -> None:
         if average_dtype not in _DTYPES:
             raise ConfigError(f"average_dtype: {average_dtype!r} is unknown; expected float32 or bfloat16")
-        if when not in ("always", "retrained", "from-second"):
-            raise ConfigError(f"when: {when!r} is unknown; expected always, retrained or from-second")
+        when_checked(when)
         self.rule, self.decay, self.fallback, self.scale = rule, decay, fallback, scale
         self.start, self.rounding, self.average_dtype = start, rounding, average_dtype
         self.scope, self.when = scope, when
@@ -95,7 +58,10 @@ class BalanceEMAUpdate:
 
     def averages(self, stage: Stage) -> bool:
         """Whether the stage is averaged."""
-        return {"always": True, "retrained": not stage.new_set, "from-second": stage.index > 1}[self.when]
+        return due(self.when, stage)
+
+    def begin(self, stage: Stage) -> None:
+        """The average starts with the optimizer."""
 
     def wrap(self, optimizer: Optimizer, stage: Stage) -> Optimizer:
         """torch's AdamW becomes an :class:`AdamWBalanceEMA`, any other is put into a :class:`BalanceEMA`."""
@@ -115,16 +81,16 @@ class BalanceEMAUpdate:
             made.start_averages_at({parameters[name]: value for name, value in stage.averages.items()})
         return made
 
-    def finish(self, optimizer: Optimizer, stage: Stage) -> dict[str, Tensor] | None:
+    def finish(self, optimizer: Optimizer, stage: Stage) -> Finished:
         """Copy the average over the live weights, which an average of the whole stream needs again."""
         if not self.averages(stage):
-            return None
+            return Finished()
         live = None
         if self.scope == "stream":
             trained = ((name, p) for name, p in stage.model.named_parameters() if p.requires_grad)
             live = {name: parameter.detach().cpu().clone() for name, parameter in trained}
         _averaging(optimizer).copy_averaged_to_parameters()
-        return live
+        return Finished(live)
 
     def summary(self, optimizer: Optimizer, stage: Stage) -> BalanceSummary | None:
         """Over parameter tensors, at the last step."""
