@@ -9,21 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from cit_fast.errors import RunError
-from cit_fast.files import replacing
 from cit_fast.key_parts.head import Head, head_of
 from cit_fast.key_parts.hidden import hidden_of
 from cit_fast.key_parts.layout import GroupingCollator, alike_together
@@ -31,11 +27,10 @@ from cit_fast.key_parts.pairs import EncodedPair, PairCollator
 from cit_fast.models.digests import fingerprint
 from cit_fast.models.forward import evaluating
 from cit_fast.models.fused_lora import adapters_cast_once
+from cit_fast.models.kept_tensors import read_tensors, write_tensors
 from cit_fast.models.prompts import IGNORED
 from cit_fast.ops import key_part_information_gain, token_gain
 from cit_fast.processes import rank_and_count, wait_for_all
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,12 +88,12 @@ def teacher_states(
     rank, world = rank_and_count()
     key = _key(model, pairs, alpha, context, batch_size, world)
     path = _path(folder, rank, world)
-    if _read(path, key, check=True) is None:
-        _write(path, key, _pass(model, pairs, batches[rank::world], collate, alpha, context))
+    if read_tensors(path, key, check=True) is None:
+        write_tensors(path, key, _pass(model, pairs, batches[rank::world], collate, alpha, context))
     wait_for_all()
     shards = []
     for other in range(world):
-        shard = _read(_path(folder, other, world), key)
+        shard = read_tensors(_path(folder, other, world), key)
         if shard is None:
             raise RunError(
                 f"{_path(folder, other, world)}: process {other} left no hidden states of this stage there; "
@@ -173,46 +168,8 @@ def _joined(shards: Sequence[dict[str, Tensor]]) -> TeacherStates:
 # ------------------------------------------------------------------------------------------------------- on disk
 
 
-_TENSORS = ("states", "index", "tokens", "gain", "seconds")
-
-
 def _path(folder: Path, rank: int, world: int) -> Path:
     return folder / f"frozen-{rank:05d}-of-{world:05d}.safetensors"
-
-
-def _write(path: Path, key: str, tensors: dict[str, Tensor]) -> None:
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"key": key, "content": _content(tensors)})
-
-
-def _content(tensors: Mapping[str, Tensor]) -> str:
-    """Digest of all tensors' bytes."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name in _TENSORS:
-        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _read(path: Path, key: str, check: bool = False) -> dict[str, Tensor] | None:
-    """The tensors, mapped from the file; ``None``: no file, a damaged one, or one of something else.
-
-    Args:
-        check: compare what is there with what was written; for a file that this process did not write itself.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            written = file.metadata() or {}
-            if written.get("key") != key:
-                return None
-            tensors = {name: file.get_tensor(name) for name in _TENSORS}
-            if check and _content(tensors) != written.get("content"):
-                raise SafetensorError("its content has changed")
-            return tensors
-    except FileNotFoundError:
-        return None
-    except (OSError, SafetensorError) as error:
-        _log.warning("%s: damaged, made anew (%s)", path, error)
-        return None
 
 
 def _key(model: nn.Module, pairs: Sequence[EncodedPair], alpha: float, context: str, size: int, world: int) -> str:

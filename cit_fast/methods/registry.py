@@ -36,6 +36,7 @@ PARTS: dict[str, dict[str, str]] = {
     "objective": {
         "cross-entropy": "cit_fast.methods.objectives.CrossEntropy",
         "kpig": "cit_fast.methods.objectives.KPIG",
+        "ewc": "cit_fast.methods.objectives.EWC",
     },
     "update": {
         "plain": "cit_fast.methods.updates.PlainUpdate",

@@ -20,7 +20,7 @@ from transformers.integrations import TensorBoardCallback
 from cit_fast.errors import ConfigError, RunError
 from cit_fast.methods.objectives import Objective
 from cit_fast.methods.stage import Stage
-from cit_fast.methods.updates import MergeUpdate, PlainUpdate, Update, stream_wide
+from cit_fast.methods.updates import PlainUpdate, Update, stream_wide
 from cit_fast.run.pace import duration
 from cit_fast.run.run_folder import mark_complete
 
@@ -76,11 +76,12 @@ class StageTrainer(Trainer):  # type: ignore[misc]
                 f"method {method!r}: update.scope stream keeps the live weights of each stage, which DeepSpeed and "
                 "FSDP hold in shards; use scope task, or DDP"
             )
-        if sharded and isinstance(self.update, MergeUpdate):
-            raise ConfigError(
-                f"method {method!r}: update merge needs all weights on every process, and DeepSpeed and FSDP hold them "
-                "in shards; use DDP"
-            )
+        for part in (self.objective, self.update):
+            if sharded and getattr(part, "needs_whole_weights", False):
+                raise ConfigError(
+                    f"method {method!r}: {type(part).__name__} needs all weights on every process, and DeepSpeed and "
+                    "FSDP hold them in shards; use DDP"
+                )
         if not self.is_deepspeed_enabled:
             return
         gather = "zero_optimization.stage3_gather_16bit_weights_on_model_save"

@@ -25,6 +25,7 @@ from cit_fast.key_parts.gain import predictive_entropy
 from cit_fast.key_parts.wordings import Wording, write_pools
 from cit_fast.methods.objectives import KPIG, kpig, plain_inputs
 from cit_fast.methods.replay import kpig as replay
+from cit_fast.models import kept_tensors
 from cit_fast.models.prompts import PromptEncoder
 from cit_fast.run import method_run, stage_trainer
 
@@ -179,7 +180,7 @@ def test_a_users_own_objective(settings, stream):
 # One run is killed at all of them, one after another: calls are counted from where it went on.
 MOMENTS = {
     "inside the first frozen pass": at_call(2, frozen, "hidden_of"),
-    "before its states are written": at_call(1, frozen, "save_file"),
+    "before its states are written": at_call(1, kept_tensors, "save_file"),
     "while the seen task is scored": at_call(1, replay, "information_gain"),
     "inside a step of stage 2, after a checkpoint": at_call(4, kpig, "masked_jsd"),
     "while a checkpoint of stage 2 is made": at_call(1, stage_trainer, "mark_complete"),

@@ -47,6 +47,8 @@ class MergeUpdate:
         ConfigError: an option out of range or unknown.
     """
 
+    needs_whole_weights = True
+
     def __init__(
         self,
         coefficient: float | Literal["auto"] = "auto",
