@@ -102,6 +102,7 @@ def linear_cross_entropy(
     bias: int,
     targets: int,
     row_weight: int,
+    entropy_gate: float,
     scale: float,
     softcap: float,
     threads: int,

@@ -261,15 +261,15 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "linear_cross_entropy",
       [](const MatrixRow& hidden, const MatrixRow& weight, std::int64_t bias, std::int64_t targets,
-         std::int64_t row_weight, float scale, float softcap, int threads,
+         std::int64_t row_weight, float entropy_gate, float scale, float softcap, int threads,
          const std::array<std::int64_t, 3>& addresses) {
         py::gil_scoped_release release;
         return cit::linear_cross_entropy(matrix(hidden), head(weight, bias), pointer<const std::int64_t>(targets),
-                                         pointer<const float>(row_weight), {scale, softcap, threads},
+                                         pointer<const float>(row_weight), entropy_gate, {scale, softcap, threads},
                                          gradients(addresses));
       },
       py::arg("hidden"), py::arg("weight"), py::kw_only(), py::arg("bias"), py::arg("targets"), py::arg("row_weight"),
-      py::arg("scale"), py::arg("softcap"), py::arg("threads"), py::arg("gradients"));
+      py::arg("entropy_gate"), py::arg("scale"), py::arg("softcap"), py::arg("threads"), py::arg("gradients"));
 
   m.def(
       "rms_norm",

@@ -1,7 +1,7 @@
 """The losses of KPIG from logits that a library GEMM made, and their gradients in place of them: Triton kernels.
 
     z = cap(scale (x + bias)),  w the frozen side's
-    cross_entropy:  loss = -log p_t                           dz = p - onehot(t)
+    cross_entropy:  loss = -g log p_t                         dz = g (p - onehot(t)),  g = min(1, H(p) / ln 20)^gate
     jsd:            loss = (KL(p||m) + KL(q||m)) / (2 ln 2)   dz = p (log(p/m) - KL(p||m)),  m = (p+q)/2,
                     of logits divided by the temperature beta
     both:           dx = dz (1 - (z/cap)^2)
@@ -33,8 +33,9 @@ import triton.language as tl
 from cit_fast.kernels.information_gain import LN2, LOG2E, NOWHERE, device_of, slices
 from torch import Tensor
 
-from cit_fast.ops.information_gain.reference import LogitOptions, Needed
+from cit_fast.ops.information_gain.reference import GATE_ENTROPY, LogitOptions, Needed
 
+FULL_ENTROPY = tl.constexpr(GATE_ENTROPY)
 MOST_LOG_RATIO = tl.constexpr(1e4)  # beyond it p or q is 0 and the value no longer matters
 
 
@@ -51,9 +52,11 @@ def cross_entropy_kernel(
     gradient_stride,
     scale,
     softcap,
+    entropy_gate,  # exponent, where GATE
     lift,
     BIAS: tl.constexpr,
     CAP: tl.constexpr,
+    GATE: tl.constexpr,
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -71,19 +74,23 @@ def cross_entropy_kernel(
         target = tl.where((target >= 0) & (target < entries), target, entries)
         top = tl.zeros((BLOCK,), tl.float32) + NOWHERE
         total = tl.zeros((BLOCK,), tl.float32)
+        moment = tl.zeros((BLOCK,), tl.float32)
         for i in range(tl.cdiv(entries, BLOCK)):
             offs = _backwards(i, entries, BLOCK)
             z = _logits(logits, bias, offs, entries, stride, scale, softcap, BIAS, CAP)[0]
+            if GATE:
+                moment = _take_moment(top, total, moment, z)
             top, total = _take(top, total, z)
         log_sum = _log_sum(top, total)
+        gate = _gate(top, total, moment, log_sum, entropy_gate) if GATE else 1.0
         of_target = _logits(logits, bias, target, entries, stride, scale, softcap, BIAS, CAP)[0]
-        tl.store(losses + row, share * LN2 * (log_sum - of_target))
+        tl.store(losses + row, share * gate * LN2 * (log_sum - of_target))
         if GRADIENT:
             for i in range(tl.cdiv(entries, BLOCK)):
                 offs = i * BLOCK + tl.arange(0, BLOCK)
                 z, slope = _logits(logits, bias, offs, entries, stride, scale, softcap, BIAS, CAP)
                 p = tl.exp2(z - log_sum)
-                dz = slope * (p - tl.where(offs == target, 1.0, 0.0))
+                dz = gate * slope * (p - tl.where(offs == target, 1.0, 0.0))
                 _replace(gradient, lift * dz, offs, stride)
 
 
@@ -212,6 +219,29 @@ def _take(top, total, z):
 
 
 @triton.jit
+def _take_moment(top, total, moment, z):
+    """The sum of (z - maximum) 2^(z - maximum) of each lane, before :func:`_take` moves the maximum."""
+    change = z - top
+    shrink = tl.exp2(-tl.abs(change))
+    moved = shrink * (moment - change * total)
+    # -inf has no share.
+    added = moment + tl.where(shrink == 0, 0.0, change * shrink)
+    return tl.where(change > 0, tl.where(shrink == 0, 0.0, moved), added)
+
+
+@triton.jit
+def _gate(top, total, moment, log_sum, exponent):
+    """min(1, H / ln 20)^exponent from the sums of each lane; NaN stays."""
+    highest = tl.max(top)
+    below = top - highest
+    shrink = tl.exp2(below)
+    moments = tl.where(shrink == 0, 0.0, shrink * (moment + below * total))
+    entropy = LN2 * (log_sum - highest - tl.sum(moments) / tl.sum(total * shrink))
+    part = tl.minimum(tl.maximum(entropy / FULL_ENTROPY, 0.0, propagate_nan=tl.PropagateNan.ALL), 1.0)
+    return tl.where(entropy != entropy, entropy, tl.exp2(exponent * tl.log2(part)))
+
+
+@triton.jit
 def _log_sum(top, total):
     highest = tl.max(top)
     return highest + tl.log2(tl.sum(total * tl.exp2(top - highest)))
@@ -326,6 +356,7 @@ def linear_cross_entropy(
     row_weight: Tensor,
     bias: Tensor | None,
     options: LogitOptions,
+    entropy_gate: float,
     needed: Needed,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`cit_fast.ops.linear_cross_entropy`."""
@@ -351,9 +382,11 @@ def linear_cross_entropy(
                 gradient.stride(0),
                 options.scale,
                 float(options.softcap or 0),
+                entropy_gate,
                 gradients.lift,
                 BIAS=head.bias is not None,
                 CAP=options.softcap is not None,
+                GATE=entropy_gate > 0,
                 GRADIENT=any(needed),
                 **_CROSS_ENTROPY,
             )

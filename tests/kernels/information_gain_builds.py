@@ -31,7 +31,7 @@ DTYPES = ("bfloat16", "float32")
 def build(kernel: Any, architecture: int, types: dict[str, str], **options: Any) -> tuple[Any, str]:
     """What the compiler made, and what the machine code uses; "i32:16" is a multiple of 16."""
     constants = {name: value for name, value in options.items() if name in kernel.arg_names}
-    types = {"scale": "fp32", "softcap": "fp32", "lift": "fp32", "targets": "*i64", **types}
+    types = {"scale": "fp32", "softcap": "fp32", "entropy_gate": "fp32", "lift": "fp32", "targets": "*i64", **types}
     signature = {arg: "constexpr" if arg in constants else types.get(arg, "i32") for arg in kernel.arg_names}
     aligned = [i for i, kind in enumerate(signature.values()) if kind.startswith("*") or kind.endswith(":16")]
     signature = {arg: kind.removesuffix(":16") for arg, kind in signature.items()}
@@ -126,7 +126,8 @@ def test_losses(loss: str, gradient: str | None, architecture: int, head: str) -
     types = {**dict.fromkeys(names, "*fp32"), "gradient": gradient or "*fp32", "stride": "i32:16"}
     biases = {f"BIAS{side}": HEADS[head]["BIAS"] for side in ("", "_LIVE", "_FROZEN")}
     tiling = {"cross_entropy": information_gain_rows._CROSS_ENTROPY, "jsd": information_gain_rows._JSD}[loss]
-    options = {**tiling, **biases, "CAP": HEADS[head]["CAP"], "GRADIENT": gradient is not None}
+    options = {**tiling, **biases, "CAP": HEADS[head]["CAP"], "GATE": head == RICH}
+    options["GRADIENT"] = gradient is not None
     types["gradient_stride"] = "i32:16"
     compiled, usage = build(kernel, architecture, types, **options)
     check(usage, tiling["num_warps"])

@@ -181,8 +181,9 @@ def test_masked_jsd(
 
 @pytest.mark.parametrize(("dtype", "head"), KINDS, ids=str)
 @pytest.mark.parametrize(("tokens", "d", "vocabulary"), LOSS_SHAPES)
+@pytest.mark.parametrize("gate", [0.0, 1.5])
 def test_linear_cross_entropy(
-    tokens: int, d: int, vocabulary: int, dtype: torch.dtype, head: str, monkeypatch: pytest.MonkeyPatch
+    tokens: int, d: int, vocabulary: int, dtype: torch.dtype, head: str, gate: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(row_kernels, "_WORKSPACE", 1 << 15)
     options = options_of(head, vocabulary)
@@ -193,12 +194,12 @@ def test_linear_cross_entropy(
     (loss, gradients), (exact, exact_gradients) = both(
         lambda to: loss_and_gradients(
             lambda hidden, head, bias: linear_cross_entropy(
-                hidden, head, targets, to(row_weight), bias=bias, **options
+                hidden, head, targets, to(row_weight), bias=bias, entropy_gate=gate, **options
             ),
             *(to(each) for each in (hidden, weight, bias)),
         )
     )
-    bound = 16 * logit_error(hidden, weight, options["scale"])
+    bound = 16 * logit_error(hidden, weight, options["scale"]) * (1 + gate)
     close(loss, exact, bound * tokens, "loss")
     gradients_close(gradients, exact_gradients, bound, dtype)
 
@@ -445,8 +446,8 @@ def test_a_target_outside_the_vocabulary_reads_nothing_beyond_it() -> None:
     assert (gains[0][[1, 2, 3]] == -math.inf).all()
     needs = Needed(True, False, False)
     ones = torch.ones(6, device=DEVICE)
-    got = row_kernels.linear_cross_entropy(full, weight, targets, ones, *arguments, needs)
-    exact = row_kernels.linear_cross_entropy(full, weight, right, ones, *arguments, needs)
+    got = row_kernels.linear_cross_entropy(full, weight, targets, ones, *arguments, 0.0, needs)
+    exact = row_kernels.linear_cross_entropy(full, weight, right, ones, *arguments, 0.0, needs)
     assert got[0] == math.inf
     assert torch.equal(got[1][good], exact[1][good])
 

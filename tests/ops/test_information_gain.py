@@ -414,6 +414,47 @@ def test_cross_entropy_rows_of_weight_zero_are_padding() -> None:
     assert linear_cross_entropy(hidden[:0], weight, targets[:0], row_weight[:0]) == 0
 
 
+def test_the_entropy_gate_by_hand() -> None:
+    """Probabilities 3/4 and 1/4: an entropy of 0.56 of the 3.0 from which on a token counts in full."""
+    full, _, weight = two_words()
+    entropy = -(3 / 4 * math.log(3 / 4) + 1 / 4 * math.log(1 / 4))
+    for exponent in (1.0, 2.5):
+        loss = linear_cross_entropy(full, weight, torch.tensor([0]), entropy_gate=exponent)
+        assert loss.item() == pytest.approx((entropy / math.log(20)) ** exponent * -math.log(1 / 4), abs=1e-15)
+    # Of 50 tokens equally likely each counts in full, of one that is certain none.
+    even = linear_cross_entropy(torch.zeros(1, 3), make(50, 3).float(), torch.tensor([7]), entropy_gate=1.0)
+    assert even.item() == pytest.approx(math.log(50), rel=1e-6)
+    certain = torch.tensor([[1e3]]), torch.tensor([[1.0], [-1.0]])
+    assert linear_cross_entropy(*certain, torch.tensor([1]), entropy_gate=1.0).item() == 0
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_gate_is_a_constant_of_the_gradient(head: str) -> None:
+    options, targets = head_options(head, 41), torch.arange(9) * 3
+    inputs = [make(9, 5).requires_grad_(), make(41, 5).requires_grad_()]
+    weights = torch.rand(9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    loss = linear_cross_entropy(*inputs, targets, weights, entropy_gate=1.3, **options)
+    log_p = naive_logits(*inputs, **options).log_softmax(1)
+    gate = (-(log_p.exp() * log_p).sum(1) / math.log(20)).clamp(max=1).pow(1.3).detach()
+    expected = -(weights * gate * log_p[torch.arange(9), targets]).sum()
+    torch.testing.assert_close(loss, expected)
+    for ours, theirs in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_gate_is_nearly_that_of_the_authors() -> None:
+    """EAFT takes the entropy of the 20 likeliest tokens, over 3: of predictions like a model's much the same."""
+    ranks = torch.arange(1, 5001).log()
+    logits = -torch.linspace(1.2, 6, 400)[:, None] * ranks + make(400, 5000).float()  # probabilities by Zipf's law
+    top = logits.topk(20, dim=1).values.log_softmax(1)
+    theirs = -(top.exp() * top).sum(1) / 3
+    log_p = logits.log_softmax(1)
+    ours = (-(log_p.exp() * log_p).sum(1) / math.log(20)).clamp(max=1)
+    decided = theirs < 0.8
+    assert decided.sum() > 100
+    assert torch.corrcoef(torch.stack([ours[decided], theirs[decided]]))[0, 1] > 0.97
+
+
 def test_the_reference_can_be_forced() -> None:
     with cit_fast.backend("reference"):
         test_token_gain_by_hand()

@@ -38,10 +38,10 @@ def opcheck_arguments() -> list[tuple[str, tuple[object, ...]]]:
         ("token_gain", (live.float(), frozen.float(), weight.float(), torch.arange(4), make(7).float(), 2.0, 0.5)),
         ("key_part_information_gain", (row.clone().requires_grad_(), torch.tensor([0, 1, 4]), 0.3)),
         ("token_gain_statistics", (live.float(), frozen.float(), weight.float(), torch.arange(4), 0, None, None, 1.0)),
-        ("linear_cross_entropy", (live, weight, torch.arange(4), row, None, 2.0, 1.0, False, False, False)),
+        ("linear_cross_entropy", (live, weight, torch.arange(4), row, None, 2.0, 1.0, 0.0, False, False, False)),
         (
             "linear_cross_entropy",
-            (with_grad[0], with_grad[1], torch.arange(4), row, with_grad[2], None, 0.5, True, True, True),
+            (with_grad[0], with_grad[1], torch.arange(4), row, with_grad[2], None, 0.5, 1.5, True, True, True),
         ),
         ("masked_jsd", (live, frozen, weight, weight.clone(), row, row.clone(), *[None] * 3, 1.0, *[False] * 3)),
         (
@@ -52,7 +52,7 @@ def opcheck_arguments() -> list[tuple[str, tuple[object, ...]]]:
             ),
         ),
         # The native kernels; a gradient has the layout of its own, whatever that of its tensor.
-        ("linear_cross_entropy", (turned, head, torch.arange(4), row.float(), None, None, 1.0, True, True, False)),
+        ("linear_cross_entropy", (turned, head, torch.arange(4), row.float(), None, None, 1.0, 1.0, True, True, False)),
         (
             "masked_jsd",
             (
@@ -70,7 +70,7 @@ def opcheck_arguments() -> list[tuple[str, tuple[object, ...]]]:
             ),
         ),
         # The reference, with a head whose rows it takes as columns.
-        ("linear_cross_entropy", (turned, flat, torch.arange(4), row.float(), None, None, 1.0, True, True, False)),
+        ("linear_cross_entropy", (turned, flat, torch.arange(4), row.float(), None, None, 1.0, 1.0, True, True, False)),
     ]
 
 
@@ -158,6 +158,8 @@ OFFSETS = torch.tensor([0, 3])
         (lambda: linear_cross_entropy(H, W, TARGETS, torch.ones(2)), DataError, r"row_weight is \[2\]; expected \[3\]"),
         (lambda: linear_cross_entropy(H[:0], W, TARGETS[:0]), DataError, r"no tokens, so there is no mean"),
         (lambda: linear_cross_entropy(H, W, TARGETS, softcap=-1), ConfigError, r"softcap is -1"),
+        (lambda: linear_cross_entropy(H, W, TARGETS, entropy_gate=-1), ConfigError, r"entropy_gate is -1"),
+        (lambda: linear_cross_entropy(H, W, TARGETS, entropy_gate=math.inf), ConfigError, r"entropy_gate is inf"),
         (lambda: masked_jsd(H, H, W, W, 1.0, bias_frozen=torch.ones(4)), DataError, r"bias_frozen is \[4\]"),
     ],
 )  # fmt: skip

@@ -139,7 +139,8 @@ def test_masked_jsd(tokens: int, d: int, vocabulary: int, dtype: torch.dtype, he
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("tokens", "d", "vocabulary"), SHAPES)
-def test_linear_cross_entropy(tokens: int, d: int, vocabulary: int, dtype: torch.dtype, head: str) -> None:
+@pytest.mark.parametrize("gate", [0.0, 1.5])
+def test_linear_cross_entropy(tokens: int, d: int, vocabulary: int, dtype: torch.dtype, head: str, gate: float) -> None:
     options = options_of(head, vocabulary)
     bias = options.pop("bias")
     hidden, weight = make(tokens, d, seed=1, dtype=dtype), make_head(vocabulary, d, 3, dtype)
@@ -149,14 +150,14 @@ def test_linear_cross_entropy(tokens: int, d: int, vocabulary: int, dtype: torch
     def run(convert: Callable[[object], object]) -> tuple[Tensor, list[Tensor]]:
         inputs = [None if x is None else convert(x).detach().requires_grad_() for x in (hidden, weight, bias)]
         loss = linear_cross_entropy(
-            inputs[0], inputs[1], targets, convert(row_weight).detach(), bias=inputs[2], **options
+            *inputs[:2], targets, convert(row_weight).detach(), bias=inputs[2], entropy_gate=gate, **options
         )
         return loss, gradients_of(loss, *inputs)
 
     with cit_fast.backend("native"):
         loss, gradients = run(lambda x: x.clone())
     exact, exact_gradients = run(double)
-    bound = 16 * logit_error(hidden, weight, options["scale"])
+    bound = 16 * logit_error(hidden, weight, options["scale"]) * (1 + gate)
     close(loss, exact.detach(), bound * tokens, "loss")
     close_gradients(gradients, exact_gradients, bound)
 

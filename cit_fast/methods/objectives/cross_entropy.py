@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from cit_fast.models.collation import PaddingCollator
 from cit_fast.models.forward import evaluating, hidden_rows, per_item, response_logits, router_loss, unwrap
 from cit_fast.models.prompts import IGNORED
 from cit_fast.ops import linear_cross_entropy
+from cit_fast.ops.information_gain.reference import entropy_gates
 
 _log = logging.getLogger(__name__)
 
@@ -30,7 +32,7 @@ MOST_LOGITS = 1 << 24
 
 
 class CrossEntropy:
-    """``L_CE``: mean negative log-likelihood of the response tokens, in nats.
+    """``L_CE``: mean negative log-likelihood of the response tokens, in nats; with a gate also EAFT's loss.
 
     Where the logits of a batch's response would be many, they are never made: the loss comes from the hidden states and
     the output projection (:func:`cit_fast.ops.linear_cross_entropy`). A small batch's are, which is faster.
@@ -40,6 +42,9 @@ class CrossEntropy:
 
     Args:
         label_smoothing: share of the target's weight that all tokens of the vocabulary have in equal parts, in [0, 1).
+        entropy_gate: exponent of the entropy gate of EAFT, >= 0 and finite. A token counts min(1, H / ln 20)^exponent
+            times, H the entropy of the model's prediction, so that what the model is sure of is not overwritten by
+            force; 0: every token counts in full. See :func:`cit_fast.ops.linear_cross_entropy`.
         share_prefix: ``"auto"``: for models that honour an attention mask of four dimensions, where no chance and no
             other loss sees how often a token is computed (dropout, a router's balance, a compiled graph's shapes);
             True: or an error; False: never.
@@ -48,12 +53,21 @@ class CrossEntropy:
         ConfigError: an option outside that.
     """
 
-    def __init__(self, label_smoothing: float = 0.0, share_prefix: bool | Literal["auto"] = "auto") -> None:
+    def __init__(
+        self,
+        label_smoothing: float = 0.0,
+        share_prefix: bool | Literal["auto"] = "auto",
+        entropy_gate: float = 0.0,
+    ) -> None:
         if not 0 <= label_smoothing < 1:
             raise ConfigError(f"label_smoothing: {label_smoothing} is outside [0, 1)")
         if share_prefix not in (True, False, "auto"):
             raise ConfigError(f"share_prefix: {share_prefix!r}; expected true, false or auto")
-        self.label_smoothing, self.share_prefix = label_smoothing, share_prefix
+        if not (entropy_gate >= 0 and math.isfinite(entropy_gate)):
+            raise ConfigError(f"entropy_gate: {entropy_gate} is negative or not finite")
+        if entropy_gate and label_smoothing:
+            raise ConfigError("entropy_gate: there is no gate for smoothed labels; leave label_smoothing out")
+        self.label_smoothing, self.share_prefix, self.entropy_gate = label_smoothing, share_prefix, entropy_gate
         self._head_shape: tuple[int, int] | None = None  # vocabulary and width, where the op can stand for it
 
     def prepare(self, stage: Stage) -> StageInputs:
@@ -81,12 +95,17 @@ class CrossEntropy:
             rows, output = hidden_rows(model, inputs, places[:, 0] * labels.shape[1] + places[:, 1])
             every = torch.ones(len(rows), device=rows.device)
             targets = labels[places[:, 0], places[:, 1] + 1]
-            total = linear_cross_entropy(rows, head.weight, targets, every, bias=head.bias, **head.options)
+            total = linear_cross_entropy(
+                *(rows, head.weight, targets, every), bias=head.bias, entropy_gate=self.entropy_gate, **head.options
+            )
             return per_item(total, len(every), num_items, router_loss(model, output))
         found = response_logits(model, {**inputs, "labels": labels})
-        total = F.cross_entropy(
-            found.logits.float(), found.targets, reduction="sum", label_smoothing=self.label_smoothing
-        )
+        logits = found.logits.float()
+        if self.entropy_gate:
+            gates = entropy_gates(logits.detach().log_softmax(1), self.entropy_gate)
+            total = gates @ F.cross_entropy(logits, found.targets, reduction="none")
+        else:
+            total = F.cross_entropy(logits, found.targets, reduction="sum", label_smoothing=self.label_smoothing)
         return per_item(total, found.targets.numel(), num_items, found.router_loss)
 
 

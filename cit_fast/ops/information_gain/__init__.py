@@ -291,6 +291,7 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     softcap: float | None = None,
     scale: float = 1.0,
+    entropy_gate: float = 0.0,
 ) -> Tensor:
     """Cross-entropy, in nats, of a head's predictions: the loss of the full instruction beside :func:`masked_jsd`.
 
@@ -307,6 +308,8 @@ def linear_cross_entropy(
         bias: [V] or None.
         softcap: Positive cap of the logits (Gemma), or None.
         scale: Finite factor of the logits (Cohere, Granite).
+        entropy_gate: Exponent, at least 0 and finite. Row r counts min(1, H(p_r) / ln 20)^entropy_gate times, where
+            H(p_r) is the entropy of its prediction in nats; the factor has no gradient. 0: every row counts in full.
 
     Returns:
         0-dim, float32 (float64 where an input is), at least 0 for weights that are.
@@ -314,14 +317,17 @@ def linear_cross_entropy(
     Raises:
         DataError: Shapes, dtypes or devices do not fit, there is no row to take the mean of, or a target is
             outside the vocabulary.
-        ConfigError: ``softcap`` or ``scale`` is out of range.
+        ConfigError: ``softcap``, ``scale`` or ``entropy_gate`` is out of range.
 
-    Source: L_CE of KPIG (arXiv 2403.10056).
+    Source: L_CE of KPIG (arXiv 2403.10056); the gate of EAFT (arXiv 2601.02151), whose entropy is that of the 20
+    likeliest tokens alone, over 3.
     """
     op = "linear_cross_entropy"
     check_head(op, hidden, weight, bias, softcap, scale)
     rows = hidden.shape[0]
     check_index(op, "targets", targets, rows, "one per row of hidden")
+    if not (entropy_gate >= 0 and math.isfinite(entropy_gate)):
+        raise ConfigError(f"{op}: entropy_gate is {entropy_gate}; expected a finite number of at least 0")
     dtype = reference.accumulation_dtype(hidden, weight, bias)
     if row_weight is not None:
         check_row_vector(op, "row_weight", row_weight, rows)
@@ -333,7 +339,7 @@ def linear_cross_entropy(
     check_device(op, hidden, weight=weight, targets=targets, row_weight=row_weight, bias=bias)
     recording = torch.is_grad_enabled()
     loss: Tensor = library.linear_cross_entropy(
-        *(hidden, weight, targets, row_weight, bias, *LogitOptions(softcap, float(scale))),
+        *(hidden, weight, targets, row_weight, bias, *LogitOptions(softcap, float(scale)), float(entropy_gate)),
         recording and hidden.requires_grad,
         recording and weight.requires_grad,
         recording and bias is not None and bias.requires_grad,

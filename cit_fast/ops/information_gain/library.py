@@ -200,8 +200,8 @@ masked_jsd.register_autograd(_jsd_backward, setup_context=_loss_setup)
 @torch.library.custom_op(
     "cit_fast::linear_cross_entropy",
     mutates_args=(),
-    schema=f"(Tensor hidden, Tensor weight, Tensor targets, Tensor row_weight, Tensor? bias, {_LOGITS}, {_NEEDED})"
-    f" -> {_GRADIENTS}",
+    schema=f"(Tensor hidden, Tensor weight, Tensor targets, Tensor row_weight, Tensor? bias, {_LOGITS}, "
+    f"float entropy_gate, {_NEEDED}) -> {_GRADIENTS}",
 )
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, row_weight: Tensor, bias: Tensor | None, *options: Any
@@ -210,7 +210,7 @@ def linear_cross_entropy(
     check_targets("linear_cross_entropy", targets, weight.shape[0], row_weight)
     cannot = kernels_cannot(hidden, row_weight, bias, weights=(weight,))
     run = resolve("linear_cross_entropy", hidden.device, cannot=cannot)
-    how = LogitOptions(*options[:-3]), Needed(*options[-3:])
+    how = LogitOptions(*options[:2]), options[2], Needed(*options[-3:])
     with _full_precision(hidden):
         out: tuple[Tensor, ...] = run(hidden, weight, targets, row_weight, bias, *how)
     return out
@@ -226,7 +226,7 @@ def _(
 
 def _cross_entropy_backward(ctx: Any, gradient: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
     hidden, weight, bias = _scaled_gradients(ctx, gradient)
-    return (hidden, weight, None, None, bias, *([None] * 5))
+    return (hidden, weight, None, None, bias, *([None] * 6))
 
 
 linear_cross_entropy.register_autograd(_cross_entropy_backward, setup_context=_loss_setup)

@@ -102,6 +102,7 @@ def _linear_cross_entropy(
     row_weight: Tensor,
     bias: Tensor | None,
     options: LogitOptions,
+    entropy_gate: float,
     needed: Needed,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from cit_fast import _native
@@ -116,6 +117,7 @@ def _linear_cross_entropy(
         bias=_address(bias_float),
         targets=targets.data_ptr(),
         row_weight=row_weight.data_ptr(),
+        entropy_gate=entropy_gate,
         **_how(options),
         gradients=_addresses(gradients, needed),
     )

@@ -12,7 +12,7 @@ its target:
     key_part_information_gain:  G = sum_{k=1..K} alpha^k (p(t_k) - q(t_k)) over one example's response
     masked_jsd:                 m = (p + q) / 2,  JSD = (KL(p||m) + KL(q||m)) / (2 ln 2), p and q at temperature beta
                                 d JSD / dz = p (log(p / m) - KL(p||m)) / (2 beta ln 2)
-    linear_cross_entropy:       -log p_t,  d/dz = p - onehot(t)
+    linear_cross_entropy:       -g log p_t,  d/dz = g (p - onehot(t));  g = min(1, H(p) / ln 20)^gate, a constant
 
 Logits exist for a chunk of tokens at a time. Sums run in float32, in float64 where any input is float64.
 """
@@ -65,6 +65,10 @@ class LogitOptions(NamedTuple):
     softcap: float | None = None
     """cap(z) = softcap tanh(z / softcap); None: z itself."""
     scale: float = 1.0
+
+
+GATE_ENTROPY = math.log(20)
+"""The entropy in nats from which on a gated token counts in full: that of 20 tokens equally likely."""
 
 
 class Needed(NamedTuple):
@@ -283,13 +287,15 @@ def linear_cross_entropy(
     row_weight: Tensor,
     bias: Tensor | None,
     options: LogitOptions,
+    entropy_gate: float,
     needed: Needed,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """sum_r row_weight_r (-log p_r(target_r)) and its gradients from one pass over the logits; see
+    """sum_r row_weight_r g_r (-log p_r(target_r)) and its gradients from one pass over the logits; see
     :func:`cit_fast.ops.linear_cross_entropy`.
 
-    Arguments and results as in :func:`masked_jsd`; ``targets`` [T], any value in rows of weight 0.
+    Arguments and results as in :func:`masked_jsd`; ``targets`` [T], any value in rows of weight 0; ``entropy_gate`` the
+    exponent of g_r.
     """
     dtype = accumulation_dtype(hidden, weight, bias)
     total = hidden.new_zeros((), dtype=dtype)
@@ -299,12 +305,15 @@ def linear_cross_entropy(
 
     for rows in _chunks(hidden.shape[0], weight.shape[0], chunk_size):
         share = row_weight[rows, None].to(dtype)
-        live = hidden[rows].to(dtype).masked_fill(share == 0, 0)
-        target = targets[rows, None].long().masked_fill(share == 0, 0)
+        padding = share == 0
+        live = hidden[rows].to(dtype).masked_fill(padding, 0)
+        target = targets[rows, None].long().masked_fill(padding, 0)
         logits = _logits(live, weight, bias, options)
         log_p = logits.log_softmax(dim=1)
+        if entropy_gate:
+            share = share * entropy_gates(log_p, entropy_gate)[:, None]
         # A sum without the padding's terms: 0 times infinity is no number.
-        total -= (share * log_p.gather(1, target)).masked_fill(share == 0, 0).sum()
+        total -= (share * log_p.gather(1, target)).masked_fill(padding, 0).sum()
 
         if any(needed):
             gradient = log_p.exp()
@@ -321,6 +330,11 @@ def linear_cross_entropy(
 
     bias_dtype = weight.dtype if bias is None else bias.dtype
     return total, grad_hidden, grad_weight.to(weight.dtype), grad_bias.to(bias_dtype)
+
+
+def entropy_gates(log_p: Tensor, exponent: float) -> Tensor:
+    """min(1, H(p) / ln 20)^exponent of each row of log-probabilities [T, V]: [T]."""
+    return (-_expectation(log_p.exp(), log_p) / GATE_ENTROPY).clamp(0, 1).pow(exponent)
 
 
 def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -63,8 +63,9 @@ double masked_jsd(const Matrix& live, const Matrix& frozen, const Head& live_hea
                   const float* temperature, const float* row_weight, const LogitOptions& options,
                   const Gradients& gradients);
 
-// Returns sum_r row_weight_r (-log p_r(target_r)).
+// Returns sum_r row_weight_r g_r (-log p_r(target_r)), g_r = min(1, H(p_r) / ln 20)^entropy_gate, a constant.
 double linear_cross_entropy(const Matrix& hidden, const Head& head, const std::int64_t* targets,
-                            const float* row_weight, const LogitOptions& options, const Gradients& gradients);
+                            const float* row_weight, float entropy_gate, const LogitOptions& options,
+                            const Gradients& gradients);
 
 }  // namespace cit

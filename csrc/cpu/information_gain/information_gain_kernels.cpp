@@ -177,10 +177,16 @@ void add_gain(float* full, float* masked, int64_t rows, const LogitMap& map, Gai
 void add_softmax(float* logits, int64_t rows, const LogitMap& map, SoftmaxState& state) {
   const F32x16 before = load(state.max);
   const F32x16 max = to_logits(logits, rows, map, before);
-  F32x16 sum = splat(0.0f);
-  for (int64_t row = 0; row < rows; ++row) sum = sum + exponential(below(logits, row, max));
+  F32x16 sum = splat(0.0f), moment = splat(0.0f);
+  for (int64_t row = 0; row < rows; ++row) {
+    const F32x16 d = below(logits, row, max), e = exponential(d);
+    sum = sum + e;
+    moment = multiply_add(d, e, moment);
+  }
+  const F32x16 moved = before - max, shrink = exponential(moved), sum_before = load(state.sum);
   store(state.max, max);
-  store(state.sum, load(state.sum) * exponential(before - max) + sum);
+  store(state.sum, sum_before * shrink + sum);
+  store(state.moment, (load(state.moment) + moved * sum_before) * shrink + moment);
 }
 
 // --- Jensen-Shannon divergence and cross-entropy ---

@@ -57,7 +57,8 @@ struct GainState {
 
 struct SoftmaxState {
   float max[kGroup];
-  float sum[kGroup];
+  float sum[kGroup];     // of e^d
+  float moment[kGroup];  // sum of d e^d
 };
 
 // Per lane what the sweeps after the first need.

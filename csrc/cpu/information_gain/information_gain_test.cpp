@@ -4,6 +4,7 @@
 
 #include "cpu/information_gain/information_gain.h"
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdio>
@@ -79,12 +80,13 @@ struct Case {
 
 struct Results {
   std::vector<double> statistics;
-  double jsd, cross_entropy;
-  std::vector<float> hidden, weight, bias;
+  double jsd, cross_entropy, gated;
+  std::vector<float> hidden, weight, bias, gated_hidden;
 
   bool operator==(const Results& other) const {
     return statistics == other.statistics && jsd == other.jsd && cross_entropy == other.cross_entropy &&
-           hidden == other.hidden && weight == other.weight && bias == other.bias;
+           gated == other.gated && hidden == other.hidden && weight == other.weight && bias == other.bias &&
+           gated_hidden == other.gated_hidden;
   }
 };
 
@@ -111,16 +113,18 @@ void test(const Case& x) {
     out.jsd = cit::masked_jsd(full.matrix(), masked.matrix(), head, one_head ? head : frozen, temperature.data(),
                               row_weight.data(), options, gradients);
     out.cross_entropy =
-        cit::linear_cross_entropy(full.matrix(), head, targets.data(), row_weight.data(), options, gradients);
-    const cit::Gradients only_hidden{out.hidden.data(), nullptr, nullptr};
-    cit::linear_cross_entropy(full.matrix(), head, targets.data(), row_weight.data(), options, only_hidden);
+        cit::linear_cross_entropy(full.matrix(), head, targets.data(), row_weight.data(), 0.0f, options, gradients);
+    out.gated_hidden.resize(out.hidden.size());
+    const cit::Gradients only_hidden{out.gated_hidden.data(), nullptr, nullptr};
+    out.gated =
+        cit::linear_cross_entropy(full.matrix(), head, targets.data(), row_weight.data(), 1.5f, options, only_hidden);
     return out;
   };
   const Results one = run(1, true);
   check(one == run(3, true), x.name + ": bits depend on the number of threads");
   check(run(1, false) == run(2, false), x.name + ": bits depend on the number of threads, two heads");
 
-  double jsd = 0.0, cross_entropy = 0.0, slope = 0.0;
+  double jsd = 0.0, cross_entropy = 0.0, gated = 0.0, slope = 0.0;
   for (std::int64_t token = 0; token < x.tokens; ++token) {
     const auto z = logits_of(full, token, weight, bias.row(0), x.cap);
     const auto w = logits_of(masked, token, weight, bias.row(0), x.cap);
@@ -135,6 +139,10 @@ void test(const Case& x) {
       jsd += row_weight[token] / (2 * std::log(2.0)) * (p * (log_p - log_m) + q * (log_q - log_m));
     }
     cross_entropy += row_weight[token] * (log_sum(z) - z[targets[token]]);
+    double entropy = log_sum(z);
+    for (const double logit : z) entropy -= std::exp(logit - log_sum(z)) * logit;
+    const double gate = std::pow(std::clamp(entropy / std::log(20.0), 0.0, 1.0), 1.5);
+    gated += row_weight[token] * gate * (log_sum(z) - z[targets[token]]);
     // Along the first hidden element.
     for (std::int64_t i = 0; i < x.vocabulary && token == 0; ++i) {
       const double p = std::exp(z[i] - log_sum(z)) - (i == targets[0] ? 1.0 : 0.0);
@@ -143,6 +151,7 @@ void test(const Case& x) {
   }
   check(std::fabs(one.jsd - jsd) < 1e-4 * (1 + jsd), x.name + ": wrong divergence");
   check(std::fabs(one.cross_entropy - cross_entropy) < 1e-4 * (1 + cross_entropy), x.name + ": wrong cross-entropy");
+  check(std::fabs(one.gated - gated) < 1e-4 * (1 + gated), x.name + ": wrong gated cross-entropy");
   check(std::fabs(one.hidden[0] - slope) < (x.dtype == DType::kBFloat16 ? 1e-2 : 1e-4), x.name + ": wrong gradient");
 }
 

@@ -39,6 +39,7 @@ struct Problem {
   const float* temperature;     // null: 1
   const std::int64_t* targets;  // null: Jensen-Shannon divergence between the two sides
   const float* row_weight;
+  float entropy_gate;  // of the cross-entropy; 0: none
   const LogitOptions& options;
   const Gradients& gradients;
 
@@ -92,6 +93,7 @@ class Chunk {
         lanes(static_cast<std::size_t>(groups)),
         inverse_temperature(static_cast<std::size_t>(groups * kGroup), 1.0f),
         target_logits(static_cast<std::size_t>(groups * kGroup), 0.0f),
+        entropies(static_cast<std::size_t>(groups * kGroup), 0.0f),
         problem_(problem) {
     for (std::size_t side = 0; side < problem.sides.size(); ++side) {
       panels.emplace_back(problem.sides[side].hidden, begin, count, problem.row_weight, pairs[side],
@@ -111,6 +113,7 @@ class Chunk {
   std::vector<Panels> panels;  // of each side
   std::vector<JsdLanes> lanes;
   std::vector<float> inverse_temperature, target_logits;
+  std::vector<float> entropies;  // of the trained side, in nats
 
  private:
   const Problem& problem_;
@@ -236,13 +239,17 @@ class Training {
     const std::int64_t group = token / kGroup, lane = token % kGroup;
     float max = kNowhere;
     for (std::int64_t slab = 0; slab < slabs_; ++slab) max = std::max(max, state(slab, side, group)->max[lane]);
-    double sum = 0.0;
+    double sum = 0.0, moment = 0.0;
     for (std::int64_t slab = 0; slab < slabs_; ++slab) {
       const SoftmaxState& one = *state(slab, side, group);
-      sum += one.sum[lane] * std::exp(static_cast<double>(one.max[lane]) - max);
+      const double moved = static_cast<double>(one.max[lane]) - max, shrink = std::exp(moved);
+      sum += one.sum[lane] * shrink;
+      moment += (one.moment[lane] + moved * one.sum[lane]) * shrink;
     }
+    const double log_sum = std::log(sum);
     chunk.lanes[group].max[side][lane] = max;
-    chunk.lanes[group].log_sum[side][lane] = static_cast<float>(std::log(sum));
+    chunk.lanes[group].log_sum[side][lane] = static_cast<float>(log_sum);
+    if (side == 0) chunk.entropies[token] = static_cast<float>(log_sum - moment / sum);
   }
 
   // The divergences, and what the gradient needs of them.
@@ -278,15 +285,23 @@ class Training {
     double total = 0.0;
     for (std::int64_t token = 0; token < chunk.groups * kGroup; ++token) {
       const std::int64_t group = token / kGroup, lane = token % kGroup;
+      const double weight = chunk.share(token) * gate(chunk.entropies[token]);
       if (chunk.share(token) != 0.0f) {
         const float logit = stored(0, group, problem_.targets[chunk.begin + token])[lane];
         chunk.target_logits[token] = logit;
         const double max = chunk.lanes[group].max[0][lane], log_sum = chunk.lanes[group].log_sum[0][lane];
-        total += chunk.share(token) * (log_sum - (logit - max));
+        total += weight * (log_sum - (logit - max));
       }
-      set_gradient(chunk, token, 0.0, chunk.share(token));
+      set_gradient(chunk, token, 0.0, weight);
     }
     return total;
+  }
+
+  double gate(double entropy) const {
+    static const double full = std::log(20.0);
+    if (problem_.entropy_gate == 0.0f) return 1.0;
+    const double part = entropy < 0.0 ? 0.0 : entropy > full ? 1.0 : entropy / full;  // NaN stays
+    return std::pow(part, static_cast<double>(problem_.entropy_gate));
   }
 
   void set_gradient(Chunk& chunk, std::int64_t token, double divergence, double factor) const {
@@ -405,13 +420,14 @@ double masked_jsd(const Matrix& live, const Matrix& frozen, const Head& live_hea
                   const float* temperature, const float* row_weight, const LogitOptions& options,
                   const Gradients& gradients) {
   const Problem problem{
-      {{live, live_head}, {frozen, frozen_head}}, temperature, nullptr, row_weight, options, gradients};
+      {{live, live_head}, {frozen, frozen_head}}, temperature, nullptr, row_weight, 0.0f, options, gradients};
   return Training(problem).loss();
 }
 
 double linear_cross_entropy(const Matrix& hidden, const Head& head, const std::int64_t* targets,
-                            const float* row_weight, const LogitOptions& options, const Gradients& gradients) {
-  const Problem problem{{{hidden, head}}, nullptr, targets, row_weight, options, gradients};
+                            const float* row_weight, float entropy_gate, const LogitOptions& options,
+                            const Gradients& gradients) {
+  const Problem problem{{{hidden, head}}, nullptr, targets, row_weight, entropy_gate, options, gradients};
   return Training(problem).loss();
 }
 

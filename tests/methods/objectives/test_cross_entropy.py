@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -239,6 +241,38 @@ def test_without_logits_the_loss_and_the_gradients_are_the_same(
     assert "lm_head.weight" in found or model.config.tie_word_embeddings
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient)
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Granite"])
+def test_the_entropy_gate_with_logits_and_without(make_model, tiny_tokenizer, batch, architecture, never_any_logits):
+    """Each token's loss times min(1, H / ln 20)^gate, which has no gradient; the same from the op."""
+    model = make_model(architecture).train()
+    model.get_output_embeddings().weight.data *= 4  # surer than a random model
+    found = response_logits(model, batch)
+    log_p = found.logits.double().log_softmax(1)
+    gate = (-(log_p.exp() * log_p).sum(1) / math.log(20)).clamp(max=1).pow(2.5).detach()
+    assert gate.min() < 0.9 * gate.max()
+    expected_loss = (gate * -log_p.gather(1, found.targets[:, None])[:, 0]).sum() / len(gate)
+    expected_loss.backward()
+    expected = gradients(model)
+    for objective in (CrossEntropy(entropy_gate=2.5), prepared(model, tiny_tokenizer, entropy_gate=2.5)):
+        loss = objective(model, batch, None)
+        loss.backward()
+        torch.testing.assert_close(loss.double(), expected_loss, rtol=1e-5, atol=1e-6)
+        for name, gradient in gradients(model).items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6)
+    assert len(never_any_logits) == 1
+
+
+@pytest.mark.parametrize("options", [{"entropy_gate": -1}, {"entropy_gate": math.nan}])
+def test_a_gate_out_of_range(options):
+    with pytest.raises(ConfigError, match="entropy_gate"):
+        CrossEntropy(**options)
+
+
+def test_no_gate_for_smoothed_labels():
+    with pytest.raises(ConfigError, match="leave label_smoothing out"):
+        CrossEntropy(label_smoothing=0.1, entropy_gate=1.0)
 
 
 def test_no_logits_reach_memory(model, tiny_tokenizer, batch, never_any_logits):
