@@ -138,3 +138,37 @@ def test_a_job_that_fails_is_named_and_the_call_ends_with_an_error(tmp_path, mon
     printed = capsys.readouterr().out
     assert "method='sequential'" in printed
     assert "gone" in printed
+
+
+def test_runs_that_are_recorded_are_not_run_again(tmp_path, monkeypatch, capsys):
+    """A call elsewhere, with the record alone: the table is made from it, and other settings are refused."""
+    monkeypatch.setattr(bed, "pretrained", lambda: Path("gone"))
+    results, figures = tmp_path / "results.json", dict.fromkeys(runs.FIGURES, 1.0)
+    arguments = [
+        "--methods",
+        "sequential",
+        "joint",
+        "--seeds",
+        "2",
+        "--orders",
+        "2",
+        "--output",
+        str(tmp_path / "none"),
+    ]
+    monkeypatch.setattr("sys.argv", ["bench.testbed", *arguments, "--results", str(results)])
+    jobs = [runs.Job(name, None, 2, seed) for name in ("sequential", "joint") for seed in (0, 1)]
+    for job in jobs:
+        job.file(tmp_path / "none").parent.mkdir(parents=True, exist_ok=True)
+        job.file(tmp_path / "none").write_text(json.dumps({**figures, "AP": float(job.seed)}))
+    bed.main()
+    for job in jobs:
+        job.file(tmp_path / "none").unlink()
+    bed.main()
+    record = json.loads(results.read_text())
+    assert record["runs"].keys() == {job.name for job in jobs}
+    (table,) = record["tables"].values()
+    assert table["joint"]["mean"]["AP"] == 0.5
+    assert "order 2, seeds 0 to 1" in capsys.readouterr().out
+    monkeypatch.setattr(bed, "TRAIN", 7)
+    with pytest.raises(SystemExit, match="of another model or setting"):
+        bed.main()

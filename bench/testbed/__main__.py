@@ -5,7 +5,8 @@
 
 A Llama of 5 M parameters, pretrained once on 30 generated tasks, learns a stream of eight others in one of two orders
 (:mod:`bench.testbed.streams`); the pretraining tasks are its general ability. Every seed draws other examples and
-another initialisation, the same for all methods. A call that was interrupted goes on where it was. The table has means,
+another initialisation, the same for all methods. A call that was interrupted goes on where it was, and runs that are in
+``--results`` are taken from there. The table has means,
 and of every method the mean difference to the first one of ``--methods`` paired by seed, with a 95 % bootstrap interval
 and the share of seeds in which it is better. ``--fraction`` gives every method that replays the same budget.
 """
@@ -31,9 +32,9 @@ from rich.progress import track
 from rich.table import Table
 from scipy.stats import bootstrap
 
-from bench.ceilings import machine
 from bench.testbed.model import pretrained
 from bench.testbed.runs import FIGURES, GENERAL_TEST, TEST, TRAIN, TRAINING, Job, begin, run
+from cit_fast.files import write_file
 
 COMPARED = {"AP": 1, "forgetting": -1, "New.ACC": 1, "general": 1}
 """Figures, and whether more (1) or less (-1) of them is better."""
@@ -87,6 +88,16 @@ def tables(title: str, rows: dict[str, dict[str, Any]], console: Console) -> Non
     console.print(table)
 
 
+def recorded(path: Path | None, setting: dict[str, Any]) -> dict[str, Any]:
+    """What a record holds: ``runs``, figures by job, and ``tables``."""
+    if path is None or not path.exists():
+        return {"runs": {}, "tables": {}}
+    record = json.loads(path.read_text())
+    if record["setting"] != setting:
+        raise SystemExit(f"{path}: its runs are of another model or setting; name another file")
+    return {"runs": record["runs"], "tables": record["tables"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=["random-replay", "sequential", "cit-fast", "joint"])
@@ -97,7 +108,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, each with one thread")
     parser.add_argument("--output", type=Path, default=Path("runs/testbed"))
     parser.add_argument("--keep", action="store_true", help="keep the run folders, not only their figures")
-    parser.add_argument("--results", type=Path, help="JSON file for the table, with hardware and versions")
+    parser.add_argument("--results", type=Path, help="JSON file of runs, with hardware, and tables; added to")
     options = parser.parse_args()
     console, model = Console(width=180), pretrained()
     seeds = range(options.first_seed, options.first_seed + options.seeds)
@@ -106,7 +117,10 @@ def main() -> None:
         Job(name, options.fraction, order, seed)
         for seed, order, name in itertools.product(seeds, options.orders, options.methods)
     ]
-    open_jobs = [job for job in jobs if not job.file(options.output).exists()]
+    setting = {"model": model.name, "train": TRAIN, "test": TEST, "general test": GENERAL_TEST, "training": TRAINING}
+    record = recorded(options.results, setting)
+    known = record["runs"]
+    open_jobs = [job for job in jobs if job.name not in known and not job.file(options.output).exists()]
     if open_jobs:
         os.environ["TQDM_DISABLE"] = "1"  # read by the workers
         context = multiprocessing.get_context("spawn")
@@ -115,28 +129,22 @@ def main() -> None:
             for future in track(as_completed(futures), "runs", len(futures), console=console):
                 if (error := future.exception()) is not None:  # the others go on; the call ends with an error
                     console.print(f"{futures[future]}:", "".join(format_exception(error)), markup=False)
-    result: dict[str, Any] = {}
+    for job in jobs:
+        if job.name not in known and job.file(options.output).exists():
+            known[job.name] = json.loads(job.file(options.output).read_text())
+    missing = [job.name for job in jobs if job.name not in known]
+    if missing:
+        raise SystemExit(f"{len(missing)} runs have no figures, the first {missing[0]}; run the command again")
     for order in options.orders:
-        found: dict[str, list[dict[str, Any]]] = {}
-        for name in options.methods:
-            files = [Job(name, options.fraction, order, seed).file(options.output) for seed in seeds]
-            missing = [file.stem for file in files if not file.exists()]
-            if missing:
-                raise SystemExit(f"{len(missing)} runs have no figures, the first {missing[0]}; run the command again")
-            found[name] = [json.loads(file.read_text()) for file in files]
-        rows = summary(found)
-        tables(f"order {order}, {options.seeds} seeds, replay {options.fraction or 'of each preset'}", rows, console)
-        result[f"order {order}"] = {"summary": rows, "runs": found}
-    if options.results is not None:
-        setting = {
-            "seeds": list(seeds),
-            "train": TRAIN,
-            "test": TEST,
-            "general test": GENERAL_TEST,
-            "training": TRAINING,
+        found = {
+            name: [known[Job(name, options.fraction, order, seed).name] for seed in seeds] for name in options.methods
         }
-        whole = {"machine": machine(), "fraction": options.fraction, "setting": setting, **result}
-        options.results.write_text(json.dumps(whole, indent=1) + "\n")
+        rows = summary(found)
+        title = f"order {order}, seeds {seeds[0]} to {seeds[-1]}, replay {options.fraction or 'of each preset'}"
+        tables(title, rows, console)
+        record["tables"][f"{title}: {', '.join(options.methods)}"] = rows
+    if options.results is not None:
+        write_file(options.results, json.dumps({"setting": setting, **record}, indent=1) + "\n")
         console.print(f"recorded in {options.results}")
 
 

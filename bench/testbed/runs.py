@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
+from bench.ceilings import machine
 from bench.methods import figures as compared
 from bench.methods import method
 from bench.testbed.pretraining_tasks import general
@@ -39,10 +40,15 @@ class Job(NamedTuple):
     order: int
     seed: int
 
+    @property
+    def name(self) -> str:
+        """Of its figures."""
+        budget = "own" if self.fraction is None else f"{self.fraction:g}"
+        return f"{self.method}-{budget}-order{self.order}-seed{self.seed}"
+
     def file(self, output: Path) -> Path:
         """Where its figures are."""
-        budget = "own" if self.fraction is None else f"{self.fraction:g}"
-        return output / "figures" / f"{self.method}-{budget}-order{self.order}-seed{self.seed}.json"
+        return output / "figures" / f"{self.name}.json"
 
 
 def settings(job: Job, model: Path, folder: Path) -> dict[str, Any]:
@@ -73,9 +79,13 @@ def figures(folder: Path) -> dict[str, Any]:
         "general before": statistics.mean(old for old, _ in ability.values()),
         "minutes": own["total minutes"],
         "steps": sum(stage.steps for stage in stages),
-        "scores": {task: [stage.scores.get(task) for stage in stages] for task in run.tasks},
-        "general scores": ability,
+        "scores": {task: [_rounded(stage.scores.get(task)) for stage in stages] for task in run.tasks},
+        "general scores": {task: [_rounded(score) for score in pair] for task, pair in ability.items()},
     }
+
+
+def _rounded(score: float | None) -> float | None:
+    return None if score is None else round(score, 2)
 
 
 def run(job: Job, model: Path, output: Path, keep: bool) -> None:
@@ -83,7 +93,7 @@ def run(job: Job, model: Path, output: Path, keep: bool) -> None:
     file = job.file(output)
     if file.exists():
         return
-    folder = output / "runs" / file.stem
+    folder = output / "runs" / job.name
     trainer = ContinualTrainer(
         settings(job, model, folder),
         stream=stream(job.order, job.seed, TRAIN, TEST),
@@ -92,7 +102,8 @@ def run(job: Job, model: Path, output: Path, keep: bool) -> None:
     )
     (made,) = trainer.run()
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_file(file, json.dumps(figures(made)))
+    hardware = {name: machine()[name] for name in ("cpu", "cores", "torch")}
+    write_file(file, json.dumps({**figures(made), "machine": hardware}))
     if not keep:
         shutil.rmtree(folder)
 
