@@ -55,17 +55,23 @@ def difference(ours: Sequence[float], theirs: Sequence[float], better: int) -> d
 
 
 def summary(found: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Means and standard deviations of every method, and its differences to the first."""
+    """Means and standard deviations of every method, and its differences to the first, where it has the figure.
+
+    A joint run forgets nothing that could be measured.
+    """
     reference = next(iter(found))
     rows = {}
     for name, runs in found.items():
         values = {figure: [run[figure] for run in runs] for figure in FIGURES}
+        values = {figure: of for figure, of in values.items() if None not in of}
+        others = {figure: [run[figure] for run in found[reference]] for figure in COMPARED}
         rows[name] = {
             "mean": {figure: statistics.mean(of) for figure, of in values.items()},
             "deviation": {figure: statistics.stdev(of) if len(of) > 1 else 0.0 for figure, of in values.items()},
             f"difference to {reference}": {
-                figure: difference(values[figure], [run[figure] for run in found[reference]], better)
+                figure: difference(values[figure], others[figure], better)
                 for figure, better in COMPARED.items()
+                if figure in values and None not in others[figure]
             },
         }
     return rows
@@ -78,12 +84,15 @@ def tables(title: str, rows: dict[str, dict[str, Any]], console: Console) -> Non
     for column in ("method", *FIGURES, "AP, difference", "wins", "forgetting, difference", "wins"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for name, row in rows.items():
-        cells = [f"{row['mean'][f]:.1f} ± {row['deviation'][f]:.1f}" for f in FIGURES[:4]]
-        cells += [f"{row['mean']['minutes']:.2f}", f"{row['mean']['replayed']:.0f}"]
+        mean, deviation = row["mean"], row["deviation"]
+        cells = [f"{mean[f]:.1f} ± {deviation[f]:.1f}" if f in mean else "–" for f in FIGURES[:4]]
+        cells += [f"{mean['minutes']:.2f}", f"{mean['replayed']:.0f}"]
         for figure in ("AP", "forgetting"):
-            d = row[f"difference to {reference}"][figure]
-            same = name == reference
-            cells += ["–", "–"] if same else [f"{d['mean']:+.1f} [{d['low']:.1f}, {d['high']:.1f}]", f"{d['wins']:.0%}"]
+            d = row[f"difference to {reference}"].get(figure)
+            if name == reference or d is None:
+                cells += ["–", "–"]
+            else:
+                cells += [f"{d['mean']:+.1f} [{d['low']:.1f}, {d['high']:.1f}]", f"{d['wins']:.0%}"]
         table.add_row(name, *cells)
     console.print(table)
 

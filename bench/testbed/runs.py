@@ -22,8 +22,8 @@ from cit_fast.files import write_file
 
 TRAIN, TEST, GENERAL_TEST = 640, 40, 20
 TRAINING = {
-    "learning_rate": 2e-3,
-    "per_device_train_batch_size": 16,
+    "learning_rate": 1.5e-3,
+    "per_device_train_batch_size": 4,
     "warmup_steps": 3,
     "num_train_epochs": 1,
     "save_strategy": "no",
