@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks are no pack
 from bench.testbed import __main__ as bed
 from bench.testbed import model, runs
 from bench.testbed.pretraining_tasks import KIND_OF, PRETRAINING
-from bench.testbed.streams import ORDERS, STREAM, stream
+from bench.testbed.streams import ORDERS, STREAM, reworded, stream
 from cit_fast.errors import CitFastError
 
 
@@ -30,6 +30,16 @@ def test_examples_are_the_same_again_and_wordings_take_turns(generator):
     assert all(example.references[0] and example.task == generator.name for example in examples)
     if generator.labels:
         assert {example.references[0] for example in examples} <= set(generator.labels)
+
+
+def test_reworded_tests_ask_the_same_in_words_never_trained():
+    tasks = stream(1, 0, 30, 10)
+    for task, other in zip(tasks, reworded(tasks), strict=True):
+        assert [(e.input, e.references) for e in other.test] == [(e.input, e.references) for e in task.test]
+        (instruction,) = {each.instruction for each in other.test}
+        assert instruction not in {each.instruction for each in task.train}
+        assert all(part in instruction for part in other.test[0].key_part_texts)
+        assert (other.name, other.train) == (f"{task.name}-reworded", ())
 
 
 def test_what_pretraining_teaches_is_right():

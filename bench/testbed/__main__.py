@@ -6,9 +6,10 @@
 A Llama of 5 M parameters, pretrained once on 30 generated tasks, learns a stream of eight others in one of two orders
 (:mod:`bench.testbed.streams`); the pretraining tasks are its general ability. Every seed draws other examples and
 another initialisation, the same for all methods. A call that was interrupted goes on where it was, and runs that are in
-``--results`` are taken from there. The table has means,
-and of every method the mean difference to the first one of ``--methods`` paired by seed, with a 95 % bootstrap interval
-and the share of seeds in which it is better. ``--fraction`` gives every method that replays the same budget.
+``--results`` are taken from there. The table has means (``reworded``: AP in a wording of each task that is never
+trained), and of every method the mean difference to the first one of ``--methods`` paired by seed, with a 95 %
+bootstrap interval and the share of seeds in which it is better. ``--fraction`` gives every method that replays the
+same budget.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from bench.testbed.model import pretrained
 from bench.testbed.runs import FIGURES, GENERAL_TEST, TEST, TRAIN, TRAINING, Job, begin, run
 from cit_fast.files import write_file
 
-COMPARED = {"AP": 1, "forgetting": -1, "New.ACC": 1, "general": 1}
+COMPARED = {"AP": 1, "forgetting": -1, "New.ACC": 1, "general": 1, "reworded": 1}
 """Figures, and whether more (1) or less (-1) of them is better."""
 
 
@@ -85,7 +86,7 @@ def tables(title: str, rows: dict[str, dict[str, Any]], console: Console) -> Non
         table.add_column(column, justify="left" if column == "method" else "right")
     for name, row in rows.items():
         mean, deviation = row["mean"], row["deviation"]
-        cells = [f"{mean[f]:.1f} ± {deviation[f]:.1f}" if f in mean else "–" for f in FIGURES[:4]]
+        cells = [f"{mean[f]:.1f} ± {deviation[f]:.1f}" if f in mean else "–" for f in FIGURES[:5]]
         cells += [f"{mean['minutes']:.2f}", f"{mean['replayed']:.0f}"]
         for figure in ("AP", "forgetting"):
             d = row[f"difference to {reference}"].get(figure)

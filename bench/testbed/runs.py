@@ -15,7 +15,7 @@ from bench.ceilings import machine
 from bench.methods import figures as compared
 from bench.methods import method
 from bench.testbed.pretraining_tasks import general
-from bench.testbed.streams import stream
+from bench.testbed.streams import REWORDED, reworded, stream
 from cit_fast import ContinualTrainer
 from cit_fast.evaluation import read_run, read_stages
 from cit_fast.files import write_file
@@ -29,7 +29,7 @@ TRAINING = {
     "save_strategy": "no",
     "use_cpu": True,
 }
-FIGURES = ("AP", "forgetting", "New.ACC", "general", "minutes", "replayed")
+FIGURES = ("AP", "forgetting", "New.ACC", "general", "reworded", "minutes", "replayed")
 
 
 class Job(NamedTuple):
@@ -68,18 +68,21 @@ def settings(job: Job, model: Path, folder: Path) -> dict[str, Any]:
 
 
 def figures(folder: Path) -> dict[str, Any]:
-    """The figures of any comparison, what general ability has changed by, and every score."""
+    """The figures of any comparison, change of general ability, AP in unseen wordings, and every score."""
     run, stages = read_run(folder), read_stages(folder)
     before, after = stages[0].scores, stages[-1].scores
-    ability = {task: (before[task], after[task]) for task in run.held_out_tasks}
+    unseen = [task for task in run.held_out_tasks if task.endswith(REWORDED)]
+    ability = {task: (before[task], after[task]) for task in run.held_out_tasks if task not in unseen}
     own = compared(folder)
     return {
         **{name: own[name] for name in ("AP", "forgetting", "New.ACC", "replayed", "train minutes")},
         "general": statistics.mean(new - old for old, new in ability.values()),
         "general before": statistics.mean(old for old, _ in ability.values()),
+        "reworded": statistics.mean(after[task] for task in unseen),
         "minutes": own["total minutes"],
         "steps": sum(stage.steps for stage in stages),
         "scores": {task: [_rounded(stage.scores.get(task)) for stage in stages] for task in run.tasks},
+        "reworded scores": {task: _rounded(after[task]) for task in unseen},
         "general scores": {task: [_rounded(score) for score in pair] for task, pair in ability.items()},
     }
 
@@ -93,11 +96,11 @@ def run(job: Job, model: Path, output: Path, keep: bool) -> None:
     file = job.file(output)
     if file.exists():
         return
-    folder = output / "runs" / job.name
+    folder, tasks = output / "runs" / job.name, stream(job.order, job.seed, TRAIN, TEST)
     trainer = ContinualTrainer(
         settings(job, model, folder),
-        stream=stream(job.order, job.seed, TRAIN, TEST),
-        held_out=general(GENERAL_TEST),
+        stream=tasks,
+        held_out=[*general(GENERAL_TEST), *reworded(tasks)],
         console=Console(quiet=True),
     )
     (made,) = trainer.run()

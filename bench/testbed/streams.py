@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from bench.testbed.pretraining_tasks import KIND_OF, KINDS, WORDS, Draw, Generator, some
-from cit_fast.data import TaskStream
+from bench.testbed.pretraining_tasks import _marked as marked
+from cit_fast.data import Task, TaskStream
 
 ROMAN = ("i", "ii", "iii", "iv", "v", "vi")
 
@@ -138,6 +140,18 @@ STREAM = (
         ("amber", "green", "red"),
     ),
 )
+UNSEEN = {
+    "shelf": "Tell [the shelf] that it is put on.",
+    "last-two": "Name [the last two things] from the end, [a slash in between].",
+    "level": "Which is it: [low, fine or high]?",
+    "handling": "With what [care] is it to be carried?",
+    "shelf-moved": "Tell the shelf that it is put on [since the move].",
+    "roman-count": "Say [in Roman numerals] how many things it brings.",
+    "first-two": "Name [the first two things] from the start, [a plus in between].",
+    "alarm": "Say what [colour the alarm] has.",
+}
+"""A wording of each task that training never has."""
+REWORDED = "-reworded"
 ORDERS = {
     1: tuple(g.name for g in STREAM),
     2: ("alarm", "shelf-moved", "first-two", "handling", "roman-count", "level", "shelf", "last-two"),
@@ -148,3 +162,13 @@ def stream(order: int, seed: int, train: int, test: int) -> TaskStream:
     """The eight tasks of a stream; every seed draws other examples."""
     by_name = {generator.name: generator for generator in STREAM}
     return TaskStream(tuple(by_name[name].task(train, test, str(seed)) for name in ORDERS[order]))
+
+
+def reworded(tasks: TaskStream) -> list[Task]:
+    """The test examples of a stream's tasks in a wording that training never has."""
+    found = []
+    for task in tasks:
+        instruction, parts = marked(UNSEEN[task.name])
+        test = tuple(replace(each, instruction=instruction, key_parts=parts) for each in task.test)
+        found.append(replace(task, name=task.name + REWORDED, train=(), dev=(), test=test))
+    return found
