@@ -22,7 +22,7 @@ from cit_fast.data.example import Example
 from cit_fast.embeddings.embedder import Embedder
 from cit_fast.errors import ConfigError, RunError
 from cit_fast.files import write_file
-from cit_fast.methods.routing.familiarity import Familiarity
+from cit_fast.methods.routing.familiarity import Familiarity, projected_mean
 from cit_fast.methods.routing.features import build_features
 from cit_fast.methods.routing.rejection import Rejection
 from cit_fast.methods.routing.router import Reads, SavedRouter, check_reads, routing_text, set_name
@@ -121,7 +121,8 @@ class SwitchTokensRouter(SavedRouter):
 
     A prompt goes to the base model if its features are too far from those of every task: its score is
     :class:`~cit_fast.methods.routing.familiarity.Familiarity`, and the threshold is set as
-    :class:`~cit_fast.methods.routing.rejection.Rejection` says.
+    :class:`~cit_fast.methods.routing.rejection.Rejection` says, on known prompts whose own wording is left out of what
+    their task is known by, where it has others: a user's wording is seldom one that was trained.
 
     Args:
         features: ``"tokens"``: the mean of the base model's token embeddings, which costs next to nothing and told
@@ -179,6 +180,7 @@ class SwitchTokensRouter(SavedRouter):
         self._set_of: dict[str, str] = {}
         self._kept: list[Tensor] = []  # of each learned task, in the order of the sets: [n, d]
         self._known: list[Tensor] = []  # the same of prompts that were not learned from, for the threshold
+        self._apart: list[Tensor] = []  # for each of those, what its task is known by without its wording
         self._familiarity = Familiarity()
         self._network: SwitchNetwork | None = None
         self._extractor: Embedder | None = None
@@ -228,10 +230,13 @@ class SwitchTokensRouter(SavedRouter):
         aside = self._rejection.known_prompts(task)
         self._known.append(self._read(aside, stage)[0])
         # Without a dev split they are training prompts, and must not make themselves familiar.
-        self._familiarity.learn(new if task.dev or len(new) == len(aside) else new[len(aside) :])
+        first = 0 if task.dev or len(new) == len(aside) else len(aside)
+        self._familiarity.learn(new[first:])
+        self._apart.append(_means_without(aside, task.train[first:], new[first:]))
         known, unknown = torch.cat(self._known), self._read(self._rejection.unknown_prompts(), stage)[0]
+        familiar = [self._familiarity.of_known(own, n, self._apart[n]) for n, own in enumerate(self._known)]
         reject_below = self._rejection.learn(
-            self._familiarity(known).tolist(), self._familiarity(unknown).tolist() if len(unknown) else []
+            torch.cat(familiar).tolist(), self._familiarity(unknown).tolist() if len(unknown) else []
         )
         right = network(known).argmax(1) == torch.tensor([n for n, own in enumerate(self._known) for _ in own])
         too_long = f"{truncated} prompts are longer than {self.max_length} tokens; their {self._cut} was not read."
@@ -303,6 +308,7 @@ class SwitchTokensRouter(SavedRouter):
         """Write ``router.json``, and network and retained features as ``switch.safetensors``."""
         tensors = {f"kept.{n:04d}": own for n, own in enumerate(self._kept)}
         tensors.update({f"known.{n:04d}": own for n, own in enumerate(self._known)})
+        tensors.update({f"apart.{n:04d}": own for n, own in enumerate(self._apart)})
         tensors.update({f"familiarity.{key}": value for key, value in self._familiarity.tensors().items()})
         if self._network is not None:
             tensors.update({f"network.{key}": value for key, value in vars(self._network).items()})
@@ -321,7 +327,9 @@ class SwitchTokensRouter(SavedRouter):
         try:
             tensors = load(path.read_bytes())
             count = int(state["learned"])
-            self._kept, self._known = ([tensors[f"{kind}.{n:04d}"] for n in range(count)] for kind in ("kept", "known"))
+            self._kept, self._known, self._apart = (
+                [tensors[f"{kind}.{n:04d}"] for n in range(count)] for kind in ("kept", "known", "apart")
+            )
             own = {key.removeprefix("familiarity."): value for key, value in tensors.items()}
             self._familiarity = Familiarity.from_tensors(own)
             if count:
@@ -334,6 +342,22 @@ class SwitchTokensRouter(SavedRouter):
         classes = len(self._network.bias) if self._network is not None else 0
         if not len(self._set_of) >= count == classes == len(self._familiarity.counts):
             raise RunError(f"{path}: damaged (it tells {classes} tasks apart, and router.json {len(self._set_of)})")
+
+
+def _means_without(prompts: Sequence[Example], trained: Sequence[Example], features: Tensor) -> Tensor:
+    """What a task is known by, for each of its prompts without those of the same instruction: [prompts, <= 256].
+
+    Args:
+        features: [n, d] of the n trained examples. Where all of them have the prompt's instruction, all count.
+    """
+    own = [routing_text(example, "instruction") for example in trained]
+    means: dict[str, Tensor] = {}
+    for prompt in prompts:
+        text = routing_text(prompt, "instruction")
+        if text not in means:
+            others = [k for k, instruction in enumerate(own) if instruction != text]
+            means[text] = projected_mean(features[others] if others else features)
+    return torch.stack([means[routing_text(prompt, "instruction")] for prompt in prompts])
 
 
 class SwitchRouter(SwitchTokensRouter):
