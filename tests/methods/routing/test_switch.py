@@ -6,10 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load, save_file
 
-from cit_fast.data import Example
+from cit_fast.data import Example, Task
 from cit_fast.errors import ConfigError, DataError, RunError
 from cit_fast.methods.routing import SwitchRouter, SwitchTokensRouter, load_router, switch, train_switch
 from cit_fast.methods.routing import features as features_of
+from cit_fast.methods.routing.familiarity import projected_mean
 from cit_fast.models.adapter_bank import BASE
 
 
@@ -80,6 +81,37 @@ def test_what_is_far_from_everything_goes_to_the_base_model(tasks, stage):
     learn(router, tasks, stage)
     strange = Example("%&/ 7777 ~~~ {}[] 31415926 <<>>", references=("-",))
     assert router.answer([strange, tasks[1].test[0]], stage()) == [BASE, "task-mail"]
+
+
+def worded(name: str, *instructions: str) -> Task:
+    def examples(start: int) -> tuple[Example, ...]:
+        return tuple(Example(text, f"input {start + k}", ("x",), name) for k, text in enumerate(instructions * 6))
+
+    return Task(name, examples(0), examples(50), examples(80))
+
+
+def test_another_wording_of_a_known_task_is_no_stranger(stage):
+    """The threshold comes from prompts whose own wording is left out of what their task is known by."""
+    tasks = [
+        worded("dates", "Write the date as day and month.", "Give day and month of the date.", "Which day and month?"),
+        worded("mail", "Find the e-mail address.", "Give the address of the e-mail.", "Which e-mail address is it?"),
+    ]
+    router = SwitchTokensRouter()
+    learn(router, tasks, stage)
+    apart = []
+    for n, task in enumerate(tasks):
+        features, _ = router._read(task.train, stage())
+        for example, own in zip(task.dev, router._known[n], strict=True):
+            others = features[[k for k, each in enumerate(task.train) if each.instruction != example.instruction]]
+            apart.append(float(router._familiarity.of_known(own[None], n, projected_mean(others)[None])))
+    assert router._rejection.below == pytest.approx(min(apart))
+    plain = router._familiarity(torch.cat(router._known)).min()  # what the threshold used to be
+    assert router._rejection.below < plain
+    strange = Example("%&/ 7777 ~~~ {}[] 31415926 <<>>", references=("-",))
+    assert router.answer([strange], stage()) == [BASE]
+    alone = SwitchTokensRouter()  # of one wording there is nothing else to know it by
+    learn(alone, [worded("dates", "Write the date.")], stage)
+    assert torch.allclose(alone._apart[0], alone._familiarity.means[0].expand_as(alone._apart[0]))
 
 
 def test_of_a_small_task_enough_is_kept(tasks, stage):
