@@ -11,7 +11,7 @@ Source: Lee et al., A Simple Unified Framework for Detecting Out-of-Distribution
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -19,11 +19,6 @@ from torch import Tensor
 
 _DIMENSIONS = 256
 _SHRINKAGE = 0.3
-
-
-def projected_mean(features: Tensor) -> Tensor:
-    """What :class:`Familiarity` keeps of a class's features [n, d], n >= 1: [<= 256] float32."""
-    return _projected(features).mean(0).float()
 
 
 class Familiarity:
@@ -46,20 +41,6 @@ class Familiarity:
 
     def __call__(self, features: Tensor) -> Tensor:
         """[N] float64, at most 0, of [N, d] float32; higher is more like what was learned."""
-        whitened = self._whitening()
-        return -torch.cdist(whitened(_projected(features)), whitened(self.means.double())).amin(1).square()
-
-    def of_known(self, features: Tensor, label: int, means: Tensor) -> Tensor:
-        """[n] float64 of prompts of a class [n, d], for each of which its class has another mean [n, <= 256]."""
-        whitened = self._whitening()
-        rows = whitened(_projected(features))
-        to_own = (rows - whitened(means.double())).square().sum(1)
-        to_means = torch.cdist(rows, whitened(self.means.double())).square()
-        to_means[:, label] = to_own
-        return -to_means.amin(1)
-
-    def _whitening(self) -> Callable[[Tensor], Tensor]:
-        """The map after which distances are those of the shared covariance."""
         covariance = self.scatter.double() / self.counts.sum()
         size = covariance.diagonal().mean().clamp_min(1e-12)  # all features of a class may be the same
         factor = torch.linalg.cholesky(covariance + _SHRINKAGE * size * torch.eye(len(covariance), dtype=torch.float64))
@@ -68,7 +49,7 @@ class Familiarity:
             solved: Tensor = torch.linalg.solve_triangular(factor, rows.T, upper=False)
             return solved.T
 
-        return whitened
+        return -torch.cdist(whitened(_projected(features)), whitened(self.means.double())).amin(1).square()
 
     def tensors(self) -> dict[str, Tensor]:
         """What is to be stored."""

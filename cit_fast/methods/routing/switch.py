@@ -6,6 +6,7 @@ Source: Wu et al., arXiv 2407.11780, and the first author's code. :class:`Switch
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,9 +23,9 @@ from cit_fast.data.example import Example
 from cit_fast.embeddings.embedder import Embedder
 from cit_fast.errors import ConfigError, RunError
 from cit_fast.files import write_file
-from cit_fast.methods.routing.familiarity import Familiarity, projected_mean
+from cit_fast.methods.routing.familiarity import Familiarity
 from cit_fast.methods.routing.features import build_features
-from cit_fast.methods.routing.rejection import Rejection
+from cit_fast.methods.routing.rejection import Rejection, rejection_threshold
 from cit_fast.methods.routing.router import Reads, SavedRouter, check_reads, routing_text, set_name
 from cit_fast.methods.stage import Assignment, Learned, Stage
 from cit_fast.models.adapter_bank import BASE
@@ -120,9 +121,9 @@ class SwitchTokensRouter(SavedRouter):
     few of every earlier task. Features are kept, never texts.
 
     A prompt goes to the base model if its features are too far from those of every task: its score is
-    :class:`~cit_fast.methods.routing.familiarity.Familiarity`, and the threshold is set as
-    :class:`~cit_fast.methods.routing.rejection.Rejection` says, on known prompts whose own wording is left out of what
-    their task is known by, where it has others: a user's wording is seldom one that was trained.
+    :class:`~cit_fast.methods.routing.familiarity.Familiarity`, and the threshold is the lower of two, each set as
+    :class:`~cit_fast.methods.routing.rejection.Rejection` says: on known prompts, and on known prompts whose wording
+    the task is not known by, where it has others. For a user's wording is seldom one that was trained.
 
     Args:
         features: ``"tokens"``: the mean of the base model's token embeddings, which costs next to nothing and told
@@ -136,6 +137,7 @@ class SwitchTokensRouter(SavedRouter):
         reads: what of a prompt is read, ``"prompt"`` (instruction and input, as a plain text has them),
             ``"instruction"``, or ``"whole"``: the text that the model is given, chat template and all.
         reject: share of the known prompts that may go to the base model, in [0, 1); 0: every prompt goes to some set.
+        reject_reworded: the same of known prompts in a wording that the task is not known by.
         held_out: tasks that are never trained (built-in names, files, folders), whose prompts the threshold must keep
             out; without any, it follows from known prompts alone.
 
@@ -159,6 +161,7 @@ class SwitchTokensRouter(SavedRouter):
         reads: Reads | Literal["whole"] = "prompt",
         reject: float = 0.01,
         held_out: Sequence[str] = (),
+        reject_reworded: float = 0.1,
     ) -> None:
         if not 0 < retained <= 1:
             raise ConfigError(f"retained: {retained}; expected a share of a task's prompts in (0, 1]")
@@ -176,11 +179,14 @@ class SwitchTokensRouter(SavedRouter):
         self.hidden, self.learning_rate, self.epochs = hidden, learning_rate, epochs
         self.batch_size, self.balanced = batch_size, balanced
         self._rejection = Rejection(reject, held_out)
+        if not 0 <= reject_reworded < 1:
+            raise ConfigError(f"reject_reworded: {reject_reworded}; expected a share of the known prompts in [0, 1)")
         self.reject, self.held_out = self._rejection.reject, self._rejection.held_out
+        self.reject_reworded = reject_reworded
         self._set_of: dict[str, str] = {}
         self._kept: list[Tensor] = []  # of each learned task, in the order of the sets: [n, d]
         self._known: list[Tensor] = []  # the same of prompts that were not learned from, for the threshold
-        self._apart: list[Tensor] = []  # for each of those, what its task is known by without its wording
+        self._reworded: list[float] = []  # scores of those that their task is not known by, when they were learned
         self._familiarity = Familiarity()
         self._network: SwitchNetwork | None = None
         self._extractor: Embedder | None = None
@@ -231,13 +237,14 @@ class SwitchTokensRouter(SavedRouter):
         self._known.append(self._read(aside, stage)[0])
         # Without a dev split they are training prompts, and must not make themselves familiar.
         first = 0 if task.dev or len(new) == len(aside) else len(aside)
+        self._reworded += self._reworded_scores(aside, self._known[-1], task.train[first:], new[first:])
         self._familiarity.learn(new[first:])
-        self._apart.append(_means_without(aside, task.train[first:], new[first:]))
         known, unknown = torch.cat(self._known), self._read(self._rejection.unknown_prompts(), stage)[0]
-        familiar = [self._familiarity.of_known(own, n, self._apart[n]) for n, own in enumerate(self._known)]
-        reject_below = self._rejection.learn(
-            torch.cat(familiar).tolist(), self._familiarity(unknown).tolist() if len(unknown) else []
-        )
+        strange = self._familiarity(unknown).tolist() if len(unknown) else []
+        reject_below = self._rejection.learn(self._familiarity(known).tolist(), strange)
+        lower = rejection_threshold(self._reworded, strange, self.reject_reworded)
+        if reject_below is not None and lower is not None:
+            reject_below = self._rejection.below = min(reject_below, lower)
         right = network(known).argmax(1) == torch.tensor([n for n, own in enumerate(self._known) for _ in own])
         too_long = f"{truncated} prompts are longer than {self.max_length} tokens; their {self._cut} was not read."
         return Learned(
@@ -248,6 +255,27 @@ class SwitchTokensRouter(SavedRouter):
             truncated=truncated,
             notes=[too_long] if truncated else [],
         )
+
+    def _reworded_scores(
+        self, prompts: Sequence[Example], features: Tensor, trained: Sequence[Example], learned: Tensor
+    ) -> list[float]:
+        """Familiarity of a task's prompts, each where the task is known by its other wordings alone; of one, none.
+
+        Args:
+            features: of the prompts; ``learned``: of the trained examples.
+        """
+        if not self.reject:
+            return []
+        wordings = [routing_text(example, "instruction") for example in trained]
+        asked = [routing_text(prompt, "instruction") for prompt in prompts]
+        scores: list[float] = []
+        for wording in dict.fromkeys(asked):
+            others = [k for k, own in enumerate(wordings) if own != wording]
+            if 0 < len(others) < len(wordings):
+                without = copy.deepcopy(self._familiarity)
+                without.learn(learned[others])
+                scores += without(features[[k for k, own in enumerate(asked) if own == wording]]).tolist()
+        return scores
 
     def answer(self, examples: Sequence[Example], stage: Stage) -> list[str]:
         """The set of the most likely task of each prompt, or the base model.
@@ -302,13 +330,13 @@ class SwitchTokensRouter(SavedRouter):
 
     def state(self) -> dict[str, Any]:
         """The sets, and the threshold."""
-        return {"set_of": self._set_of, "learned": len(self._kept), "reject_below": self._rejection.below}
+        remembered = {"set_of": self._set_of, "learned": len(self._kept), "reworded": self._reworded}
+        return remembered | {"reject_below": self._rejection.below}
 
     def save(self, folder: Path) -> None:
         """Write ``router.json``, and network and retained features as ``switch.safetensors``."""
         tensors = {f"kept.{n:04d}": own for n, own in enumerate(self._kept)}
         tensors.update({f"known.{n:04d}": own for n, own in enumerate(self._known)})
-        tensors.update({f"apart.{n:04d}": own for n, own in enumerate(self._apart)})
         tensors.update({f"familiarity.{key}": value for key, value in self._familiarity.tensors().items()})
         if self._network is not None:
             tensors.update({f"network.{key}": value for key, value in vars(self._network).items()})
@@ -323,13 +351,12 @@ class SwitchTokensRouter(SavedRouter):
         """
         self._set_of = {str(task): str(name) for task, name in state["set_of"].items()}
         self._rejection.below = None if state["reject_below"] is None else float(state["reject_below"])
+        self._reworded = [float(score) for score in state["reworded"]]
         path = folder / _TENSORS
         try:
             tensors = load(path.read_bytes())
             count = int(state["learned"])
-            self._kept, self._known, self._apart = (
-                [tensors[f"{kind}.{n:04d}"] for n in range(count)] for kind in ("kept", "known", "apart")
-            )
+            self._kept, self._known = ([tensors[f"{kind}.{n:04d}"] for n in range(count)] for kind in ("kept", "known"))
             own = {key.removeprefix("familiarity."): value for key, value in tensors.items()}
             self._familiarity = Familiarity.from_tensors(own)
             if count:
@@ -342,22 +369,6 @@ class SwitchTokensRouter(SavedRouter):
         classes = len(self._network.bias) if self._network is not None else 0
         if not len(self._set_of) >= count == classes == len(self._familiarity.counts):
             raise RunError(f"{path}: damaged (it tells {classes} tasks apart, and router.json {len(self._set_of)})")
-
-
-def _means_without(prompts: Sequence[Example], trained: Sequence[Example], features: Tensor) -> Tensor:
-    """What a task is known by, for each of its prompts without those of the same instruction: [prompts, <= 256].
-
-    Args:
-        features: [n, d] of the n trained examples. Where all of them have the prompt's instruction, all count.
-    """
-    own = [routing_text(example, "instruction") for example in trained]
-    means: dict[str, Tensor] = {}
-    for prompt in prompts:
-        text = routing_text(prompt, "instruction")
-        if text not in means:
-            others = [k for k, instruction in enumerate(own) if instruction != text]
-            means[text] = projected_mean(features[others] if others else features)
-    return torch.stack([means[routing_text(prompt, "instruction")] for prompt in prompts])
 
 
 class SwitchRouter(SwitchTokensRouter):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cit_fast.methods.routing.familiarity import Familiarity, projected_mean
+from cit_fast.methods.routing.familiarity import Familiarity
 
 
 def clouds(width: int) -> list[torch.Tensor]:
@@ -36,23 +36,6 @@ def test_what_was_learned_is_more_familiar(width):
     known = torch.cat([familiarity(own[20:]) for own in classes[:2]])
     assert known.max() <= 0
     assert familiarity(classes[2] + 3).max() < known.min()
-
-
-def test_of_known_prompts_another_mean_of_their_class_counts():
-    classes = clouds(300)
-    familiarity = Familiarity()
-    for own in classes:
-        familiarity.learn(own)
-    x = classes[1][:6]
-    same = familiarity.of_known(x, 1, familiarity.means[1].expand(6, -1))
-    torch.testing.assert_close(same, familiarity(x), rtol=1e-6, atol=1e-6)
-    means = torch.stack([projected_mean(classes[1][6 + k :]) for k in range(6)])
-    without = familiarity.of_known(x, 1, means)
-    for k in range(6):
-        one = Familiarity.from_tensors(familiarity.tensors())
-        one.means = torch.cat([one.means[:1], means[k][None], one.means[2:]])
-        torch.testing.assert_close(without[k], one(x[k][None])[0], rtol=1e-6, atol=1e-6)
-    assert (without < same).all()
 
 
 def test_one_prompt_and_equal_prompts():

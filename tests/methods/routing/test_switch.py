@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -10,7 +11,7 @@ from cit_fast.data import Example, Task
 from cit_fast.errors import ConfigError, DataError, RunError
 from cit_fast.methods.routing import SwitchRouter, SwitchTokensRouter, load_router, switch, train_switch
 from cit_fast.methods.routing import features as features_of
-from cit_fast.methods.routing.familiarity import projected_mean
+from cit_fast.methods.routing.familiarity import Familiarity
 from cit_fast.models.adapter_bank import BASE
 
 
@@ -99,19 +100,29 @@ def test_another_wording_of_a_known_task_is_no_stranger(stage):
     router = SwitchTokensRouter()
     learn(router, tasks, stage)
     apart = []
-    for n, task in enumerate(tasks):
-        features, _ = router._read(task.train, stage())
-        for example, own in zip(task.dev, router._known[n], strict=True):
-            others = features[[k for k, each in enumerate(task.train) if each.instruction != example.instruction]]
-            apart.append(float(router._familiarity.of_known(own[None], n, projected_mean(others)[None])))
-    assert router._rejection.below == pytest.approx(min(apart))
+    familiarity = Familiarity()
+    for task in tasks:
+        learned, asked = (router._read(examples, stage())[0] for examples in (task.train, task.dev))
+        for wording in task.instructions:
+            without = copy.deepcopy(familiarity)
+            without.learn(learned[[k for k, each in enumerate(task.train) if each.instruction != wording]])
+            apart += without(asked[[k for k, each in enumerate(task.dev) if each.instruction == wording]]).tolist()
+        familiarity.learn(learned)
+    assert sorted(router._reworded) == pytest.approx(sorted(apart))
+    assert router._rejection.below == pytest.approx(sorted(apart)[int(0.1 * len(apart))])
+    other = [
+        Example("Write day and month of the date.", "input 3", ("-",)),
+        Example("Which is the address of the e-mail?", "input 7", ("-",)),
+    ]
+    scores = router._familiarity(router._read(other, stage())[0])
     plain = router._familiarity(torch.cat(router._known)).min()  # what the threshold used to be
-    assert router._rejection.below < plain
+    assert router._rejection.below < scores.min() < scores.max() < plain
     strange = Example("%&/ 7777 ~~~ {}[] 31415926 <<>>", references=("-",))
-    assert router.answer([strange], stage()) == [BASE]
+    assert router.answer([*other, strange], stage()) == ["task-dates", "task-mail", BASE]
     alone = SwitchTokensRouter()  # of one wording there is nothing else to know it by
     learn(alone, [worded("dates", "Write the date.")], stage)
-    assert torch.allclose(alone._apart[0], alone._familiarity.means[0].expand_as(alone._apart[0]))
+    assert alone._reworded == []
+    assert alone._rejection.below == pytest.approx(float(alone._familiarity(alone._known[0]).min()))
 
 
 def test_of_a_small_task_enough_is_kept(tasks, stage):
@@ -201,6 +212,7 @@ def test_damage_is_named(tasks, stage, tmp_path):
         ({"learning_rate": 0.0}, "learning_rate: 0.0"),
         ({"reads": "mind"}, "reads: 'mind'"),
         ({"reject": -0.1}, "reject: -0.1"),
+        ({"reject_reworded": 1.0}, "reject_reworded: 1.0"),
     ],
 )
 def test_options_out_of_range(options, message):
