@@ -19,7 +19,15 @@ from cit_fast.errors import ConfigError, RunError
 from cit_fast.methods.routing import similarity as similarities
 from cit_fast.methods.routing.features import base_token_embedder
 from cit_fast.methods.routing.rejection import Rejection
-from cit_fast.methods.routing.router import Reads, SavedRouter, check_reads, routing_text, set_name
+from cit_fast.methods.routing.router import (
+    Reads,
+    SavedRouter,
+    SetStart,
+    check_reads,
+    check_start,
+    routing_text,
+    set_name,
+)
 from cit_fast.methods.routing.similarity import SIMILARITIES, Matrix
 from cit_fast.methods.stage import Assignment, Learned, Stage
 from cit_fast.models.adapter_bank import BASE
@@ -28,7 +36,6 @@ _BLOCK = 256  # prompts compared with the whole codebook at a time
 
 
 Linkage = Literal["mean", "max"]
-SetStart = Literal["random", "previous"]
 
 
 class GroupingRouter(SavedRouter):
@@ -79,9 +86,9 @@ class GroupingRouter(SavedRouter):
         if not threshold >= 0:
             raise ConfigError(f"threshold: {threshold}; expected at least 0 (above 1, no set is ever reused)")
         check_reads(reads)
-        for name, value, known in (("linkage", linkage, ("mean", "max")), ("start", start, ("random", "previous"))):
-            if value not in known:
-                raise ConfigError(f"{name}: {value!r} is unknown; expected {' or '.join(known)}")
+        if linkage not in ("mean", "max"):
+            raise ConfigError(f"linkage: {linkage!r} is unknown; expected mean or max")
+        check_start(start)
         self.linkage, self.start = linkage, start
         self.similarity, self.threshold, self.embedder, self.reads = similarity, threshold, embedder, reads
         self._rejection = Rejection(reject, held_out)

@@ -17,6 +17,8 @@ from cit_fast.models.adapter_bank import BASE
 
 FORMAT_VERSION = 2
 Reads = Literal["prompt", "instruction"]
+SetStart = Literal["random", "previous"]
+"""How a new set starts: as ``adapter`` configures it, or from the set trained last."""
 _Self = TypeVar("_Self", bound="SavedRouter")
 
 
@@ -147,6 +149,16 @@ def routing_text(example: Example, reads: Reads = "prompt") -> str:
     if not text.strip():
         raise DataError(f"{example.source or f'task {example.task!r}'}: an empty prompt cannot be routed")
     return text
+
+
+def check_start(start: str) -> None:
+    """Refuse what is no :data:`SetStart`.
+
+    Raises:
+        ConfigError: neither ``"random"`` nor ``"previous"``.
+    """
+    if start not in ("random", "previous"):
+        raise ConfigError(f"start: {start!r} is unknown; expected random or previous")
 
 
 def check_reads(reads: str) -> None:

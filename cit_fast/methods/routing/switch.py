@@ -26,7 +26,15 @@ from cit_fast.files import write_file
 from cit_fast.methods.routing.familiarity import Familiarity
 from cit_fast.methods.routing.features import build_features
 from cit_fast.methods.routing.rejection import Rejection, rejection_threshold
-from cit_fast.methods.routing.router import Reads, SavedRouter, check_reads, routing_text, set_name
+from cit_fast.methods.routing.router import (
+    Reads,
+    SavedRouter,
+    SetStart,
+    check_reads,
+    check_start,
+    routing_text,
+    set_name,
+)
 from cit_fast.methods.stage import Assignment, Learned, Stage
 from cit_fast.models.adapter_bank import BASE
 
@@ -140,6 +148,7 @@ class SwitchTokensRouter(SavedRouter):
         reject_reworded: the same of known prompts in a wording that the task is not known by.
         held_out: tasks that are never trained (built-in names, files, folders), whose prompts the threshold must keep
             out; without any, it follows from known prompts alone.
+        start: how a new set starts: ``"random"``, or ``"previous"``, from the set trained last.
 
     Raises:
         ConfigError: an option out of range or unknown.
@@ -162,6 +171,7 @@ class SwitchTokensRouter(SavedRouter):
         reject: float = 0.01,
         held_out: Sequence[str] = (),
         reject_reworded: float = 0.1,
+        start: SetStart = "random",
     ) -> None:
         if not 0 < retained <= 1:
             raise ConfigError(f"retained: {retained}; expected a share of a task's prompts in (0, 1]")
@@ -182,7 +192,8 @@ class SwitchTokensRouter(SavedRouter):
         if not 0 <= reject_reworded < 1:
             raise ConfigError(f"reject_reworded: {reject_reworded}; expected a share of the known prompts in [0, 1)")
         self.reject, self.held_out = self._rejection.reject, self._rejection.held_out
-        self.reject_reworded = reject_reworded
+        check_start(start)
+        self.reject_reworded, self.start = reject_reworded, start
         self._set_of: dict[str, str] = {}
         self._kept: list[Tensor] = []  # of each learned task, in the order of the sets: [n, d]
         self._known: list[Tensor] = []  # the same of prompts that were not learned from, for the threshold
@@ -204,8 +215,9 @@ class SwitchTokensRouter(SavedRouter):
     def assign(self, stage: Stage) -> Assignment:
         """A new set."""
         self._rejection.unknown_prompts()  # what cannot be read is better known before anything is trained
+        latest = self.sets[-1] if self.sets and self.start == "previous" else None
         self._set_of[stage.task.name] = set_name(stage.task, self.sets)
-        return Assignment(self._set_of[stage.task.name])
+        return Assignment(self._set_of[stage.task.name], start_from=latest)
 
     def learn(self, stage: Stage) -> Learned:
         """Train the switch network anew, now that the new task has a set.

@@ -77,6 +77,14 @@ def test_prompts_go_to_their_tasks_set(tasks, stage, features, reads):
     assert router.answer([], stage()) == []
 
 
+def test_a_new_set_starts_where_it_is_told_to(tasks, stage):
+    started = {}
+    for start in ("random", "previous"):
+        router = SwitchTokensRouter(start=start)
+        started[start] = [router.assign(stage(n, task)).start_from for n, task in enumerate(tasks)]
+    assert started == {"random": [None] * 3, "previous": [None, "task-dates", "task-mail"]}
+
+
 def test_what_is_far_from_everything_goes_to_the_base_model(tasks, stage):
     router = SwitchTokensRouter("tokens", retained=0.5, reject=0.15)
     learn(router, tasks, stage)
@@ -213,6 +221,7 @@ def test_damage_is_named(tasks, stage, tmp_path):
         ({"reads": "mind"}, "reads: 'mind'"),
         ({"reject": -0.1}, "reject: -0.1"),
         ({"reject_reworded": 1.0}, "reject_reworded: 1.0"),
+        ({"start": "zero"}, "start: 'zero' is unknown; expected random or previous"),
     ],
 )
 def test_options_out_of_range(options, message):
