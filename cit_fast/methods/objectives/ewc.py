@@ -86,10 +86,13 @@ class EWC:
         loss = self._plain(model, batch, num_items)
         if not self._springs:
             return loss
-        penalty = sum(((p.float() - before.float()).square() * stiff).sum() for p, before, stiff in self._springs)
+        pulls = [
+            ((_wide(p) - _wide(before)).square() * stiff.to(_wide(p).dtype)).sum() for p, before, stiff in self._springs
+        ]
+        penalty = torch.stack(pulls).sum()
         tokens = (batch["labels"][:, 1:] != IGNORED).sum()
         share = 1.0 if num_items is None else tokens / num_items
-        return loss + share * self.lambda_ / 2 * penalty
+        return loss + (share * self.lambda_ / 2 * penalty).to(loss.dtype)
 
     def _fisher(self, stage: Stage, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         """Of all earlier tasks together, by parameter's name, float32."""
@@ -138,6 +141,11 @@ class EWC:
             where = "in memory" if stage.kept is None else _path(stage.kept, stage.index - 1)
             raise RunError(f"objective ewc: the Fisher information of the stages before is not there ({where})")
         return found
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In float32, or as wide as it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _path(kept: Path, index: int) -> Path:

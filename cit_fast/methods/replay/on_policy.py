@@ -283,7 +283,7 @@ def _first(shown: Mapping[str, Sequence[Mapping[str, str]]]) -> str:
     if not shown:
         return ""
     task, (one, *_) = next(iter(shown.items()))
-    texts = (textwrap.shorten(one[name], _SHOWN_LENGTH, placeholder=" ...") for name in ("own answer", "reference"))
+    texts = (textwrap.shorten(one[name], _SHOWN_LENGTH, placeholder=" …") for name in ("own answer", "reference"))
     return " For example, of {}, “{}” where the reference is “{}”.".format(task, *texts)
 
 
