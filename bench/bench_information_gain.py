@@ -5,6 +5,7 @@
 
     scoring          both contexts: log-probabilities, entropies, divergences
     jsd              Jensen-Shannon divergence of live and frozen hidden states, forward and backward
+    kl               Kullback-Leibler divergence of live from frozen hidden states, forward and backward
     cross_entropy    cross-entropy, forward and backward
     memory           what each adds to a fresh process at its peak, beside the size of the logits
     error            of the probability gain, against float64 from the same (rounded) inputs
@@ -37,7 +38,7 @@ from torch.nn import functional as F
 
 from bench.ceilings import RESULTS, copy_bandwidth, gemm_rate, machine, record
 from cit_fast import backend
-from cit_fast.ops import linear_cross_entropy, masked_jsd, token_gain
+from cit_fast.ops import linear_cross_entropy, linear_kl_divergence, masked_jsd, token_gain
 
 TOKENS, WIDTH, VOCABULARIES = 512, 1024, (65536, 151936)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -156,11 +157,19 @@ def eager_jsd(live: Tensor, frozen: Tensor, weight: Tensor) -> Tensor:
     return both / (2 * torch.log(torch.tensor(2.0)) * len(live))
 
 
+def eager_kl(live: Tensor, frozen: Tensor, weight: Tensor) -> Tensor:
+    log_p = ((live @ weight.T).float() / TEMPERATURE).log_softmax(1)
+    with torch.no_grad():
+        log_q = ((frozen @ weight.T).float() / TEMPERATURE).log_softmax(1)
+    return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+
+
 def eager_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy((hidden @ weight.T).float(), targets)
 
 
 compiled_jsd = torch.compile(eager_jsd, dynamic=False)
+compiled_kl = torch.compile(eager_kl, dynamic=False)
 compiled_cross_entropy = torch.compile(eager_cross_entropy, dynamic=False)
 
 
@@ -174,6 +183,13 @@ def with_backward(loss_of: Callable[[Problem], Tensor], x: Problem) -> tuple[Ten
 def native_jsd(x: Problem) -> Tensor:
     with backend("native"):
         return masked_jsd(x.live, x.masked, x.weight, x.weight, TEMPERATURE)
+
+
+def native_kl(x: Problem, without: bool = False) -> Tensor:
+    with backend("native"):
+        return linear_kl_divergence(
+            x.live, x.masked, x.weight, x.weight, TEMPERATURE, targets=x.targets if without else None
+        )
 
 
 def liger_jsd(x: Problem, compiled: bool) -> Tensor:
@@ -200,7 +216,7 @@ def torch_cross_entropy(x: Problem, options: Any = None) -> Tensor:
 
 
 Contenders = dict[str, Callable[[], Any]]
-OURS, GATED = "native", "native, with the entropy gate"
+OURS, GATED, REST = "native", "native, with the entropy gate", "native, without the target"
 SLOW = "torch linear_cross_entropy, chunked"
 """Timed once."""
 
@@ -233,6 +249,21 @@ def jsd(x: Problem) -> Contenders:
     }
 
 
+def kl(x: Problem) -> Contenders:
+    gradient = gradient_product(x)
+    losses: dict[str, Callable[[Problem], Tensor]] = {
+        OURS: native_kl,
+        REST: partial(native_kl, without=True),
+        "torch.compile": lambda x: compiled_kl(x.live, x.masked, x.weight),
+        "eager": lambda x: eager_kl(x.live, x.masked, x.weight),
+    }
+    return {
+        **{name: partial(with_backward, loss, x) for name, loss in losses.items()},
+        "GEMM": lambda: (product(x.both, x.weight), gradient()),
+        "GEMM, blocks": lambda: (blocked_product(x.both, x.weight), blocked_gradient_product(x)),
+    }
+
+
 def cross_entropy(x: Problem) -> Contenders:
     gradient = gradient_product(x)
     losses: dict[str, Callable[[Problem], Tensor]] = {
@@ -251,7 +282,12 @@ def cross_entropy(x: Problem) -> Contenders:
     }
 
 
-TABLES: dict[str, Callable[[Problem], Contenders]] = {"scoring": scoring, "jsd": jsd, "cross_entropy": cross_entropy}
+TABLES: dict[str, Callable[[Problem], Contenders]] = {
+    "scoring": scoring,
+    "jsd": jsd,
+    "kl": kl,
+    "cross_entropy": cross_entropy,
+}
 
 
 def installed(contenders: Contenders) -> Contenders:
@@ -272,7 +308,7 @@ def test_contenders_agree(part: str) -> None:
     contenders = installed(TABLES[part](Problem(3000, torch.float32, 24, 64)))
     expected = contenders[OURS]()
     for name, run in contenders.items():
-        if name == GATED or name.startswith("GEMM") or "compile" in name:
+        if name in (GATED, REST) or name.startswith("GEMM") or "compile" in name:
             continue
         # Log-probabilities and entropies go up to 10, and in float32 none of them is nearer to float64 than 4e-6.
         rtol, atol = (1e-6, 1e-5) if part == "scoring" else (1e-5, 1e-6)
@@ -294,7 +330,7 @@ def in_turns(part: str, x: Problem, rounds: int, skip: list[str]) -> dict[str, A
     medians = {name: statistics.median(each) for name, each in times.items()}
     floor = min((medians[name] for name in ("GEMM", "GEMM, blocks") if name in medians), default=float("nan"))
     # Products of two contexts; of one for the cross-entropy; another one for the gradient.
-    products = {"scoring": 2, "jsd": 3, "cross_entropy": 2}[part]
+    products = {"scoring": 2, "jsd": 3, "kl": 3, "cross_entropy": 2}[part]
     flop = 2 * products * x.tokens * x.vocabulary * x.weight.shape[1]
     rows = {}
     for name, median in medians.items():

@@ -4,6 +4,7 @@
 
     scoring          both contexts: log-probabilities, entropies, divergences
     jsd              Jensen-Shannon divergence of live and frozen hidden states, forward and backward
+    kl               Kullback-Leibler divergence of live from frozen hidden states, forward and backward
     cross_entropy    cross-entropy, forward and backward
 
 4096 tokens in bfloat16 and float32; the vocabularies and widths of Llama 3, Qwen 2.5 and Llama 2. Gradients go to the
@@ -30,7 +31,7 @@ from torch.nn import functional as F
 
 from bench.ceilings import RESULTS, record
 from cit_fast import backend
-from cit_fast.ops import linear_cross_entropy, masked_jsd, token_gain
+from cit_fast.ops import linear_cross_entropy, linear_kl_divergence, masked_jsd, token_gain
 
 SIZES = {"Llama 3 8B": (4096, 128_256), "Qwen 2.5 1.5B": (1536, 151_936), "Llama 2 7B": (4096, 32_000)}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -75,6 +76,11 @@ def eager_jsd(live: Tensor, frozen: Tensor, weight: Tensor) -> Tensor:
         log_m, log_q, log_target=True, reduction="sum"
     )
     return total / (2 * 0.6931471805599453 * len(live))
+
+
+def eager_kl(live: Tensor, frozen: Tensor, weight: Tensor) -> Tensor:
+    log_p, log_q = (((each @ weight.T).float() / TEMPERATURE).log_softmax(dim=1) for each in (live, frozen))
+    return F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
 
 
 def eager_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -141,6 +147,20 @@ def jsd(x: Problem) -> Contenders:
     return {"products": partial(products, x, 2), **{n: partial(with_backward, x, run) for n, run in losses.items()}}
 
 
+def kl(x: Problem) -> Contenders:
+    def ours(targets: Tensor | None) -> Tensor:
+        with backend(OURS):
+            return linear_kl_divergence(x.live, x.masked, x.weight, x.weight, TEMPERATURE, targets=targets)
+
+    losses = {
+        OURS: partial(ours, None),
+        f"{OURS}, without the target": partial(ours, x.targets),
+        "torch.compile": partial(torch.compile(eager_kl), x.live, x.masked, x.weight),
+        "eager": partial(eager_kl, x.live, x.masked, x.weight),
+    }
+    return {"products": partial(products, x, 2), **{n: partial(with_backward, x, run) for n, run in losses.items()}}
+
+
 def cross_entropy(x: Problem) -> Contenders:
     def ours() -> Tensor:
         with backend(OURS):
@@ -175,6 +195,7 @@ def cross_entropy(x: Problem) -> Contenders:
 TABLES: dict[str, tuple[Callable[[Problem], Contenders], int]] = {
     "scoring": (scoring, 2),
     "jsd": (jsd, 3),
+    "kl": (kl, 3),
     "cross_entropy": (cross_entropy, 2),
 }
 """Contenders, and how many products nobody gets round."""

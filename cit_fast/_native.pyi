@@ -95,6 +95,22 @@ def masked_jsd(
     threads: int,
     gradients: tuple[int, int, int],
 ) -> float: ...
+def linear_kl_divergence(
+    live: _Matrix,
+    frozen: _Matrix,
+    weight_live: _Matrix,
+    weight_frozen: _Matrix,
+    *,
+    bias_live: int,
+    bias_frozen: int,
+    temperature: int,
+    row_weight: int,
+    targets: int,
+    scale: float,
+    softcap: float,
+    threads: int,
+    gradients: tuple[int, int, int],
+) -> float: ...
 def linear_cross_entropy(
     hidden: _Matrix,
     weight: _Matrix,

@@ -259,6 +259,21 @@ PYBIND11_MODULE(_native, m) {
       py::arg("softcap"), py::arg("threads"), py::arg("gradients"));
 
   m.def(
+      "linear_kl_divergence",
+      [](const MatrixRow& live, const MatrixRow& frozen, const MatrixRow& weight_live, const MatrixRow& weight_frozen,
+         std::int64_t bias_live, std::int64_t bias_frozen, std::int64_t temperature, std::int64_t row_weight,
+         std::int64_t targets, float scale, float softcap, int threads, const std::array<std::int64_t, 3>& addresses) {
+        py::gil_scoped_release release;
+        return cit::linear_kl_divergence(matrix(live), matrix(frozen), head(weight_live, bias_live),
+                                         head(weight_frozen, bias_frozen), pointer<const float>(temperature),
+                                         pointer<const float>(row_weight), pointer<const std::int64_t>(targets),
+                                         {scale, softcap, threads}, gradients(addresses));
+      },
+      py::arg("live"), py::arg("frozen"), py::arg("weight_live"), py::arg("weight_frozen"), py::kw_only(),
+      py::arg("bias_live"), py::arg("bias_frozen"), py::arg("temperature"), py::arg("row_weight"), py::arg("targets"),
+      py::arg("scale"), py::arg("softcap"), py::arg("threads"), py::arg("gradients"));
+
+  m.def(
       "linear_cross_entropy",
       [](const MatrixRow& hidden, const MatrixRow& weight, std::int64_t bias, std::int64_t targets,
          std::int64_t row_weight, float entropy_gate, float scale, float softcap, int threads,

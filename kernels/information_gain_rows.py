@@ -3,8 +3,9 @@
     z = cap(scale (x + bias)),  w the frozen side's
     cross_entropy:  loss = -g log p_t                         dz = g (p - onehot(t)),  g = min(1, H(p) / ln 20)^gate
     jsd:            loss = (KL(p||m) + KL(q||m)) / (2 ln 2)   dz = p (log(p/m) - KL(p||m)),  m = (p+q)/2,
-                    of logits divided by the temperature beta
-    both:           dx = dz (1 - (z/cap)^2)
+    kl:             loss = KL(q||p)                           dz = p - q
+                    both of logits divided by the temperature beta
+    all:            dx = dz (1 - (z/cap)^2)
 
 What is the same for a whole row (its weight, scale, 1/(2 ln 2 beta)) multiplies the gradient of its hidden state
 instead, [T, d] rather than [T, V]; so what is stored is at most 1 in size and keeps its digits in half precision.
@@ -25,7 +26,8 @@ float32's accuracy whatever that is.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import triton
@@ -167,6 +169,77 @@ def jsd_kernel(
                 _replace(gradient, lift * slope * _times(tl.exp2(z), p_over_m - kl_p), offs, stride)
 
 
+@triton.jit(do_not_specialize=["entries"])
+def kl_kernel(
+    live,  # [rows, entries] float32, each row `stride` from the last; what lies between them is read and written, too
+    frozen,
+    gradient,  # the memory of `live`, or nothing: `lift` times the gradient
+    bias_live,  # [entries] float32, where BIAS_LIVE
+    bias_frozen,
+    temperature,  # [rows] float32
+    row_weight,
+    targets,  # [rows], where WITHOUT: an entry that is taken out
+    losses,  # [rows] float32, written: row_weight times the loss, 0 where that is 0
+    entries,
+    stride,
+    gradient_stride,
+    scale,
+    softcap,
+    lift,
+    BIAS_LIVE: tl.constexpr,
+    BIAS_FROZEN: tl.constexpr,
+    CAP: tl.constexpr,
+    WITHOUT: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A row a program: both sums of exponentials, then the divergence and the gradient, which does not need it."""
+    row = tl.program_id(0)
+    share = tl.load(row_weight + row)
+    live += row.to(tl.int64) * stride
+    frozen += row.to(tl.int64) * stride
+    gradient += row.to(tl.int64) * gradient_stride
+    if share == 0:
+        tl.store(losses + row, 0.0)
+        if GRADIENT:
+            _store_zeros(gradient, stride, BLOCK)
+    else:
+        cooled = 1 / tl.load(temperature + row)
+        out = tl.load(targets + row).to(tl.int32) if WITHOUT else -1
+        top_p = tl.zeros((BLOCK,), tl.float32) + NOWHERE
+        top_q = tl.zeros((BLOCK,), tl.float32) + NOWHERE
+        total_p = tl.zeros((BLOCK,), tl.float32)
+        total_q = tl.zeros((BLOCK,), tl.float32)
+        for i in range(tl.cdiv(entries, BLOCK)):
+            offs = _backwards(i, entries, BLOCK)
+            z = cooled * _logits(live, bias_live, offs, entries, stride, scale, softcap, BIAS_LIVE, CAP)[0]
+            w = cooled * _logits(frozen, bias_frozen, offs, entries, stride, scale, softcap, BIAS_FROZEN, CAP)[0]
+            if WITHOUT:
+                z = tl.where(offs == out, NOWHERE, z)
+                w = tl.where(offs == out, NOWHERE, w)
+            top_p, total_p = _take(top_p, total_p, z)
+            top_q, total_q = _take(top_q, total_q, w)
+        log_sum_p = _log_sum(top_p, total_p)
+        log_sum_q = _log_sum(top_q, total_q)
+
+        divergence = tl.zeros((BLOCK,), tl.float32)
+        for i in range(tl.cdiv(entries, BLOCK)):
+            offs = i * BLOCK + tl.arange(0, BLOCK)
+            z, slope = _logits(live, bias_live, offs, entries, stride, scale, softcap, BIAS_LIVE, CAP)
+            z = cooled * z
+            w = cooled * _logits(frozen, bias_frozen, offs, entries, stride, scale, softcap, BIAS_FROZEN, CAP)[0]
+            if WITHOUT:
+                z = tl.where(offs == out, NOWHERE, z)
+                w = tl.where(offs == out, NOWHERE, w)
+            z = z - log_sum_p
+            w = w - log_sum_q
+            q = tl.exp2(w)
+            divergence += _times(q, LN2 * (w - z))
+            if GRADIENT:
+                _replace(gradient, lift * slope * (tl.exp2(z) - q), offs, stride)
+        tl.store(losses + row, share * tl.sum(divergence))
+
+
 @triton.jit(do_not_specialize=["rows", "entries"])
 def bias_kernel(
     gradient,  # [rows, entries]
@@ -290,7 +363,7 @@ def _store_zeros(gradient, stride, BLOCK: tl.constexpr):
 
 # Of the kernels that sweep rows of logits: all threads of a processor on one row, 32 KB on their way.
 _CROSS_ENTROPY = {"BLOCK": 8192, "num_warps": 32}
-_JSD = {"BLOCK": 4096, "num_warps": 32}
+_DIVERGENCE = {"BLOCK": 4096, "num_warps": 32}
 _BIAS = {"BLOCK": 128, "num_warps": 4}
 _WORKSPACE = 512 << 20
 _ALIGNED = 64  # elements; where each row of logits starts
@@ -310,43 +383,37 @@ def masked_jsd(
     needed: Needed,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`cit_fast.ops.masked_jsd`."""
-    # Products of a library make the logits of some rows, a kernel their gradients in the same memory.
-    tokens = hidden_live.shape[0]
-    temperature, row_weight = temperature.float().contiguous(), row_weight.float().contiguous()
-    factors = (row_weight * (options.scale / (2 * math.log(2))) / temperature).masked_fill(row_weight == 0, 0)
-    gradients = _Gradients(hidden_live, weight_live, bias_live, row_weight, factors, needed)
-    losses = torch.empty_like(row_weight)
-    live = _Head(weight_live, bias_live)
-    frozen = _Head(weight_frozen, bias_frozen)
-    with device_of(hidden_live):
-        size, (live_space, frozen_space) = _workspace(tokens, live.entries, 2, hidden_live.device)
-        for rows in slices(tokens, size):
-            live_logits = live.logits(hidden_live[rows], live_space)
-            frozen_logits = frozen.logits(hidden_frozen[rows], frozen_space)
-            gradient = gradients.instead_of(live_logits, live_space)
-            jsd_kernel[(len(live_logits),)](
-                live_logits,
-                frozen_logits,
-                gradient,
-                losses if live.bias is None else live.bias,
-                losses if frozen.bias is None else frozen.bias,
-                temperature[rows],
-                row_weight[rows],
-                losses[rows],
-                live.entries,
-                live_logits.stride(0),
-                gradient.stride(0),
-                options.scale,
-                float(options.softcap or 0),
-                gradients.lift,
-                BIAS_LIVE=live.bias is not None,
-                BIAS_FROZEN=frozen.bias is not None,
-                CAP=options.softcap is not None,
-                GRADIENT=any(needed),
-                **_JSD,
-            )
-            gradients.add(rows, gradient)
-    return losses.sum(), *gradients.result()
+
+    def launch(rows: slice, *logits_and_gradient: Tensor, **common: Any) -> None:
+        jsd_kernel[(len(logits_and_gradient[0]),)](*logits_and_gradient, **common, **_DIVERGENCE)
+
+    sides = (hidden_live, weight_live, bias_live), (hidden_frozen, weight_frozen, bias_frozen)
+    return _two_sides(launch, *sides, temperature, row_weight, 2 * math.log(2), options, needed)
+
+
+def linear_kl_divergence(
+    hidden_live: Tensor,
+    hidden_frozen: Tensor,
+    weight_live: Tensor,
+    weight_frozen: Tensor,
+    temperature: Tensor,
+    row_weight: Tensor,
+    targets: Tensor | None,
+    bias_live: Tensor | None,
+    bias_frozen: Tensor | None,
+    options: LogitOptions,
+    needed: Needed,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`cit_fast.ops.linear_kl_divergence`."""
+    taken = None if targets is None else targets.contiguous()
+
+    def launch(rows: slice, *logits_and_gradient: Tensor, **common: Any) -> None:
+        out = common["row_weight"] if taken is None else taken[rows]
+        more = {"targets": out, "WITHOUT": taken is not None}
+        kl_kernel[(len(logits_and_gradient[0]),)](*logits_and_gradient, **common, **more, **_DIVERGENCE)
+
+    sides = (hidden_live, weight_live, bias_live), (hidden_frozen, weight_frozen, bias_frozen)
+    return _two_sides(launch, *sides, temperature, row_weight, 1.0, options, needed)
 
 
 def linear_cross_entropy(
@@ -389,6 +456,62 @@ def linear_cross_entropy(
                 GATE=entropy_gate > 0,
                 GRADIENT=any(needed),
                 **_CROSS_ENTROPY,
+            )
+            gradients.add(rows, gradient)
+    return losses.sum(), *gradients.result()
+
+
+_Side = tuple[Tensor, Tensor, "Tensor | None"]
+"""Hidden states, the head's weight and its bias."""
+
+
+def _two_sides(
+    launch: Callable[..., None],
+    live_side: _Side,
+    frozen_side: _Side,
+    temperature: Tensor,
+    row_weight: Tensor,
+    unit: float,
+    options: LogitOptions,
+    needed: Needed,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sum of a divergence's rows and its gradients, which are what the kernel stores over ``unit``.
+
+    Products of a library make the logits of some rows, a kernel their gradients in the same memory.
+    """
+    (hidden_live, weight_live, bias_live), (hidden_frozen, *frozen_head) = live_side, frozen_side
+    tokens = hidden_live.shape[0]
+    temperature, row_weight = temperature.float().contiguous(), row_weight.float().contiguous()
+    factors = (row_weight * (options.scale / unit) / temperature).masked_fill(row_weight == 0, 0)
+    gradients = _Gradients(hidden_live, weight_live, bias_live, row_weight, factors, needed)
+    losses = torch.empty_like(row_weight)
+    live, frozen = _Head(weight_live, bias_live), _Head(*frozen_head)
+    with device_of(hidden_live):
+        size, (live_space, frozen_space) = _workspace(tokens, live.entries, 2, hidden_live.device)
+        for rows in slices(tokens, size):
+            live_logits = live.logits(hidden_live[rows], live_space)
+            frozen_logits = frozen.logits(hidden_frozen[rows], frozen_space)
+            gradient = gradients.instead_of(live_logits, live_space)
+            launch(
+                rows,
+                live_logits,
+                frozen_logits,
+                gradient,
+                bias_live=losses if live.bias is None else live.bias,
+                bias_frozen=losses if frozen.bias is None else frozen.bias,
+                temperature=temperature[rows],
+                row_weight=row_weight[rows],
+                losses=losses[rows],
+                entries=live.entries,
+                stride=live_logits.stride(0),
+                gradient_stride=gradient.stride(0),
+                scale=options.scale,
+                softcap=float(options.softcap or 0),
+                lift=gradients.lift,
+                BIAS_LIVE=live.bias is not None,
+                BIAS_FROZEN=frozen.bias is not None,
+                CAP=options.softcap is not None,
+                GRADIENT=any(needed),
             )
             gradients.add(rows, gradient)
     return losses.sum(), *gradients.result()

@@ -119,14 +119,14 @@ def test_merge(name: str, architecture: int) -> None:
 @pytest.mark.parametrize(
     ("gradient", "head"), [("*bf16", "plain"), ("*bf16", RICH), ("*fp16", RICH), ("*fp32", RICH), (None, RICH)]
 )
-@pytest.mark.parametrize("loss", ["cross_entropy", "jsd"])
+@pytest.mark.parametrize("loss", ["cross_entropy", "jsd", "kl"])
 def test_losses(loss: str, gradient: str | None, architecture: int, head: str) -> None:
     kernel = getattr(information_gain_rows, f"{loss}_kernel")
     names = ("logits", "live", "frozen", "bias", "bias_live", "bias_frozen", "temperature", "row_weight", "losses")
     types = {**dict.fromkeys(names, "*fp32"), "gradient": gradient or "*fp32", "stride": "i32:16"}
     biases = {f"BIAS{side}": HEADS[head]["BIAS"] for side in ("", "_LIVE", "_FROZEN")}
-    tiling = {"cross_entropy": information_gain_rows._CROSS_ENTROPY, "jsd": information_gain_rows._JSD}[loss]
-    options = {**tiling, **biases, "CAP": HEADS[head]["CAP"], "GATE": head == RICH}
+    tiling = information_gain_rows._CROSS_ENTROPY if loss == "cross_entropy" else information_gain_rows._DIVERGENCE
+    options = {**tiling, **biases, "CAP": HEADS[head]["CAP"], "GATE": head == RICH, "WITHOUT": head == RICH}
     options["GRADIENT"] = gradient is not None
     types["gradient_stride"] = "i32:16"
     compiled, usage = build(kernel, architecture, types, **options)

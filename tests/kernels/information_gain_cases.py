@@ -23,6 +23,7 @@ from cit_fast import backend
 from cit_fast.errors import BackendError, DataError
 from cit_fast.ops import (
     linear_cross_entropy,
+    linear_kl_divergence,
     masked_jsd,
     token_gain,
     token_gain_from_statistics,
@@ -65,7 +66,7 @@ def tiles_that_make_many_programs(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         monkeypatch.setattr(kernels, "_tiles", lambda blocks, tiles, processors: 5)
         monkeypatch.setitem(row_kernels._CROSS_ENTROPY, "BLOCK", 512)
-        monkeypatch.setitem(row_kernels._JSD, "BLOCK", 512)
+        monkeypatch.setitem(row_kernels._DIVERGENCE, "BLOCK", 512)
 
 
 def make(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -144,6 +145,9 @@ def gradients_close(got: list[Tensor], exact: list[Tensor], bound: float, dtype:
         close(value, right, unit * float(right.abs().max()) + 1e-7, f"gradient {list(right.shape)} {value.dtype}")
 
 
+DIVERGENCES = {"jsd": masked_jsd, "kl": linear_kl_divergence, "kl of the rest": linear_kl_divergence}
+
+
 def loss_and_gradients(loss_of: Callable[..., Tensor], *inputs: Tensor | None) -> tuple[Tensor, list[Tensor]]:
     leaves = [None if each is None else each.detach().clone().requires_grad_() for each in inputs]
     loss = loss_of(*leaves)
@@ -152,19 +156,28 @@ def loss_and_gradients(loss_of: Callable[..., Tensor], *inputs: Tensor | None) -
 
 @pytest.mark.parametrize(("dtype", "head"), KINDS, ids=str)
 @pytest.mark.parametrize(("tokens", "d", "vocabulary"), LOSS_SHAPES)
-def test_masked_jsd(
-    tokens: int, d: int, vocabulary: int, dtype: torch.dtype, head: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_divergences(
+    divergence: str,
+    tokens: int,
+    d: int,
+    vocabulary: int,
+    dtype: torch.dtype,
+    head: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(row_kernels, "_WORKSPACE", 1 << 16)  # several chunks of rows
     options = options_of(head, vocabulary)
     bias = options.pop("bias")
     live, weight = make(tokens, d, seed=1, dtype=dtype), make(vocabulary, d, seed=3, dtype=dtype)
     frozen, weight_frozen = make(tokens, d + 3, seed=2, dtype=dtype), make(vocabulary, d + 3, seed=4, dtype=dtype)
+    if divergence == "kl of the rest":
+        options["targets"] = (torch.arange(tokens, device=DEVICE) * 7) % vocabulary
     temperature = 1 + torch.rand(tokens, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     row_weight = torch.rand(tokens, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     (loss, gradients), (exact, exact_gradients) = both(
         lambda to: loss_and_gradients(
-            lambda hidden, head, bias: masked_jsd(
+            lambda hidden, head, bias: DIVERGENCES[divergence](
                 *(hidden, to(frozen), head, to(weight_frozen), to(temperature), to(row_weight)),
                 bias_live=bias,
                 bias_frozen=None if bias is None else bias.detach().flip(0),
@@ -209,6 +222,7 @@ def test_only_what_is_needed(needed: tuple[bool, bool]) -> None:
     live, frozen, weight = make(9, 6), make(9, 6, seed=1), make(300, 6)
     for loss_of in (
         lambda hidden, head: masked_jsd(hidden, frozen, head, weight, 1.5),
+        lambda hidden, head: linear_kl_divergence(hidden, frozen, head, weight),
         lambda hidden, head: linear_cross_entropy(hidden, head, torch.arange(9, device=DEVICE)),
     ):
         with backend("triton"):
@@ -341,6 +355,8 @@ def test_extreme_logits() -> None:
         assert gain.kl_full_masked.tolist() == pytest.approx([2e4, 2e4], rel=1e-6)
         assert gain.log_prob_full.tolist() == pytest.approx([0.0, -2e4], rel=1e-6)
         assert masked_jsd(full, -full, weight, weight, 1.0).item() == pytest.approx(1.0, rel=1e-6)
+        assert linear_kl_divergence(full, -full, weight, weight).item() == pytest.approx(2e4, rel=1e-6)
+        assert linear_kl_divergence(full, -full, weight, weight, targets=targets).item() == 0
         assert linear_cross_entropy(full, weight, targets).item() == pytest.approx(1e4, rel=1e-6)
 
 
@@ -348,9 +364,11 @@ def test_equal_contexts_gain_nothing() -> None:
     hidden, weight = make(40, 20), make(500, 20)
     with backend("triton"):
         gain = token_gain(hidden, hidden, weight, torch.arange(40, device=DEVICE))
-        loss, (of_hidden,) = loss_and_gradients(lambda x: masked_jsd(x, hidden, weight, weight, 1.3), hidden)
-    for value in (gain.probability_gain, gain.kl_full_masked, gain.kl_masked_full, loss, of_hidden):
-        assert not value.any()
+        none = [gain.probability_gain, gain.kl_full_masked, gain.kl_masked_full]
+        for divergence in (masked_jsd, linear_kl_divergence):
+            loss, gradients = loss_and_gradients(lambda x, of=divergence: of(x, hidden, weight, weight, 1.3), hidden)
+            none += [loss, *gradients]
+    assert not any(value.any() for value in none)
 
 
 def test_nearly_equal_sides_keep_their_digits() -> None:
@@ -383,7 +401,15 @@ def test_a_bias_of_minus_infinity_takes_tokens_out() -> None:
         def cross_entropy(hidden: Tensor, head: Tensor, bias: Tensor, index: Tensor) -> Tensor:
             return linear_cross_entropy(hidden, head, index[targets], bias=bias)
 
-        for loss_of in (jsd, cross_entropy):
+        def kl(hidden: Tensor, head: Tensor, bias: Tensor, index: Tensor) -> Tensor:
+            return linear_kl_divergence(
+                *(hidden, masked, head, head.detach(), 1.5),
+                targets=index[targets],
+                bias_live=bias,
+                bias_frozen=bias,
+            )
+
+        for loss_of in (jsd, kl, cross_entropy):
             many, many_gradients = loss_and_gradients(partial(loss_of, bias=bias, index=kept), full, weight)
             index = torch.arange(3, device=DEVICE)
             right, right_gradients = loss_and_gradients(partial(loss_of, bias=few_bias, index=index), full, few)
@@ -403,6 +429,8 @@ def test_nan_is_seen() -> None:
             expected = [] if name in ("log_prob_masked", "entropy_masked") else [17]
             assert value.isnan().nonzero().flatten().tolist() == expected, name
         assert masked_jsd(full, masked, weight, weight, 1.5).isnan()
+        assert linear_kl_divergence(full, masked, weight, weight).isnan()
+        assert linear_kl_divergence(full, masked, weight, weight, targets=targets).isnan()
         assert linear_cross_entropy(full, weight, targets).isnan()
 
 
@@ -422,6 +450,7 @@ def test_padding_may_hold_anything(dtype: torch.dtype) -> None:
                 lambda x, head, temperature=temperature: (
                     linear_cross_entropy(x, head, targets, kept)
                     + masked_jsd(x, frozen, head, weight, temperature, kept)
+                    + linear_kl_divergence(x, frozen, head, weight, temperature, kept, targets)
                 ),
                 hidden,
                 weight,
@@ -461,6 +490,7 @@ def test_the_same_call_gives_the_same_bits() -> None:
         out = list(token_gain(full, masked, weight, targets))
         for loss_of in (
             lambda hidden, head: masked_jsd(hidden, masked, head, weight, 1.5),
+            lambda hidden, head: linear_kl_divergence(hidden, masked, head, weight, targets=targets),
             lambda hidden, head: linear_cross_entropy(hidden, head, targets),
         ):
             loss, gradients = loss_and_gradients(loss_of, full, weight)

@@ -14,6 +14,7 @@ from cit_fast.errors import ConfigError, DataError
 from cit_fast.ops.information_gain import (
     key_part_information_gain,
     linear_cross_entropy,
+    linear_kl_divergence,
     masked_jsd,
     token_gain,
 )
@@ -69,12 +70,30 @@ def opcheck_arguments() -> list[tuple[str, tuple[object, ...]]]:
                 False,
             ),
         ),
+        (
+            "linear_kl_divergence",
+            (live, frozen, weight, weight.clone(), row, row.clone(), *[None] * 4, 1.0, *[False] * 3),
+        ),
+        (
+            "linear_kl_divergence",
+            (
+                *(with_grad[0], frozen, with_grad[1], weight, row, row.clone(), torch.arange(4)),
+                *(with_grad[2], make(7), 2.0, 0.5, True, True, True),
+            ),
+        ),
+        (
+            "linear_kl_divergence",
+            (
+                *(turned, frozen.float(), head, weight.float(), row.float(), row.float(), torch.arange(4)),
+                *(None, None, None, 1.0, True, True, False),
+            ),
+        ),
         # The reference, with a head whose rows it takes as columns.
         ("linear_cross_entropy", (turned, flat, torch.arange(4), row.float(), None, None, 1.0, 1.0, True, True, False)),
     ]
 
 
-@pytest.mark.parametrize("case", range(11))
+@pytest.mark.parametrize("case", range(14))
 def test_opcheck(case: int) -> None:
     name, arguments = opcheck_arguments()[case]
     torch.library.opcheck(getattr(torch.ops.cit_fast, name).default, arguments)
@@ -91,6 +110,7 @@ def test_compile_without_a_graph_break() -> None:
         return (
             masked_jsd(hidden * 2, frozen, head, weight, temperature, scale=0.5)
             + linear_cross_entropy(hidden, head, targets)
+            + linear_kl_divergence(hidden, frozen, head, weight, 2.0, targets=targets)
             + hidden.sum()
         )
 
@@ -152,6 +172,12 @@ OFFSETS = torch.tensor([0, 3])
         (lambda: masked_jsd(H, H, W, W, 1.0, torch.ones(2)), DataError,
          r"row_weight is \[2\]; expected \[3\], one per row"),
         (lambda: masked_jsd(H[:0], H[:0], W, W, 1.0), DataError, r"no tokens, so there is no mean"),
+        (lambda: linear_kl_divergence(H, H[:2], W, W), DataError, r"linear_kl_divergence: 3 live and 2 frozen tokens"),
+        (lambda: linear_kl_divergence(H, H, W, W, -1.0), DataError, r"temperature is -1.0; expected a positive"),
+        (lambda: linear_kl_divergence(H, H, W, W, torch.zeros(3)), DataError, r"temperature\[0\] is 0.0"),
+        (lambda: linear_kl_divergence(H, H, W, W, targets=TARGETS[:2]), DataError, r"targets is \[2\] torch.int64"),
+        (lambda: linear_kl_divergence(H, H, W, W, targets=TARGETS + 3), DataError, r"targets\[2\] is 5; expected a"),
+        (lambda: linear_kl_divergence(H, H, W, W, targets=TARGETS.to("meta")), DataError, r"targets is on meta"),
         (lambda: linear_cross_entropy(H, W[:, :3], TARGETS), DataError, r"linear_cross_entropy: hidden is \[3, 4\]"),
         (lambda: linear_cross_entropy(H, W, TARGETS[:2]), DataError, r"targets is \[2\] torch.int64; expected \[3\]"),
         (lambda: linear_cross_entropy(H, W, TARGETS + 3), DataError, r"targets\[2\] is 5; expected a token"),

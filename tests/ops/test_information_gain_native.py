@@ -16,6 +16,7 @@ import cit_fast
 from cit_fast.errors import BackendError, DataError
 from cit_fast.ops import (
     linear_cross_entropy,
+    linear_kl_divergence,
     masked_jsd,
     token_gain,
     token_gain_from_statistics,
@@ -96,6 +97,9 @@ def test_token_gain(tokens: int, d: int, vocabulary: int, dtype: torch.dtype, he
         close(value, right, bound * (1 if "prob" in name else 1 + float(right.abs().max())), name)
 
 
+DIVERGENCES = {"jsd": masked_jsd, "kl": linear_kl_divergence, "kl of the rest": linear_kl_divergence}
+
+
 def gradients_of(loss: Tensor, *inputs: Tensor | None) -> list[Tensor]:
     return list(torch.autograd.grad(loss, [each for each in inputs if each is not None]))
 
@@ -112,7 +116,10 @@ def close_gradients(got: list[Tensor], exact: list[Tensor], bound: float) -> Non
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("tokens", "d", "vocabulary"), SHAPES)
 @pytest.mark.parametrize("shared", [True, False], ids=["one head", "two heads"])
-def test_masked_jsd(tokens: int, d: int, vocabulary: int, dtype: torch.dtype, head: str, shared: bool) -> None:
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_divergences(
+    tokens: int, d: int, vocabulary: int, dtype: torch.dtype, head: str, shared: bool, divergence: str
+) -> None:
     options = options_of(head, vocabulary)
     bias = options.pop("bias")
     live, weight = make(tokens, d, seed=1, dtype=dtype), make_head(vocabulary, d, 3, dtype)
@@ -124,7 +131,10 @@ def test_masked_jsd(tokens: int, d: int, vocabulary: int, dtype: torch.dtype, he
     def run(convert: Callable[[object], object]) -> tuple[Tensor, list[Tensor]]:
         inputs = [None if x is None else convert(x).detach().requires_grad_() for x in (live, weight, bias)]
         rest = [convert(x).detach() for x in (frozen, weight_frozen, temperature, row_weight)]
-        loss = masked_jsd(inputs[0], rest[0], inputs[1], rest[1], *rest[2:], bias_live=inputs[2], **options)
+        more = {**options, "bias_live": inputs[2]}
+        if divergence == "kl of the rest":
+            more["targets"] = (torch.arange(tokens) * 7) % vocabulary
+        loss = DIVERGENCES[divergence](inputs[0], rest[0], inputs[1], rest[1], *rest[2:], **more)
         return loss, gradients_of(loss, *inputs)
 
     with cit_fast.backend("native"):
@@ -187,6 +197,9 @@ def test_what_must_hold_whatever_the_input(tokens: int, d: int, vocabulary: int,
     jsd = masked_jsd(full, masked, weight, weight, 1.5).item()
     assert -1e-6 <= jsd <= 1 + 1e-6
     assert jsd == pytest.approx(masked_jsd(masked, full, weight, weight, 1.5).item(), abs=1e-5)
+    kl = linear_kl_divergence(masked, full, weight, weight).item()
+    assert kl == pytest.approx(gain.kl_full_masked.mean().item(), rel=1e-5, abs=1e-5 * size)
+    assert linear_kl_divergence(masked, full, weight, weight, targets=targets).item() >= -1e-5 * size
 
 
 # --- the same bits whatever the number of threads, the neighbours and the memory ---
@@ -204,6 +217,7 @@ def everything(tokens: int, dtype: torch.dtype, take: slice = slice(None)) -> li
     for loss_of in (
         lambda hidden, head: masked_jsd(hidden, masked, head, weight, 1.5, row_weight),
         lambda hidden, head: linear_cross_entropy(hidden, head, targets, row_weight),
+        lambda hidden, head: linear_kl_divergence(hidden, masked, head, weight, 1.5, row_weight, targets),
     ):
         inputs = [each.clone().requires_grad_() for each in (full, weight)]
         loss = loss_of(*inputs)
@@ -226,12 +240,12 @@ def test_bits_do_not_depend_on_threads(dtype: torch.dtype, with_threads: Callabl
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bits_of_a_token_do_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
     together, alone = everything(150, dtype), everything(150, dtype, slice(37, 60))
-    for index in (*range(7), 8 + 2, 12 + 2):  # what belongs to a token: gains, gradients of hidden states
+    for index in (*range(7), 8 + 2, 12 + 2, 16 + 2):  # what belongs to a token: gains, gradients of hidden states
         assert torch.equal(together[index][37:60], alone[index])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("loss", ["jsd", "cross-entropy"])
+@pytest.mark.parametrize("loss", ["jsd", "kl", "cross-entropy"])
 def test_each_gradient_alone_is_the_one_among_others(loss: str, dtype: torch.dtype) -> None:
     # What else is wanted decides how many tokens make a chunk.
     tokens, d, vocabulary = 50, 40, 2100
@@ -243,6 +257,10 @@ def test_each_gradient_alone_is_the_one_among_others(loss: str, dtype: torch.dty
         with cit_fast.backend("native"):
             if loss == "jsd":
                 out = masked_jsd(hidden, frozen, weight, values[1], 1.5, bias_live=bias, softcap=5.0)
+            elif loss == "kl":
+                out = linear_kl_divergence(
+                    hidden, frozen, weight, values[1], 1.5, targets=targets, bias_live=bias, softcap=5.0
+                )
             else:
                 out = linear_cross_entropy(hidden, weight, targets, bias=bias, softcap=5.0)
         return list(torch.autograd.grad(out, [x for x in (hidden, weight, bias) if x.requires_grad]))
@@ -264,6 +282,7 @@ def test_no_tokens(dtype: torch.dtype) -> None:
         gain = token_gain(hidden, hidden, weight, none.long())
         loss = masked_jsd(hidden, hidden, weight, weight, 1.5, none)
         loss = loss + linear_cross_entropy(hidden, weight, none.long(), none)
+        loss = loss + linear_kl_divergence(hidden, hidden, weight, weight, 1.5, none, none.long())
     loss.backward()
     assert [each.shape for each in gain] == [(0,)] * 7
     assert loss == 0
@@ -315,6 +334,8 @@ def test_extreme_logits() -> None:
         assert gain.kl_full_masked.tolist() == [2e4, 2e4]
         assert gain.log_prob_full.tolist() == [0.0, -2e4]
         assert masked_jsd(full, -full, weight, weight, 1.0).item() == 1.0
+        assert linear_kl_divergence(full, -full, weight, weight).item() == 2e4
+        assert linear_kl_divergence(full, -full, weight, weight, targets=torch.tensor([0, 1])).item() == 0
         assert linear_cross_entropy(full, weight, torch.tensor([0, 0])).item() == 1e4
         huge = token_gain(full * 1e30, full, weight, torch.tensor([0, 1]))
         assert huge.log_prob_full.tolist() == [0.0, 0.0]
@@ -334,6 +355,9 @@ def test_a_bias_of_minus_infinity_takes_tokens_out() -> None:
         for loss_of in (
             lambda hidden, head, bias, index: masked_jsd(
                 hidden, masked, head, head.detach(), 1.5, bias_live=bias, bias_frozen=bias
+            ),
+            lambda hidden, head, bias, index: linear_kl_divergence(
+                hidden, masked, head, head.detach(), 1.5, targets=index[targets], bias_live=bias, bias_frozen=bias
             ),
             lambda hidden, head, bias, index: linear_cross_entropy(hidden, head, index[targets], bias=bias),
         ):
@@ -359,6 +383,8 @@ def test_nan_is_seen() -> None:
         assert not gain.log_prob_masked.isnan().any()
         for loss in (
             masked_jsd(full, masked, weight, weight, 1.5),
+            linear_kl_divergence(full, masked, weight, weight),
+            linear_kl_divergence(full, masked, weight, weight, targets=torch.arange(40)),
             linear_cross_entropy(full, weight, torch.arange(40)),
         ):
             assert loss.isnan()
@@ -376,9 +402,9 @@ def test_padding_may_hold_anything() -> None:
                 hidden[kept == 0], frozen[kept == 0] = math.nan, math.inf
                 targets[kept == 0] = -100
             inputs = hidden.clone().requires_grad_()
-            loss = linear_cross_entropy(inputs, weight, targets, kept) + masked_jsd(
-                inputs, frozen, weight, weight, torch.where(kept == 0, math.nan if dirty else 1.0, 1.5), kept
-            )
+            sides = inputs, frozen, weight, weight, torch.where(kept == 0, math.nan if dirty else 1.0, 1.5), kept
+            loss = linear_cross_entropy(inputs, weight, targets, kept) + masked_jsd(*sides)
+            loss = loss + linear_kl_divergence(*sides, targets)
             got = (loss.detach(), *torch.autograd.grad(loss, inputs))
             if not dirty:
                 clean = got

@@ -49,11 +49,21 @@ def masked_jsd(case: dict[str, torch.Tensor], chunk_size: int | None = None) -> 
     )
 
 
+def linear_kl_divergence(case: dict[str, torch.Tensor], chunk_size: int | None = None) -> tuple[torch.Tensor, ...]:
+    return reference.linear_kl_divergence(
+        *(case["hidden"], case["other"], case["weight"], case["weight"] * 2, case["temperature"], case["row_weight"]),
+        *(case["targets"], case["bias"], None, LogitOptions(4.0, 0.5), Needed(True, True, True), chunk_size),
+    )
+
+
 @pytest.mark.parametrize("chunk_size", [1, 2, 4, 9, 1000])
 def test_chunk_size_changes_nothing(chunk_size: int) -> None:
     case = random_case()
     torch.testing.assert_close(token_gain(case, chunk_size), token_gain(case), rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(masked_jsd(case, chunk_size), masked_jsd(case), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        linear_kl_divergence(case, chunk_size), linear_kl_divergence(case), rtol=1e-12, atol=1e-14
+    )
 
 
 def test_default_chunk_follows_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:

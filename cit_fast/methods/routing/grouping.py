@@ -61,8 +61,8 @@ class GroupingRouter(SavedRouter):
             of these" must keep out; without any, it follows from known prompts alone.
         linkage: ``"mean"`` over all pairs (the authors' code), or ``"max"``: of each text its most similar stored
             instruction counts (the paper), and then the mean over the texts.
-        start: how a new set starts: ``"random"`` (the paper), or ``"previous"``, from the set trained last (the
-            authors' code).
+        start: how a new set starts: ``"random"`` (the paper); ``"previous"``, from the set trained last (the authors'
+            code); or ``"nearest"``, from the most similar one.
 
     Raises:
         ConfigError: an option out of range or unknown.
@@ -126,7 +126,7 @@ class GroupingRouter(SavedRouter):
         name = best if best is not None and reused else self._new_set(stage.task)
         stored = self._codebook.setdefault(name, [])
         stored += [text for text in instructions if text not in stored]
-        start_from = self._latest if self.start == "previous" and not reused else None
+        start_from = None if reused else {"random": None, "previous": self._latest, "nearest": best}[self.start]
         self._latest = name
         return Assignment(name, scores, self.threshold, start_from=start_from)
 

@@ -17,8 +17,8 @@ from cit_fast.models.adapter_bank import BASE
 
 FORMAT_VERSION = 2
 Reads = Literal["prompt", "instruction"]
-SetStart = Literal["random", "previous"]
-"""How a new set starts: as ``adapter`` configures it, or from the set trained last."""
+SetStart = Literal["random", "previous", "nearest"]
+"""How a new set starts: as ``adapter`` configures it, from the set trained last, or from the most similar task's."""
 _Self = TypeVar("_Self", bound="SavedRouter")
 
 
@@ -155,10 +155,10 @@ def check_start(start: str) -> None:
     """Refuse what is no :data:`SetStart`.
 
     Raises:
-        ConfigError: neither ``"random"`` nor ``"previous"``.
+        ConfigError: another word.
     """
-    if start not in ("random", "previous"):
-        raise ConfigError(f"start: {start!r} is unknown; expected random or previous")
+    if start not in ("random", "previous", "nearest"):
+        raise ConfigError(f"start: {start!r} is unknown; expected random, previous or nearest")
 
 
 def check_reads(reads: str) -> None:

@@ -148,7 +148,8 @@ class SwitchTokensRouter(SavedRouter):
         reject_reworded: the same of known prompts in a wording that the task is not known by.
         held_out: tasks that are never trained (built-in names, files, folders), whose prompts the threshold must keep
             out; without any, it follows from known prompts alone.
-        start: how a new set starts: ``"random"``, or ``"previous"``, from the set trained last.
+        start: how a new set starts: ``"random"``; ``"previous"``, from the set trained last; or ``"nearest"``, from the
+            set of the task which the network finds most likely of the new prompts, on average.
 
     Raises:
         ConfigError: an option out of range or unknown.
@@ -215,9 +216,18 @@ class SwitchTokensRouter(SavedRouter):
     def assign(self, stage: Stage) -> Assignment:
         """A new set."""
         self._rejection.unknown_prompts()  # what cannot be read is better known before anything is trained
-        latest = self.sets[-1] if self.sets and self.start == "previous" else None
+        start = self._start(stage)
         self._set_of[stage.task.name] = set_name(stage.task, self.sets)
-        return Assignment(self._set_of[stage.task.name], start_from=latest)
+        return Assignment(self._set_of[stage.task.name], start_from=start)
+
+    def _start(self, stage: Stage) -> str | None:
+        """The set that the new one starts from."""
+        if self._network is None or self.start == "random":
+            return None
+        if self.start == "previous":
+            return self.sets[-1]
+        likely = self._network(self._read(stage.task.train, stage)[0]).softmax(1).mean(0)
+        return self.sets[int(likely.argmax())]
 
     def learn(self, stage: Stage) -> Learned:
         """Train the switch network anew, now that the new task has a set.

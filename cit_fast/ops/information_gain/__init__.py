@@ -2,7 +2,8 @@
 
 ``token_gain`` compares two contexts of the same answer token by token, ``key_part_information_gain`` sums the
 result over each example, ``masked_jsd`` is the loss that keeps the masked predictions near those of an
-earlier model and ``linear_cross_entropy`` the one of the full instruction. None of them returns logits. They
+earlier model and ``linear_cross_entropy`` the one of the full instruction; ``linear_kl_divergence`` is the usual
+distance to an earlier model. None of them returns logits. They
 see the head as ``logits = cap(scale * (hidden @ weight.T + bias))`` with
 ``cap(z) = softcap * tanh(z / softcap)``, or z itself where ``softcap`` is None.
 
@@ -38,6 +39,7 @@ __all__ = [
     "TokenGain",
     "key_part_information_gain",
     "linear_cross_entropy",
+    "linear_kl_divergence",
     "masked_jsd",
     "token_gain",
     "token_gain_from_statistics",
@@ -229,41 +231,8 @@ def masked_jsd(
     Source: L_JSD of KPIG (arXiv 2403.10056), whose temperature for each example is 2 - min(G, 1). The paper divides
     probabilities; here the logits are divided, with base-2 logarithms.
     """
-    check_head("masked_jsd", hidden_live, weight_live, bias_live, softcap, scale, "_live")
-    check_head("masked_jsd", hidden_frozen, weight_frozen, bias_frozen, softcap, scale, "_frozen")
-    if hidden_frozen.shape[0] != hidden_live.shape[0] or weight_frozen.shape[0] != weight_live.shape[0]:
-        raise DataError(
-            f"masked_jsd: {hidden_live.shape[0]} live and {hidden_frozen.shape[0]} frozen tokens, "
-            f"{weight_live.shape[0]} live and {weight_frozen.shape[0]} frozen vocabulary entries; "
-            f"expected the same number of each"
-        )
-    rows = hidden_live.shape[0]
-    dtype = reference.accumulation_dtype(hidden_live, hidden_frozen, weight_live, weight_frozen, bias_live, bias_frozen)
-    if isinstance(temperature, Tensor):
-        check_row_vector("masked_jsd", "temperature", temperature, rows, or_scalar=True)
-        temperature = temperature.detach().to(dtype).expand(rows)
-    elif temperature > 0 and math.isfinite(temperature):
-        temperature = hidden_live.new_full((rows,), temperature, dtype=dtype)
-    else:
-        raise DataError(f"masked_jsd: temperature is {temperature}; expected a positive number")
-    if row_weight is not None:
-        check_row_vector("masked_jsd", "row_weight", row_weight, rows)
-        row_weight = row_weight.detach().to(dtype)
-    elif rows == 0:
-        raise DataError("masked_jsd: no tokens, so there is no mean; pass at least one row, or a row_weight")
-    else:
-        row_weight = hidden_live.new_full((rows,), 1 / rows, dtype=dtype)
-    check_device(
-        "masked_jsd",
-        hidden_live,
-        hidden_frozen=hidden_frozen,
-        weight_live=weight_live,
-        weight_frozen=weight_frozen,
-        temperature=temperature,
-        row_weight=row_weight,
-        bias_live=bias_live,
-        bias_frozen=bias_frozen,
-    )
+    live, frozen = (hidden_live, weight_live, bias_live), (hidden_frozen, weight_frozen, bias_frozen)
+    temperature, row_weight = _two_sides("masked_jsd", live, frozen, temperature, row_weight, softcap, scale)
     recording = torch.is_grad_enabled()
     loss: Tensor = library.masked_jsd(
         hidden_live,
@@ -280,6 +249,114 @@ def masked_jsd(
         recording and bias_live is not None and bias_live.requires_grad,
     )[0]
     return loss
+
+
+def linear_kl_divergence(
+    hidden_live: Tensor,
+    hidden_frozen: Tensor,
+    weight_live: Tensor,
+    weight_frozen: Tensor,
+    temperature: Tensor | float = 1.0,
+    row_weight: Tensor | None = None,
+    targets: Tensor | None = None,
+    *,
+    bias_live: Tensor | None = None,
+    bias_frozen: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """Kullback-Leibler divergence KL(q || p), in nats, of a live model's predictions p from a frozen model's q.
+
+    The gradient goes to the live side only, as in :func:`masked_jsd`, and is computed in the forward pass.
+
+    Args:
+        hidden_live, hidden_frozen, weight_live, weight_frozen, temperature, row_weight: As in :func:`masked_jsd`.
+        targets: [T] int32 or int64, in [0, V), or None. Given: each row's divergence is between the predictions of the
+            other tokens, q_i / (1 - q_y) and p_i / (1 - p_y) for i unlike y, which leaves the probability of the target
+            itself free. Rows of weight 0 may hold any.
+        bias_live, bias_frozen, softcap, scale: As in :func:`masked_jsd`.
+
+    Returns:
+        0-dim, float32 (float64 where an input is), at least 0 but for rounding.
+
+    Raises:
+        DataError: Shapes, dtypes or devices do not fit, there is no row to take the mean of, a temperature is not
+            positive, or a target is outside the vocabulary.
+        ConfigError: ``softcap`` or ``scale`` is out of range.
+
+    Source: Knowledge distillation (Hinton et al., arXiv 1503.02531) as in learning without forgetting (Li and Hoiem,
+    arXiv 1606.09282), whose loss also has the factor temperature^2; over the other tokens: arXiv 2605.29498.
+    """
+    op = "linear_kl_divergence"
+    live, frozen = (hidden_live, weight_live, bias_live), (hidden_frozen, weight_frozen, bias_frozen)
+    temperature, row_weight = _two_sides(op, live, frozen, temperature, row_weight, softcap, scale)
+    if targets is not None:
+        check_index(op, "targets", targets, hidden_live.shape[0], "one per row of the hidden states")
+        check_device(op, hidden_live, targets=targets)
+    recording = torch.is_grad_enabled()
+    loss: Tensor = library.linear_kl_divergence(
+        hidden_live,
+        hidden_frozen.detach(),
+        weight_live,
+        weight_frozen.detach(),
+        temperature,
+        row_weight,
+        targets,
+        bias_live,
+        None if bias_frozen is None else bias_frozen.detach(),
+        *LogitOptions(softcap, float(scale)),
+        recording and hidden_live.requires_grad,
+        recording and weight_live.requires_grad,
+        recording and bias_live is not None and bias_live.requires_grad,
+    )[0]
+    return loss
+
+
+def _two_sides(
+    op: str,
+    live: tuple[Tensor, Tensor, Tensor | None],
+    frozen: tuple[Tensor, Tensor, Tensor | None],
+    temperature: Tensor | float,
+    row_weight: Tensor | None,
+    softcap: float | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Check hidden states, weight and bias of both sides; temperatures and weights of the rows, [T] each."""
+    check_head(op, *live, softcap, scale, "_live")
+    check_head(op, *frozen, softcap, scale, "_frozen")
+    rows, entries = (tuple(side[k].shape[0] for side in (live, frozen)) for k in (0, 1))
+    if rows[0] != rows[1] or entries[0] != entries[1]:
+        raise DataError(
+            f"{op}: {rows[0]} live and {rows[1]} frozen tokens, {entries[0]} live and {entries[1]} frozen vocabulary "
+            f"entries; expected the same number of each"
+        )
+    count, dtype = rows[0], reference.accumulation_dtype(*live, *frozen)
+    if isinstance(temperature, Tensor):
+        check_row_vector(op, "temperature", temperature, count, or_scalar=True)
+        temperature = temperature.detach().to(dtype).expand(count)
+    elif temperature > 0 and math.isfinite(temperature):
+        temperature = live[0].new_full((count,), temperature, dtype=dtype)
+    else:
+        raise DataError(f"{op}: temperature is {temperature}; expected a positive number")
+    if row_weight is not None:
+        check_row_vector(op, "row_weight", row_weight, count)
+        row_weight = row_weight.detach().to(dtype)
+    elif count == 0:
+        raise DataError(f"{op}: no tokens, so there is no mean; pass at least one row, or a row_weight")
+    else:
+        row_weight = live[0].new_full((count,), 1 / count, dtype=dtype)
+    check_device(
+        op,
+        live[0],
+        hidden_frozen=frozen[0],
+        weight_live=live[1],
+        weight_frozen=frozen[1],
+        temperature=temperature,
+        row_weight=row_weight,
+        bias_live=live[2],
+        bias_frozen=frozen[2],
+    )
+    return temperature, row_weight
 
 
 def linear_cross_entropy(

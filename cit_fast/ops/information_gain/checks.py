@@ -98,6 +98,16 @@ def check_targets(op: str, targets: Tensor, vocabulary: int, row_weight: Tensor 
         raise DataError(f"{op}: targets[{row}] is {int(targets[row])}; expected a token in [0, {vocabulary})")
 
 
+def check_temperature(op: str, temperature: Tensor, row_weight: Tensor) -> None:
+    """On CPU tensors only; rows of weight 0 may hold any."""
+    if temperature.device.type != "cpu":
+        return
+    wrong = (~((temperature > 0) & temperature.isfinite()) & (row_weight != 0)).nonzero()
+    if len(wrong):
+        row = int(wrong[0])
+        raise DataError(f"{op}: temperature[{row}] is {float(temperature[row])}; expected a positive number")
+
+
 def check_contexts(
     op: str,
     hidden_full: Tensor,

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cit_fast.errors import CitFastError, DataError
+from cit_fast.errors import CitFastError
 from cit_fast.ops.backends import Backend, register_lazily, resolve
 from cit_fast.ops.information_gain import reference
-from cit_fast.ops.information_gain.checks import check_offsets, check_targets
+from cit_fast.ops.information_gain.checks import check_offsets, check_targets, check_temperature
 from cit_fast.ops.information_gain.native import kernels_cannot
 from cit_fast.ops.information_gain.reference import LogitOptions, Needed, TokenGain
 
@@ -141,11 +141,7 @@ def masked_jsd(
     *options: Any,
 ) -> tuple[Tensor, ...]:
     """See :func:`cit_fast.ops.masked_jsd`."""
-    if temperature.device.type == "cpu":
-        wrong = (~((temperature > 0) & temperature.isfinite()) & (row_weight != 0)).nonzero()
-        if len(wrong):
-            row = int(wrong[0])
-            raise DataError(f"masked_jsd: temperature[{row}] is {float(temperature[row])}; expected a positive number")
+    check_temperature("masked_jsd", temperature, row_weight)
     hidden_and_rows = (live, frozen, temperature, row_weight, bias_live, bias_frozen)
     heads = (weight_live, weight_frozen)
     run = resolve("masked_jsd", live.device, cannot=kernels_cannot(*hidden_and_rows, weights=heads))
@@ -198,6 +194,56 @@ masked_jsd.register_autograd(_jsd_backward, setup_context=_loss_setup)
 
 
 @torch.library.custom_op(
+    "cit_fast::linear_kl_divergence",
+    mutates_args=(),
+    schema="(Tensor hidden_live, Tensor hidden_frozen, Tensor weight_live, Tensor weight_frozen, Tensor temperature, "
+    "Tensor row_weight, Tensor? targets, Tensor? bias_live, Tensor? bias_frozen, "
+    f"{_LOGITS}, {_NEEDED}) -> {_GRADIENTS}",
+)
+def linear_kl_divergence(
+    live: Tensor,
+    frozen: Tensor,
+    weight_live: Tensor,
+    weight_frozen: Tensor,
+    temperature: Tensor,
+    row_weight: Tensor,
+    targets: Tensor | None,
+    bias_live: Tensor | None,
+    bias_frozen: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    """See :func:`cit_fast.ops.linear_kl_divergence`."""
+    check_temperature("linear_kl_divergence", temperature, row_weight)
+    if targets is not None:
+        check_targets("linear_kl_divergence", targets, weight_live.shape[0], row_weight)
+    hidden_and_rows = (live, frozen, temperature, row_weight, bias_live, bias_frozen)
+    heads = (weight_live, weight_frozen)
+    run = resolve("linear_kl_divergence", live.device, cannot=kernels_cannot(*hidden_and_rows, weights=heads))
+    with _full_precision(live):
+        out: tuple[Tensor, ...] = run(
+            *(live, frozen, *heads, temperature, row_weight, targets, bias_live, bias_frozen),
+            LogitOptions(*options[:-3]),
+            Needed(*options[-3:]),
+        )
+    return out
+
+
+@linear_kl_divergence.register_fake
+def _(live: Tensor, frozen: Tensor, weight_live: Tensor, weight_frozen: Tensor, *more: Any) -> tuple[Tensor, ...]:
+    bias_live, bias_frozen = more[3:5]
+    dtype = reference.accumulation_dtype(live, frozen, weight_live, weight_frozen, bias_live, bias_frozen)
+    return _fake_loss(live, weight_live, bias_live, Needed(*more[-3:]), dtype)
+
+
+def _kl_backward(ctx: Any, gradient: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+    hidden, weight, bias = _scaled_gradients(ctx, gradient)
+    return (hidden, None, weight, None, None, None, None, bias, *([None] * 6))
+
+
+linear_kl_divergence.register_autograd(_kl_backward, setup_context=_loss_setup)
+
+
+@torch.library.custom_op(
     "cit_fast::linear_cross_entropy",
     mutates_args=(),
     schema=f"(Tensor hidden, Tensor weight, Tensor targets, Tensor row_weight, Tensor? bias, {_LOGITS}, "
@@ -233,5 +279,5 @@ linear_cross_entropy.register_autograd(_cross_entropy_backward, setup_context=_l
 
 for _name in ("token_gain", "token_gain_statistics"):
     register_lazily(_name, Backend.TRITON, f"cit_fast.kernels.information_gain:{_name}")
-for _name in ("masked_jsd", "linear_cross_entropy"):
+for _name in ("masked_jsd", "linear_kl_divergence", "linear_cross_entropy"):
     register_lazily(_name, Backend.TRITON, f"cit_fast.kernels.information_gain_rows:{_name}")

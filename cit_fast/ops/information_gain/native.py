@@ -94,6 +94,43 @@ def _masked_jsd(
     return torch.tensor(loss, dtype=torch.float32), *_cast(gradients, hidden_live, weight_live, bias_live)
 
 
+@register("linear_kl_divergence", Backend.NATIVE)
+def _linear_kl_divergence(
+    hidden_live: Tensor,
+    hidden_frozen: Tensor,
+    weight_live: Tensor,
+    weight_frozen: Tensor,
+    temperature: Tensor,
+    row_weight: Tensor,
+    targets: Tensor | None,
+    bias_live: Tensor | None,
+    bias_frozen: Tensor | None,
+    options: LogitOptions,
+    needed: Needed,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from cit_fast import _native
+
+    live, frozen = rows_of(hidden_live), rows_of(hidden_frozen)
+    temperature, row_weight = temperature.float().contiguous(), row_weight.float().contiguous()
+    targets = None if targets is None else targets.long().contiguous()
+    bias_live_float, bias_frozen_float = _float(bias_live), _float(bias_frozen)
+    gradients = _empty_gradients(hidden_live, weight_live, needed)
+    loss = _native.linear_kl_divergence(
+        _matrix(live),
+        _matrix(frozen),
+        _matrix(weight_live),
+        _matrix(weight_frozen),
+        bias_live=_address(bias_live_float),
+        bias_frozen=_address(bias_frozen_float),
+        temperature=temperature.data_ptr(),
+        row_weight=row_weight.data_ptr(),
+        targets=_address(targets),
+        **_how(options),
+        gradients=_addresses(gradients, needed),
+    )
+    return torch.tensor(loss, dtype=torch.float32), *_cast(gradients, hidden_live, weight_live, bias_live)
+
+
 @register("linear_cross_entropy", Backend.NATIVE)
 def _linear_cross_entropy(
     hidden: Tensor,

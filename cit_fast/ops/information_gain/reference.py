@@ -12,6 +12,8 @@ its target:
     key_part_information_gain:  G = sum_{k=1..K} alpha^k (p(t_k) - q(t_k)) over one example's response
     masked_jsd:                 m = (p + q) / 2,  JSD = (KL(p||m) + KL(q||m)) / (2 ln 2), p and q at temperature beta
                                 d JSD / dz = p (log(p / m) - KL(p||m)) / (2 beta ln 2)
+    linear_kl_divergence:       KL(q||p) = sum q log(q / p),  d/dz = (p - q) / beta,  p and q at temperature beta; with
+                                targets over the other tokens alone
     linear_cross_entropy:       -g log p_t,  d/dz = g (p - onehot(t));  g = min(1, H(p) / ln 20)^gate, a constant
 
 Logits exist for a chunk of tokens at a time. Sums run in float32, in float64 where any input is float64.
@@ -243,40 +245,52 @@ def masked_jsd(
         The sum (0-dim) and the three gradients in the dtypes of their tensors; an empty tensor for each not
         needed.
     """
-    dtype = accumulation_dtype(hidden_live, hidden_frozen, weight_live, weight_frozen, bias_live, bias_frozen)
+    live, frozen = (hidden_live, weight_live, bias_live), (hidden_frozen, weight_frozen, bias_frozen)
+    dtype = accumulation_dtype(*live, *frozen)
     total = hidden_live.new_zeros((), dtype=dtype)
-    grad_hidden = hidden_live.new_empty(hidden_live.shape) if needed.hidden else hidden_live.new_empty(0)
-    grad_weight = weight_live.new_zeros(weight_live.shape if needed.weight else (0,), dtype=dtype)
-    grad_bias = weight_live.new_zeros(weight_live.shape[0] if needed.bias else 0, dtype=dtype)
-
-    for rows in _chunks(hidden_live.shape[0], weight_live.shape[0], chunk_size):
-        beta, share = temperature[rows, None].to(dtype), row_weight[rows, None].to(dtype)
-        # A row of weight 0 is padding: whatever its hidden state and temperature hold, it adds nothing.
-        beta = beta.masked_fill(share == 0, 1)
-        live = hidden_live[rows].to(dtype).masked_fill(share == 0, 0)
-        frozen = hidden_frozen[rows].to(dtype).masked_fill(share == 0, 0)
-        logits = _logits(live, weight_live, bias_live, options)
-        log_p = (logits / beta).log_softmax(dim=1)
-        log_q = (_logits(frozen, weight_frozen, bias_frozen, options) / beta).log_softmax(dim=1)
+    sums = _GradientSums(*live, dtype, needed)
+    for rows, share, beta, logits, log_p, log_q in _two_sides(
+        live, frozen, temperature, row_weight, options, chunk_size
+    ):
         p, q = log_p.exp(), log_q.exp()
         log_p_over_m, log_q_over_m = _log_over_mean(log_q - log_p), _log_over_mean(log_p - log_q)
         kl_pm, kl_qm = _expectation(p, log_p_over_m), _expectation(q, log_q_over_m)
         total += (share[:, 0] * (kl_pm + kl_qm)).sum() / (2 * math.log(2))
-
         if any(needed):
             gradient = torch.where(p > 0, p * (log_p_over_m - kl_pm[:, None]), 0)
-            gradient *= share / (2 * math.log(2) * beta) * options.scale
-            if options.softcap is not None:
-                gradient *= 1 - (logits / options.softcap).square()
-            if needed.hidden:
-                grad_hidden[rows] = _times_weight(gradient, weight_live).to(grad_hidden.dtype)
-            if needed.weight:
-                grad_weight += gradient.T @ live
-            if needed.bias:
-                grad_bias += gradient.sum(dim=0)
+            sums.add(rows, gradient * (share / (2 * math.log(2) * beta)), logits, share, options)
+    return total, *sums.result()
 
-    bias_dtype = weight_live.dtype if bias_live is None else bias_live.dtype
-    return total, grad_hidden, grad_weight.to(weight_live.dtype), grad_bias.to(bias_dtype)
+
+@register("linear_kl_divergence", Backend.REFERENCE)
+def linear_kl_divergence(
+    hidden_live: Tensor,
+    hidden_frozen: Tensor,
+    weight_live: Tensor,
+    weight_frozen: Tensor,
+    temperature: Tensor,
+    row_weight: Tensor,
+    targets: Tensor | None,
+    bias_live: Tensor | None,
+    bias_frozen: Tensor | None,
+    options: LogitOptions,
+    needed: Needed,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """sum_r row_weight_r KL(q_r || p_r) and its gradients; see :func:`cit_fast.ops.linear_kl_divergence`.
+
+    Arguments and results as in :func:`masked_jsd`; ``targets`` [T], any value in rows of weight 0, or None.
+    """
+    live, frozen = (hidden_live, weight_live, bias_live), (hidden_frozen, weight_frozen, bias_frozen)
+    total = hidden_live.new_zeros((), dtype=accumulation_dtype(*live, *frozen))
+    sums = _GradientSums(*live, total.dtype, needed)
+    sides = _two_sides(live, frozen, temperature, row_weight, options, chunk_size, without=targets)
+    for rows, share, beta, logits, log_p, log_q in sides:
+        p, q = log_p.exp(), log_q.exp()
+        total += (share[:, 0] * _expectation(q, log_q - log_p)).sum()
+        if any(needed):
+            sums.add(rows, (p - q) * (share / beta), logits, share, options)
+    return total, *sums.result()
 
 
 @register("linear_cross_entropy", Backend.REFERENCE)
@@ -299,37 +313,81 @@ def linear_cross_entropy(
     """
     dtype = accumulation_dtype(hidden, weight, bias)
     total = hidden.new_zeros((), dtype=dtype)
-    grad_hidden = hidden.new_empty(hidden.shape) if needed.hidden else hidden.new_empty(0)
-    grad_weight = weight.new_zeros(weight.shape if needed.weight else (0,), dtype=dtype)
-    grad_bias = weight.new_zeros(weight.shape[0] if needed.bias else 0, dtype=dtype)
-
+    sums = _GradientSums(hidden, weight, bias, dtype, needed)
     for rows in _chunks(hidden.shape[0], weight.shape[0], chunk_size):
         share = row_weight[rows, None].to(dtype)
         padding = share == 0
-        live = hidden[rows].to(dtype).masked_fill(padding, 0)
         target = targets[rows, None].long().masked_fill(padding, 0)
-        logits = _logits(live, weight, bias, options)
+        logits = _logits(hidden[rows].to(dtype).masked_fill(padding, 0), weight, bias, options)
         log_p = logits.log_softmax(dim=1)
-        if entropy_gate:
-            share = share * entropy_gates(log_p, entropy_gate)[:, None]
+        gated = share * entropy_gates(log_p, entropy_gate)[:, None] if entropy_gate else share
         # A sum without the padding's terms: 0 times infinity is no number.
-        total -= (share * log_p.gather(1, target)).masked_fill(padding, 0).sum()
-
+        total -= (gated * log_p.gather(1, target)).masked_fill(padding, 0).sum()
         if any(needed):
             gradient = log_p.exp()
             gradient.scatter_add_(1, target, torch.full_like(share, -1))
-            gradient *= share * options.scale
-            if options.softcap is not None:
-                gradient *= 1 - (logits / options.softcap).square()
-            if needed.hidden:
-                grad_hidden[rows] = _times_weight(gradient, weight).to(grad_hidden.dtype)
-            if needed.weight:
-                grad_weight += gradient.T @ live
-            if needed.bias:
-                grad_bias += gradient.sum(dim=0)
+            sums.add(rows, gradient * gated, logits, share, options)
+    return total, *sums.result()
 
-    bias_dtype = weight.dtype if bias is None else bias.dtype
-    return total, grad_hidden, grad_weight.to(weight.dtype), grad_bias.to(bias_dtype)
+
+_Side = tuple[Tensor, Tensor, Tensor | None]
+"""Hidden states [T, d], the head's weight [V, d] and its bias [V]."""
+
+
+def _two_sides(
+    live: _Side,
+    frozen: _Side,
+    temperature: Tensor,
+    row_weight: Tensor,
+    options: LogitOptions,
+    chunk_size: int | None,
+    without: Tensor | None = None,
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """Chunk by chunk: rows, their weights and temperatures [t, 1], the live logits, log p and log q [t, V].
+
+    ``without``: of each row a token that is taken out of the vocabulary. A row of weight 0 is padding: whatever its
+    hidden state, temperature and token hold, it adds nothing.
+    """
+    dtype = accumulation_dtype(*live, *frozen)
+    for rows in _chunks(live[0].shape[0], live[1].shape[0], chunk_size):
+        share = row_weight[rows, None].to(dtype)
+        beta = temperature[rows, None].to(dtype).masked_fill(share == 0, 1)
+        logits, other = (
+            _logits(hidden[rows].to(dtype).masked_fill(share == 0, 0), weight, bias, options)
+            for hidden, weight, bias in (live, frozen)
+        )
+        cooled = [logits / beta, other / beta]
+        if without is not None:
+            token = without[rows, None].long().masked_fill(share == 0, 0)
+            cooled = [each.scatter(1, token, NOWHERE) for each in cooled]
+        yield rows, share, beta, logits, cooled[0].log_softmax(dim=1), cooled[1].log_softmax(dim=1)
+
+
+class _GradientSums:
+    """From gradients of cooled, capped logits to those of hidden states, weight and bias."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, needed: Needed) -> None:
+        self._hidden, self._weight, self._needed = hidden, weight, needed
+        self._bias_dtype = weight.dtype if bias is None else bias.dtype
+        self._of_hidden = hidden.new_empty(hidden.shape) if needed.hidden else hidden.new_empty(0)
+        self._of_weight = weight.new_zeros(weight.shape if needed.weight else (0,), dtype=dtype)
+        self._of_bias = weight.new_zeros(weight.shape[0] if needed.bias else 0, dtype=dtype)
+
+    def add(self, rows: slice, gradient: Tensor, logits: Tensor, share: Tensor, options: LogitOptions) -> None:
+        """Of some rows: the gradient [t, V], their logits [t, V] and weights [t, 1]."""
+        gradient = gradient * options.scale
+        if options.softcap is not None:
+            gradient = gradient * (1 - (logits / options.softcap).square())
+        if self._needed.hidden:
+            self._of_hidden[rows] = _times_weight(gradient, self._weight).to(self._of_hidden.dtype)
+        if self._needed.weight:
+            self._of_weight += gradient.T @ self._hidden[rows].to(gradient.dtype).masked_fill(share == 0, 0)
+        if self._needed.bias:
+            self._of_bias += gradient.sum(dim=0)
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        """In the dtypes of their tensors."""
+        return self._of_hidden, self._of_weight.to(self._weight.dtype), self._of_bias.to(self._bias_dtype)
 
 
 def entropy_gates(log_p: Tensor, exponent: float) -> Tensor:

@@ -64,7 +64,7 @@ void run_task(const Batch& batch, std::int64_t piece, std::int64_t range, GainSt
     const std::int64_t rows = std::min(kChunkRows, end - first);
     block.move_to(first, rows);
     const float* const bias = batch.head.bias == nullptr ? nullptr : batch.head.bias + first;
-    const LogitMap map{bias, batch.options.scale, batch.options.softcap, nullptr};
+    const LogitMap map{bias, batch.options.scale, batch.options.softcap, nullptr, nullptr};
     for (std::int64_t group = first_group; group < last_group; ++group) {
       // The first tokens bring the next rows from memory a tile ahead.
       block.multiply(batch.full.group(group), batch.masked.group(group), logits[0], logits[1],

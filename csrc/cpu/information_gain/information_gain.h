@@ -2,8 +2,7 @@
 //
 // The definitions that this is tested against are in cit_fast/ops/information_gain/reference.py. A token's logits exist
 // for kChunkRows vocabulary entries at a time where only statistics are wanted (token_gain), and for a few tokens at a
-// time where a gradient needs normalised probabilities (masked_jsd, linear_cross_entropy): a stored logit costs less
-// than computing it again.
+// time where a gradient needs normalised probabilities (the losses): a stored logit costs less than computing it again.
 //
 // The same bits with any number of threads: every sum has one order, and pieces of the vocabulary whose results are
 // merged are the same pieces always.
@@ -62,6 +61,12 @@ struct Gradients {
 double masked_jsd(const Matrix& live, const Matrix& frozen, const Head& live_head, const Head& frozen_head,
                   const float* temperature, const float* row_weight, const LogitOptions& options,
                   const Gradients& gradients);
+
+// Returns sum_r row_weight_r KL(q_r || p_r), p the live side's; `targets` [T]: a token of each row that is taken out of
+// the vocabulary of both sides, or null.
+double linear_kl_divergence(const Matrix& live, const Matrix& frozen, const Head& live_head, const Head& frozen_head,
+                            const float* temperature, const float* row_weight, const std::int64_t* targets,
+                            const LogitOptions& options, const Gradients& gradients);
 
 // Returns sum_r row_weight_r g_r (-log p_r(target_r)), g_r = min(1, H(p_r) / ln 20)^entropy_gate, a constant.
 double linear_cross_entropy(const Matrix& hidden, const Head& head, const std::int64_t* targets,

@@ -138,6 +138,24 @@ CIT_INLINE F32x16 to_logits(float* logits, int64_t rows, const LogitMap& map, F3
   return max;
 }
 
+// Takes one entry of each lane out; returns the maximum without it.
+CIT_INLINE F32x16 exclude(float* logits, int64_t rows, const int64_t* excluded, const F32x16& before,
+                          const F32x16& max) {
+  alignas(64) float all[kGroup], known[kGroup];
+  store(all, max);
+  store(known, before);
+  for (int64_t lane = 0; lane < kGroup; ++lane) {
+    if (excluded[lane] < 0 || excluded[lane] >= rows) continue;
+    logits[excluded[lane] * kGroup + lane] = kNowhere;
+    all[lane] = known[lane];
+    for (int64_t row = 0; row < rows; ++row) {
+      const float logit = logits[row * kGroup + lane];
+      if (!(logit <= all[lane])) all[lane] = logit;  // NaN stays
+    }
+  }
+  return load(all);
+}
+
 CIT_INLINE F32x16 below(const float* logits, int64_t row, const F32x16& max) {
   return at_least(load(logits + row * kGroup) - max, kNowhere);
 }
@@ -176,7 +194,8 @@ void add_gain(float* full, float* masked, int64_t rows, const LogitMap& map, Gai
 
 void add_softmax(float* logits, int64_t rows, const LogitMap& map, SoftmaxState& state) {
   const F32x16 before = load(state.max);
-  const F32x16 max = to_logits(logits, rows, map, before);
+  F32x16 max = to_logits(logits, rows, map, before);
+  if (map.excluded != nullptr) max = exclude(logits, rows, map.excluded, before, max);
   F32x16 sum = splat(0.0f), moment = splat(0.0f);
   for (int64_t row = 0; row < rows; ++row) {
     const F32x16 d = below(logits, row, max), e = exponential(d);
@@ -189,7 +208,7 @@ void add_softmax(float* logits, int64_t rows, const LogitMap& map, SoftmaxState&
   store(state.moment, (load(state.moment) + moved * sum_before) * shrink + moment);
 }
 
-// --- Jensen-Shannon divergence and cross-entropy ---
+// --- divergences and cross-entropy ---
 
 struct Ratio {
   F32x16 p, q;
@@ -197,7 +216,7 @@ struct Ratio {
 };
 
 struct JsdLoop {
-  explicit JsdLoop(const JsdLanes& lanes)
+  explicit JsdLoop(const LossLanes& lanes)
       : max_p(load(lanes.max[0])),
         max_q(load(lanes.max[1])),
         log_sum_p(load(lanes.log_sum[0])),
@@ -221,7 +240,7 @@ struct JsdLoop {
   F32x16 max_p, max_q, log_sum_p, log_sum_q;
 };
 
-void add_jsd(const float* live, const float* frozen, int64_t rows, const JsdLanes& lanes,
+void add_jsd(const float* live, const float* frozen, int64_t rows, const LossLanes& lanes,
              float (&divergences)[2][kGroup]) {
   const JsdLoop ratio_at(lanes);
   F32x16 p_sum = splat(0.0f), q_sum = splat(0.0f);
@@ -240,7 +259,7 @@ CIT_INLINE F32x16 cap_slope(const F32x16& logit, const F32x16& cap_factor) {
   return splat(1.0f) - share * share;
 }
 
-void jsd_gradient(float* live, const float* frozen, int64_t rows, const JsdLanes& lanes) {
+void jsd_gradient(float* live, const float* frozen, int64_t rows, const LossLanes& lanes) {
   const JsdLoop ratio_at(lanes);
   const F32x16 divergence = load(lanes.divergence), factor = load(lanes.factor), cap = load(lanes.cap_factor);
   for (int64_t row = 0; row < rows; ++row) {
@@ -251,7 +270,31 @@ void jsd_gradient(float* live, const float* frozen, int64_t rows, const JsdLanes
   }
 }
 
-void cross_entropy_gradient(float* logits, int64_t rows, const JsdLanes& lanes) {
+void add_kl(const float* live, const float* frozen, int64_t rows, const LossLanes& lanes,
+            float (&divergences)[kGroup]) {
+  const F32x16 max_p = load(lanes.max[0]), max_q = load(lanes.max[1]);
+  const F32x16 log_sum_p = load(lanes.log_sum[0]), log_sum_q = load(lanes.log_sum[1]);
+  F32x16 sum = splat(0.0f);
+  for (int64_t row = 0; row < rows; ++row) {
+    const F32x16 log_q = below(frozen, row, max_q) - log_sum_q;
+    sum = multiply_add(exponential(log_q), log_q - (below(live, row, max_p) - log_sum_p), sum);
+  }
+  store(divergences, load(divergences) + sum);
+}
+
+void kl_gradient(float* live, const float* frozen, int64_t rows, const LossLanes& lanes) {
+  const F32x16 max_p = load(lanes.max[0]), max_q = load(lanes.max[1]);
+  const F32x16 log_sum_p = load(lanes.log_sum[0]), log_sum_q = load(lanes.log_sum[1]);
+  const F32x16 factor = load(lanes.factor), cap = load(lanes.cap_factor);
+  for (int64_t row = 0; row < rows; ++row) {
+    const F32x16 p = exponential(below(live, row, max_p) - log_sum_p);
+    const F32x16 difference = p - exponential(below(frozen, row, max_q) - log_sum_q);
+    const F32x16 gradient = difference * factor * cap_slope(load(live + row * kGroup), cap);
+    store(live + row * kGroup, unless_zero(difference, gradient));
+  }
+}
+
+void cross_entropy_gradient(float* logits, int64_t rows, const LossLanes& lanes) {
   const F32x16 max = load(lanes.max[0]), log_sum = load(lanes.log_sum[0]);
   const F32x16 factor = load(lanes.factor), cap = load(lanes.cap_factor);
   for (int64_t row = 0; row < rows; ++row) {
@@ -264,9 +307,9 @@ void cross_entropy_gradient(float* logits, int64_t rows, const JsdLanes& lanes) 
 }  // namespace
 
 extern const InformationGainKernels kInformationGain;
-const InformationGainKernels kInformationGain = {product,  widen_elements, widen_tile,
-                                                 to_pairs, add_gain,       add_softmax,
-                                                 add_jsd,  jsd_gradient,   cross_entropy_gradient};
+const InformationGainKernels kInformationGain = {
+    product,     widen_elements,        widen_tile, to_pairs, add_gain, add_softmax, add_jsd, add_kl, jsd_gradient,
+    kl_gradient, cross_entropy_gradient};
 
 }  // namespace CIT_SIMD_NAMESPACE
 }  // namespace cit

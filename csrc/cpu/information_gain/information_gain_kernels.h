@@ -45,6 +45,7 @@ struct LogitMap {
   float scale;
   float softcap;                     // 0: none
   const float* inverse_temperature;  // per lane; null: 1
+  const int64_t* excluded;  // per lane the entry whose logit becomes kNowhere, if it is one of these; null: none
 };
 
 // Statistics of one group under both contexts. Maxima start at kNowhere, the rest at 0.
@@ -62,7 +63,7 @@ struct SoftmaxState {
 };
 
 // Per lane what the sweeps after the first need.
-struct JsdLanes {
+struct LossLanes {
   float max[2][kGroup];
   float log_sum[2][kGroup];
   float divergence[kGroup];  // KL(p || m)
@@ -84,11 +85,15 @@ struct InformationGainKernels {
   // The same for one side: logits divided by the temperature.
   void (*add_softmax)(float* logits, int64_t rows, const LogitMap& map, SoftmaxState& state);
   // Adds sum p log(p / m) and sum q log(q / m) to `divergences`.
-  void (*add_jsd)(const float* live, const float* frozen, int64_t rows, const JsdLanes& lanes,
+  void (*add_jsd)(const float* live, const float* frozen, int64_t rows, const LossLanes& lanes,
                   float (&divergences)[2][kGroup]);
+  // Adds sum q log(q / p) to `divergences`.
+  void (*add_kl)(const float* live, const float* frozen, int64_t rows, const LossLanes& lanes,
+                 float (&divergences)[kGroup]);
   // Overwrite the (live) logits by the gradient.
-  void (*jsd_gradient)(float* live, const float* frozen, int64_t rows, const JsdLanes& lanes);
-  void (*cross_entropy_gradient)(float* logits, int64_t rows, const JsdLanes& lanes);
+  void (*jsd_gradient)(float* live, const float* frozen, int64_t rows, const LossLanes& lanes);
+  void (*kl_gradient)(float* live, const float* frozen, int64_t rows, const LossLanes& lanes);
+  void (*cross_entropy_gradient)(float* logits, int64_t rows, const LossLanes& lanes);
 };
 
 namespace simd_baseline {

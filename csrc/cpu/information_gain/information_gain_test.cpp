@@ -80,13 +80,14 @@ struct Case {
 
 struct Results {
   std::vector<double> statistics;
-  double jsd, cross_entropy, gated;
-  std::vector<float> hidden, weight, bias, gated_hidden;
+  double jsd, cross_entropy, gated, kl, rest;
+  std::vector<float> hidden, weight, bias, gated_hidden, kl_hidden;
 
   bool operator==(const Results& other) const {
     return statistics == other.statistics && jsd == other.jsd && cross_entropy == other.cross_entropy &&
-           gated == other.gated && hidden == other.hidden && weight == other.weight && bias == other.bias &&
-           gated_hidden == other.gated_hidden;
+           gated == other.gated && kl == other.kl && rest == other.rest && hidden == other.hidden &&
+           weight == other.weight && bias == other.bias && gated_hidden == other.gated_hidden &&
+           kl_hidden == other.kl_hidden;
   }
 };
 
@@ -118,13 +119,21 @@ void test(const Case& x) {
     const cit::Gradients only_hidden{out.gated_hidden.data(), nullptr, nullptr};
     out.gated =
         cit::linear_cross_entropy(full.matrix(), head, targets.data(), row_weight.data(), 1.5f, options, only_hidden);
+    const cit::Head& second = one_head ? head : frozen;
+    const auto divergence = [&](const std::int64_t* without, const cit::Gradients& into) {
+      return cit::linear_kl_divergence(full.matrix(), masked.matrix(), head, second, temperature.data(),
+                                       row_weight.data(), without, options, into);
+    };
+    out.kl = divergence(nullptr, {nullptr, out.weight.data(), out.bias.data()});
+    out.kl_hidden.resize(out.hidden.size());
+    out.rest = divergence(targets.data(), {out.kl_hidden.data(), nullptr, nullptr});
     return out;
   };
   const Results one = run(1, true);
   check(one == run(3, true), x.name + ": bits depend on the number of threads");
   check(run(1, false) == run(2, false), x.name + ": bits depend on the number of threads, two heads");
 
-  double jsd = 0.0, cross_entropy = 0.0, gated = 0.0, slope = 0.0;
+  double jsd = 0.0, cross_entropy = 0.0, gated = 0.0, slope = 0.0, kl = 0.0, rest = 0.0, rest_slope = 0.0;
   for (std::int64_t token = 0; token < x.tokens; ++token) {
     const auto z = logits_of(full, token, weight, bias.row(0), x.cap);
     const auto w = logits_of(masked, token, weight, bias.row(0), x.cap);
@@ -137,6 +146,20 @@ void test(const Case& x) {
       const double log_p = z[i] / 1.5 - lse_z, log_q = w[i] / 1.5 - lse_w;
       const double p = std::exp(log_p), q = std::exp(log_q), log_m = std::log((p + q) / 2);
       jsd += row_weight[token] / (2 * std::log(2.0)) * (p * (log_p - log_m) + q * (log_q - log_m));
+    }
+    auto without_z = z, without_w = w;
+    without_z[targets[token]] = without_w[targets[token]] = -1e30;
+    const double rest_z = log_sum(without_z, 1.5), rest_w = log_sum(without_w, 1.5);
+    for (std::size_t i = 0; i < z.size(); ++i) {
+      const double log_p = z[i] / 1.5 - lse_z, log_q = w[i] / 1.5 - lse_w;
+      kl += row_weight[token] * std::exp(log_q) * (log_q - log_p);
+      if (static_cast<std::int64_t>(i) == targets[token]) continue;
+      const double rest_p = z[i] / 1.5 - rest_z, rest_q = w[i] / 1.5 - rest_w;
+      rest += row_weight[token] * std::exp(rest_q) * (rest_q - rest_p);
+      if (token != 0) continue;
+      const double difference = (std::exp(rest_p) - std::exp(rest_q)) / 1.5;
+      rest_slope += row_weight[0] * difference * kScale * (x.cap ? 1 - z[i] * z[i] / (kCap * kCap) : 1.0) *
+                    weight.row(static_cast<std::int64_t>(i))[0];
     }
     cross_entropy += row_weight[token] * (log_sum(z) - z[targets[token]]);
     double entropy = log_sum(z);
@@ -151,6 +174,10 @@ void test(const Case& x) {
   }
   check(std::fabs(one.jsd - jsd) < 1e-4 * (1 + jsd), x.name + ": wrong divergence");
   check(std::fabs(one.cross_entropy - cross_entropy) < 1e-4 * (1 + cross_entropy), x.name + ": wrong cross-entropy");
+  check(std::fabs(one.kl - kl) < 1e-4 * (1 + kl), x.name + ": wrong Kullback-Leibler divergence");
+  check(std::fabs(one.rest - rest) < 1e-4 * (1 + rest), x.name + ": wrong divergence of the rest");
+  check(std::fabs(one.kl_hidden[0] - rest_slope) < (x.dtype == DType::kBFloat16 ? 1e-2 : 1e-4),
+        x.name + ": wrong gradient of the rest");
   check(std::fabs(one.gated - gated) < 1e-4 * (1 + gated), x.name + ": wrong gated cross-entropy");
   check(std::fabs(one.hidden[0] - slope) < (x.dtype == DType::kBFloat16 ? 1e-2 : 1e-4), x.name + ": wrong gradient");
 }

@@ -33,11 +33,14 @@ struct Side {
   const Head& head;
 };
 
-// What the two losses have in common; side 0 is the one that is trained.
+enum class Loss { kCrossEntropy, kJensenShannon, kKullbackLeibler };
+
+// What the losses have in common; side 0 is the one that is trained.
 struct Problem {
+  Loss loss;
   std::vector<Side> sides;
   const float* temperature;     // null: 1
-  const std::int64_t* targets;  // null: Jensen-Shannon divergence between the two sides
+  const std::int64_t* targets;  // of the cross-entropy; of the Kullback-Leibler divergence what is taken out, or null
   const float* row_weight;
   float entropy_gate;  // of the cross-entropy; 0: none
   const LogitOptions& options;
@@ -94,14 +97,21 @@ class Chunk {
         inverse_temperature(static_cast<std::size_t>(groups * kGroup), 1.0f),
         target_logits(static_cast<std::size_t>(groups * kGroup), 0.0f),
         entropies(static_cast<std::size_t>(groups * kGroup), 0.0f),
+        excluded(static_cast<std::size_t>(excludes(problem) ? groups * kGroup : 0), -1),
         problem_(problem) {
     for (std::size_t side = 0; side < problem.sides.size(); ++side) {
       panels.emplace_back(problem.sides[side].hidden, begin, count, problem.row_weight, pairs[side],
                           problem.options.threads);
     }
     for (std::int64_t token = 0; token < count; ++token) {
-      if (share(token) != 0.0f) inverse_temperature[token] = 1.0f / temperature(token);
+      if (share(token) == 0.0f) continue;
+      inverse_temperature[token] = 1.0f / temperature(token);
+      if (!excluded.empty()) excluded[token] = problem.targets[begin + token];
     }
+  }
+
+  static bool excludes(const Problem& problem) {
+    return problem.loss == Loss::kKullbackLeibler && problem.targets != nullptr;
   }
 
   float share(std::int64_t token) const { return token < count ? problem_.row_weight[begin + token] : 0.0f; }
@@ -111,9 +121,10 @@ class Chunk {
 
   const std::int64_t begin, count, groups;
   std::vector<Panels> panels;  // of each side
-  std::vector<JsdLanes> lanes;
+  std::vector<LossLanes> lanes;
   std::vector<float> inverse_temperature, target_logits;
-  std::vector<float> entropies;  // of the trained side, in nats
+  std::vector<float> entropies;        // of the trained side, in nats
+  std::vector<std::int64_t> excluded;  // of each token the entry that is taken out; empty: none
 
  private:
   const Problem& problem_;
@@ -159,7 +170,7 @@ class Training {
       for (std::size_t side = 0; side < sides_; ++side) {
         for (std::int64_t token = 0; token < next->groups * kGroup; ++token) merge(*next, side, token);
       }
-      total += problem_.targets == nullptr ? divergences(*next) : cross_entropies(*next);
+      total += problem_.loss == Loss::kCrossEntropy ? cross_entropies(*next) : divergences(*next);
       known = std::move(next);
     }
   }
@@ -223,13 +234,16 @@ class Training {
     const auto group_of = [&](std::int64_t k) { return k / static_cast<std::int64_t>(sides.size()); };
     const auto panel = [&](std::int64_t k) { return k < all ? chunk.panels[side_of(k)].group(group_of(k)) : nullptr; };
     const auto out = [&](std::int64_t k) { return k < all ? stored(side_of(k), group_of(k), first) : nullptr; };
+    std::vector<std::int64_t> excluded(chunk.excluded);  // counted from the first entry of the block
+    for (std::int64_t& entry : excluded) entry -= first;
     for (std::int64_t k = 0; k < all; k += 2) {
       block.multiply(panel(k), panel(k + 1), out(k), out(k + 1), k == 0 ? block_rows_ : 0);
       for (std::int64_t one = k; one < std::min(k + 2, all); ++one) {
         const float* const bias = problem_.sides[side_of(one)].head.bias;
         const LogitMap map{
             bias == nullptr ? nullptr : bias + first, problem_.options.scale, problem_.options.softcap,
-            problem_.temperature == nullptr ? nullptr : chunk.inverse_temperature.data() + group_of(one) * kGroup};
+            problem_.temperature == nullptr ? nullptr : chunk.inverse_temperature.data() + group_of(one) * kGroup,
+            excluded.empty() ? nullptr : excluded.data() + group_of(one) * kGroup};
         run_.add_softmax(out(one), rows, map, *state(slab, side_of(one), group_of(one)));
       }
     }
@@ -262,8 +276,14 @@ class Training {
       for (std::int64_t first = slab * slab_rows_; first < end_of(slab); first += kChunkRows) {
         const std::int64_t rows = std::min(kChunkRows, end_of(slab) - first);
         for (std::int64_t group = 0; group < chunk.groups; ++group) {
-          run_.add_jsd(stored(0, group, first), stored(1, group, first), rows, chunk.lanes[group],
-                       sums[slab * chunk.groups + group].of);
+          const float* const live = stored(0, group, first);
+          const float* const frozen = stored(1, group, first);
+          Sums& into = sums[slab * chunk.groups + group];
+          if (problem_.loss == Loss::kJensenShannon) {
+            run_.add_jsd(live, frozen, rows, chunk.lanes[group], into.of);
+          } else {
+            run_.add_kl(live, frozen, rows, chunk.lanes[group], into.of[0]);
+          }
         }
       }
     });
@@ -274,7 +294,8 @@ class Training {
       for (std::int64_t slab = 0; slab < slabs_; ++slab) {
         for (int side = 0; side < 2; ++side) divergence[side] += sums[slab * chunk.groups + group].of[side][lane];
       }
-      const double factor = chunk.share(token) / (2.0 * std::log(2.0));
+      const double unit = problem_.loss == Loss::kJensenShannon ? 2.0 * std::log(2.0) : 1.0;
+      const double factor = chunk.share(token) / unit;
       if (chunk.share(token) != 0.0f) total += factor * (divergence[0] + divergence[1]);
       set_gradient(chunk, token, divergence[0], factor);
     }
@@ -305,7 +326,7 @@ class Training {
   }
 
   void set_gradient(Chunk& chunk, std::int64_t token, double divergence, double factor) const {
-    JsdLanes& lanes = chunk.lanes[token / kGroup];
+    LossLanes& lanes = chunk.lanes[token / kGroup];
     const std::int64_t lane = token % kGroup;
     const float softcap = problem_.options.softcap;
     lanes.divergence[lane] = static_cast<float>(divergence);
@@ -317,11 +338,16 @@ class Training {
   void logit_gradients(const Chunk& chunk, const float* hidden, std::int64_t first, std::int64_t rows) const {
     for (std::int64_t group = 0; group < chunk.groups; ++group) {
       float* const gradient = stored(0, group, first);
-      if (problem_.targets == nullptr) {
-        run_.jsd_gradient(gradient, stored(1, group, first), rows, chunk.lanes[group]);
-      } else {
-        run_.cross_entropy_gradient(gradient, rows, chunk.lanes[group]);
-        subtract_targets(chunk, group, first, rows);
+      switch (problem_.loss) {
+        case Loss::kJensenShannon:
+          run_.jsd_gradient(gradient, stored(1, group, first), rows, chunk.lanes[group]);
+          break;
+        case Loss::kKullbackLeibler:
+          run_.kl_gradient(gradient, stored(1, group, first), rows, chunk.lanes[group]);
+          break;
+        case Loss::kCrossEntropy:
+          run_.cross_entropy_gradient(gradient, rows, chunk.lanes[group]);
+          subtract_targets(chunk, group, first, rows);
       }
       if (problem_.gradients.bias != nullptr) add_to_bias(gradient, rows, problem_.gradients.bias + first);
     }
@@ -419,15 +445,36 @@ class Training {
 double masked_jsd(const Matrix& live, const Matrix& frozen, const Head& live_head, const Head& frozen_head,
                   const float* temperature, const float* row_weight, const LogitOptions& options,
                   const Gradients& gradients) {
-  const Problem problem{
-      {{live, live_head}, {frozen, frozen_head}}, temperature, nullptr, row_weight, 0.0f, options, gradients};
+  const Problem problem{Loss::kJensenShannon,
+                        {{live, live_head}, {frozen, frozen_head}},
+                        temperature,
+                        nullptr,
+                        row_weight,
+                        0.0f,
+                        options,
+                        gradients};
+  return Training(problem).loss();
+}
+
+double linear_kl_divergence(const Matrix& live, const Matrix& frozen, const Head& live_head, const Head& frozen_head,
+                            const float* temperature, const float* row_weight, const std::int64_t* targets,
+                            const LogitOptions& options, const Gradients& gradients) {
+  const Problem problem{Loss::kKullbackLeibler,
+                        {{live, live_head}, {frozen, frozen_head}},
+                        temperature,
+                        targets,
+                        row_weight,
+                        0.0f,
+                        options,
+                        gradients};
   return Training(problem).loss();
 }
 
 double linear_cross_entropy(const Matrix& hidden, const Head& head, const std::int64_t* targets,
                             const float* row_weight, float entropy_gate, const LogitOptions& options,
                             const Gradients& gradients) {
-  const Problem problem{{{hidden, head}}, nullptr, targets, row_weight, entropy_gate, options, gradients};
+  const Problem problem{Loss::kCrossEntropy, {{hidden, head}}, nullptr, targets,
+                        row_weight,          entropy_gate,     options, gradients};
   return Training(problem).loss();
 }
 

@@ -132,7 +132,7 @@ def test_damage_is_named(tasks, stage, tmp_path):
         ({"reads": "mind"}, "reads: 'mind' is unknown"),
         ({"reject": 1.0}, "reject: 1.0; expected a share"),
         ({"linkage": "min"}, "linkage: 'min' is unknown; expected mean or max"),
-        ({"start": "zero"}, "start: 'zero' is unknown; expected random or previous"),
+        ({"start": "zero"}, "start: 'zero' is unknown; expected random, previous or nearest"),
     ],
 )
 def test_options_out_of_range(options, message):
@@ -209,16 +209,28 @@ def test_linkage_by_hand(stage):
         assert router.assign(stage(task=second)).scores == {"set-01": pytest.approx(expected)}
 
 
-@pytest.mark.parametrize("start", ["random", "previous"])
+STARTS = {
+    "random": [None] * 4,
+    "previous": [None, "set-01", None, "set-01"],
+    "nearest": [None, "set-01", None, "set-02"],
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
 def test_where_a_new_set_starts(stage, start, tmp_path):
     router = LCIARouter(0.9, start=start)
-    tasks = [make("a", "Sort the list."), make("b", "Translate it."), make("c", "Sort the list."), make("d", "Sum up.")]
+    tasks = [
+        make("a", "Sort the list."),
+        make("b", "Translate it."),
+        make("c", "Sort the list."),
+        make("d", "Translate a letter."),
+    ]
     starts = []
     for task in tasks:
         starts.append(router.assign(stage(task=task)).start_from)
         router.save(tmp_path)
         router = load_router(tmp_path)  # as a resumed run goes on
-    assert starts == ([None, "set-01", None, "set-01"] if start == "previous" else [None] * 4)
+    assert starts == STARTS[start]
 
 
 def test_a_whole_task_gets_one_answer_and_a_stranger_the_last_set(stage):

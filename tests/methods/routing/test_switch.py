@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -78,11 +79,18 @@ def test_prompts_go_to_their_tasks_set(tasks, stage, features, reads):
 
 
 def test_a_new_set_starts_where_it_is_told_to(tasks, stage):
+    dates, mail, mood = tasks
+    again = replace(dates, name="again")
     started = {}
-    for start in ("random", "previous"):
-        router = SwitchTokensRouter(start=start)
-        started[start] = [router.assign(stage(n, task)).start_from for n, task in enumerate(tasks)]
-    assert started == {"random": [None] * 3, "previous": [None, "task-dates", "task-mail"]}
+    for start in ("random", "previous", "nearest"):
+        router = SwitchTokensRouter(start=start, reject=0)
+        started[start] = []
+        for index, task in enumerate((dates, mail, mood, again), start=1):
+            started[start].append(router.assign(stage(index, task)).start_from)
+            router.learn(stage(index, task))
+    assert started["random"] == [None] * 4
+    assert started["previous"] == [None, "task-dates", "task-mail", "task-mood"]
+    assert [started["nearest"][n] for n in (0, 1, 3)] == [None, "task-dates", "task-dates"]
 
 
 def test_what_is_far_from_everything_goes_to_the_base_model(tasks, stage):
@@ -221,7 +229,7 @@ def test_damage_is_named(tasks, stage, tmp_path):
         ({"reads": "mind"}, "reads: 'mind'"),
         ({"reject": -0.1}, "reject: -0.1"),
         ({"reject_reworded": 1.0}, "reject_reworded: 1.0"),
-        ({"start": "zero"}, "start: 'zero' is unknown; expected random or previous"),
+        ({"start": "zero"}, "start: 'zero' is unknown; expected random, previous or nearest"),
     ],
 )
 def test_options_out_of_range(options, message):
