@@ -1,16 +1,17 @@
-"""What KPIG costs: training steps of the quickstart's model and tasks with its loss and with cross-entropy, in turns.
+"""What KPIG and distillation cost: training steps of the quickstart's model and tasks, and plain ones, in turns.
 
     python -m bench.bench_kpig_step          prints, and records in bench/results
 
-Three copies of the model take the same examples with the same optimizer: KPIG and plain tuning (`cross-entropy`) as
-`cit-fast run` trains them, and plain tuning through PEFT's layers. A step is forward, backward and AdamW. The pass of
-the frozen model over a task's examples, which happens once a stage, is timed apart and shared out over the steps of one
-epoch. Batches take turns between the tasks, as their lengths differ.
+Copies of the model take the same examples with the same optimizer: KPIG, distillation, distillation without the target
+and plain tuning (`cross-entropy`) as `cit-fast run` trains them, and plain tuning through PEFT's layers. A step is
+forward, backward and AdamW. The pass of the frozen model over a task's examples, which happens once a stage, is timed
+apart and shared out over the steps of one epoch. Batches take turns between the tasks, as their lengths differ.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 
 from bench.ceilings import record
 from cit_fast.data import load_stream
-from cit_fast.methods.objectives import KPIG, CrossEntropy
+from cit_fast.methods.objectives import KPIG, CrossEntropy, Distillation, Objective
 from cit_fast.methods.stage import Stage
 from cit_fast.models.adapters import prompt_encoder, train_adapter
 from cit_fast.models.pretrained import load_model, load_tokenizer, resolve_model
@@ -40,63 +41,66 @@ def main() -> None:
     stream = load_stream(config.data.tasks, seed=config.seed, train=config.data.train, dev=0, test=config.data.test)
     size = config.training["per_device_train_batch_size"]
 
-    sides = {}
-    for name in ("PEFT", "cross-entropy", "KPIG"):
+    share = False if options.separate else "auto"
+    objectives: dict[str, Objective] = {
+        "PEFT": CrossEntropy(share_prefix=False),
+        "cross-entropy": CrossEntropy(),
+        "KPIG": KPIG(key_parts="data", share_prefix=share),
+        "distillation": Distillation(when="always", share_prefix=share),
+        "distillation without the target": Distillation(when="always", without_target=True, share_prefix=share),
+    }
+    sides, frozen_seconds = {}, dict.fromkeys(objectives, 0.0)
+    for name, objective in objectives.items():
         fuse = name != "PEFT"
         model = load_model(folder, config.model.model_copy(update={"fuse_norms": fuse}))
         model = train_adapter(model, config.adapter, "shared", config.seed, fuse=fuse)[0].train()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-        sides[name] = model, optimizer, []
-    model = sides["KPIG"][0]
-    objective = KPIG(key_parts="data", share_prefix=False if options.separate else "auto")
-    plain, bare = CrossEntropy(), CrossEntropy(share_prefix=False)
-    stages, frozen_seconds = [], 0.0
-    for task in stream:  # each a stage of its own, as in a run
-        stage = Stage(model, encoder, tasks=tuple(stream), examples=task.train)
-        stages.append((objective.prepare(stage), plain.prepare(stage), bare.prepare(stage)))
-        frozen_seconds += stages[-1][0].seconds * size / sum(len(each.train) for each in stream)
+        inputs = []
+        for task in stream:  # each a stage of its own, as in a run
+            stage = Stage(model, encoder, tasks=tuple(stream), examples=tuple(task.train))
+            inputs.append(objective.prepare(stage))
+            frozen_seconds[name] += inputs[-1].seconds * size / sum(len(each.train) for each in stream)
+        sides[name] = model, optimizer, inputs
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
     places: dict[str, list[int]] = {name: [] for name in sides}
     profiler = torch.profiler.profile() if options.profile else None
     for turn in range(options.rounds + 2):
-        inputs, plainly, barely = stages[turn % len(stages)]
-        own = slice(turn // len(stages) * size, (turn // len(stages) + 1) * size)
-        batches = {
-            "PEFT": (bare, barely.collator(barely.features[own])),
-            "cross-entropy": (plain, plainly.collator(plainly.features[own])),
-            "KPIG": (objective, inputs.collator(inputs.features[own])),
-        }
-        for name, (loss, batch) in batches.items():
-            model, optimizer, seconds = sides[name]
-            if profiler is not None and name == "KPIG" and turn == 2:
-                profiler.start()
+        own = slice(turn // len(stream) * size, (turn // len(stream) + 1) * size)
+        for name, (model, optimizer, inputs) in sides.items():
+            one = inputs[turn % len(stream)]
+            batch = one.collator(one.features[own])
+            watched = profiler if name == "KPIG" and turn == 2 else None
+            if watched is not None:
+                watched.start()
             began = time.perf_counter()
-            loss(model, batch, None).backward()
+            objectives[name](model, batch, None).backward()
             optimizer.step()
             optimizer.zero_grad()
             if turn >= 2:
-                seconds.append(time.perf_counter() - began)
+                seconds[name].append(time.perf_counter() - began)
                 places[name].append(batch["input_ids"].numel())
-            if profiler is not None and name == "KPIG" and turn == 2:
-                profiler.stop()
+            if watched is not None:
+                watched.stop()
     if profiler is not None:
         print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=40))
     # Each batch against itself: tasks differ in length, and the machine in speed from minute to minute.
-    ratios = {}
-    for name in ("PEFT", "cross-entropy"):
-        ours, theirs = sides["KPIG"][2], sides[name][2]
-        step = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
-        frozen = frozen_seconds / statistics.median(theirs)
-        ratios[name] = {"step": round(step, 3), "with the frozen pass, one epoch": round(step + frozen, 3)}
+    ratios: dict[str, dict[str, dict[str, float]]] = {}
+    for ours in list(sides)[2:]:
+        for theirs in ("PEFT", "cross-entropy"):
+            step = statistics.median(a / b for a, b in zip(seconds[ours], seconds[theirs], strict=True))
+            frozen = frozen_seconds[ours] / statistics.median(seconds[theirs])
+            found = {"step": round(step, 3), "with the frozen pass, one epoch": round(step + frozen, 3)}
+            ratios.setdefault(f"{ours}, share of", {})[theirs] = found
     result = {
         "model": config.model.name,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "share_prefix": inputs.collator.pairs.pairs.share_prefix,
-        "median ms": {name: round(statistics.median(seconds) * 1e3, 1) for name, (_, _, seconds) in sides.items()},
+        "share_prefix": share,
+        "median ms": {name: round(statistics.median(each) * 1e3, 1) for name, each in seconds.items()},
         "places a batch": {name: round(statistics.mean(counts)) for name, counts in places.items()},
-        "frozen pass, ms a batch": round(frozen_seconds * 1e3, 1),
-        "KPIG, share of": ratios,
+        "frozen pass, ms a batch": {name: round(each * 1e3, 1) for name, each in frozen_seconds.items() if each},
+        **ratios,
     }
-    print(result)
+    print(json.dumps(result, indent=1))
     if not options.separate:
         print(f"recorded in {record('kpig_step', result)}")
 

@@ -1,6 +1,6 @@
-"""The teacher of KPIG: hidden states of the model before the stage, computed once and kept with the stage.
+"""The teacher of KPIG and of distillation: hidden states of the model before the stage, computed once and kept with it.
 
-KPIG compares the live model with M_{t-1}, which no longer changes: one pass without gradients gives the final hidden
+They compare the live model with M_{t-1}, which no longer changes: one pass without gradients gives the final hidden
 states that predict each example's answer, and the information gain of its key parts. Hidden states, because they are
 what the losses take: d numbers a token where logits are V.
 """
@@ -40,7 +40,7 @@ class TeacherStates:
     Args:
         states: per process that worked on them, [tokens, d]; read from the disk as they are needed.
         places: index -> (which of ``states``, first token, number of tokens).
-        gains: index -> G, in [-alpha / (1 - alpha), alpha / (1 - alpha)].
+        gains: index -> G, in [-alpha / (1 - alpha), alpha / (1 - alpha)]; empty where none were asked for.
         seconds: what the pass took, on the slowest process.
     """
 
@@ -60,7 +60,7 @@ def teacher_states(
     pairs: Sequence[EncodedPair],
     collate: PairCollator,
     *,
-    alpha: float,
+    alpha: float | None,
     context: Literal["masked", "full"] = "masked",
     batch_size: int = 16,
     folder: Path | None = None,
@@ -72,9 +72,9 @@ def teacher_states(
 
     Args:
         model: a causal language model, whole on this process.
-        pairs: all of them with a masked sequence.
+        pairs: all of them with a masked sequence, unless there is no ``alpha``.
         collate: of the model, see :func:`cit_fast.key_parts.hidden.pair_collator`.
-        alpha: of the information gain.
+        alpha: of the information gain; ``None``: it is not computed.
         context: whose hidden states are kept.
         batch_size: pairs at a time.
         folder: where the states are kept, the same for all processes; ``None``: in memory, of this process alone.
@@ -112,10 +112,10 @@ def _pass(
     pairs: Sequence[EncodedPair],
     batches: Sequence[Sequence[int]],
     collate: PairCollator,
-    alpha: float,
+    alpha: float | None,
     context: str,
 ) -> dict[str, Tensor]:
-    """``states`` [tokens, d], and per pair ``index``, ``tokens`` and ``gain``; in the order of the batches."""
+    """``states`` [tokens, d], and per pair ``index``, ``tokens`` and ``gain``, if any; in the order of the batches."""
     started = time.perf_counter()
     order = [number for batch in batches for number in batch]
     counts = [_labelled(pairs[number]) for number in order]
@@ -131,7 +131,8 @@ def _pass(
             states = states.to(kept.dtype) if done == 0 else states
             states[done : done + len(kept)] = kept.cpu()
             done += len(kept)
-            gains += _gains(head, hidden.only_scored(), alpha)
+            if alpha is not None:
+                gains += _gains(head, hidden.only_scored(), alpha)
     return {
         "states": states,
         "index": torch.tensor([pairs[number].index for number in order], dtype=torch.int64),
@@ -157,10 +158,9 @@ def _joined(shards: Sequence[dict[str, Tensor]]) -> TeacherStates:
     for which, shard in enumerate(shards):
         counts = shard["tokens"].tolist()
         starts = itertools.accumulate(counts, initial=0)
-        for index, start, count, gain in zip(
-            shard["index"].tolist(), starts, counts, shard["gain"].tolist(), strict=False
-        ):
-            places[index], gains[index] = (which, start, count), gain
+        indices = shard["index"].tolist()
+        places.update({index: (which, start, n) for index, start, n in zip(indices, starts, counts, strict=False)})
+        gains.update(zip(indices, shard["gain"].tolist(), strict=False))
     seconds = max(float(shard["seconds"]) for shard in shards)
     return TeacherStates(tuple(shard["states"] for shard in shards), places, gains, seconds)
 
@@ -172,7 +172,9 @@ def _path(folder: Path, rank: int, world: int) -> Path:
     return folder / f"frozen-{rank:05d}-of-{world:05d}.safetensors"
 
 
-def _key(model: nn.Module, pairs: Sequence[EncodedPair], alpha: float, context: str, size: int, world: int) -> str:
+def _key(
+    model: nn.Module, pairs: Sequence[EncodedPair], alpha: float | None, context: str, size: int, world: int
+) -> str:
     """Digest of all that decides the states and the files they are in."""
     digest = hashlib.blake2b(f"{alpha}/{context}/{size}/{world}".encode(), digest_size=16)
     for pair in pairs:

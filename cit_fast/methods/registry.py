@@ -37,6 +37,7 @@ PARTS: dict[str, dict[str, str]] = {
         "cross-entropy": "cit_fast.methods.objectives.CrossEntropy",
         "kpig": "cit_fast.methods.objectives.KPIG",
         "ewc": "cit_fast.methods.objectives.EWC",
+        "distillation": "cit_fast.methods.objectives.Distillation",
     },
     "update": {
         "plain": "cit_fast.methods.updates.PlainUpdate",

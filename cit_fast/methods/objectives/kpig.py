@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,17 +25,18 @@ from cit_fast.data.example import Example
 from cit_fast.errors import ConfigError, DataError
 from cit_fast.evaluation.records import ObjectiveRecord
 from cit_fast.files import file_checksum
-from cit_fast.key_parts.head import Head, head_of, whole_head
-from cit_fast.key_parts.hidden import pair_collator, pair_hidden
+from cit_fast.key_parts.head import Head, head_of
+from cit_fast.key_parts.hidden import pair_collator
 from cit_fast.key_parts.layout import GroupingCollator
-from cit_fast.key_parts.pairs import EncodedPair, PairCollator, encode_pairs
+from cit_fast.key_parts.pairs import encode_pairs
 from cit_fast.key_parts.sources import chat_of, check_key_parts, discovered_note, key_parts_for_run
 from cit_fast.key_parts.teacher import TeacherStates, teacher_states
 from cit_fast.key_parts.wordings import chat_pools, data_pools, draw_wordings, given_pools
 from cit_fast.methods.objectives.cross_entropy import CrossEntropy
+from cit_fast.methods.objectives.earlier_model import Compared, FrozenPairCollator, copied_head, with_divergence
 from cit_fast.methods.stage import Stage, StageInputs
-from cit_fast.models.forward import evaluating, per_item
-from cit_fast.ops import linear_cross_entropy, masked_jsd
+from cit_fast.models.forward import evaluating
+from cit_fast.ops import masked_jsd
 
 
 class KPIG:
@@ -134,7 +135,7 @@ class KPIG:
         collate = pair_collator(model, encoder.pad_token_id, self.share_prefix)
         with evaluating(model):
             head = head_of(model)  # which tries the model: before anything is wrapped around it
-        self._frozen_head = _copied(head) if _trains(head) else None
+        self._frozen_head = copied_head(head)
         frozen = teacher_states(
             model,
             masked,
@@ -157,31 +158,17 @@ class KPIG:
         """See :class:`cit_fast.methods.objectives.Objective`; both terms are sums over response tokens."""
         if "frozen" not in batch:
             return self._plain(model, batch, num_items)
-        tensors = dict(batch)
-        frozen, temperature, compared = (tensors.pop(name) for name in FrozenPairCollator.ADDED)
-        hidden = pair_hidden(model, tensors)
-        head = whole_head(model, hidden.full.shape[1])
-        if head is None:
-            raise ConfigError(
-                "objective kpig: the output projection is split over the processes (ZeRO-3), and its loss needs all of "
-                "it; use ZeRO-2, FSDP or DDP"
+
+        def divergence(side: Compared, temperature: Tensor) -> Tensor:
+            return self.lambda_ * masked_jsd(
+                *(side.masked, side.frozen, side.head.weight, side.before.weight, temperature),
+                torch.ones_like(temperature),
+                bias_live=side.head.bias,
+                bias_frozen=side.before.bias,
+                **side.head.options,
             )
-        before = self._frozen_head or head
-        every = torch.ones(len(hidden.targets), device=hidden.full.device)
-        loss = linear_cross_entropy(hidden.full, head.weight, hidden.targets, every, bias=head.bias, **head.options)
-        if len(compared):
-            loss = loss + self.lambda_ * masked_jsd(
-                hidden.masked if len(compared) == len(every) else hidden.masked[compared],
-                frozen.to(hidden.masked.dtype),
-                head.weight,
-                before.weight,
-                temperature,
-                every[: len(compared)],
-                bias_live=head.bias,
-                bias_frozen=before.bias,
-                **head.options,
-            )
-        return per_item(loss, len(every), num_items, hidden.router_loss)
+
+        return with_divergence(model, batch, num_items, self._frozen_head, divergence, "kpig")
 
     def _reworded(self, stage: Stage) -> tuple[list[Example], dict[str, int]]:
         """The examples with the wordings they are trained with, and how many wordings each task has."""
@@ -203,59 +190,6 @@ class KPIG:
             )
         drawn = draw_wordings(stage.examples, pools, stage.rng("objective"))
         return drawn, {task: len(pool) for task, pool in pools.items()}
-
-
-@dataclass(frozen=True)
-class FrozenPairCollator:
-    """Pairs with what M_{t-1} said about them.
-
-    Args:
-        pairs: makes the batch of the pairs themselves.
-        frozen: has every pair that is to be compared.
-        temperature: one for all; ``None``: 2 - min(G, 1) of each example.
-        width: of the hidden states, for a batch in which nothing is compared.
-    """
-
-    ADDED = ("frozen", "temperature", "compared")
-
-    pairs: PairCollator | GroupingCollator
-    frozen: TeacherStates
-    temperature: float | None
-    width: int
-
-    def __call__(self, features: Sequence[EncodedPair]) -> dict[str, Any]:
-        """A batch of :class:`PairCollator`, and of its T labelled tokens those C that are compared.
-
-        Returns:
-            Beside the pairs' own tensors ``compared`` [C] int64, their places among the T; ``frozen`` [C, d], the
-            hidden states of M_{t-1} in its dtype; ``temperature`` [C] float32.
-        """
-        batch = self.pairs(features)
-        offsets = batch["offsets"].tolist()
-        rows: list[Tensor] = []
-        temperatures: list[Tensor] = []
-        compared: list[Tensor] = []
-        for feature, start, end in zip(features, offsets[:-1], offsets[1:], strict=True):
-            if feature.index not in self.frozen.places:
-                continue
-            rows.append(self.frozen.rows(feature.index))
-            beta = 2 - min(self.frozen.gains[feature.index], 1.0) if self.temperature is None else self.temperature
-            temperatures.append(torch.full((end - start,), beta, dtype=torch.float32))
-            compared.append(torch.arange(start, end))
-        if not rows:
-            none = torch.zeros(0)
-            rows, temperatures, compared = [torch.zeros(0, self.width)], [none], [none.long()]
-        added = dict(zip(self.ADDED, (rows, temperatures, compared), strict=True))
-        return {**batch, **{name: torch.cat(parts) for name, parts in added.items()}}
-
-
-def _trains(head: Head) -> bool:
-    return head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
-
-
-def _copied(head: Head) -> Head:
-    bias = None if head.bias is None else head.bias.detach().clone()
-    return head._replace(weight=head.weight.detach().clone(), bias=bias)
 
 
 def _record(

@@ -324,13 +324,13 @@ def _two_sides(
     """Check hidden states, weight and bias of both sides; temperatures and weights of the rows, [T] each."""
     check_head(op, *live, softcap, scale, "_live")
     check_head(op, *frozen, softcap, scale, "_frozen")
-    rows, entries = (tuple(side[k].shape[0] for side in (live, frozen)) for k in (0, 1))
-    if rows[0] != rows[1] or entries[0] != entries[1]:
+    count, entries = len(live[0]), len(live[1])
+    if len(frozen[0]) != count or len(frozen[1]) != entries:
         raise DataError(
-            f"{op}: {rows[0]} live and {rows[1]} frozen tokens, {entries[0]} live and {entries[1]} frozen vocabulary "
-            f"entries; expected the same number of each"
+            f"{op}: {count} live and {len(frozen[0])} frozen tokens, {entries} live and {len(frozen[1])} frozen "
+            f"vocabulary entries; expected the same number of each"
         )
-    count, dtype = rows[0], reference.accumulation_dtype(*live, *frozen)
+    dtype = reference.accumulation_dtype(*live, *frozen)
     if isinstance(temperature, Tensor):
         check_row_vector(op, "temperature", temperature, count, or_scalar=True)
         temperature = temperature.detach().to(dtype).expand(count)
