@@ -21,6 +21,7 @@ from cit_fast.errors import ConfigError
 from cit_fast.evaluation.records import RankedInstruction, ReplayRecord
 from cit_fast.methods.replay.allocation import Budget, allocate
 from cit_fast.methods.replay.insinfo import draw_by_insinfo, insinfo
+from cit_fast.methods.replay.surprise import most_surprising
 from cit_fast.methods.replay.tags import LLMTagger, OfflineTagger, Tagger, merge_similar, normalise
 from cit_fast.methods.stage import Selection, Stage
 from cit_fast.models.chat import build_chat
@@ -43,7 +44,8 @@ class InsCLReplay:
         per_task: examples per earlier task on average, instead of a fraction (200 in the paper).
         weights: mass of an instruction: ``"real"``, the share of the task's training examples that carry it, or
             ``"uniform"``.
-        insinfo: draw by InsInfo; without it, at random within each task.
+        within: which examples of a task: drawn by ``"insinfo"``, at ``"random"``, or those that the model finds most
+            surprising, ``"surprise"`` (with the defaults of :class:`~cit_fast.methods.replay.SurpriseReplay`).
         embedder: makes instructions and tags points: ``"tokens"``, the mean of the training model's token embeddings;
             ``"sentence"``, all-MiniLM-L6-v2; or a model's folder or hub name.
         distance: ``"exact"``, or ``"sinkhorn"`` for tasks of many thousand instructions.
@@ -66,7 +68,7 @@ class InsCLReplay:
         fraction: float = 0.1,
         per_task: int | None = None,
         weights: Literal["real", "uniform"] = "real",
-        insinfo: bool = True,
+        within: Literal["insinfo", "random", "surprise"] = "insinfo",
         embedder: str = "tokens",
         distance: Literal["exact", "sinkhorn"] = "exact",
         tagger: str | dict[str, Any] | Tagger = "offline",
@@ -78,6 +80,7 @@ class InsCLReplay:
         for name, value, known in (
             ("weights", weights, ("real", "uniform")),
             ("distance", distance, ("exact", "sinkhorn")),
+            ("within", within, ("insinfo", "random", "surprise")),
         ):
             if value not in known:
                 raise ConfigError(f"{name}: {value!r} is unknown; expected one of {', '.join(known)}")
@@ -90,7 +93,7 @@ class InsCLReplay:
         min_samples = (2 if offline else 5) if min_samples is None else min_samples
         if not (eps > 0 and min_samples >= 1):
             raise ConfigError(f"eps, min_samples: {eps}, {min_samples}; expected above 0, at least 1")
-        self.fraction, self.per_task, self.weights, self.insinfo = fraction, per_task, weights, insinfo
+        self.fraction, self.per_task, self.weights, self.within = fraction, per_task, weights, within
         self.embedder, self.distance, self.tagger = embedder, distance, tagger
         self.eps, self.min_samples, self.tag_embedder = eps, min_samples, tag_embedder
         self._loaded: dict[str, Any] = {}
@@ -112,7 +115,7 @@ class InsCLReplay:
             distances=dict(zip(names, distances, strict=True)),
             notes=list(allocation.notes),
         )
-        if self.insinfo:
+        if self.within == "insinfo":
             own = self.tag_embedder
             ranked = self._rank(stage, embedder if own is None else embedder_for(own, stage, self._loaded))
             record.notes += ranked.notes
@@ -122,6 +125,9 @@ class InsCLReplay:
             ]
             ranking = ranked.records(names, drawn)
             record.instructions, record.instruction_count = ranking[:_RECORDED], len(ranking)
+        elif self.within == "surprise":
+            drawn, found = most_surprising(stage, allocation.shares, rng)
+            record.scored, record.details = found.scored, found.details
         else:
             drawn = [rng.sample(range(size), share) for size, share in zip(sizes, allocation.shares, strict=True)]
         chosen = [task.train[k] for task, own in zip(stage.seen, drawn, strict=True) for k in own]

@@ -5,7 +5,9 @@ Source: Hazard et al., SuRe, arXiv 2511.22367.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 from cit_fast.data.example import Example
 from cit_fast.errors import ConfigError
@@ -50,36 +52,45 @@ class SurpriseReplay:
         """Examples of every earlier task, in order; what cannot be scored for its length comes last."""
         if not stage.seen:
             return Selection([])
-        rng, budget = stage.rng(), Budget(self.fraction, self.per_task)
+        budget = Budget(self.fraction, self.per_task)
         shares = [min(budget.wanted(len(task.train)), len(task.train)) for task in stage.seen]
-        drawn: list[list[int]] = []
-        for task, share in zip(stage.seen, shares, strict=True):
-            count = len(task.train) if self.candidates is None else min(share * self.candidates, len(task.train))
-            drawn.append(rng.sample(range(len(task.train)), count))
-        flat = [task.train[k] for task, own in zip(stage.seen, drawn, strict=True) for k in own]
+        drawn, record = most_surprising(stage, shares, stage.rng(), self.candidates, self.batch_size)
+        chosen = [task.train[k] for task, own in zip(stage.seen, drawn, strict=True) for k in own]
+        budgets = {task.name: share for task, share in zip(stage.seen, shares, strict=True)}
+        return Selection(chosen, replace(record, budgets=budgets))
 
-        def score(mine: Sequence[tuple[int, Example]]) -> list[tuple[int, float]]:
-            examples = [example for _, example in mine]
-            found = answer_surprise(stage.model, stage.encoder, examples, batch_size=self.batch_size)
-            return [(mine[index][0], value) for index, value in found]
 
-        surprise = dict(split_over_ranks(list(enumerate(flat)), score))
-        chosen: list[Example] = []
-        means: dict[str, dict[str, float]] = {"surprise of candidates": {}, "surprise of replayed": {}}
-        start = 0
-        for task, own, share in zip(stage.seen, drawn, shares, strict=True):
-            numbers = range(start, start + len(own))
-            ranked = sorted(numbers, key=lambda k: -surprise.get(k, -1.0))[:share]
-            chosen += [flat[k] for k in sorted(ranked)]
-            for kind, some in zip(means, (numbers, ranked), strict=True):
-                known = [surprise[k] for k in some if k in surprise]
-                if known:
-                    means[kind][task.name] = sum(known) / len(known)
-            start += len(own)
-        names = [task.name for task in stage.seen]
-        record = ReplayRecord(
-            budgets=dict(zip(names, shares, strict=True)),
-            details=means,
-            scored={name: len(own) for name, own in zip(names, drawn, strict=True)},
-        )
-        return Selection(chosen, record)
+def most_surprising(
+    stage: Stage, shares: Sequence[int], rng: random.Random, candidates: int | None = 4, batch_size: int = 16
+) -> tuple[list[list[int]], ReplayRecord]:
+    """Of each earlier task so many examples with the least likely answers: their places, ascending, and the scores.
+
+    Args:
+        shares: examples of each, at most what it has; ``candidates``, ``batch_size``: see :class:`SurpriseReplay`.
+    """
+    drawn: list[list[int]] = []
+    for task, share in zip(stage.seen, shares, strict=True):
+        count = len(task.train) if candidates is None else min(share * candidates, len(task.train))
+        drawn.append(rng.sample(range(len(task.train)), count))
+    flat = [(task, k) for task, own in zip(stage.seen, drawn, strict=True) for k in own]
+
+    def score(mine: Sequence[tuple[int, Example]]) -> list[tuple[int, float]]:
+        examples = [example for _, example in mine]
+        found = answer_surprise(stage.model, stage.encoder, examples, batch_size=batch_size)
+        return [(mine[index][0], value) for index, value in found]
+
+    surprise = dict(split_over_ranks([(n, task.train[k]) for n, (task, k) in enumerate(flat)], score))
+    chosen: list[list[int]] = []
+    means: dict[str, dict[str, float]] = {"surprise of candidates": {}, "surprise of replayed": {}}
+    start = 0
+    for task, own, share in zip(stage.seen, drawn, shares, strict=True):
+        numbers = range(start, start + len(own))
+        ranked = sorted(numbers, key=lambda n: -surprise.get(n, -1.0))[:share]  # what does not fit comes last
+        chosen.append([flat[n][1] for n in sorted(ranked)])
+        for kind, some in zip(means, (numbers, ranked), strict=True):
+            known = [surprise[n] for n in some if n in surprise]
+            if known:
+                means[kind][task.name] = sum(known) / len(known)
+        start += len(own)
+    scored = {task.name: len(own) for task, own in zip(stage.seen, drawn, strict=True)}
+    return chosen, ReplayRecord(details=means, scored=scored)

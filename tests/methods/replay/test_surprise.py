@@ -14,7 +14,8 @@ from cit_fast.data import Example, Task
 from cit_fast.errors import ConfigError
 from cit_fast.evaluation import read_stages
 from cit_fast.key_parts.gain import answer_surprise
-from cit_fast.methods.replay import SurpriseReplay
+from cit_fast.methods.replay import InsCLReplay, SurpriseReplay
+from cit_fast.methods.replay.surprise import most_surprising
 from cit_fast.methods.stage import Stage
 from cit_fast.models.prompts import PromptEncoder
 from cit_fast.run import method_run
@@ -37,6 +38,23 @@ def by_definition(model, encoder, example) -> float:
     log_probabilities = model(torch.tensor([encoded.input_ids])).logits[0].double().log_softmax(1)
     answer = range(encoded.prompt_length, len(encoded) - 1)
     return -torch.stack([log_probabilities[k - 1, encoded.input_ids[k]] for k in answer]).mean().item()
+
+
+def test_distances_say_how_much_and_surprise_which(make_model, tiny_tokenizer):
+    """InsCL's shares, filled with what the model finds least likely."""
+    model, encoder = make_model("Llama"), PromptEncoder(tiny_tokenizer)
+    seen = (task("alpha", 20), task("beta", 10))
+    stage = Stage(model, encoder, tasks=(NEW,), seen=seen)
+    plain = InsCLReplay(0.3, within="random").select(stage)
+    both = InsCLReplay(0.3, within="surprise").select(stage)
+    assert both.record.budgets == plain.record.budgets
+    assert both.record.distances == plain.record.distances
+    shares = list(both.record.budgets.values())
+    places, _ = most_surprising(stage, shares, stage.rng())
+    assert both.examples == [one.train[k] for one, own in zip(seen, places, strict=True) for k in own]
+    means = both.record.details
+    assert all(means["surprise of replayed"][name] > means["surprise of candidates"][name] for name in ("alpha", "beta"))
+    assert both.record.scored == {"alpha": min(20, 4 * shares[0]), "beta": min(10, 4 * shares[1])}
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Gemma2", "Granite", "OPT"])
