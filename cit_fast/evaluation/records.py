@@ -120,6 +120,7 @@ class Assignment:
         adapter: name of the set; one not given before means a new set.
         scores: earlier set -> its score for the new task; ``threshold``: from which a set is reused.
         start_from: the set whose weights a new set starts from; ``None``: as ``adapter`` configures it.
+        grows: whether a set that is there stays what it is, and grows by a part that is trained.
         notes: sentences for whoever reads the report; ``details``: plain values of a router of one's own.
     """
 
@@ -129,6 +130,7 @@ class Assignment:
     scores: dict[str, float] = field(default_factory=dict)
     threshold: float | None = None
     start_from: str | None = None
+    grows: bool = False
     notes: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
 

@@ -15,6 +15,7 @@ from cit_fast.values import checked_value, choices, imported
 PARTS: dict[str, dict[str, str]] = {
     "router": {
         "shared": "cit_fast.methods.routing.SharedRouter",
+        "stacked": "cit_fast.methods.routing.StackedRouter",
         "oracle": "cit_fast.methods.routing.OracleRouter",
         "per-task": "cit_fast.methods.routing.PerTaskRouter",
         "lcia": "cit_fast.methods.routing.LCIARouter",
@@ -37,6 +38,7 @@ PARTS: dict[str, dict[str, str]] = {
         "cross-entropy": "cit_fast.methods.objectives.CrossEntropy",
         "kpig": "cit_fast.methods.objectives.KPIG",
         "ewc": "cit_fast.methods.objectives.EWC",
+        "o-lora": "cit_fast.methods.objectives.OLoRA",
         "distillation": "cit_fast.methods.objectives.Distillation",
     },
     "update": {

@@ -19,6 +19,7 @@ from cit_fast.files import link_tree, write_json
 from cit_fast.models.adapter_bank import read_adapter_config, read_adapter_weights
 from cit_fast.models.config import DataConfig
 from cit_fast.models.fused_lora import fuse_lora
+from cit_fast.models.growing_adapter import GrowingAdapter
 from cit_fast.models.prompts import PromptEncoder
 from cit_fast.models.rewritten_base import RewrittenBase, rewrites_base
 from cit_fast.text import first_line
@@ -57,16 +58,19 @@ def train_adapter(
     start_from: str | None = None,
     *,
     fuse: bool = False,
-) -> tuple[Any, RewrittenBase | None]:
+    grow: bool = False,
+) -> tuple[Any, RewrittenBase | GrowingAdapter | None]:
     """``model`` ready to train adapter set ``name``: made when new, the only one with gradients.
 
     Args:
         adapter: fields of a PEFT configuration; ``None``: the model itself is trained.
         start_from: the set whose weights a new one starts with.
         fuse: LoRA layers run as one op each (:func:`~cit_fast.models.fused_lora.fuse_lora`).
+        grow: a set that is there stays what it is, and a part is trained that it grows by.
 
     Returns:
-        The model; and what undoes the set's initialisation after the stage, where that rewrites the base model.
+        The model; and what makes the set a plain one after the stage, where an initialisation has rewritten the base
+        model, or the set grows.
     """
     if adapter is None:
         return model, None
@@ -77,6 +81,12 @@ def train_adapter(
         raise ConfigError(
             f"router: {name!r} cannot name an adapter set; use letters, digits, '_' and '-' ('default' is PEFT's own)"
         )
+    if grow and isinstance(model, PeftModel) and name in model.peft_config:
+        set_seed(seed)
+        grown = GrowingAdapter(model, name, get_peft_config({"task_type": "CAUSAL_LM", **adapter}))
+        if fuse:
+            fuse_lora(model)
+        return model, grown
     if isinstance(model, PeftModel) and name in model.peft_config:
         model.set_adapter(name)
         if fuse:

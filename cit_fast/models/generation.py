@@ -20,6 +20,7 @@ from cit_fast.errors import DataError
 from cit_fast.models.adapter_bank import BASE, AdapterBank, RowsLostError
 from cit_fast.models.forward import evaluating, whole_rows
 from cit_fast.models.fused_lora import adapters_cast_once
+from cit_fast.models.growing_adapter import activate
 from cit_fast.models.prefix_cache import (
     CACHE,
     PASS,
@@ -306,7 +307,7 @@ def one_set(model: Any, name: str, bank: AdapterBank | None = None) -> Iterator[
     if not isinstance(model, PeftModel):  # BASE, which is all there is
         yield
         return
-    before, trained = model.active_adapter, [each for each in model.parameters() if each.requires_grad]
+    before, trained = list(model.active_adapters), [each for each in model.parameters() if each.requires_grad]
     try:
         if name == BASE:
             with model.disable_adapter():
@@ -315,7 +316,7 @@ def one_set(model: Any, name: str, bank: AdapterBank | None = None) -> Iterator[
             model.set_adapter(name)
             yield
     finally:
-        model.set_adapter(before)
+        activate(model, before, before)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         for parameter in trained:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class RewrittenBase:
     def added(self, model: PeftModel, name: str) -> None:
         """Remember what the set ``name``, just added, began with."""
         rewritten: dict[int, Tensor] = {}
-        for path, layer in _layers(model, name):
+        for path, layer in lora_layers(model, name):
             weight = layer.get_base_layer().weight
             before = self._before[id(weight)]
             if not torch.equal(before, weight.detach().cpu()):
@@ -60,22 +61,44 @@ class RewrittenBase:
     @torch.no_grad()
     def undo(self, model: PeftModel, name: str) -> None:
         """Make the set ``name`` plain LoRA, and the base weights what they were."""
-        config = copy.copy(model.peft_config[name])
-        factor = math.sqrt(2) if config.use_rslora else 2  # the scaling alpha / sqrt(r) or alpha / r stays
-        for path, layer in _layers(model, name):
-            a, b = layer.lora_A[name], layer.lora_B[name]
-            first_a, first_b = self._factors.get(path) or (torch.zeros_like(a.weight), torch.zeros_like(b.weight))
-            layer.lora_A[name] = _linear(torch.cat([a.weight, first_a]), a)
-            layer.lora_B[name] = _linear(torch.cat([b.weight, -first_b], dim=1), b)
-            layer.r[name] *= 2
-            layer.lora_alpha[name] *= factor
+        extra = {}
+        for path, layer in lora_layers(model, name):
+            a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+            first_a, first_b = self._factors.get(path) or (torch.zeros_like(a), torch.zeros_like(b))
+            extra[path] = first_a, -first_b
             weight = layer.get_base_layer().weight
             if id(weight) in self._before:
                 weight.data.copy_(self._before[id(weight)])
-        config.r, config.lora_alpha, config.init_lora_weights = 2 * config.r, factor * config.lora_alpha, True
-        config.rank_pattern = {key: 2 * rank for key, rank in (config.rank_pattern or {}).items()}
-        config.alpha_pattern = {key: factor * alpha for key, alpha in (config.alpha_pattern or {}).items()}
-        model.peft_config[name] = config
+        append_factors(model, name, extra, Fraction(2))
+
+
+@torch.no_grad()
+def append_factors(model: PeftModel, name: str, extra: Mapping[str, tuple[Tensor, Tensor]], growth: Fraction) -> None:
+    """Give the LoRA set ``name`` more rows of A and columns of B; its scaling stays.
+
+    Args:
+        extra: of each of its layers, A [r', in] and B [out, r'].
+        growth: (r + r') / r, the same for all layers.
+    """
+    config = copy.copy(model.peft_config[name])
+    factor = math.sqrt(growth) if config.use_rslora else float(growth)  # the scaling alpha / sqrt(r) or alpha / r
+    for path, layer in lora_layers(model, name):
+        a, b = layer.lora_A[name], layer.lora_B[name]
+        more_a, more_b = extra[path]
+        layer.lora_A[name] = _linear(torch.cat([a.weight, more_a]), a)
+        layer.lora_B[name] = _linear(torch.cat([b.weight, more_b], dim=1), b)
+        layer.r[name] = len(layer.lora_A[name].weight)
+        layer.lora_alpha[name] *= factor
+    config.r, config.lora_alpha = int(growth * config.r), _whole(factor * config.lora_alpha)
+    config.init_lora_weights = True
+    config.rank_pattern = {key: int(growth * rank) for key, rank in (config.rank_pattern or {}).items()}
+    config.alpha_pattern = {key: _whole(factor * alpha) for key, alpha in (config.alpha_pattern or {}).items()}
+    model.peft_config[name] = config
+
+
+def _whole(alpha: float) -> float:
+    """An integer where it is one."""
+    return int(alpha) if float(alpha).is_integer() else alpha
 
 
 def refuse_sharded() -> ConfigError:
@@ -86,8 +109,10 @@ def refuse_sharded() -> ConfigError:
     )
 
 
-def _layers(model: PeftModel, name: str) -> list[tuple[str, Any]]:
-    return [(path, m) for path, m in model.named_modules() if isinstance(m, LoraLayer) and name in m.lora_A]
+def lora_layers(model: nn.Module, name: str | None = None) -> list[tuple[str, Any]]:
+    """Paths and LoRA layers, of the set ``name`` or of any."""
+    layers = ((path, module) for path, module in model.named_modules() if isinstance(module, LoraLayer))
+    return [(path, layer) for path, layer in layers if name is None or name in layer.lora_A]
 
 
 def _linear(weight: Tensor, like: nn.Linear) -> nn.Linear:

@@ -43,6 +43,7 @@ from cit_fast.methods.stage import Finished, Selection, Stage, StageInputs
 from cit_fast.methods.updates import stream_wide
 from cit_fast.models.adapters import load_weights, loading_whole, prompt_encoder, save_weights, train_adapter
 from cit_fast.models.digests import model_identity
+from cit_fast.models.growing_adapter import GrowingAdapter
 from cit_fast.models.pretrained import cache_folder, load_model, load_tokenizer, resolve_model
 from cit_fast.models.rewritten_base import RewrittenBase, refuse_sharded, rewrites_base
 from cit_fast.run.answer import Before, Evaluated, evaluate
@@ -241,6 +242,7 @@ class MethodRun:
             self.config.seed,
             assignment.start_from,
             fuse=self.config.model.fuse_lora,
+            grow=assignment.grows,
         )
         stage = dataclasses.replace(stage, model=model, new_set=new_set)
         selection = self._select(stage)
@@ -297,6 +299,8 @@ class MethodRun:
         assignment = self._returned("router", "assign", self.parts["router"].assign(stage), Assignment)
         chosen: list[Assignment] = [assignment]
         broadcast_object_list(chosen)
+        if chosen[0].grows and stream_wide(self.parts["update"]):
+            raise ConfigError("update.scope: stream cannot go on with an adapter set that grows (router stacked)")
         new = chosen[0].adapter not in before
         if not isinstance(self.parts["router"], SharedRouter):
             what = "a new adapter set" if new else "reuses the adapter set"
@@ -312,7 +316,12 @@ class MethodRun:
         return selection
 
     def _train(
-        self, stage: Stage, adapter: str, title: str, frozen: FrozenWeights, rewritten: RewrittenBase | None
+        self,
+        stage: Stage,
+        adapter: str,
+        title: str,
+        frozen: FrozenWeights,
+        rewritten: RewrittenBase | GrowingAdapter | None,
     ) -> _Trained:
         """The model with the set ``adapter`` trained on the stage's examples, and nothing else of it changed."""
         model = stage.model

@@ -21,6 +21,7 @@ from cit_fast.errors import ConfigError, RunError
 from cit_fast.methods.objectives import Objective
 from cit_fast.methods.stage import Stage
 from cit_fast.methods.updates import PlainUpdate, Update, stream_wide
+from cit_fast.models.growing_adapter import keeping_active, trained_sets
 from cit_fast.run.pace import duration
 from cit_fast.run.run_folder import mark_complete
 
@@ -76,6 +77,12 @@ class StageTrainer(Trainer):  # type: ignore[misc]
                 f"method {method!r}: update.scope stream keeps the live weights of each stage, which DeepSpeed and "
                 "FSDP hold in shards; use scope task, or DDP"
             )
+        grows = isinstance(self.model, PeftModel) and len(self.model.active_adapters) > 1
+        if grows and sharded:
+            raise ConfigError(
+                f"method {method!r}: router stacked joins two adapter sets after every stage, which DeepSpeed and FSDP "
+                "hold in shards; use DDP"
+            )
         for part in (self.objective, self.update):
             if sharded and getattr(part, "needs_whole_weights", False):
                 raise ConfigError(
@@ -114,11 +121,16 @@ class StageTrainer(Trainer):  # type: ignore[misc]
             super()._save(output_dir, state_dict)
             return
         whole = self.model.save_pretrained
-        self.model.save_pretrained = functools.partial(whole, selected_adapters=list(self.model.active_adapters))
+        self.model.save_pretrained = functools.partial(whole, selected_adapters=trained_sets(self.model))
         try:
             super()._save(output_dir, state_dict)
         finally:
             del self.model.save_pretrained
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """The Trainer's own, which makes the set in training the only active one."""
+        with keeping_active(self.model):
+            super()._load_from_checkpoint(*args, **kwargs)
 
     def _run_epoch(self, **kwargs: Any) -> None:
         """No step after the last one of a checkpoint: the Trainer looks at ``max_steps`` after a step only."""

@@ -4,6 +4,7 @@ from cit_fast.methods.objectives.cross_entropy import CrossEntropy
 from cit_fast.methods.objectives.distillation import Distillation
 from cit_fast.methods.objectives.ewc import EWC
 from cit_fast.methods.objectives.kpig import KPIG
+from cit_fast.methods.objectives.o_lora import OLoRA
 from cit_fast.methods.objectives.objective import Objective, plain_inputs
 
-__all__ = ["EWC", "KPIG", "CrossEntropy", "Distillation", "Objective", "plain_inputs"]
+__all__ = ["EWC", "KPIG", "CrossEntropy", "Distillation", "OLoRA", "Objective", "plain_inputs"]

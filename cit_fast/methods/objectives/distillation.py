@@ -40,8 +40,8 @@ class Distillation:
     Args:
         lambda_: weight of the divergence, >= 0 and finite.
         temperature: T, > 0 and finite.
-        compare: whose tokens are compared: those of ``"all"`` examples, of the ``"new"`` ones (learning without forgetting),
-            or of the ``"replayed"`` ones.
+        compare: the tokens of ``"all"`` examples, of the ``"new"`` ones (learning without forgetting), or of the
+            ``"replayed"`` ones.
         without_target: compare the predictions of the tokens that are not the target, so that what is to be learned is
             not held back (mask the target).
         when: the stages that compare, as for an update: ``"always"``, ``"retrained"`` or ``"from-second"``. Before the

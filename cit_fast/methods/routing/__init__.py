@@ -3,7 +3,7 @@
 from cit_fast.methods.routing.confusion import routing_record
 from cit_fast.methods.routing.grouping import GroupingRouter, LCIARouter, PerTaskRouter
 from cit_fast.methods.routing.load import load_router
-from cit_fast.methods.routing.router import OracleRouter, Router, SharedRouter, routing_text
+from cit_fast.methods.routing.router import OracleRouter, Router, SharedRouter, StackedRouter, routing_text
 from cit_fast.methods.routing.switch import SwitchNetwork, SwitchRouter, SwitchTokensRouter, train_switch
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "PerTaskRouter",
     "Router",
     "SharedRouter",
+    "StackedRouter",
     "SwitchNetwork",
     "SwitchRouter",
     "SwitchTokensRouter",

@@ -7,13 +7,21 @@ from pathlib import Path
 
 from cit_fast.errors import CitFastError, RunError
 from cit_fast.methods.routing.grouping import GroupingRouter, LCIARouter, PerTaskRouter
-from cit_fast.methods.routing.router import OracleRouter, Router, SavedRouter, SharedRouter, read_router
+from cit_fast.methods.routing.router import (
+    OracleRouter,
+    Router,
+    SavedRouter,
+    SharedRouter,
+    StackedRouter,
+    read_router,
+)
 from cit_fast.methods.routing.switch import SwitchRouter, SwitchTokensRouter
 
 _ROUTERS: dict[str, type[SavedRouter]] = {
     each.name: each
     for each in (
         SharedRouter,
+        StackedRouter,
         OracleRouter,
         PerTaskRouter,
         GroupingRouter,

@@ -201,6 +201,19 @@ class SharedRouter(SavedRouter):
         return ["shared"] * len(examples)
 
 
+class StackedRouter(SharedRouter):
+    """One adapter set for all tasks, which grows by a part with every task; the earlier parts stay as they are.
+
+    All parts are active, in training and afterwards (O-LoRA). Every task adds ``adapter.r`` to the set's rank.
+    """
+
+    name = "stacked"
+
+    def assign(self, stage: Stage) -> Assignment:
+        """Always the same set, with a new part."""
+        return Assignment("shared", grows=True)
+
+
 class OracleRouter(SavedRouter):
     """A set per task, and each example tells its task: the upper bound of what any router can reach."""
 

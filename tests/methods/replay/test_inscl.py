@@ -139,7 +139,11 @@ def test_a_budget_larger_than_the_history(model):
 def test_tasks_with_the_same_instructions_share_equally(model):
     twins = [task(name, ("red green", 20)) for name in ("a", "b", "c")]
     asked = stage(model, twins, task("d", ("red green", 5)))
-    assert counts((found := InsCLReplay(per_task=5, within="random").select(asked)).examples) == {"a": 5, "b": 5, "c": 5}
+    assert counts((found := InsCLReplay(per_task=5, within="random").select(asked)).examples) == {
+        "a": 5,
+        "b": 5,
+        "c": 5,
+    }
     assert found.record.distances == {"a": 0.0, "b": 0.0, "c": 0.0}
     assert "All distances are zero" in found.record.notes[0]
 

@@ -53,7 +53,9 @@ def test_distances_say_how_much_and_surprise_which(make_model, tiny_tokenizer):
     places, _ = most_surprising(stage, shares, stage.rng())
     assert both.examples == [one.train[k] for one, own in zip(seen, places, strict=True) for k in own]
     means = both.record.details
-    assert all(means["surprise of replayed"][name] > means["surprise of candidates"][name] for name in ("alpha", "beta"))
+    assert all(
+        means["surprise of replayed"][name] > means["surprise of candidates"][name] for name in ("alpha", "beta")
+    )
     assert both.record.scored == {"alpha": min(20, 4 * shares[0]), "beta": min(10, 4 * shares[1])}
 
 
