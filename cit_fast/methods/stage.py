@@ -37,6 +37,7 @@ class Stage:
         examples: what the stage trains, new examples first, replayed ones after them; the objective's to prepare.
         new_set: whether the adapter set that the stage trains is new, once the router has assigned it.
         compiled: whether the model will be compiled for training, which goes better with batches of few shapes.
+        steps: of the optimizer, once the stage is trained.
         averages: of an average that lives across stages: what the set answers with, by parameter's name, while
             ``model`` holds the weights that training goes on from.
         seed: of this stage; see :meth:`rng`.
@@ -54,6 +55,7 @@ class Stage:
     examples: tuple[Example, ...] = ()
     new_set: bool = False
     compiled: bool = False
+    steps: int = 0
     averages: Mapping[str, Tensor] | None = None
     seed: str = "0"
     kept: Path | None = None

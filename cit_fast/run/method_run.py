@@ -342,7 +342,10 @@ class MethodRun:
         trainer = self._trained(stage, title, inputs)
         seconds = trainer.record.seconds + inputs.seconds
         finished: Finished = self._returned(
-            "update", "finish", self.parts["update"].finish(trainer.optimizer, stage), Finished
+            "update",
+            "finish",
+            self.parts["update"].finish(trainer.optimizer, dataclasses.replace(stage, steps=trainer.state.global_step)),
+            Finished,
         )
         if finished.record is not None:
             self._returned("update", "finish", finished.record, UpdateRecord)

@@ -166,9 +166,50 @@ def test_a_new_set_can_start_from_the_one_before(settings, stream):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+# BEMA's correction
+
+
+def test_the_correction_by_definition():
+    """The average plus (10 + T)^-eta times the way from the first weights to the last, and nothing of a stage before."""
+    layer = torch.nn.Linear(3, 2)
+    stage = Stage(layer, None, index=2)
+    plain, corrected = BalanceEMAUpdate(rule="fixed", decay=0.9), BalanceEMAUpdate("fixed", 0.9, bias_power=0.4)
+    found = {}
+    first = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    for update in (plain, corrected):
+        layer.load_state_dict(first)
+        update.begin(stage)
+        optimizer = update.wrap(torch.optim.AdamW(layer.parameters(), lr=0.1), stage)
+        for _ in range(5):
+            layer(torch.ones(4, 3)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        last = {name: p.detach().clone() for name, p in layer.named_parameters()}
+        update.finish(optimizer, dataclasses.replace(stage, steps=5))
+        found[update] = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    for name, average in found[plain].items():
+        expected = average + (10 + 5) ** -0.4 * (last[name] - first[name])
+        torch.testing.assert_close(found[corrected][name], expected, rtol=1e-6, atol=1e-7)
+
+
+def test_a_corrected_average_killed_and_resumed(settings, stream):
+    settings["training"] |= {"learning_rate": 1e-2}
+    update = {"name": "balance-ema", "bias_power": 0.2}
+    whole = run(settings, stream, update, name="whole")
+    for arm in (at_call(2, stage_trainer, "mark_complete"), at_call(1, method_run, "evaluate")):
+        assert killed(lambda: run(settings, stream, update, name="killed"), arm)
+    folder = run(settings, stream, update, name="killed")
+    without = run(settings, stream, {"name": "balance-ema"}, name="without")
+    ours, theirs, plain = (adapter(each, 3) for each in (folder, whole, without))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not all(torch.equal(ours[name], plain[name]) for name in plain)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"bias_power": -0.1}, "bias_power: -0.1 is negative"),
+        ({"bias_power": 0.2, "scope": "stream"}, "use scope: task"),
         ({"when": "never"}, "when: 'never' is unknown; expected always, retrained or from-second"),
         ({"average_dtype": "float8"}, "average_dtype: 'float8' is unknown"),
         ({"rule": "paper", "scale": 0.0}, "scale=0.0 must be above 0"),
