@@ -39,6 +39,7 @@ PARTS: dict[str, dict[str, str]] = {
         "kpig": "cit_fast.methods.objectives.KPIG",
         "ewc": "cit_fast.methods.objectives.EWC",
         "o-lora": "cit_fast.methods.objectives.OLoRA",
+        "sdft": "cit_fast.methods.objectives.SDFT",
         "distillation": "cit_fast.methods.objectives.Distillation",
     },
     "update": {

@@ -170,7 +170,7 @@ def test_a_new_set_can_start_from_the_one_before(settings, stream):
 
 
 def test_the_correction_by_definition():
-    """The average plus (10 + T)^-eta times the way from the first weights to the last, and nothing of a stage before."""
+    """The average plus (10 + T)^-eta times the way from the first weights to the last."""
     layer = torch.nn.Linear(3, 2)
     stage = Stage(layer, None, index=2)
     plain, corrected = BalanceEMAUpdate(rule="fixed", decay=0.9), BalanceEMAUpdate("fixed", 0.9, bias_power=0.4)

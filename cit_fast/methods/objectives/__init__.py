@@ -6,5 +6,6 @@ from cit_fast.methods.objectives.ewc import EWC
 from cit_fast.methods.objectives.kpig import KPIG
 from cit_fast.methods.objectives.o_lora import OLoRA
 from cit_fast.methods.objectives.objective import Objective, plain_inputs
+from cit_fast.methods.objectives.sdft import SDFT
 
-__all__ = ["EWC", "KPIG", "CrossEntropy", "Distillation", "OLoRA", "Objective", "plain_inputs"]
+__all__ = ["EWC", "KPIG", "SDFT", "CrossEntropy", "Distillation", "OLoRA", "Objective", "plain_inputs"]

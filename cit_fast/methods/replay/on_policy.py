@@ -13,14 +13,14 @@ from typing import Any, Literal, NamedTuple
 
 from cit_fast.data.example import Example, Task
 from cit_fast.errors import ConfigError
-from cit_fast.evaluation.metrics import JUDGE, score
+from cit_fast.evaluation.metrics import JUDGE
 from cit_fast.evaluation.records import ReplayRecord
 from cit_fast.key_parts.gain import answer_surprise
 from cit_fast.methods.config import Part
+from cit_fast.methods.own_answers import draw_answers, metric_scores, with_answer
 from cit_fast.methods.registry import build_part
 from cit_fast.methods.replay.allocation import Budget
 from cit_fast.methods.stage import Selection, Stage
-from cit_fast.models.generation import Answer, Sampling, generate_answers
 from cit_fast.processes import split_over_ranks
 
 _SHOWN, _SHOWN_LENGTH = 2, 80  # own answers of a task in the record, and characters of one in a note
@@ -143,7 +143,7 @@ class OnPolicyReplay:
                 numbers = sorted([*first, *rest[: most[task.name] - len(first)]])
             for k in numbers:
                 if k in good:
-                    kept.append((chosen.examples[k], _with_answer(chosen.examples[k], best[k].text)))
+                    kept.append((chosen.examples[k], with_answer(chosen.examples[k], best[k].text)))
                     counts[task.name].kept += 1
                 elif self.references:
                     kept.append((chosen.examples[k], chosen.examples[k]))
@@ -164,34 +164,19 @@ class OnPolicyReplay:
 
     def _answered(self, stage: Stage, examples: Sequence[Example], counts: dict[str, _Counts]) -> dict[int, list[str]]:
         """Number of an example -> its answers that are of use, in the order they were drawn."""
-        encoder = stage.encoder.with_limit(stage.encoder.max_length, "skip")
-        encoded = encoder.encode_prompts(examples, reserve=self.max_new_tokens)
-        asked = dict(zip(encoded.indices, encoded.prompts, strict=True))
+        own = draw_answers(
+            *(stage, examples),
+            part="on-policy",
+            samples=self.samples,
+            temperature=self.temperature,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+        )
         for number, example in enumerate(examples):
             counts[example.task].asked += 1
-            counts[example.task].too_long += number not in asked
-        draws = [(number, sample) for number in asked for sample in range(self.samples)]
-
-        def work(mine: Sequence[tuple[int, int]]) -> list[tuple[int, int, Answer]]:
-            seeds = [stage.rng(f"on-policy/{number}/{sample}").getrandbits(64) for number, sample in mine]
-            found = generate_answers(
-                stage.model,
-                [asked[number] for number, _ in mine],
-                pad_token_id=encoder.pad_token_id,
-                eos_token_ids=encoder.stop_token_ids,
-                tokenizer=encoder.tokenizer,
-                max_new_tokens=self.max_new_tokens,
-                batch_size=self.batch_size,
-                sampling=Sampling(self.temperature, seeds) if self.temperature else None,
-            )
-            return [(*draw, answer) for draw, answer in zip(mine, found, strict=True)]
-
-        answers = defaultdict[int, list[str]](list)
-        for number, _, answer in sorted(split_over_ranks(draws, work)):
-            counts[examples[number].task].unended += not answer.ended
-            if answer.ended and answer.text and answer.text not in answers[number]:
-                answers[number].append(answer.text)
-        return answers
+            counts[example.task].too_long += number in own.too_long
+            counts[example.task].unended += own.unended[number]
+        return own.texts
 
     def _judges(self, task: Task) -> Literal["metric", "confidence"]:
         return "confidence" if task.metric == JUDGE else self.keep
@@ -213,7 +198,7 @@ class OnPolicyReplay:
         for name, task in tasks.items():
             own = [each for each in by_metric if examples[each[0]].task == name]
             if own:
-                worth |= zip(own, _scores(task, [(examples[number], text) for number, text in own]), strict=True)
+                worth |= zip(own, metric_scores(task, [(examples[number], text) for number, text in own]), strict=True)
         best: dict[int, _Own] = {}
         for number, text in found:
             if worth[number, text] == float("-inf"):
@@ -228,7 +213,7 @@ class OnPolicyReplay:
         """Mean over an answer's tokens, under the model; -inf of one that does not fit beside its prompt."""
 
         def work(mine: Sequence[int]) -> list[tuple[int, float]]:
-            own = [_with_answer(examples[found[k][0]], found[k][1]) for k in mine]
+            own = [with_answer(examples[found[k][0]], found[k][1]) for k in mine]
             encoder = stage.encoder.with_limit(stage.encoder.max_length, "skip")
             surprises = answer_surprise(stage.model, encoder, own, batch_size=self.batch_size)
             return [(mine[index], -value) for index, value in surprises]
@@ -285,19 +270,3 @@ def _first(shown: Mapping[str, Sequence[Mapping[str, str]]]) -> str:
     task, (one, *_) = next(iter(shown.items()))
     texts = (textwrap.shorten(one[name], _SHOWN_LENGTH, placeholder=" …") for name in ("own answer", "reference"))
     return " For example, of {}, “{}” where the reference is “{}”.".format(task, *texts)
-
-
-def _with_answer(example: Example, text: str) -> Example:
-    messages = example.messages and (*example.messages[:-1], (example.messages[-1][0], text))
-    return replace(example, references=(text,), messages=messages)
-
-
-def _scores(task: Task, answered: Sequence[tuple[Example, str]]) -> list[float]:
-    """What the task's metric gives each answer, in [0, 100]."""
-    return score(
-        task.metric,
-        [text for _, text in answered],
-        [example.references for example, _ in answered],
-        labels=task.labels,
-        inputs=[example.input or example.instruction for example, _ in answered],
-    ).per_example

@@ -13,7 +13,8 @@ from cit_fast.data import Example, Task
 from cit_fast.errors import ConfigError
 from cit_fast.evaluation import read_stages
 from cit_fast.key_parts.gain import answer_surprise
-from cit_fast.methods.replay import OnPolicyReplay, RandomReplay, SurpriseReplay, on_policy
+from cit_fast.methods import own_answers
+from cit_fast.methods.replay import OnPolicyReplay, RandomReplay, SurpriseReplay
 from cit_fast.methods.stage import Stage
 from cit_fast.models.generation import Answer, generate
 from cit_fast.models.prompts import PromptEncoder
@@ -55,7 +56,7 @@ def says(monkeypatch, tiny_tokenizer):
                 found.append(answer if isinstance(answer, Answer) else Answer(answer, True))
             return found
 
-        monkeypatch.setattr(on_policy, "generate_answers", fake)
+        monkeypatch.setattr(own_answers, "generate_answers", fake)
 
     return install
 
@@ -238,5 +239,5 @@ def test_a_run_goes_on_with_the_same_examples(settings, stream, tmp_path):
     assert [sum(replayed.values()) for replayed, *_ in whole] == [0, 0, 2, 4]
     assert sum(sum(r.details["own answers"].values()) for _, r, *_ in whole if r is not None) > 0
     assert killed(lambda: run(tmp_path / "killed"), at_call(3, method_run, "evaluate"))
-    assert killed(lambda: run(tmp_path / "killed"), at_call(1, on_policy, "generate_answers"))
+    assert killed(lambda: run(tmp_path / "killed"), at_call(1, own_answers, "generate_answers"))
     assert run(tmp_path / "killed") == whole
