@@ -259,7 +259,7 @@ class MethodRun:
             adapter=assignment.adapter,
             train_examples=len(fresh),
             replayed={task.name: sum(e.task == task.name for e in selection.examples) for task in stage.seen},
-            replay=selection.record if stage.seen else None,
+            replay=selection.record if stage.seen or selection.examples else None,
             objective=trained.inputs.record,
             update=trained.finished.record,
             routing=self._routing(stage, assignment, learned, new_set, found),
@@ -309,7 +309,7 @@ class MethodRun:
 
     def _select(self, stage: Stage) -> Selection:
         """The earlier examples that come back."""
-        if not stage.seen:
+        if not (stage.seen or getattr(self.parts["replay"], "from_first", False)):
             return Selection([])
         selection: Selection = self._returned("replay", "select", self.parts["replay"].select(stage), Selection)
         self._returned("replay", "select", selection.record, ReplayRecord)

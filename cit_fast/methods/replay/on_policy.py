@@ -20,6 +20,7 @@ from cit_fast.methods.config import Part
 from cit_fast.methods.own_answers import draw_answers, metric_scores, with_answer
 from cit_fast.methods.registry import build_part
 from cit_fast.methods.replay.allocation import Budget
+from cit_fast.methods.replay.anchor import Anchor
 from cit_fast.methods.stage import Selection, Stage
 from cit_fast.processes import split_over_ranks
 
@@ -72,6 +73,10 @@ class OnPolicyReplay:
             confidence judges every task, for a metric needs them, too.
         max_new_tokens: of an answer, >= 1; one that has not ended by then is not kept.
         batch_size: prompts answered at a time, >= 1.
+        anchor: prompts of no task that hold general ability: a text file with one in each line, or what ``data.tasks``
+            takes as text; the base model answers them once, and ``anchor_examples`` of them come back in every stage,
+            the first one, too, beyond the budget.
+        anchor_examples: >= 1.
 
     Raises:
         ConfigError: an option out of range or unknown.
@@ -91,9 +96,16 @@ class OnPolicyReplay:
         references: bool = True,
         max_new_tokens: int = 64,
         batch_size: int = 64,
+        anchor: str | None = None,
+        anchor_examples: int = 64,
     ) -> None:
         Budget(fraction, per_task)
-        sizes = {"samples": samples, "candidates": candidates, "max_new_tokens": max_new_tokens}
+        sizes = {
+            "anchor_examples": anchor_examples,
+            "samples": samples,
+            "candidates": candidates,
+            "max_new_tokens": max_new_tokens,
+        }
         for name, size in {**sizes, "batch_size": batch_size}.items():
             if size is not None and size < 1:
                 raise ConfigError(f"{name}: {size} is below 1")
@@ -113,7 +125,9 @@ class OnPolicyReplay:
         self.keep, self.samples, self.temperature, self.least = keep, samples, temperature, least
         self.share, self.references = share, references
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
+        self.anchor, self.anchor_examples = anchor, anchor_examples
         self._policy = None if choose == "answers" else self._built(choose)
+        self._anchor = None if anchor is None else Anchor(anchor, anchor_examples, max_new_tokens, batch_size)
 
     def _built(self, choose: str | dict[str, Any]) -> Any:
         if not isinstance(choose, (str, Mapping)):
@@ -124,10 +138,21 @@ class OnPolicyReplay:
         budget = {"fraction": self.fraction, "per_task": self.per_task}
         return build_part("replay", part.model_copy(update={"options": budget | part.options}), "on-policy, choose")
 
+    @property
+    def from_first(self) -> bool:
+        """Whether something comes back in the first stage, too."""
+        return self._anchor is not None
+
     def select(self, stage: Stage) -> Selection:
         """Examples of every earlier task, in order, with the model's own answers where these are good enough."""
-        if not stage.seen:
-            return Selection([])
+        selection = self._of_tasks(stage) if stage.seen else Selection([])
+        if self._anchor is None:
+            return selection
+        drawn, note = self._anchor.draw(stage)
+        record = replace(selection.record, notes=[*selection.record.notes, note])
+        return Selection([*selection.examples, *drawn], record)
+
+    def _of_tasks(self, stage: Stage) -> Selection:
         chosen, most = self._chosen(stage)
         counts = {task.name: _Counts() for task in stage.seen}
         answers = self._answered(stage, chosen.examples, counts)

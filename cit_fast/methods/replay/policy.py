@@ -12,7 +12,10 @@ class ReplayPolicy(Protocol):
     """Chooses the earlier examples to mix into a stage."""
 
     def select(self, stage: Stage) -> Selection:
-        """Examples of ``stage.seen`` to train again, each with its own task's name, and why these."""
+        """Examples of ``stage.seen`` to train again, each with its own task's name, and why these.
+
+        Not called for the first stage, unless the policy has an attribute ``from_first`` that is true.
+        """
 
 
 class NoReplay:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from killed import at_call, killed
+from peft import PeftModel
 from rich.console import Console
 
 from cit_fast import ContinualTrainer
@@ -241,3 +242,82 @@ def test_a_run_goes_on_with_the_same_examples(settings, stream, tmp_path):
     assert killed(lambda: run(tmp_path / "killed"), at_call(3, method_run, "evaluate"))
     assert killed(lambda: run(tmp_path / "killed"), at_call(1, own_answers, "generate_answers"))
     assert run(tmp_path / "killed") == whole
+
+
+# --- the anchor ---
+
+UP = "base_model.model.model.layers.0.mlp.up_proj"
+
+
+def anchored(settings, stream, output: Path, prompts: Path, **more) -> Path:
+    replay = {"anchor": str(prompts), "anchor_examples": 3, "fraction": 0.1, "max_new_tokens": 4}
+    method = {"preset": "on-policy", "replay": replay}
+    own = {**settings, "methods": [method], "output": str(output), **more}
+    return ContinualTrainer(own, stream=stream, console=Console(quiet=True)).run()[0]
+
+
+@pytest.fixture
+def base_says(monkeypatch, tiny_tokenizer):
+    """Answers that end and tell whether the base model gave them; how often it was asked is in ``calls``."""
+
+    def fake(model, prompts, **options):
+        base = not isinstance(model, PeftModel) or model.get_submodule(UP).disable_adapters
+        fake.calls.append((base, len(prompts)))
+        return [Answer("base" if base else "tuned", True) for _ in prompts]
+
+    fake.calls = []
+    monkeypatch.setattr(own_answers, "generate_answers", fake)
+    return fake
+
+
+def test_prompts_of_no_task_come_back_with_the_base_models_answers(settings, stream, tmp_path, base_says, monkeypatch):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Hello there.\n\nCount to three.\nSay no.\nWho are you?\n", encoding="utf-8")
+    trained = []
+    original = method_run.MethodRun._train
+    monkeypatch.setattr(
+        method_run.MethodRun,
+        "_train",
+        lambda self, stage, *rest: trained.append(stage.examples) or original(self, stage, *rest),
+    )
+    folder = anchored(settings, stream, tmp_path / "runs", prompts)
+    own = [[each for each in examples if each.task == "anchor"] for examples in trained]
+    assert [len(each) for each in own] == [3, 3, 3]
+    assert {each.references for examples in own for each in examples} == {("base",)}
+    assert len({tuple(each.instruction for each in examples) for examples in own}) > 1  # drawn anew for every stage
+    assert base_says.calls.count((True, 4)) == 1
+    stages = read_stages(folder)
+    for stage in stages[1:]:
+        assert "Anchor: 3 prompts come back with what the base model says; it answered 4 of 4." in stage.replay.notes
+        assert "anchor" not in stage.replayed
+
+
+def test_an_anchored_run_goes_on_with_what_the_base_model_said(settings, stream, tmp_path, base_says):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Hello.\nNo.\nYes.\nSo.\n", encoding="utf-8")
+    whole = anchored(settings, stream, tmp_path / "whole", prompts)
+    assert killed(lambda: anchored(settings, stream, tmp_path / "killed", prompts), at_call(2, method_run, "evaluate"))
+    folder = anchored(settings, stream, tmp_path / "killed", prompts)
+    assert [s.losses for s in read_stages(folder)] == [s.losses for s in read_stages(whole)]
+
+
+def test_without_adapters_the_base_model_is_asked_before_it_is_trained(settings, stream, tmp_path, base_says):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Hello.\nNo.\nYes.\n", encoding="utf-8")
+    folder = anchored(settings, stream, tmp_path / "runs", prompts, adapter=None)
+    assert base_says.calls[0] == (True, 3)
+    assert all(any(note.startswith("Anchor: 3") for note in s.replay.notes) for s in read_stages(folder)[1:])
+
+
+def test_prompts_of_a_data_file_and_what_cannot_be_read(model, encoder, tmp_path, says):
+    one = tmp_path / "data.jsonl"
+    one.write_text('{"instruction": "Say 1.", "input": "", "output": "x"}\n' * 2, encoding="utf-8")
+    says(lambda k, sample: f"own {k}")
+    stage = Stage(model, encoder, index=1, tasks=(NEW,), seed="0/1")
+    found = OnPolicyReplay(anchor=str(one), anchor_examples=9).select(stage).examples
+    assert [(each.task, each.references) for each in found] == [("anchor", ("own 1",))] * 2
+    with pytest.raises(ConfigError, match=r"replay.anchor: .*missing.txt"):
+        OnPolicyReplay(anchor=str(tmp_path / "missing.txt")).select(stage)
+    says(lambda k, sample: Answer("on and on", False))
+    with pytest.raises(ConfigError, match=r"none of the 2 prompts of .* got an answer"):
+        OnPolicyReplay(anchor=str(one)).select(stage)
