@@ -99,6 +99,37 @@ def test_accelerate_launch_with_two_processes(two_tasks, tmp_path, monkeypatch):
     compare(Path(two_tasks["output"]) / "lcia-ema", one)
 
 
+@pytest.mark.slow
+def test_methods_that_look_at_the_earlier_model_with_two_processes(two_tasks, tmp_path):
+    """Own answers, searched merges, distillation, springs and grown sets are those of one process."""
+    replay = {"name": "random", "fraction": 0.25}
+    two_tasks["methods"] = [
+        {"preset": "on-policy", "replay": {"fraction": 0.25, "keep": "confidence", "max_new_tokens": 4}},
+        {"preset": "merge", "replay": replay},
+        {"preset": "sequential", "name": "distillation", "replay": replay, "objective": {"name": "distillation"}},
+        {"preset": "ewc", "objective": {"lambda_": 1e3, "examples": 4}},
+        "o-lora",
+        {"preset": "sdft", "objective": {"least": 0, "temperature": 1.0, "max_new_tokens": 4}},
+    ]
+    two_tasks["data"]["max_length"] = 320  # what SDFT asks is long
+    ContinualTrainer(two_tasks, console=Console(quiet=True)).run()
+    alone = Path(two_tasks["output"])
+    two_tasks["output"] += "-two"
+    two_tasks["training"]["per_device_train_batch_size"] = 2
+    done = launch(ACCELERATE, [two_tasks], tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for method in ("on-policy", "merge", "distillation", "ewc", "o-lora", "sdft"):
+        ours, theirs = (read_stages(folder / method)[1:] for folder in (Path(two_tasks["output"]), alone))
+        for one, other in zip(ours, theirs, strict=True):
+            assert [loss for _, loss in one.losses] == pytest.approx([loss for _, loss in other.losses], rel=1e-5)
+            assert one.replayed == other.replayed
+            if method != "ewc":  # which records a sum of squares
+                assert [part and part.details for part in (one.replay, one.objective)] == [
+                    part and part.details for part in (other.replay, other.objective)
+                ]
+            assert (one.update and one.update.coefficient) == (other.update and other.update.coefficient)
+
+
 def shards(method: str, sharding: dict, adapter: bool = True) -> dict:
     return {"methods": [method], "training": sharding, **({} if adapter else {"adapter": None})}
 
