@@ -19,7 +19,9 @@ from cit_fast.files import link_tree, write_json
 from cit_fast.models.adapter_bank import read_adapter_config, read_adapter_weights
 from cit_fast.models.config import DataConfig
 from cit_fast.models.fused_lora import fuse_lora
+from cit_fast.models.fused_norms import FusedNorm, fuse_norms
 from cit_fast.models.growing_adapter import GrowingAdapter
+from cit_fast.models.osf import MergedModel, is_osf
 from cit_fast.models.prompts import PromptEncoder
 from cit_fast.models.rewritten_base import RewrittenBase, rewrites_base
 from cit_fast.text import first_line
@@ -59,7 +61,7 @@ def train_adapter(
     *,
     fuse: bool = False,
     grow: bool = False,
-) -> tuple[Any, RewrittenBase | GrowingAdapter | None]:
+) -> tuple[Any, RewrittenBase | GrowingAdapter | MergedModel | None]:
     """``model`` ready to train adapter set ``name``: made when new, the only one with gradients.
 
     Args:
@@ -70,7 +72,7 @@ def train_adapter(
 
     Returns:
         The model; and what makes the set a plain one after the stage, where an initialisation has rewritten the base
-        model, or the set grows.
+        model, or the set grows, or puts it into the model's own weights (OSF).
     """
     if adapter is None:
         return model, None
@@ -105,6 +107,8 @@ def train_adapter(
     except Exception as error:  # whatever PEFT thinks of the options, in a dozen kinds
         raise ConfigError(f"adapter: {first_line(error)}") from error
     model.set_adapter(name)
+    if is_osf(adapter):
+        return model, MergedModel()
     if rewritten is not None:
         rewritten.added(model, name)
     if start_from is not None:
@@ -157,15 +161,18 @@ def load_weights(base: Any, folder: Path, trainable: bool = False) -> Any:
     Raises:
         RunError: a missing or damaged file, or an adapter of another base model.
     """
+    model: Any = base
     whole = folder / "model"
     if whole.is_dir():
         try:
-            return type(base).from_pretrained(
+            model = type(base).from_pretrained(
                 whole, dtype=base.dtype, attn_implementation=base.config._attn_implementation
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise RunError(f"{whole}: cannot be loaded: {first_line(error)}") from None
-    model: Any = base
+        if any(isinstance(module, FusedNorm) for module in base.modules()):
+            fuse_norms(model)  # as the base was, for a resumed run must compute what it would have computed
+        return model
     adapters = sorted((folder / "adapters").glob("*/adapter_config.json"))
     if not adapters:
         raise RunError(f"{folder}: holds neither adapters nor a model; the stage is damaged")

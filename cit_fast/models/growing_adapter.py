@@ -46,8 +46,8 @@ class GrowingAdapter:
                     f"{layer.scaling[self.part]:g}; keep adapter.lora_alpha / adapter.r"
                 )
 
-    def undo(self, model: PeftModel, name: str) -> None:
-        """Make set and part one set, ``name``, and the only one active."""
+    def undo(self, model: PeftModel, name: str) -> PeftModel:
+        """The model with set and part as one set, ``name``, and the only one active."""
         of_part = dict(lora_layers(model, self.part))
         extra = {
             path: (layer.lora_A[self.part].weight, layer.lora_B[self.part].weight) for path, layer in of_part.items()
@@ -61,6 +61,7 @@ class GrowingAdapter:
         activate(model, [name], [name])
         model.delete_adapter(self.part)
         activate(model, [name], [name])
+        return model
 
 
 def activate(model: PeftModel, active: Sequence[str], trained: Sequence[str]) -> None:

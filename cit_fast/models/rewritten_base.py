@@ -59,8 +59,8 @@ class RewrittenBase:
         self._before = rewritten
 
     @torch.no_grad()
-    def undo(self, model: PeftModel, name: str) -> None:
-        """Make the set ``name`` plain LoRA, and the base weights what they were."""
+    def undo(self, model: PeftModel, name: str) -> PeftModel:
+        """The model with the set ``name`` as plain LoRA, and the base weights what they were."""
         extra = {}
         for path, layer in lora_layers(model, name):
             a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
@@ -70,6 +70,7 @@ class RewrittenBase:
             if id(weight) in self._before:
                 weight.data.copy_(self._before[id(weight)])
         append_factors(model, name, extra, Fraction(2))
+        return model
 
 
 @torch.no_grad()

@@ -130,6 +130,9 @@ class RunConfig(Section):
         """What decides the outcome of one method, as plain JSON values: no output folder, no other method."""
         plain = self.model_dump(mode="json", exclude={"output", "methods", "name"})
         plain["method"] = method.model_dump(mode="json")
+        own = plain["method"].pop("adapter")
+        if own is not None:
+            plain["adapter"] = own
         return typing.cast("dict[str, Any]", json.loads(json.dumps(plain)))
 
 

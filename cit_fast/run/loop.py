@@ -6,6 +6,7 @@ TaskStream --task t--> Router.assign -> ReplayPolicy.select -> Trainer(Objective
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from cit_fast.errors import ConfigError, DataError, RunError
 from cit_fast.files import is_disk_full
 from cit_fast.methods.registry import build_parts
 from cit_fast.models.adapters import loading_whole, prompt_encoder
+from cit_fast.models.osf import is_osf
 from cit_fast.models.pretrained import load_tokenizer, resolve_model
 from cit_fast.run.arguments import training_arguments
 from cit_fast.run.config import RunConfig, load_config, validated
@@ -71,9 +73,11 @@ class ContinualTrainer:
         # All of them now: a misspelt part should not wait for the methods before it.
         self._parts = {method.name: build_parts(method, config.training, own) for method in config.methods}
         for method in config.methods:
-            if config.adapter is None and method.router.name != "shared":
+            adapter = method.adapter or config.adapter
+            if (adapter is None or is_osf(adapter)) and method.router.name != "shared":
+                what = "null" if adapter is None else "OSF"
                 raise ConfigError(
-                    f"method {method.name!r}: router: {method.router.name!r} grows adapter sets, and adapter: null "
+                    f"method {method.name!r}: router: {method.router.name!r} grows adapter sets, and adapter: {what} "
                     "trains the model itself; give an adapter, or router: shared"
                 )
         self._state = PartialState(cpu=not torch.cuda.is_available())
@@ -140,12 +144,21 @@ class ContinualTrainer:
             bare = skeleton(folder, config.model)
             if bare is not None:
                 encoder.fit_to(bare)
-                if config.adapter is not None:
-                    try_adapter(bare, config.adapter)
+                for adapter in _distinct([method.adapter or config.adapter for method in config.methods]):
+                    try_adapter(copy.deepcopy(bare), adapter)
         arguments = training_arguments(config.training, config.seed, config.folder)
         try_arguments(arguments)
         if any(method.schedule != "joint" for method in config.methods):
             try_batches(arguments, list(self.stream))
+
+
+def _distinct(adapters: Sequence[dict[str, Any] | None]) -> list[dict[str, Any]]:
+    """Those that are not alike."""
+    found: list[dict[str, Any]] = []
+    for adapter in adapters:
+        if adapter is not None and adapter not in found:
+            found.append(adapter)
+    return found
 
 
 @contextlib.contextmanager

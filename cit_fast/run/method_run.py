@@ -44,6 +44,7 @@ from cit_fast.methods.updates import stream_wide
 from cit_fast.models.adapters import load_weights, loading_whole, prompt_encoder, save_weights, train_adapter
 from cit_fast.models.digests import model_identity
 from cit_fast.models.growing_adapter import GrowingAdapter
+from cit_fast.models.osf import MergedModel, is_osf, of_stage, refuse_sharded_osf
 from cit_fast.models.pretrained import cache_folder, load_model, load_tokenizer, resolve_model
 from cit_fast.models.rewritten_base import RewrittenBase, refuse_sharded, rewrites_base
 from cit_fast.run.answer import Before, Evaluated, evaluate
@@ -103,6 +104,8 @@ class MethodRun:
     ) -> None:
         self.held_out, self.clock = list(held_out), clock
         self.config, self.method, self.stream, self.folder = of_one_date(config, folder), method, stream, folder
+        if method.adapter is not None:
+            self.config = self.config.model_copy(update={"adapter": method.adapter})
         self.console = console
         self.state = PartialState()
         # A copy: what a part remembers of one run must not reach the next.
@@ -237,7 +240,7 @@ class MethodRun:
         # Replay and objective look at the model with the set that will be trained, as a resumed run finds it.
         model, rewritten = train_adapter(
             model,
-            self.config.adapter,
+            of_stage(self.config.adapter, index, count),
             assignment.adapter,
             self.config.seed,
             assignment.start_from,
@@ -321,7 +324,7 @@ class MethodRun:
         adapter: str,
         title: str,
         frozen: FrozenWeights,
-        rewritten: RewrittenBase | GrowingAdapter | None,
+        rewritten: RewrittenBase | GrowingAdapter | MergedModel | None,
     ) -> _Trained:
         """The model with the set ``adapter`` trained on the stage's examples, and nothing else of it changed."""
         model = stage.model
@@ -352,7 +355,7 @@ class MethodRun:
         model = self._unwrapped(trainer, stage.index, adapter)
         notes += before.notes(model)
         if rewritten is not None:
-            rewritten.undo(model, adapter)
+            model = rewritten.undo(model, adapter)
         frozen.check(model, f"{self.folder.path}: {where}")
         for note in notes:
             self._say(f"  {escape(note)}")
@@ -504,8 +507,10 @@ class MethodRun:
         )
         if (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled) and rewrites_base(self.config.adapter):
             raise refuse_sharded()
-        if stream_wide(self.parts["update"]) and rewrites_base(self.config.adapter):
-            raise ConfigError("update.scope: stream cannot go on with adapters whose initialisation rewrites the base")
+        if (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled) and is_osf(self.config.adapter):
+            raise refuse_sharded_osf()
+        if stream_wide(self.parts["update"]) and (rewrites_base(self.config.adapter) or is_osf(self.config.adapter)):
+            raise ConfigError("update.scope: stream cannot go on with adapters that rewrite the base model")
         trainer.check_engine(self.method.name)
         return trainer, None if checkpoint is None else str(checkpoint[0])
 

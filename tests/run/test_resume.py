@@ -8,6 +8,7 @@ import pytest
 import torch
 from killed import at_call, die, killed
 from rich.console import Console
+from safetensors.torch import load_file
 from toy_runs import adapter
 
 from cit_fast import ContinualTrainer
@@ -73,6 +74,22 @@ def test_kill_at_any_moment_and_go_on(settings, stream, method, tmp_path, monkey
         ours, theirs = adapter(folder, stage), adapter(undisturbed, stage)
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs), stage
     assert not list(folder.glob("stages/.*"))
+
+
+def test_the_model_itself_goes_on_with_the_same_bits(settings, stream):
+    """Without adapters: what is loaded from a stage computes as what was in memory, fused layers and all."""
+    settings |= {"methods": ["sequential"], "adapter": None}
+    whole = {**settings, "output": settings["output"] + "-whole"}
+    start(whole, stream)
+    for arm in (at_call(3, stage_trainer, "mark_complete"), at_call(1, method_run, "evaluate")):
+        assert killed(lambda: start(settings, stream), arm)
+    start(settings, stream)
+    for stage in (1, 2, 3):
+        ours, theirs = (
+            load_file(Path(each["output"]) / f"sequential/stages/{stage:02d}/model/model.safetensors")
+            for each in (settings, whole)
+        )
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_a_limit_of_steps_holds_after_the_last_checkpoint(settings, stream, monkeypatch):
