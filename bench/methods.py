@@ -9,8 +9,12 @@
 
 The folder holds one sub-folder per task with train.json, dev.json and test.json. Every method trains the same tasks in
 the same order from the same seeds; ``joint`` (all tasks at once) is added as the upper bound, and experts (one model
-per task, shared by all methods through the cache) for Relative Gain. A call that was interrupted goes on where it was.
-The table goes to the terminal and, with hardware and versions, to ``--results``.
+per task, shared by all methods through the cache) for Relative Gain. A method whose experts are less than 20 points
+above the untrained model is marked: its tasks were not learned, so it cannot show forgetting.
+
+A call that was interrupted goes on where it was. The table goes to the terminal and, with hardware and versions, to
+``--results``, run by run as they end; runs that are there are not made again, on another machine either, so that a
+comparison of several seeds can be made in several nights.
 
 Every Super-NI task has one instruction. With ``--by-category`` the tasks of a category are trained as one, as in the
 InsCL paper, so that there are several to choose from. ``--fraction`` or ``--per-task`` gives every method that replays
@@ -46,6 +50,7 @@ from cit_fast.data.streams import stream_files
 from cit_fast.errors import CitFastError, DataError
 from cit_fast.evaluation import continual_metrics, read_run, read_stages, task_set_scores
 from cit_fast.evaluation.metrics import normalise_label
+from cit_fast.files import write_file
 from cit_fast.methods.config import presets
 
 STREAM = stream_files()["superni-15"]
@@ -54,7 +59,7 @@ ABLATIONS = {
     for method in yaml.safe_load(Path(__file__).with_name("configs").joinpath("ablations.yaml").read_text())["methods"]
 }
 COLUMNS = (
-    "AP", "New.ACC", "forgetting", "BWT", "relative gain", "V", "held-out P", "held-out V", "balance weight",
+    "AP", "New.ACC", "forgetting", "BWT", "learned", "relative gain", "V", "held-out P", "held-out V", "balance weight",
     "fell back %", "replayed", "train minutes", "total minutes",
 )  # fmt: skip
 PAIRED = ("AP", "New.ACC", "forgetting")
@@ -130,8 +135,8 @@ def method(name: str, options: argparse.Namespace) -> dict:
     return {**chosen, "replay": {**(chosen.get("replay") or {}), **own, **fraction, "per_task": options.per_task}}
 
 
-def settings(options: argparse.Namespace, seed: int) -> dict:
-    """The configuration of one seed."""
+def settings(options: argparse.Namespace, seed: int, chosen: dict) -> dict:
+    """The configuration of one seed of a method."""
     if options.by_category:  # the trainer is given the categories made of these
         folders = task_folders(options.data, options.order, options.tasks, options.only)
         trained, held_out = [source(path) for path in folders], []
@@ -141,7 +146,7 @@ def settings(options: argparse.Namespace, seed: int) -> dict:
         "name": "superni-chosen" if options.only else f"superni-order{options.order}",
         "output": str(options.output / f"seed{seed}"),
         "seed": seed,
-        "methods": [method(name, options) for name in dict.fromkeys([*options.methods, *options.bound])],
+        "methods": [chosen],
         "model": {"name": options.model, "attn_implementation": options.attention},
         "data": {
             "tasks": trained,
@@ -160,7 +165,7 @@ def settings(options: argparse.Namespace, seed: int) -> dict:
         "evaluation": {
             "experts": options.experts,
             "tasks": "seen",
-            "untrained": False,
+            "untrained": options.experts,
             "held_out": held_out,
             "max_new_tokens": options.max_new_tokens,
             "batch_size": 32,
@@ -176,7 +181,10 @@ def figures(folder: Path) -> dict[str, Any]:
     seen = task_set_scores(run.tasks, last.scores, last.violations, run.metrics)
     held_out = task_set_scores(run.held_out_tasks, last.scores, last.violations, run.metrics)
     train = sum(stage.train_seconds for stage in stages) / 60
+    untrained = stages[0].scores
+    known = run.experts and set(run.experts) <= set(untrained)
     return {
+        "learned": statistics.mean(run.experts[task] - untrained[task] for task in run.experts) if known else None,
         "AP": metrics.average_performance,
         "New.ACC": metrics.new_accuracy,
         "forgetting": metrics.forgetting,
@@ -228,6 +236,40 @@ def differences(rows: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, tu
     return found
 
 
+LEARNED = 20.0
+"""Points that experts must be above the untrained model on average."""
+
+
+def recorded(path: Path | None, asked: dict[str, Any]) -> dict[str, Any]:
+    """The record at ``path`` to add to, of the same options but for methods and seeds."""
+    if path is None or not path.exists():
+        return {"runs": {}}
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if "runs" not in record or record["options"] != asked:
+        raise DataError(f"{path}: holds runs of other options; name another file")
+    return record
+
+
+def made(options: argparse.Namespace, asked: dict[str, Any]) -> dict[str, Any]:
+    """The record with every run that was asked for, written as they end."""
+    record = recorded(options.results, asked)
+    for seed in options.seeds:
+        stream, held_out = categories(options, seed) if options.by_category else (None, None)
+        for name in dict.fromkeys([*options.methods, *options.bound]):
+            if f"{name}/{seed}" in record["runs"]:
+                continue
+            chosen = method(name, options)
+            (folder,) = ContinualTrainer(settings(options, seed, chosen), stream=stream, held_out=held_out).run()
+            run = read_run(folder)
+            own = {"environment": run.environment, "tasks": len(run.tasks), **figures(folder)}
+            record["runs"][f"{name}/{seed}"] = own
+            if options.results:
+                write_file(
+                    options.results, json.dumps({"options": asked, **record}, indent=1, ensure_ascii=False) + "\n"
+                )
+    return record
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder of Super-NI task folders")
@@ -258,16 +300,17 @@ def main() -> None:
     options = parser.parse_args()
 
     console = Console()
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for seed in options.seeds:
-        stream, held_out = categories(options, seed) if options.by_category else (None, None)
-        for folder in ContinualTrainer(settings(options, seed), stream=stream, held_out=held_out).run():
-            rows.setdefault(folder.name, []).append(figures(folder))
-            run = read_run(folder)
+    apart = {"results", "output", "methods", "seeds"}
+    asked = {key: str(v) if isinstance(v, Path) else v for key, v in vars(options).items() if key not in apart}
+    asked = json.loads(json.dumps({**asked, "data": options.data.name}))
+    record = made(options, asked)
+    names = list(dict.fromkeys([*options.methods, *options.bound]))
+    rows = {name: [record["runs"][f"{name}/{seed}"] for seed in options.seeds] for name in names}
+    count = rows[names[0]][0]["tasks"]
     table = Table(
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
-        title=f"Super-NI, {'chosen' if options.only else f'order {options.order}'}, {len(run.tasks)} tasks"
+        title=f"Super-NI, {'chosen' if options.only else f'order {options.order}'}, {count} tasks"
         f"{' in categories' if options.by_category else ''}, {len(options.seeds)} seed(s)",
     )
     table.add_column("method", no_wrap=True)
@@ -278,7 +321,8 @@ def main() -> None:
     for method, seeds in rows.items():
         digits = {"balance weight": 3}
         cells = [cell([row[column] for row in seeds], digits.get(column, 1)) for column in columns]
-        table.add_row(method, *cells)
+        learned = [row["learned"] for row in seeds if row["learned"] is not None]
+        table.add_row(f"{method} (not learned)" if learned and statistics.mean(learned) < LEARNED else method, *cells)
     console.print(table)
     paired = differences(rows) if len(options.seeds) > 1 else {}
     if paired:
@@ -288,13 +332,9 @@ def main() -> None:
             said = (f"{metric} {mean:+.1f} [{low:+.1f}, {high:+.1f}]" for metric, (mean, low, high) in metrics.items())
             console.print(f"  {name}: {', '.join(said)}", highlight=False, markup=False)
     if options.results:
-        asked = {key: str(v) if isinstance(v, Path) else v for key, v in vars(options).items() if key != "results"}
-        asked["data"] = options.data.name
-        asked.pop("output")
-        result = {"date": date.today().isoformat(), "options": asked, "environment": run.environment, "methods": rows}
-        result["paired with the first"] = paired
-        options.results.parent.mkdir(parents=True, exist_ok=True)
-        options.results.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        record["paired"] = {**record.get("paired", {}), f"seeds {options.seeds}, to {names[0]}": paired}
+        result = {"date": date.today().isoformat(), "options": asked, **record}
+        write_file(options.results, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":
