@@ -34,6 +34,7 @@ from rich.table import Table
 from scipy.stats import bootstrap
 
 from bench.testbed.model import pretrained
+from bench.testbed.picture import picture
 from bench.testbed.runs import FIGURES, GENERAL_TEST, TEST, TRAIN, TRAINING, Job, begin, run
 from cit_fast.files import write_file
 
@@ -118,6 +119,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, each with one thread")
     parser.add_argument("--output", type=Path, default=Path("runs/testbed"))
     parser.add_argument("--keep", action="store_true", help="keep the run folders, not only their figures")
+    parser.add_argument("--picture", type=Path, help="PNG file: forgetting against minutes, of the first order")
     parser.add_argument("--results", type=Path, help="JSON file of runs, with hardware, and tables; added to")
     options = parser.parse_args()
     console, model = Console(width=180), pretrained()
@@ -152,6 +154,13 @@ def main() -> None:
         rows = summary(found)
         title = f"order {order}, seeds {seeds[0]} to {seeds[-1]}, replay {options.fraction or 'of each preset'}"
         tables(title, rows, console)
+        if options.picture is not None and order == options.orders[0]:
+            picture(
+                f"Test bed, {title.partition(', seeds')[0]}, replay {options.fraction or 'of each preset'}",
+                found,
+                options.picture,
+            )
+            console.print(f"picture in {options.picture}")
         record["tables"][f"{title}: {', '.join(options.methods)}"] = rows
     if options.results is not None:
         write_file(options.results, json.dumps({"setting": setting, **record}, indent=1) + "\n")

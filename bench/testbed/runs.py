@@ -6,6 +6,7 @@ import argparse
 import json
 import shutil
 import statistics
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,10 +104,12 @@ def run(job: Job, model: Path, output: Path, keep: bool) -> None:
         held_out=[*general(GENERAL_TEST), *reworded(tasks)],
         console=Console(quiet=True),
     )
+    started = time.process_time()
     (made,) = trainer.run()
+    seconds = time.process_time() - started
     file.parent.mkdir(parents=True, exist_ok=True)
     hardware = {name: machine()[name] for name in ("cpu", "cores", "torch")}
-    write_file(file, json.dumps({**figures(made), "machine": hardware}))
+    write_file(file, json.dumps({**figures(made), "cpu minutes": seconds / 60, "machine": hardware}))
     if not keep:
         shutil.rmtree(folder)
 
