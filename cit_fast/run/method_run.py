@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
-import functools
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,62 +18,42 @@ from torch import Tensor
 
 from cit_fast.data import TaskStream
 from cit_fast.data.constraints import Constraints
-from cit_fast.data.example import Task, unseen_media
-from cit_fast.errors import CitFastError, ConfigError, DataError, RunError
+from cit_fast.data.example import Task
+from cit_fast.errors import ConfigError, RunError
 from cit_fast.evaluation.predictions import Prediction, read_predictions, write_stage_predictions
 from cit_fast.evaluation.records import (
     Assignment,
     Learned,
-    ObjectiveRecord,
-    ReplayRecord,
     RoutingRecord,
     RunRecord,
     StageRecord,
-    UpdateRecord,
     check_files,
     read_run,
 )
 from cit_fast.methods.config import MethodConfig
 from cit_fast.methods.registry import PARTS, build_parts, part_name
 from cit_fast.methods.routing import SharedRouter, routing_record
-from cit_fast.methods.stage import Finished, Selection, Stage, StageInputs
+from cit_fast.methods.stage import Selection, Stage
 from cit_fast.methods.updates import stream_wide
 from cit_fast.models.adapters import load_weights, loading_whole, prompt_encoder, save_weights, train_adapter
 from cit_fast.models.digests import model_identity
-from cit_fast.models.growing_adapter import GrowingAdapter
-from cit_fast.models.osf import MergedModel, is_osf, of_stage, refuse_sharded_osf
+from cit_fast.models.osf import of_stage
 from cit_fast.models.pretrained import cache_folder, load_model, load_tokenizer, resolve_model
-from cit_fast.models.rewritten_base import RewrittenBase, refuse_sharded, rewrites_base
 from cit_fast.run.answer import Before, Evaluated, evaluate
-from cit_fast.run.arguments import training_arguments
 from cit_fast.run.cached_scores import CachedScores
 from cit_fast.run.config import RunConfig
 from cit_fast.run.environment import describe_environment
-from cit_fast.run.guards import FrozenWeights, TrainedWeights
-from cit_fast.run.identity import check_plain_values, digest, plain_options, task_digest
-from cit_fast.run.live_weights import save_live_weights, take_up_live_weights
+from cit_fast.run.guards import FrozenWeights
+from cit_fast.run.identity import digest, plain_options, task_digest
+from cit_fast.run.live_weights import save_live_weights
 from cit_fast.run.memory import release_memory
 from cit_fast.run.pace import Paces, TimeLeft
+from cit_fast.run.parts import Parts
 from cit_fast.run.run_folder import RunFolder, of_one_date
-from cit_fast.run.stage_trainer import StageTrainer
-from cit_fast.text import first_line
+from cit_fast.run.stage_training import StageTraining
 
 _Returned = TypeVar("_Returned")
 _SAMPLED = 256  # examples of a task, for how long one is
-
-
-@dataclass(frozen=True)
-class _Trained:
-    """A trained stage: the model, what its update made of it, what it was trained on, what was logged."""
-
-    model: Any
-    finished: Finished
-    inputs: StageInputs
-    steps: int
-    seconds: float
-    losses: list[tuple[int, float]]
-    balance_weights: list[tuple[int, float, float, float, float]]
-    notes: list[str]
 
 
 class MethodRun:
@@ -108,14 +85,14 @@ class MethodRun:
             self.config = self.config.model_copy(update={"adapter": method.adapter})
         self.console = console
         self.state = PartialState()
-        # A copy: what a part remembers of one run must not reach the next.
-        self.parts = copy.deepcopy(dict(parts))
+        self.parts = Parts(parts, self._say)
         with self.state.main_process_first():  # one process fetches or converts, the others find it done
             self.model_path = resolve_model(config.model)
         self.tokenizer = load_tokenizer(self.model_path, config.model.trust_remote_code)
         self.encoder = prompt_encoder(self.tokenizer, self.config.data)
         self.identity = model_identity(self.model_path, config.model.name)
         self.cached = CachedScores(self.config, method, self.encoder, self.identity)
+        self.training = StageTraining(self.config, method.name, self.parts, folder, self._load, self._say, clock)
 
     # -- the run -------------------------------------------------------------------------------------------------
 
@@ -162,10 +139,10 @@ class MethodRun:
     def _begin(self) -> RunRecord:
         resolved = self.config.resolved(self.method)
         for kind in PARTS:  # an object given from Python is part of what the run is
-            name = part_name(kind, getattr(self.method, kind).name, self.parts[kind])
+            name = part_name(kind, getattr(self.method, kind).name, getattr(self.parts, kind))
             if name != resolved["method"][kind]["name"]:
-                resolved["method"][kind] = {"name": name, "options": plain_options(vars(self.parts[kind]))}
-        arguments = self._arguments(1)
+                resolved["method"][kind] = {"name": name, "options": plain_options(vars(getattr(self.parts, kind)))}
+        arguments = self.training.arguments(1)
         record = RunRecord(
             name=self.config.name,
             method=resolved["method"],
@@ -251,8 +228,8 @@ class MethodRun:
         selection = self._select(stage)
         fresh = [example for task in tasks for example in task.train]
         stage = dataclasses.replace(stage, examples=(*fresh, *selection.examples))
-        trained = self._train(stage, assignment.adapter, title, frozen, rewritten)
-        learned = self._learn(dataclasses.replace(stage, model=trained.model))
+        trained = self.training.train(stage, assignment.adapter, title, frozen, rewritten)
+        learned = self.parts.learn(dataclasses.replace(stage, model=trained.model))
         found, seconds = self._answer(trained.model, index, count, title, assignment.adapter)
         record = StageRecord(
             index=index,
@@ -299,87 +276,21 @@ class MethodRun:
     def _assign(self, stage: Stage) -> tuple[Assignment, bool]:
         """The set that the new task trains, the same on every process, and whether it is new."""
         before = {each.adapter for each in self.folder.stages()[1 : stage.index]}
-        assignment = self._returned("router", "assign", self.parts["router"].assign(stage), Assignment)
-        chosen: list[Assignment] = [assignment]
+        chosen = [self.parts.assign(stage)]
         broadcast_object_list(chosen)
-        if chosen[0].grows and stream_wide(self.parts["update"]):
+        if chosen[0].grows and stream_wide(self.parts.update):
             raise ConfigError("update.scope: stream cannot go on with an adapter set that grows (router stacked)")
         new = chosen[0].adapter not in before
-        if not isinstance(self.parts["router"], SharedRouter):
+        if not isinstance(self.parts.router, SharedRouter):
             what = "a new adapter set" if new else "reuses the adapter set"
             self._say(f"  {stage.task.name}: {what} {chosen[0].adapter}")
         return chosen[0], new
 
     def _select(self, stage: Stage) -> Selection:
         """The earlier examples that come back."""
-        if not (stage.seen or getattr(self.parts["replay"], "from_first", False)):
-            return Selection([])
-        selection: Selection = self._returned("replay", "select", self.parts["replay"].select(stage), Selection)
-        self._returned("replay", "select", selection.record, ReplayRecord)
-        return selection
-
-    def _train(
-        self,
-        stage: Stage,
-        adapter: str,
-        title: str,
-        frozen: FrozenWeights,
-        rewritten: RewrittenBase | GrowingAdapter | MergedModel | None,
-    ) -> _Trained:
-        """The model with the set ``adapter`` trained on the stage's examples, and nothing else of it changed."""
-        model = stage.model
-        where = f"stage {stage.index} ({stage.task.name})"
-        notes = [note for note in [unseen_media(stage.examples)] if note is not None]
-        prepared = self.parts["objective"].prepare(stage)
-        inputs: StageInputs = self._returned("objective", "prepare", prepared, StageInputs)
-        self._returned("objective", "prepare", inputs.record, ObjectiveRecord)
-        if not inputs.features:
-            raise DataError(
-                f"task {stage.task.name!r}: no training example fits data.max_length; every one was skipped"
-            )
-        averages = take_up_live_weights(model, self.folder.stage_path(stage.index - 1), adapter)
-        stage = dataclasses.replace(stage, averages=averages)
-        # What must not move is held against its copy afterwards, and what should have moved as well.
-        before = TrainedWeights(model)
-        self.parts["update"].begin(stage)
-        trainer = self._trained(stage, title, inputs)
-        seconds = trainer.record.seconds + inputs.seconds
-        finished: Finished = self._returned(
-            "update",
-            "finish",
-            self.parts["update"].finish(trainer.optimizer, dataclasses.replace(stage, steps=trainer.state.global_step)),
-            Finished,
-        )
-        if finished.record is not None:
-            self._returned("update", "finish", finished.record, UpdateRecord)
-        model = self._unwrapped(trainer, stage.index, adapter)
-        notes += before.notes(model)
-        if rewritten is not None:
-            model = rewritten.undo(model, adapter)
-        frozen.check(model, f"{self.folder.path}: {where}")
-        for note in notes:
-            self._say(f"  {escape(note)}")
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and not parameter.isfinite().all():
-                raise RunError(
-                    f"{self.folder.path}: {where}: {name} is not finite after training; "
-                    "start again in another output with a smaller training.learning_rate"
-                )
-        return _Trained(
-            model,
-            finished,
-            inputs,
-            steps=trainer.state.global_step,
-            seconds=seconds,
-            losses=[(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
-            balance_weights=trainer.record.balance_weights,
-            notes=notes,
-        )
-
-    def _learn(self, stage: Stage) -> Learned:
-        """What the router learns from the task, now that its set is trained."""
-        learned: Learned = self._returned("router", "learn", self.parts["router"].learn(stage), Learned)
-        return learned
+        if stage.seen or getattr(self.parts.replay, "from_first", False):
+            return self.parts.select(stage)
+        return Selection([])
 
     def _answer(self, model: Any, index: int, count: int, title: str, trained: str) -> tuple[Evaluated, float]:
         """The test examples answered and scored, and how long that took."""
@@ -387,7 +298,7 @@ class MethodRun:
         only_seen = self.config.evaluation.tasks == "seen" and self.method.schedule != "joint"
         known = list(self.stream)[:index] if only_seen else list(self.stream)
         held_out = self.held_out if index == count or self.config.evaluation.held_out_after == "all" else []
-        tasks, router = [*known, *held_out], self.parts["router"]
+        tasks, router = [*known, *held_out], self.parts.router
         before = None if isinstance(router, SharedRouter) or index == 1 else self._before(index - 1, trained)
         found = evaluate(model, self.encoder, tasks, self.config.evaluation, router, title, before)
         return found, time.perf_counter() - started
@@ -403,7 +314,7 @@ class MethodRun:
         self, stage: Stage, assignment: Assignment, learned: Learned, new: bool, found: Evaluated
     ) -> RoutingRecord | None:
         """What the stage's record says about routing; nothing where there is one set for all."""
-        if isinstance(self.parts["router"], SharedRouter):
+        if isinstance(self.parts.router, SharedRouter):
             return None
         trained_by = {task: each.adapter for each in self.folder.stages()[: stage.index] for task in each.trained}
         trained_by.update((task.name, assignment.adapter) for task in stage.tasks)
@@ -415,20 +326,6 @@ class MethodRun:
             answers=found.answered_by,
             seconds=found.routing_seconds,
         )
-
-    def _returned(self, kind: str, method: str, value: Any, wanted: type[_Returned]) -> _Returned:
-        """What a part returned, if it is of the right kind and can be recorded; its notes are said at once."""
-        part = type(self.parts[kind]).__name__
-        if not isinstance(value, wanted):
-            raise ConfigError(
-                f"{kind}: {part}.{method}() returned a {type(value).__name__}; return a {wanted.__name__} "
-                f"({wanted.__module__})"
-            )
-        if wanted not in (Selection, StageInputs, Finished):
-            check_plain_values(value, f"{kind}: {part}.{method}()")
-            for note in value.notes:  # type: ignore[attr-defined]
-                self._say(f"  {escape(note)}")
-        return value
 
     def _commit(
         self,
@@ -442,7 +339,7 @@ class MethodRun:
                 before = self.folder.stage_path(stage.index - 1)
                 save_weights(model, path, self.config.model.name, before=before, trained=stage.adapter)
                 save_live_weights(path, stage.adapter, live, before)
-                self.parts["router"].save(path / "router")
+                self.parts.router.save(path / "router")
             write_stage_predictions(path, predictions)
 
         if self.state.is_main_process:
@@ -456,80 +353,14 @@ class MethodRun:
         if index == 0:
             return
         folder = self.folder.stage_path(index) / "router"
-        if isinstance(self.parts["router"], SharedRouter):  # remembers nothing, and older runs have no such folder
+        if isinstance(self.parts.router, SharedRouter):  # remembers nothing, and older runs have no such folder
             return
-        self.parts["router"] = type(self.parts["router"]).load(folder)
-        missing = sorted(set(self.parts["router"].sets) - set(model.peft_config))
+        self.parts.router = type(self.parts.router).load(folder)
+        missing = sorted(set(self.parts.router.sets) - set(model.peft_config))
         if missing:
             raise RunError(f"{folder}: knows the adapter set {missing[0]!r}, and {folder.parent / 'adapters'} has none")
 
-    def _arguments(self, index: int) -> Any:
-        return training_arguments(self.config.training, self.config.seed + index, self.folder.checkpoints(index))
-
-    # -- training ------------------------------------------------------------------------------------------------
-
-    def _trained(self, stage: Stage, title: str, inputs: StageInputs) -> StageTrainer:
-        """The trainer, when the stage is trained; what it refuses before the first batch is an error of the set-up."""
-        trainer: StageTrainer | None = None
-        checkpoint: str | None = None
-        try:
-            trainer, checkpoint = self._trainer(stage, title, inputs)
-            trainer.train(resume_from_checkpoint=checkpoint)
-        except CitFastError:
-            raise
-        except Exception as error:
-            if trainer is not None and trainer.record.begun:
-                raise
-            if checkpoint is not None:
-                raise RunError(
-                    f"{checkpoint}: cannot be gone on from: {first_line(error)}; without it the stage goes on from an "
-                    "earlier checkpoint, or from its beginning"
-                ) from error
-            raise ConfigError(f"training: stage {stage.index} cannot be set up: {first_line(error)}") from error
-        return trainer
-
-    def _trainer(self, stage: Stage, title: str, inputs: StageInputs) -> tuple[StageTrainer, str | None]:
-        index = stage.index
-        checkpoint = self.folder.last_checkpoint(index)
-        trainer = StageTrainer(
-            objective=self.parts["objective"],
-            update=self.parts["update"],
-            stage=stage,
-            title=title,
-            left=None if self.clock is None else functools.partial(self.clock.left, index),
-            progress={} if checkpoint is None else checkpoint[1],
-            model=stage.model,
-            args=self._arguments(index),
-            train_dataset=inputs.features,
-            data_collator=inputs.collator,
-            # TensorBoard's default is inside the checkpoints, which go when the stage is committed.
-            logs=self.folder.path / "logs" / f"{index:02d}",
-        )
-        if (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled) and rewrites_base(self.config.adapter):
-            raise refuse_sharded()
-        if (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled) and is_osf(self.config.adapter):
-            raise refuse_sharded_osf()
-        if stream_wide(self.parts["update"]) and (rewrites_base(self.config.adapter) or is_osf(self.config.adapter)):
-            raise ConfigError("update.scope: stream cannot go on with adapters that rewrite the base model")
-        trainer.check_engine(self.method.name)
-        return trainer, None if checkpoint is None else str(checkpoint[0])
-
-    def _unwrapped(self, trainer: StageTrainer, index: int, adapter: str) -> Any:
-        """The trained model, whole on every process, without what Accelerate put around it."""
-        accelerator = trainer.accelerator
-        if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-            return accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-        # FSDP and ZeRO leave shards, hooks and another dtype in the model: it is gathered, written, and loaded anew.
-        gathered = self.folder.checkpoints(index) / "gathered"
-        weights = accelerator.get_state_dict(trainer.model_wrapped)  # every process takes part
-        if self.state.is_main_process:
-            unwrapped, before = accelerator.unwrap_model(trainer.model), self.folder.stage_path(index - 1)
-            save_weights(unwrapped, gathered, self.config.model.name, weights, before=before, trained=adapter)
-        self.state.wait_for_everyone()
-        trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = None
-        accelerator.free_memory()
-        fuse = self.config.model.fuse_lora
-        return train_adapter(self._load(gathered), self.config.adapter, adapter, self.config.seed, fuse=fuse)[0]
+    # -- the model -----------------------------------------------------------------------------------------------
 
     def _checked(self, stage: StageRecord) -> Path:
         """The folder of a committed stage to go on from, when its files have been looked at."""

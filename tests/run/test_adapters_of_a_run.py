@@ -18,7 +18,7 @@ from cit_fast.errors import ConfigError, RunError
 from cit_fast.evaluation import read_predictions, read_stages
 from cit_fast.inference import export
 from cit_fast.inference.export import export_adapters, export_merged
-from cit_fast.run import method_run
+from cit_fast.run import stage_training
 
 # PEFT's advice; what it warns of is tested here.
 pytestmark = [
@@ -101,12 +101,12 @@ def test_a_set_trained_again_goes_on_from_plain_lora(loud, stream, tmp_path):
 
 
 def test_a_base_weight_that_changes_is_refused(settings, stream, monkeypatch):
-    class Meddling(method_run.StageTrainer):
+    class Meddling(stage_training.StageTrainer):
         def train(self, *args, **kwargs):
             super().train(*args, **kwargs)
             self.model.get_base_model().model.norm.weight.data.add_(1)
 
-    monkeypatch.setattr(method_run, "StageTrainer", Meddling)
+    monkeypatch.setattr(stage_training, "StageTrainer", Meddling)
     with pytest.raises(RunError, match=r"stage 1 \(alpha\): .*model\.norm\.weight, which is not trained, has changed"):
         run(settings, stream, "oracle")
 

@@ -12,7 +12,7 @@ from cit_fast import ContinualTrainer, cli
 from cit_fast.data import TaskStream
 from cit_fast.errors import ConfigError, RunError
 from cit_fast.evaluation import read_run, read_stages
-from cit_fast.run import method_run
+from cit_fast.run import stage_training
 from cit_fast.run.run_folder import mark_complete
 
 
@@ -96,14 +96,14 @@ def test_keys_that_reach_the_loss_and_the_batches(settings, stream):
 
 def broken_at(monkeypatch, stage):
     """Trainers that cannot be made from a stage on."""
-    made = method_run.StageTrainer
+    made = stage_training.StageTrainer
 
     def make(**kwargs):
         if kwargs["args"].seed >= stage:
             raise KeyError("a package of somebody else")
         return made(**kwargs)
 
-    monkeypatch.setattr(method_run, "StageTrainer", make)
+    monkeypatch.setattr(stage_training, "StageTrainer", make)
 
 
 def test_a_stage_that_cannot_be_set_up_is_one_line_with_its_cause(settings, stream, monkeypatch):
@@ -140,14 +140,14 @@ def test_a_checkpoint_that_cannot_be_gone_on_from_is_named(settings, stream, mon
     class Killed(BaseException):
         pass
 
-    class Stopped(method_run.StageTrainer):
+    class Stopped(stage_training.StageTrainer):
         def compute_loss(self, *args, **kwargs):
             if self.state.global_step == 2:
                 raise Killed
             return super().compute_loss(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(method_run, "StageTrainer", Stopped)
+        patch.setattr(stage_training, "StageTrainer", Stopped)
         with pytest.raises(Killed):
             start(settings, stream)
     (checkpoint,) = (Path(settings["output"]) / "sequential/checkpoints/01").glob("checkpoint-*")

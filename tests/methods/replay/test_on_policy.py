@@ -19,7 +19,7 @@ from cit_fast.methods.replay import OnPolicyReplay, RandomReplay, SurpriseReplay
 from cit_fast.methods.stage import Stage
 from cit_fast.models.generation import Answer, generate
 from cit_fast.models.prompts import PromptEncoder
-from cit_fast.run import method_run
+from cit_fast.run import method_run, stage_training
 
 WORDS = ("seven", "positive", "count to ten", "the e-mail address", "no")
 
@@ -274,10 +274,10 @@ def test_prompts_of_no_task_come_back_with_the_base_models_answers(settings, str
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("Hello there.\n\nCount to three.\nSay no.\nWho are you?\n", encoding="utf-8")
     trained = []
-    original = method_run.MethodRun._train
+    original = stage_training.StageTraining.train
     monkeypatch.setattr(
-        method_run.MethodRun,
-        "_train",
+        stage_training.StageTraining,
+        "train",
         lambda self, stage, *rest: trained.append(stage.examples) or original(self, stage, *rest),
     )
     folder = anchored(settings, stream, tmp_path / "runs", prompts)
