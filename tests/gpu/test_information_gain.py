@@ -118,7 +118,7 @@ def test_the_same_call_gives_the_same_bits_on_any_stream(dtype: torch.dtype) -> 
 
 
 def test_memory_is_bounded() -> None:
-    from cit_fast.kernels.information_gain_rows import _WORKSPACE
+    from cit_fast.kernels.information_gain_losses import _WORKSPACE
 
     problem = Problem(4096, 512, 131_072, torch.bfloat16)
     logits = 2 * problem.full.shape[0] * problem.weight.shape[0] * 2  # of both contexts

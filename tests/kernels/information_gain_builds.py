@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import triton
-from cit_fast.kernels import information_gain, information_gain_rows
+from cit_fast.kernels import information_gain, information_gain_losses, information_gain_rows
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -125,7 +125,7 @@ def test_losses(loss: str, gradient: str | None, architecture: int, head: str) -
     names = ("logits", "live", "frozen", "bias", "bias_live", "bias_frozen", "temperature", "row_weight", "losses")
     types = {**dict.fromkeys(names, "*fp32"), "gradient": gradient or "*fp32", "stride": "i32:16"}
     biases = {f"BIAS{side}": HEADS[head]["BIAS"] for side in ("", "_LIVE", "_FROZEN")}
-    tiling = information_gain_rows._CROSS_ENTROPY if loss == "cross_entropy" else information_gain_rows._DIVERGENCE
+    tiling = information_gain_losses._CROSS_ENTROPY if loss == "cross_entropy" else information_gain_losses._DIVERGENCE
     options = {**tiling, **biases, "CAP": HEADS[head]["CAP"], "GATE": head == RICH, "WITHOUT": head == RICH}
     options["GRADIENT"] = gradient is not None
     types["gradient_stride"] = "i32:16"
@@ -141,5 +141,5 @@ def test_losses(loss: str, gradient: str | None, architecture: int, head: str) -
 @pytest.mark.parametrize("gradient", ["*bf16", "*fp32"])
 def test_bias(gradient: str, architecture: int) -> None:
     types = {"gradient": gradient, "factors": "*fp32", "grad_bias": "*fp32", "stride": "i32:16"}
-    _, usage = build(information_gain_rows.bias_kernel, architecture, types, **information_gain_rows._BIAS)
-    check(usage, information_gain_rows._BIAS["num_warps"])
+    _, usage = build(information_gain_rows.bias_kernel, architecture, types, **information_gain_losses._BIAS)
+    check(usage, information_gain_losses._BIAS["num_warps"])

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from cit_fast.kernels import information_gain as kernels
-from cit_fast.kernels import information_gain_rows as row_kernels
+from cit_fast.kernels import information_gain_losses as losses
 from torch import Tensor
 
 from cit_fast import backend
@@ -65,8 +65,8 @@ def tiles_that_make_many_programs(monkeypatch: pytest.MonkeyPatch) -> None:
             },
         )
         monkeypatch.setattr(kernels, "_tiles", lambda blocks, tiles, processors: 5)
-        monkeypatch.setitem(row_kernels._CROSS_ENTROPY, "BLOCK", 512)
-        monkeypatch.setitem(row_kernels._DIVERGENCE, "BLOCK", 512)
+        monkeypatch.setitem(losses._CROSS_ENTROPY, "BLOCK", 512)
+        monkeypatch.setitem(losses._DIVERGENCE, "BLOCK", 512)
 
 
 def make(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -166,7 +166,7 @@ def test_divergences(
     head: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(row_kernels, "_WORKSPACE", 1 << 16)  # several chunks of rows
+    monkeypatch.setattr(losses, "_WORKSPACE", 1 << 16)  # several chunks of rows
     options = options_of(head, vocabulary)
     bias = options.pop("bias")
     live, weight = make(tokens, d, seed=1, dtype=dtype), make(vocabulary, d, seed=3, dtype=dtype)
@@ -198,7 +198,7 @@ def test_divergences(
 def test_linear_cross_entropy(
     tokens: int, d: int, vocabulary: int, dtype: torch.dtype, head: str, gate: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(row_kernels, "_WORKSPACE", 1 << 15)
+    monkeypatch.setattr(losses, "_WORKSPACE", 1 << 15)
     options = options_of(head, vocabulary)
     bias = options.pop("bias")
     hidden, weight = make(tokens, d, seed=1, dtype=dtype), make(vocabulary, d, seed=3, dtype=dtype)
@@ -242,7 +242,7 @@ def test_only_what_is_needed(needed: tuple[bool, bool]) -> None:
 def test_operands_of_two_dtypes(
     hidden_dtype: torch.dtype, weight_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(row_kernels, "_WIDENED", 1000)  # several blocks of the head
+    monkeypatch.setattr(losses, "_WIDENED", 1000)  # several blocks of the head
     full, weight = make(9, 12, dtype=hidden_dtype), make(300, 12, seed=3, dtype=weight_dtype)
     masked, targets = make(9, 12, seed=2, dtype=torch.float16), torch.arange(9, device=DEVICE)
     got, exact = both(lambda to: token_gain(to(full), to(masked), to(weight), targets))
@@ -475,8 +475,8 @@ def test_a_target_outside_the_vocabulary_reads_nothing_beyond_it() -> None:
     assert (gains[0][[1, 2, 3]] == -math.inf).all()
     needs = Needed(True, False, False)
     ones = torch.ones(6, device=DEVICE)
-    got = row_kernels.linear_cross_entropy(full, weight, targets, ones, *arguments, 0.0, needs)
-    exact = row_kernels.linear_cross_entropy(full, weight, right, ones, *arguments, 0.0, needs)
+    got = losses.linear_cross_entropy(full, weight, targets, ones, *arguments, 0.0, needs)
+    exact = losses.linear_cross_entropy(full, weight, right, ones, *arguments, 0.0, needs)
     assert got[0] == math.inf
     assert torch.equal(got[1][good], exact[1][good])
 

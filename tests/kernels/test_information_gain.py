@@ -58,7 +58,7 @@ def test_without_the_interpreter_cpu_tensors_are_refused(monkeypatch: pytest.Mon
 
 def test_gradients_of_half_precision_lie_where_the_logits_were() -> None:
     """Row by row, and only where all logits of the row up to there have been read."""
-    from cit_fast.kernels import information_gain_rows as kernels
+    from cit_fast.kernels import information_gain_losses as kernels
 
     hidden, weight = torch.zeros(5, 3, dtype=torch.bfloat16), torch.zeros(70, 3, dtype=torch.bfloat16)
     gradients = kernels._Gradients(hidden, weight, None, torch.ones(5), torch.ones(5), Needed(True, False, False))

@@ -280,4 +280,4 @@ linear_cross_entropy.register_autograd(_cross_entropy_backward, setup_context=_l
 for _name in ("token_gain", "token_gain_statistics"):
     register_lazily(_name, Backend.TRITON, f"cit_fast.kernels.information_gain:{_name}")
 for _name in ("masked_jsd", "linear_kl_divergence", "linear_cross_entropy"):
-    register_lazily(_name, Backend.TRITON, f"cit_fast.kernels.information_gain_rows:{_name}")
+    register_lazily(_name, Backend.TRITON, f"cit_fast.kernels.information_gain_losses:{_name}")
