@@ -140,6 +140,7 @@ def prepared(model, tokenizer, **options):
     objective, encoder = OLoRA(**options), PromptEncoder(tokenizer, max_length=64)
     stage = Stage(model, encoder, tasks=(TASK,), examples=TASK.train)
     inputs = objective.prepare(stage)
+    objective.notes = inputs.record.notes
     plain = CrossEntropy()
     plain.prepare(stage)
     return objective, plain, inputs.collator(inputs.features)
@@ -152,6 +153,7 @@ def test_the_penalty_by_definition(base, tiny_tokenizer, num_items):
     model, _ = train_adapter(model, ADAPTER, "shared", 1, grow=True)
     randomised(model, 2)
     objective, plain, batch = prepared(model, tiny_tokenizer, lambda_=0.3, l2=0.1)
+    assert objective.notes == []
     weights = dict(model.named_parameters())
     overlap = norms = 0.0
     for name, new in weights.items():
@@ -190,6 +192,8 @@ def test_other_sets_count_where_each_task_has_one(base, tiny_tokenizer):
     )
     expected = plain(model, batch, None) + 2 * overlap
     torch.testing.assert_close(objective(model, batch, None), expected.float(), rtol=1e-6, atol=1e-6)
+    (note,) = objective.notes
+    assert note.startswith("The sets first are not active beside the one in training")
 
 
 def test_without_an_adapter(base, tiny_tokenizer):

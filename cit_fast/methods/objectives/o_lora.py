@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from cit_fast.errors import ConfigError
+from cit_fast.evaluation.records import ObjectiveRecord
 from cit_fast.methods.objectives.cross_entropy import CrossEntropy
 from cit_fast.methods.stage import Stage, StageInputs
 from cit_fast.models.prompts import IGNORED
@@ -24,7 +26,7 @@ class OLoRA:
         L = L_CE + lambda sum_layers sum_ij |A A'^T|_ij + l2 sum_factors ||.||_2
 
     With the router ``stacked`` the others are the earlier tasks' parts, frozen and active, as published; with a router
-    of several sets they are the other sets.
+    of several sets they are the other sets, of which one alone answers, and the record says so.
 
     Args:
         lambda_: weight of the overlap, >= 0 and finite (0.5 in the authors' scripts).
@@ -52,16 +54,25 @@ class OLoRA:
             ConfigError: nothing that trains is a LoRA factor.
         """
         self._pairs, self._trained = [], []
+        apart: set[str] = set()
         for _, layer in lora_layers(stage.model):
             trained = [name for name, module in layer.lora_A.items() if module.weight.requires_grad]
             others = [module.weight.detach() for name, module in layer.lora_A.items() if name not in trained]
+            apart.update(name for name in layer.lora_A if name not in layer.active_adapters)
             for name in trained:
                 self._trained += [layer.lora_A[name].weight, layer.lora_B[name].weight]
                 if others:
                     self._pairs.append((layer.lora_A[name].weight, torch.cat(others)))
         if not self._trained:
             raise ConfigError("objective o-lora: no LoRA factor trains; it needs adapter, of plain LoRA")
-        return self._plain.prepare(stage)
+        inputs = self._plain.prepare(stage)
+        if not apart:
+            return inputs
+        note = (
+            f"The sets {', '.join(sorted(apart))} are not active beside the one in training: this keeps sets apart, and "
+            "is O-LoRA only with router: stacked."
+        )
+        return replace(inputs, record=ObjectiveRecord(notes=[note]))
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor], num_items: Tensor | int | None) -> Tensor:
         """See :class:`cit_fast.methods.objectives.Objective`; a micro-batch bears its tokens' share of the penalty."""
