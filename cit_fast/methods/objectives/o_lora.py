@@ -69,8 +69,8 @@ class OLoRA:
         if not apart:
             return inputs
         note = (
-            f"The sets {', '.join(sorted(apart))} are not active beside the one in training: this keeps sets apart, and "
-            "is O-LoRA only with router: stacked."
+            f"The sets {', '.join(sorted(apart))} are not active beside the one in training: this keeps sets apart, "
+            "and is O-LoRA only with router: stacked."
         )
         return replace(inputs, record=ObjectiveRecord(notes=[note]))
 
