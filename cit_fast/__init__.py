@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cit_fast.models.fused_lora import fuse_lora, unfuse_lora
     from cit_fast.models.fused_norms import fuse_norms, unfuse_norms
     from cit_fast.run.config import RunConfig
+    from cit_fast.run.learn import learn
     from cit_fast.run.loop import ContinualTrainer
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ __all__ = [
     "backend",
     "fuse_lora",
     "fuse_norms",
+    "learn",
     "unfuse_lora",
     "unfuse_norms",
 ]
@@ -37,6 +39,7 @@ _LAZY = {
     "ContinualModel": "cit_fast.inference.continual_model",
     "ContinualTrainer": "cit_fast.run.loop",
     "RunConfig": "cit_fast.run.config",
+    "learn": "cit_fast.run.learn",
     "fuse_norms": "cit_fast.models.fused_norms",
     "fuse_lora": "cit_fast.models.fused_lora",
     "unfuse_norms": "cit_fast.models.fused_norms",

@@ -82,6 +82,23 @@ def run(
 
 
 @app.command()
+def learn(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    tasks: Annotated[list[str], typer.Argument(help="Task folders, data files or built-in names.", metavar="TASK...")],
+) -> None:
+    """Train more TASKs in a run that has ended or was interrupted, with its own method and settings. The data of its
+    earlier tasks must still be there; the result is that of a run that had all tasks from the start.
+    """
+    from cit_fast.report import collect, comparison_table
+    from cit_fast.run.learn import learn as learn_tasks
+
+    console = Console()
+    folder = learn_tasks(run, tasks, console)
+    if int(os.environ.get("RANK", "0")) == 0:
+        console.print(comparison_table(collect([folder])))
+
+
+@app.command()
 def streams(
     root: Annotated[
         Path | None, typer.Option(help="A folder with data: say which parts of each stream are there.")

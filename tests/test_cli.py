@@ -100,6 +100,27 @@ def test_run_report_eval_generate(edit_record, config, monkeypatch, capsys, tmp_
     assert "All 2 examples by gain" in capsys.readouterr().out
 
 
+def test_a_run_learns_more_tasks(config, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert call(monkeypatch, "run", config, "--set", "methods=[sequential]") == 0
+    run = tmp_path / "runs/sequential"
+    capsys.readouterr()
+    for _ in range(2):  # the second call finds it done
+        assert call(monkeypatch, "learn", run, "dates", "times") == 0
+        assert "sequential" in capsys.readouterr().out
+    assert json.loads((run / "run.json").read_text())["tasks"] == [*STREAM, "dates", "times"]
+    assert len(list(run.glob("stages/*/stage.json"))) == 5
+    for arguments, message in (
+        (("learn", run, "nothing"), "nothing"),
+        (("learn", tmp_path / "nowhere", "dates"), "run.json: not there"),
+        (("learn", run, "plurals", "plurals"), "plurals"),
+    ):
+        capsys.readouterr()
+        assert call(monkeypatch, *arguments) == 2
+        assert message in capsys.readouterr().err
+    assert len(list(run.glob("stages/*/stage.json"))) == 5
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -216,6 +216,8 @@ class StageRecord:
             cent (:mod:`cit_fast.evaluation.violations`); of every task that was evaluated, empty for one that declares
             no constraint.
         notes: sentences for whoever reads the record: media that were not seen, layers that did not move.
+        untrained: scores of the untrained model on the tasks that have joined the stream since the stage before;
+            ``untrained_violations``: how often it broke what they ask, as ``violations``.
         files: path of every other file in the stage's folder -> its SHA-256, filled in when the stage is committed.
     """
 
@@ -244,6 +246,8 @@ class StageRecord:
     chosen: int = 0
     violations: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    untrained: dict[str, float] = field(default_factory=dict)
+    untrained_violations: dict[str, dict[str, float]] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
 
 
@@ -327,7 +331,7 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def read_stages(folder: Path, *, check: bool = True) -> list[StageRecord]:
-    """Read every committed stage of a run, in order; stage 0 is the untrained model.
+    """Read every committed stage of a run, in order; stage 0 is the untrained model, scored on every task.
 
     Args:
         check: whether a record that has changed since it was written is an error.
@@ -341,6 +345,9 @@ def read_stages(folder: Path, *, check: bool = True) -> list[StageRecord]:
     for path, stage in zip(folders, stages, strict=True):
         if stage.index != int(path.name):
             raise RunError(f"{path / 'stage.json'}: damaged (it is the record of stage {stage.index})")
+    for stage in stages:
+        stages[0].scores |= stage.untrained  # of tasks that joined a run that had begun
+        stages[0].violations |= stage.untrained_violations
     return stages
 
 

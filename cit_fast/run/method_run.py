@@ -119,19 +119,23 @@ class MethodRun:
         if stages:
             self._say(f"  going on after stage {stages[-1].index} of {len(groups)}")
         model: Any = None
+        joined: StageRecord | None = None
         if not stages:
             model = self._load(None)
             self._untrained_stage(model)
+        else:
+            joined = self._joined([task for task in self.stream if task.name not in stages[0].scores])
         for index, group in enumerate(groups, start=1):
             if index < len(stages):
                 continue
             if model is None:
                 model = self._load(self._checked(stages[index - 1]) if index > 1 else None)
                 self._take_up_router(index - 1, model)
-            model = self._stage(model, index, len(groups), group)
+            model = self._stage(model, index, len(groups), group, joined)
+            joined = None
             release_memory()
-        if self.config.evaluation.experts and not record.experts:
-            record.experts = self._experts()
+        if self.config.evaluation.experts and len(record.experts) < len(self.stream):
+            record.experts = self._experts(record.experts)
         record.status = "finished"
         if self.state.is_main_process:
             self.folder.write(record)
@@ -152,7 +156,7 @@ class MethodRun:
             seed=self.config.seed,
             config={
                 **resolved,
-                "stream": digest([task_digest(task) for task in self.stream]),
+                "stream": [task_digest(task) for task in self.stream],
                 **({"held_out": digest([task_digest(task) for task in self.held_out])} if self.held_out else {}),
                 "weights": self.identity,
                 "processes": self.state.num_processes,
@@ -194,9 +198,17 @@ class MethodRun:
         self.state.wait_for_everyone()
         self._say_scores("untrained", stage)
 
+    def _joined(self, tasks: list[Task]) -> StageRecord | None:
+        """What the untrained model makes of tasks that have joined the run; the next stage's record keeps it."""
+        if not tasks or not self.config.evaluation.untrained:
+            return None
+        stage, _ = self.cached.untrained(self._load(None), tasks)
+        self._say_scores("untrained", stage)
+        return stage
+
     # -- a stage, step by step -----------------------------------------------------------------------------------
 
-    def _stage(self, model: Any, index: int, count: int, tasks: list[Task]) -> Any:
+    def _stage(self, model: Any, index: int, count: int, tasks: list[Task], joined: StageRecord | None) -> Any:
         """Assign, select, train, learn, answer, and record what came of it; returns the model as it is then."""
         joint = self.method.schedule == "joint"
         title = f"{self.method.name} [{index}/{count}] {'all tasks' if joint else tasks[0].name}"
@@ -255,6 +267,8 @@ class MethodRun:
             taken_over=found.taken_over,
             chosen=found.chosen,
             notes=trained.notes,
+            untrained=joined.scores if joined else {},
+            untrained_violations=joined.violations if joined else {},
         )
         self._commit(record, trained.model, found.predictions, trained.finished.live)
         self._keep_pace(stage, record, sum(map(len, found.predictions.values())) - found.taken_over)
@@ -378,11 +392,13 @@ class MethodRun:
                 model = load_weights(model, weights, trainable=True)
         return model.to(self.state.device)
 
-    def _experts(self) -> dict[str, float]:
+    def _experts(self, known: dict[str, float]) -> dict[str, float]:
         """U_j: the score of a model trained on task j alone."""
         sequential = MethodConfig.model_validate("sequential")
-        scores: dict[str, float] = {}
+        scores = dict(known)
         for task in self.stream:
+            if task.name in scores:
+                continue
             config, folder = self.cached.expert(task)
             parts = build_parts(sequential, config.training)
             run = MethodRun(config, sequential, parts, TaskStream((task,)), folder, Console(quiet=True))

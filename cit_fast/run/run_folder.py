@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import logging
 import shutil
@@ -24,9 +25,20 @@ from cit_fast.files import (
 )
 from cit_fast.processes import from_rank_zero
 from cit_fast.run.config import RunConfig
+from cit_fast.run.identity import digest
 
 _log = logging.getLogger(__name__)
 _MARKER = "complete.json"
+
+
+def _same_but_for_tasks(was: RunRecord, now: RunRecord) -> bool:
+    """Whether two records of a run that learns task by task differ in their tasks alone."""
+
+    def rest(record: RunRecord) -> dict[str, Any]:
+        data = {key: value for key, value in record.config["data"].items() if key not in ("tasks", "stream", "root")}
+        return {**record.config, "data": data, "stream": None}
+
+    return was.method.get("schedule") != "joint" and not any(_differences(rest(was), rest(now)))
 
 
 def _differences(was: Any, now: Any, path: str = "") -> Iterator[str]:
@@ -79,6 +91,7 @@ class RunFolder:
         """Write a new run's record, or take up the one that is there.
 
         A run of another configuration that never trained anything gives way: so a corrected file is accepted at once.
+        One that differs in nothing but new tasks at the end of its stream goes on with these.
 
         Raises:
             RunError: the folder holds a run of another configuration, or something that is no run.
@@ -93,13 +106,33 @@ class RunFolder:
             self.write(record)
             return record
         found = read_run(self.path)
+        known, given = found.config.get("stream"), record.config["stream"]
+        if known == digest(given):  # as it was written before runs could take new tasks
+            known = found.config["stream"] = given
         changed = list(_differences(found.config, record.config))
+        if changed and self._has_trained() and isinstance(known, list) and _same_but_for_tasks(found, record):
+            at = next((k for k, (was, now) in enumerate(zip(known, given, strict=False)) if was != now), None)
+            if at is not None:
+                raise RunError(
+                    f"{self.path}: task {record.tasks[at]!r} (number {at + 1}) is another one than {found.tasks[at]!r} "
+                    "that this run has learned from, or its examples have changed; new tasks come after the known ones"
+                )
+            if len(given) < len(known):
+                raise RunError(
+                    f"{self.path}: has {len(known)} tasks, of which this configuration names the first {len(given)}; "
+                    "name them all, or choose another output"
+                )
+            if len(given) > len(known):
+                grown = dataclasses.replace(record, experts=found.experts)
+                self.write(grown)
+                return grown
         if changed and not self._has_trained():
             for name in ("stages", "checkpoints", "replay", "logs"):
                 shutil.rmtree(self.path / name, ignore_errors=True)
             self.write(record)
             return record
         if changed:
+            changed = [one for one in changed if not one.startswith("stream was")] or ["its tasks are others"]
             raise RunError(
                 f"{self.path}: holds a run of another configuration ({'; '.join(changed[:3])}"
                 f"{'; ...' if len(changed) > 3 else ''}); choose another output, or delete the folder"
