@@ -99,6 +99,22 @@ def learn(
 
 
 @app.command()
+def status(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Show what a run has learned when, each task's score then and now, what has fallen, and the disk that it takes."""
+    from cit_fast.report.status import status as of_run
+    from cit_fast.report.status import status_table
+
+    found = of_run(run)
+    if as_json:
+        typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
+    else:
+        Console().print(status_table(found))
+
+
+@app.command()
 def streams(
     root: Annotated[
         Path | None, typer.Option(help="A folder with data: say which parts of each stream are there.")

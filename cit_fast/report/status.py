@@ -1,0 +1,119 @@
+"""What a run has learned when, what is left of it, and what it takes on the disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from cit_fast.evaluation.continual import continual_metrics, first_trained
+from cit_fast.evaluation.records import read_run, read_stages
+from cit_fast.report.table import plain_table
+
+AT_RISK = 10.0
+"""Points of a fall from which on a task is at risk."""
+
+
+def status(folder: str | Path) -> dict[str, Any]:
+    """A run's state as plain JSON values.
+
+    Returns:
+        ``method``, ``model``, ``status`` and ``stages`` (of how many ``planned``); ``tasks``, in order of arrival: each
+        with its ``stage`` and ``adapter``, its score ``untrained``, right after that stage (``then``) and ``now``, the
+        ``best`` since, the ``fall`` from it, and how many of its examples came back since (``replayed``); a task that
+        is still to come has ``stage: null``. ``held_out``: score ``untrained`` and ``now``, of tasks that are never
+        trained. ``AP``, ``forgetting`` and ``New.ACC``. ``bytes``: of the whole folder, a file with several names once.
+
+    Raises:
+        RunError: no run there, or damaged records.
+    """
+    folder = Path(folder)
+    run, stages = read_run(folder), read_stages(folder)
+    rows = [stage for stage in stages if stage.index > 0]
+    before = stages[0].scores if stages and stages[0].index == 0 else {}
+    now = rows[-1].scores if rows else {}
+    tasks = []
+    for task, row in zip(run.tasks, first_trained(run, stages), strict=True):
+        learned = row < len(rows)
+        scores = [stage.scores[task] for stage in rows[row:] if task in stage.scores]
+        best = max(scores, default=None)
+        tasks.append(
+            {
+                "task": task,
+                "stage": rows[row].index if learned else None,
+                "adapter": rows[row].adapter if learned else None,
+                "untrained": before.get(task),
+                "then": rows[row].scores.get(task) if learned else None,
+                "best": best,
+                "now": now.get(task) if learned else None,
+                "fall": best - now[task] if learned and best is not None and task in now else None,
+                "replayed": sum(stage.replayed.get(task, 0) for stage in rows[row:]),
+            }
+        )
+    metrics = continual_metrics(run, stages) if rows else None
+    joint = run.method.get("schedule") == "joint"
+    return {
+        "run": str(folder),
+        "method": run.method_name,
+        "model": run.model,
+        "status": run.status,
+        "stages": len(rows),
+        "planned": 1 if joint else len(run.tasks),
+        "tasks": tasks,
+        "held_out": {task: {"untrained": before.get(task), "now": now.get(task)} for task in run.held_out_tasks},
+        "AP": metrics.average_performance if metrics else None,
+        "forgetting": metrics.forgetting if metrics else None,
+        "New.ACC": metrics.new_accuracy if metrics else None,
+        "adapters": sorted({stage.adapter for stage in rows}),
+        "bytes": _bytes(folder),
+    }
+
+
+def status_table(found: dict[str, Any]) -> RenderableType:
+    """What :func:`status` gives, for a terminal."""
+    head = Text(
+        f"{found['run']}: {found['method']} on {found['model']}, {found['status']}, "
+        f"{found['stages']} of {found['planned']} stages, {len(found['adapters'])} adapter set(s), "
+        f"{found['bytes'] / 1e6:.1f} MB"
+    )
+    table = plain_table(None, None)
+    table.add_column("task", overflow="fold")
+    for column in ("stage", "adapter", "untrained", "then", "best", "now", "fall", "replayed"):
+        table.add_column(column, justify="left" if column == "adapter" else "right")
+    for task in found["tasks"]:
+        fall = task["fall"]
+        style = "bold red" if fall is not None and fall >= AT_RISK else None
+        cells = [_number(task[name]) for name in ("untrained", "then", "best", "now", "fall")]
+        stage = "–" if task["stage"] is None else str(task["stage"])
+        table.add_row(task["task"], stage, task["adapter"] or "–", *cells, str(task["replayed"]), style=style)
+    for task, scores in found["held_out"].items():
+        table.add_row(task, "held out", "", _number(scores["untrained"]), "", "", _number(scores["now"]), "", "")
+    lines: list[RenderableType] = [head, table]
+    if found["AP"] is not None:
+        named = ", ".join(
+            f"{name} {found[name]:.1f}" for name in ("AP", "forgetting", "New.ACC") if found[name] is not None
+        )
+        lines.append(Text(named))
+    falls = sorted(
+        (task for task in found["tasks"] if task["fall"] is not None and task["fall"] >= AT_RISK),
+        key=lambda task: -task["fall"],
+    )
+    if falls:
+        lines.append(Text("At risk: " + ", ".join(f"{task['task']} (-{task['fall']:.1f})" for task in falls)))
+    return Group(*lines)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
+
+
+def _bytes(folder: Path) -> int:
+    """Of all files below; stages share files under several names."""
+    sizes = {}
+    for path in folder.rglob("*"):
+        if path.is_file():
+            found = path.stat()
+            sizes[found.st_dev, found.st_ino] = found.st_size
+    return sum(sizes.values())
