@@ -46,6 +46,7 @@ def options(
     _debug = debug
 
 
+OfStage = Annotated[int | None, typer.Option("--stage", min=1, help="Of this stage instead of the last.")]
 Runs = Annotated[list[Path], typer.Argument(help="Run folders, or folders that hold run folders.", metavar="RUN...")]
 
 
@@ -222,6 +223,7 @@ def generate(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object per prompt: prompt, adapter, answer.")
     ] = False,
+    stage: OfStage = None,
 ) -> None:
     """Answer prompts with the model of RUN's last stage, one answer per line."""
     from cit_fast.inference.continual_model import ContinualModel
@@ -229,7 +231,7 @@ def generate(
     lines = _prompts(prompts)
     asked = [line for line in lines if line.strip()]
     with _warnings_as_lines():
-        model = ContinualModel.from_run(run_folder)
+        model = ContinualModel.from_run(run_folder, stage=stage)
     sets = model.route(asked) if model.router is not None else None
     answers = model.generate(asked, max_new_tokens=max_new_tokens, batch_size=batch_size, adapters=sets)
     answered = iter(zip(sets or ["model"] * len(asked), answers, strict=True))
@@ -278,6 +280,7 @@ def export(
     merge: Annotated[
         str | None, typer.Option(metavar="SET", help="Merge this adapter set into the base model's weights.")
     ] = None,
+    stage: OfStage = None,
 ) -> None:
     """Write RUN's adapter sets as PEFT folders OUT/SET or, merged, as the transformers model OUT."""
     from cit_fast.inference.export import export_adapters, export_merged
@@ -285,10 +288,10 @@ def export(
     console = Console(soft_wrap=True)
     with _warnings_as_lines():
         if merge is None:
-            names = export_adapters(run_folder, out)
+            names = export_adapters(run_folder, out, stage)
             console.print(f"PEFT adapters in {out}: {', '.join(names)}", highlight=False, markup=False)
         else:
-            export_merged(run_folder, out, merge)
+            export_merged(run_folder, out, merge, stage=stage)
             console.print(f"Model and tokenizer with {merge} merged: {out}", highlight=False, markup=False)
 
 

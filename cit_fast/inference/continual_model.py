@@ -58,8 +58,9 @@ class ContinualModel:
         device: str | None = None,
         trust_remote_code: bool = False,
         router: Router | None = None,
+        stage: int | None = None,
     ) -> ContinualModel:
-        """Load the base model, once, and the adapter sets and the router of the last committed stage.
+        """Load the base model, once, and the adapter sets and the router of a committed stage, by default the last.
 
         A set that cannot be used is left out with a warning that names it; its prompts go to the best of the others, or
         to the base model where none fits.
@@ -69,28 +70,29 @@ class ContinualModel:
             device: where to put it; the GPU where there is one.
             trust_remote_code: run code that comes with the base model; what the run's own record says does not count.
             router: instead of the run's; one of a class of your own must be given, from its ``load``.
+            stage: its number, from 1.
 
         Raises:
-            RunError: no run there, no stage trained yet, a damaged router, or not one set that can answer.
+            RunError: no run there, no such stage or none trained yet, a damaged router, or not one set that can answer.
         """
         run = Path(run)
-        record, config, stage = read_trained(run)
+        record, config, trained = read_trained(run, stage)
         base = config.model.model_copy(update={"trust_remote_code": trust_remote_code})
         folder = resolve_model(base)
         tokenizer = load_tokenizer(folder, trust_remote_code)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         encoder = prompt_encoder(tokenizer, config.data)
-        weights = run / "stages" / f"{stage.index:02d}"
+        weights = run / "stages" / f"{trained.index:02d}"
         model = load_model(folder, base)
         encoder.fit_to(model)
         if (weights / "model").is_dir():
-            check_files(weights, stage, "model/")
+            check_files(weights, trained, "model/")
             return cls(load_weights(model, weights).to(device), encoder)
-        check_files(weights, stage, "router/")
+        check_files(weights, trained, "router/")
         router = router or _router_of(record, weights)
         folders = adapter_folders(weights, router.sets)
         # A damaged set is left out by name; one base model serves the others.
-        damaged = damaged_sets(weights, stage)
+        damaged = damaged_sets(weights, trained)
         whole = {name: folder for name, folder in folders.items() if name not in damaged}
         bank, unusable = _read_bank(model.to(device), whole)
         if bank is None:
@@ -162,20 +164,23 @@ class ContinualModel:
         )
 
 
-def read_trained(run: Path) -> tuple[RunRecord, RunConfig, StageRecord]:
-    """A run's record, its configuration and its last stage.
+def read_trained(run: Path, stage: int | None = None) -> tuple[RunRecord, RunConfig, StageRecord]:
+    """A run's record, its configuration and a trained stage, by default the last.
 
     Raises:
-        RunError: no run there, a damaged record, or no stage trained yet.
+        RunError: no run there, a damaged record, no such stage, or none trained yet.
     """
     record, stages = read_run(run), read_stages(run)
-    if not stages or stages[-1].index == 0:
+    trained = {one.index: one for one in stages if one.index > 0}
+    if not trained:
         raise RunError(f"{run}: no stage has been trained yet")
+    if stage is not None and stage not in trained:
+        raise RunError(f"{run}: has no trained stage {stage}; there are {min(trained)} to {max(trained)}")
     try:
         config = RunConfig.model_validate({k: v for k, v in record.config.items() if k in RunConfig.model_fields})
     except ValidationError as error:
         raise RunError(describe(error, f"{run / 'run.json'}: config")) from None
-    return record, config, stages[-1]
+    return record, config, trained[max(trained) if stage is None else stage]
 
 
 def adapter_folders(weights: Path, expected: Sequence[str] = ()) -> dict[str, Path]:

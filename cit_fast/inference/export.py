@@ -29,8 +29,8 @@ from cit_fast.models.pretrained import load_model, load_tokenizer, resolve_model
 from cit_fast.text import first_line
 
 
-def export_adapters(run: str | Path, out: str | Path) -> list[str]:
-    """Write each adapter set of a run's last stage as the PEFT folder ``out/<set>``.
+def export_adapters(run: str | Path, out: str | Path, stage: int | None = None) -> list[str]:
+    """Write each adapter set of a run's stage, by default the last, as the PEFT folder ``out/<set>``.
 
     ``PeftModel.from_pretrained(base, "out/<set>")`` loads it, which is tried before anything appears: one set of each
     kind must give the logits that it gives here. A set that cannot be read is left out with a warning.
@@ -38,6 +38,7 @@ def export_adapters(run: str | Path, out: str | Path) -> list[str]:
     Args:
         run: a run folder.
         out: a folder that does not exist yet, or is empty; it appears whole or not at all.
+        stage: its number, from 1.
 
     Returns:
         Names of the sets written.
@@ -46,11 +47,11 @@ def export_adapters(run: str | Path, out: str | Path) -> list[str]:
         RunError: no trained stage, not one readable set, a run that trained the whole model, or ``out`` is in use.
     """
     run, out = Path(run), Path(out)
-    _, config, stage = read_trained(run)
-    weights = run / "stages" / f"{stage.index:02d}"
+    _, config, trained = read_trained(run, stage)
+    weights = run / "stages" / f"{trained.index:02d}"
     if (weights / "model").is_dir():
         raise RunError(f"{run}: trained the whole model, so it has no adapters; {weights / 'model'} is the model")
-    folders, unusable = adapter_folders(weights), damaged_sets(weights, stage)
+    folders, unusable = adapter_folders(weights), damaged_sets(weights, trained)
     for name, folder in folders.items():
         if name in unusable:
             continue
@@ -80,7 +81,9 @@ def export_adapters(run: str | Path, out: str | Path) -> list[str]:
     return names
 
 
-def export_merged(run: str | Path, out: str | Path, name: str, trust_remote_code: bool = False) -> None:
+def export_merged(
+    run: str | Path, out: str | Path, name: str, trust_remote_code: bool = False, stage: int | None = None
+) -> None:
     """Write the base model with adapter set ``name`` merged into its weights, and the tokenizer, as ``out``.
 
     ``AutoModelForCausalLM.from_pretrained("out")`` loads it, which is tried before anything appears: the logits must be
@@ -89,7 +92,7 @@ def export_merged(run: str | Path, out: str | Path, name: str, trust_remote_code
     answer may differ from the adapter's by rounding.
 
     Args:
-        run, out: as in :func:`export_adapters`.
+        run, out, stage: as in :func:`export_adapters`.
         name: one of the run's sets; of a run that trained the whole model, anything.
         trust_remote_code: run code that comes with the base model.
 
@@ -98,18 +101,18 @@ def export_merged(run: str | Path, out: str | Path, name: str, trust_remote_code
     """
     run, out = Path(run), Path(out)
     _check_free(out)
-    _, config, stage = read_trained(run)
-    weights = run / "stages" / f"{stage.index:02d}"
+    _, config, trained = read_trained(run, stage)
+    weights = run / "stages" / f"{trained.index:02d}"
     base = config.model.model_copy(update={"trust_remote_code": trust_remote_code})
     whole = (weights / "model").is_dir()
     if not whole:
         folders = adapter_folders(weights)
         if name not in folders:
             raise RunError(f"{run}: has no adapter set {name!r}; there are {', '.join(folders)}")
-        check_files(weights, stage, f"adapters/{name}/")
+        check_files(weights, trained, f"adapters/{name}/")
         read_adapter_config(folders[name])
     else:
-        check_files(weights, stage, "model/")
+        check_files(weights, trained, "model/")
     folder = resolve_model(base)
     tokenizer, model = load_tokenizer(folder, trust_remote_code), load_model(folder, base)
     if whole:

@@ -139,6 +139,22 @@ def test_a_missing_folder_is_named_too(run, stream):
     assert sets["dates"] not in model.route([stream[0].test[0]])
 
 
+def test_an_earlier_stage_answers_and_is_exported(run, stream, tmp_path, monkeypatch, capsys):
+    """As it answered then; sets that came later are not there."""
+    names = list(WORDINGS)
+    for index in (1, 2):
+        earlier = ContinualModel.from_run(run, device="cpu", stage=index)
+        assert set(earlier.sets) == {sets_of(run)[name] for name in names[:index]}
+        for task in list(stream)[:index]:
+            kept = read_predictions(run / f"stages/{index:02d}/predictions/{task.name}.jsonl")
+            assert earlier.generate(list(task.test), max_new_tokens=6) == [each.prediction for each in kept]
+    assert export_adapters(run, tmp_path / "first", stage=1) == [sets_of(run)[names[0]]]
+    assert call(monkeypatch, "export", run, tmp_path / "merged", "--merge", sets_of(run)[names[0]], "--stage", 1) == 0
+    capsys.readouterr()
+    assert call(monkeypatch, "export", run, tmp_path / "none", "--stage", 9) == 2
+    assert f"has no trained stage 9; there are 1 to {len(names)}" in capsys.readouterr().err
+
+
 def test_nothing_left_to_answer(run):
     for name in sets_of(run).values():
         damage(run, name)
