@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from cit_fast.values import Section, choices
 
@@ -49,13 +49,6 @@ class MethodConfig(Section):
     update: Part = Part(name="plain")
     adapter: dict[str, Any] | None = None
     """In the place of the run's own."""
-
-    @field_validator("adapter")
-    @classmethod
-    def _adapter_fields(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        from cit_fast.run.arguments import checked_adapter
-
-        return None if value is None else checked_adapter(value)
 
     @model_validator(mode="after")
     def _joint_replays_nothing(self) -> MethodConfig:

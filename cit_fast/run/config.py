@@ -83,7 +83,7 @@ class RunConfig(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"two methods are named {twice[0]!r}; give one of them another name")
-        return value
+        return tuple(_with_checked_adapter(method) for method in value)
 
     @field_validator("training")
     @classmethod
@@ -134,6 +134,15 @@ class RunConfig(Section):
         if own is not None:
             plain["adapter"] = own
         return typing.cast("dict[str, Any]", json.loads(json.dumps(plain)))
+
+
+def _with_checked_adapter(method: MethodConfig) -> MethodConfig:
+    if method.adapter is None:
+        return method
+    try:
+        return method.model_copy(update={"adapter": checked_adapter(method.adapter)})
+    except ValueError as error:
+        raise ValueError(f"method {method.name!r}: adapter.{error}") from None
 
 
 def describe(error: ValidationError, where: str) -> str:

@@ -256,7 +256,7 @@ def test_one_folder_one_configuration(settings, stream, sequential):
     with pytest.raises(RunError, match=r"another configuration \(training.learning_rate was 0.01, now 0.5\)"):
         run(settings, stream, methods=["sequential"], training={"learning_rate": 0.5})
     shorter = TaskStream(stream.tasks[:2])
-    with pytest.raises(RunError, match="stream was"):
+    with pytest.raises(RunError, match="has 3 tasks, of which this configuration names the first 2"):
         run(settings, shorter, methods=["sequential"])
     assert len(read_stages(sequential)) == 4
 
