@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 from killed import at_call, killed
 from rich.console import Console
 from toy_runs import adapter
-from transformers import AutoModelForCausalLM
 
 from cit_fast import ContinualTrainer
 from cit_fast.data import Example, Task
@@ -19,7 +17,6 @@ from cit_fast.evaluation import read_stages
 from cit_fast.methods.objectives import CrossEntropy, Distillation
 from cit_fast.methods.stage import Stage
 from cit_fast.models import kept_tensors
-from cit_fast.models.prompts import PromptEncoder
 from cit_fast.run import method_run, stage_trainer
 
 ROUNDING = {"rtol": 1e-4, "atol": 1e-7}  # of a model in float64 whose normalisation computes in float32
@@ -31,27 +28,6 @@ NEW = [
     Example("Convert the number to words.", "42", ("forty two",), "words"),
     Example("Extract the e-mail address from the text.", "jo", ("jo",), "words"),
 ]
-
-
-@pytest.fixture
-def encoder(tiny_tokenizer):
-    return PromptEncoder(tiny_tokenizer, max_length=128)
-
-
-@pytest.fixture
-def previous(tiny_model_folder):
-    return AutoModelForCausalLM.from_pretrained(tiny_model_folder, attn_implementation="sdpa").double().eval()
-
-
-@pytest.fixture
-def live(previous):
-    """A little away from ``previous``."""
-    model = copy.deepcopy(previous)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.03)
-    return model
 
 
 def stage(model, encoder, folder=None, index=2) -> Stage:

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from cit_fast.data import Example, Task
 from cit_fast.errors import ConfigError, DataError
@@ -16,7 +16,6 @@ from cit_fast.key_parts import teacher as frozen_module
 from cit_fast.methods.objectives import KPIG, CrossEntropy
 from cit_fast.methods.stage import Stage
 from cit_fast.models.digests import fingerprint
-from cit_fast.models.prompts import PromptEncoder
 
 ALPHA, LAMBDA = 0.3, 0.02
 # Of a model in float64 whose normalisation computes in float32.
@@ -33,27 +32,6 @@ def examples() -> list[Example]:
         Example("Extract the e-mail address from the text.", "jo", ("jo",), "gamma", source="c:1"),
         Example(two, "the quick brown fox", ("over the lazy dog 0 1 2 3",), "beta", ((0, 5),), source="b:2"),
     ]
-
-
-@pytest.fixture
-def encoder(tiny_tokenizer):
-    return PromptEncoder(tiny_tokenizer, max_length=128)
-
-
-@pytest.fixture
-def previous(tiny_model_folder):
-    return AutoModelForCausalLM.from_pretrained(tiny_model_folder, attn_implementation="sdpa").double().eval()
-
-
-@pytest.fixture
-def live(previous):
-    """A little away from ``previous``."""
-    model = copy.deepcopy(previous)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.03)
-    return model
 
 
 def stage(model, encoder, chosen=None, folder=None, tasks=()) -> Stage:
