@@ -33,7 +33,7 @@ def status(folder: str | Path) -> dict[str, Any]:
     run, stages = read_run(folder), read_stages(folder)
     rows = [stage for stage in stages if stage.index > 0]
     before = stages[0].scores if stages and stages[0].index == 0 else {}
-    now = rows[-1].scores if rows else {}
+    now = {task: score for stage in rows for task, score in stage.scores.items()}  # as last measured
     tasks = []
     for task, row in zip(run.tasks, first_trained(run, stages), strict=True):
         learned = row < len(rows)

@@ -28,15 +28,23 @@ from cit_fast.values import Section, choices
 VERSION = 1
 
 
+class Sample(Section):
+    """Earlier tasks of which so many are answered again after a stage, drawn by chance."""
+
+    sample: int = Field(ge=0)
+
+
 class EvaluationConfig(Section):
-    """What is measured after every stage. Tasks of ``held_out`` are answered but never trained: by the untrained model
-    and after the last stage, or after every one (``held_out_after: all``). With ``decode: labels`` the answer to a task
-    that has labels is the one of them which the model finds most likely, so it never breaks their format; other tasks
-    are answered greedily. ``judge`` marks the answers of tasks whose metric is ``judge``.
+    """What is measured after every stage. ``tasks``: all of the stream, those seen so far, or ``{sample: K}``, what the
+    stage trained and K of the earlier ones, and all after the last stage. Tasks of ``held_out`` are answered but never
+    trained: by the untrained model and after the last stage, or after every one (``held_out_after: all``). With
+    ``decode: labels`` the answer to a task that has labels is the one of them which the model finds most likely, so it
+    never breaks their format; other tasks are answered greedily. ``judge`` marks the answers of tasks whose metric is
+    ``judge``.
     """
 
     split: Literal["test", "dev"] = "test"
-    tasks: Literal["all", "seen"] = "all"
+    tasks: Literal["all", "seen"] | Sample = "all"
     untrained: bool = True
     experts: bool = False
     held_out: tuple[str | TaskSource, ...] = ()

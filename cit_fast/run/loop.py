@@ -124,7 +124,7 @@ class ContinualTrainer:
         paces = Paces(self.config)
         return TimeLeft(
             [
-                plan_stages(method, self._parts[method.name]["replay"], tasks, {}, arguments, self.config.evaluation)
+                plan_stages(method, self._parts[method.name]["replay"], tasks, {}, arguments, self.config)
                 for method in self.config.methods
             ],
             [paces.of(method) for method in self.config.methods],

@@ -51,6 +51,7 @@ from cit_fast.run.pace import Paces, TimeLeft
 from cit_fast.run.parts import Parts
 from cit_fast.run.run_folder import RunFolder, of_one_date
 from cit_fast.run.stage_training import StageTraining
+from cit_fast.run.tasks import answered_tasks
 
 _Returned = TypeVar("_Returned")
 _SAMPLED = 256  # examples of a task, for how long one is
@@ -309,8 +310,8 @@ class MethodRun:
     def _answer(self, model: Any, index: int, count: int, title: str, trained: str) -> tuple[Evaluated, float]:
         """The test examples answered and scored, and how long that took."""
         started = time.perf_counter()
-        only_seen = self.config.evaluation.tasks == "seen" and self.method.schedule != "joint"
-        known = list(self.stream)[:index] if only_seen else list(self.stream)
+        joint = self.method.schedule == "joint"
+        known = answered_tasks(self.stream.tasks, index, count, self.config.evaluation, self.config.seed, joint)
         held_out = self.held_out if index == count or self.config.evaluation.held_out_after == "all" else []
         tasks, router = [*known, *held_out], self.parts.router
         before = None if isinstance(router, SharedRouter) or index == 1 else self._before(index - 1, trained)

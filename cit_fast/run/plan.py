@@ -21,7 +21,8 @@ from cit_fast.methods.replay.allocation import Budget
 from cit_fast.models.adapters import prompt_encoder
 from cit_fast.models.pretrained import load_tokenizer, local_model
 from cit_fast.run.arguments import training_arguments
-from cit_fast.run.config import EvaluationConfig, RunConfig
+from cit_fast.run.config import RunConfig
+from cit_fast.run.tasks import answered_tasks
 
 _CHARACTERS_A_TOKEN = 4  # where the tokenizer is not here
 
@@ -76,7 +77,7 @@ def plan_run(config: RunConfig) -> RunPlan:
     tokens = {name: None if task is None else count(task.train) for name, task in tasks.items()}
     arguments = training_arguments(config.training, config.seed, Path("unused"))
     stages = {
-        method.name: plan_stages(method, parts[method.name]["replay"], tasks, tokens, arguments, config.evaluation)
+        method.name: plan_stages(method, parts[method.name]["replay"], tasks, tokens, arguments, config)
         for method in config.methods
     }
     return RunPlan(stages, missing, exact=folder is not None)
@@ -88,15 +89,16 @@ def plan_stages(
     tasks: Mapping[str, Task | None],
     tokens: Mapping[str, int | None],
     arguments: Any,
-    evaluation: EvaluationConfig,
+    config: RunConfig,
 ) -> list[StagePlan]:
     """The stages of one method.
 
     Args:
         replay: its policy.
         tasks: by name, in order, ``None`` for one whose data is not here; ``tokens``: of their training examples.
-        arguments: transformers.TrainingArguments.
+        arguments: transformers.TrainingArguments. ``config``: of the run.
     """
+    evaluation = config.evaluation
     joint = method.schedule == "joint"
     planned: list[StagePlan] = []
     sizes: list[int | None] = []  # of the tasks seen before
@@ -109,7 +111,7 @@ def plan_stages(
             continue
         examples = sum(len(task.train) for task in own if task is not None)
         replayed = _replayed(replay, before)
-        known = list(tasks.values())[: len(sizes)] if evaluation.tasks == "seen" else list(tasks.values())
+        known = answered_tasks(list(tasks.values()), len(sizes), len(tasks), evaluation, config.seed, joint)
         there = [len(getattr(task, evaluation.split)) for task in known if task is not None]
         counted = [tokens.get(name) for name in names]
         planned.append(

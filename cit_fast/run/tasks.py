@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
+from typing import TypeVar
 
 from cit_fast.data import Task, TaskStream, load_task
 from cit_fast.data.constraints import Constraints
@@ -10,7 +12,9 @@ from cit_fast.data.sources import origin
 from cit_fast.errors import CitFastError, ConfigError, DataError
 from cit_fast.evaluation.metrics import JUDGE, score
 from cit_fast.evaluation.violations import violation_rates
-from cit_fast.run.config import RunConfig
+from cit_fast.run.config import EvaluationConfig, RunConfig
+
+_Task = TypeVar("_Task")
 
 
 def check_task(task: Task, split: str, where: str, judged: bool = False) -> None:
@@ -47,6 +51,21 @@ def check_task(task: Task, split: str, where: str, judged: bool = False) -> None
         if rates.get(kind) == 100.0:
             given = " and ".join(f"{name} {getattr(task, name)!r}" for name in names if getattr(task, name))
             raise DataError(f"{where}: task {task.name!r}: {given} fits none of its answers, for example {first[0]!r}")
+
+
+def answered_tasks(
+    tasks: Sequence[_Task], index: int, count: int, config: EvaluationConfig, seed: int, joint: bool = False
+) -> list[_Task]:
+    """The tasks that are answered after stage ``index`` of ``count``, as ``evaluation.tasks`` asks."""
+    if joint or config.tasks == "all":
+        return list(tasks)
+    seen = list(tasks[:index])
+    if config.tasks == "seen" or index == count:
+        return seen
+    drawn = random.Random(f"{seed}/{index}/evaluation").sample(  # noqa: S311  # a seed, not a secret
+        range(index - 1), min(config.tasks.sample, index - 1)
+    )
+    return [*(seen[k] for k in sorted(drawn)), seen[-1]]
 
 
 def load_held_out(config: RunConfig, *, from_config: bool) -> tuple[Task, ...]:
