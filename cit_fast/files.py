@@ -165,6 +165,16 @@ def damaged_files(folder: Path, checksums: Mapping[str, str], below: str = "") -
     return found
 
 
+def tree_bytes(folder: Path) -> int:
+    """Of all files below; one that has several names counts once."""
+    sizes = {}
+    for path in folder.rglob("*"):
+        if path.is_file():
+            found = path.stat()
+            sizes[found.st_dev, found.st_ino] = found.st_size
+    return sum(sizes.values())
+
+
 def sync_tree(folder: Path) -> None:
     """Flush every file below ``folder`` to the disk."""
     for path in sorted(folder.rglob("*")):

@@ -108,7 +108,7 @@ def score_matrix(run: RunRecord, stages: Sequence[StageRecord]) -> tuple[Matrix,
     rows = np.full((len(stages) + start, len(run.tasks)), np.nan)
     for stage in stages:
         for task, value in stage.scores.items():
-            if task not in run.every_task:
+            if task not in run.every_task and task not in run.retired_tasks:
                 raise RunError(f"run {run.name}, stage {stage.index}: scores a task {task!r} the run does not have")
             if not isinstance(value, int | float) or not 0.0 <= value <= 100.0:
                 raise RunError(

@@ -259,6 +259,7 @@ class RunRecord:
         name: name of the run; ``method``: resolved method (its preset's name under ``name``, and its four parts).
         tasks: task names in order of arrival; ``metrics``: task name -> metric name, of the held-out tasks too.
         held_out_tasks: names of the tasks that are evaluated but never trained.
+        retired_tasks: names of the tasks that a rollback has taken back; scores of theirs from before do not count.
         constraints: task name, held-out or not -> what it declares of its answers (see
             :meth:`cit_fast.data.constraints.Constraints.to_record`).
         model: model name or path; ``seed``; ``status``: "running" or "finished".
@@ -281,6 +282,7 @@ class RunRecord:
     experts: dict[str, float] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     held_out_tasks: list[str] = field(default_factory=list)
+    retired_tasks: list[str] = field(default_factory=list)
     constraints: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property

@@ -10,7 +10,9 @@ from rich.text import Text
 
 from cit_fast.evaluation.continual import continual_metrics, first_trained
 from cit_fast.evaluation.records import read_run, read_stages
+from cit_fast.files import tree_bytes
 from cit_fast.report.table import plain_table
+from cit_fast.run.rollback import retired_stages
 
 AT_RISK = 10.0
 """Points of a fall from which on a task is at risk."""
@@ -24,7 +26,8 @@ def status(folder: str | Path) -> dict[str, Any]:
         with its ``stage`` and ``adapter``, its score ``untrained``, right after that stage (``then``) and ``now``, the
         ``best`` since, the ``fall`` from it, and how many of its examples came back since (``replayed``); a task that
         is still to come has ``stage: null``. ``held_out``: score ``untrained`` and ``now``, of tasks that are never
-        trained. ``AP``, ``forgetting`` and ``New.ACC``. ``bytes``: of the whole folder, a file with several names once.
+        trained. ``AP``, ``forgetting`` and ``New.ACC``. ``retired``: stages that rollbacks have kept aside. ``bytes``:
+        of the whole folder, a file with several names once.
 
     Raises:
         RunError: no run there, or damaged records.
@@ -67,7 +70,8 @@ def status(folder: str | Path) -> dict[str, Any]:
         "forgetting": metrics.forgetting if metrics else None,
         "New.ACC": metrics.new_accuracy if metrics else None,
         "adapters": sorted({stage.adapter for stage in rows}),
-        "bytes": _bytes(folder),
+        "retired": retired_stages(folder),
+        "bytes": tree_bytes(folder),
     }
 
 
@@ -91,6 +95,8 @@ def status_table(found: dict[str, Any]) -> RenderableType:
     for task, scores in found["held_out"].items():
         table.add_row(task, "held out", "", _number(scores["untrained"]), "", "", _number(scores["now"]), "", "")
     lines: list[RenderableType] = [head, table]
+    if found["retired"]:
+        lines.append(Text(f"{found['retired']} stage(s) kept aside by rollback; cit-fast prune deletes them"))
     if found["AP"] is not None:
         named = ", ".join(
             f"{name} {found[name]:.1f}" for name in ("AP", "forgetting", "New.ACC") if found[name] is not None
@@ -107,13 +113,3 @@ def status_table(found: dict[str, Any]) -> RenderableType:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.1f}"
-
-
-def _bytes(folder: Path) -> int:
-    """Of all files below; stages share files under several names."""
-    sizes = {}
-    for path in folder.rglob("*"):
-        if path.is_file():
-            found = path.stat()
-            sizes[found.st_dev, found.st_ino] = found.st_size
-    return sum(sizes.values())

@@ -125,7 +125,7 @@ class MethodRun:
             model = self._load(None)
             self._untrained_stage(model)
         else:
-            joined = self._joined([task for task in self.stream if task.name not in stages[0].scores])
+            joined = self._joined([task for task in self.stream if _joins(task, record, stages)])
         for index, group in enumerate(groups, start=1):
             if index < len(stages):
                 continue
@@ -421,3 +421,12 @@ class MethodRun:
             if scores or not name.startswith(" "):
                 listed = "  ".join(f"{task} [bold]{score:.1f}[/bold]" for task, score in scores.items())
                 self._say(f"  {name}: {listed}")
+
+
+def _joins(task: Task, record: RunRecord, stages: Sequence[StageRecord]) -> bool:
+    """Whether a task has joined the run since the untrained model was measured, for the first time or after a rollback,
+    maybe with other examples.
+    """
+    if task.name not in record.retired_tasks:
+        return task.name not in stages[0].scores
+    return not any(task.name in stage.trained or task.name in stage.untrained for stage in stages)

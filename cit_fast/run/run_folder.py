@@ -96,7 +96,7 @@ class RunFolder:
         Raises:
             RunError: the folder holds a run of another configuration, or something that is no run.
         """
-        self._tidy()
+        self.tidy()
         if not (self.path / "run.json").exists():
             strangers = [entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")]
             if strangers:
@@ -123,7 +123,7 @@ class RunFolder:
                     "name them all, or choose another output"
                 )
             if len(given) > len(known):
-                grown = dataclasses.replace(record, experts=found.experts)
+                grown = dataclasses.replace(record, experts=found.experts, retired_tasks=found.retired_tasks)
                 self.write(grown)
                 return grown
         if changed and not self._has_trained():
@@ -139,7 +139,7 @@ class RunFolder:
             )
         return found
 
-    def _tidy(self) -> None:
+    def tidy(self) -> None:
         """Remove what a killed process left: half-written files, and checkpoints of stages that are committed."""
         for leftover in [*self.path.glob("stages/.*"), *self.path.glob(".*.tmp"), *self.path.glob("replay/**/.*.tmp")]:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()

@@ -1,0 +1,163 @@
+"""Commands that report, score again, answer and export."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cit_fast.cli.app import OfStage, Runs, app, run_folders, warnings_as_lines
+from cit_fast.errors import DataError
+
+if TYPE_CHECKING:
+    from cit_fast.evaluation import Rescored
+
+
+@app.command()
+def report(
+    runs: Runs,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The HTML file to write.")] = None,
+) -> None:
+    """Write one self-contained HTML page, and PNGs beside it, about one or several runs."""
+    from cit_fast.report import collect, comparison_table, write_report
+
+    read = collect(run_folders(runs))
+    console = Console()
+    path = write_report(read, output)
+    console.print(comparison_table(read))
+    console.print(f"Report: {path}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command(name="eval")
+def evaluate(
+    runs: Runs,
+    write: Annotated[bool, typer.Option("--write", help="Store the recomputed scores in the runs.")] = False,
+    allow_custom_metrics: Annotated[
+        bool, typer.Option("--allow-custom-metrics", help="Call metrics that a run names by dotted path.")
+    ] = False,
+) -> None:
+    """Recompute every score and violation of RUN from its stored predictions, without the model; exit code 1 if any
+    differs.
+    """
+    from cit_fast.evaluation import rescore
+
+    console = Console()
+    scores = violations = changed = 0
+    for folder in run_folders(runs):
+        table = Table(title=escape(str(folder)))
+        for column in ("stage", "task", "metric", "recorded", "recomputed", "V", "examples"):
+            table.add_column(column, justify="left" if column in {"task", "metric"} else "right")
+        for entry in rescore(folder, write=write, allow_custom_metrics=allow_custom_metrics):
+            scores += not entry.scores_agree
+            violations += not entry.violations_agree
+            changed += not entry.intact
+            shown = ["-" if value is None else f"{value:.1f}" for value in (entry.recorded, entry.recomputed)]
+            table.add_row(
+                f"{entry.stage}", entry.task, entry.metric, *shown, _v_of(entry), f"{entry.examples}",
+                style=None if entry.agrees else "bold red",
+            )  # fmt: skip
+        console.print(table)
+    counts = {"scores": scores, "V-scores": violations, "files of predictions": changed}
+    differ = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    console.print(f"Not as recorded: {differ}." if differ else "All recorded scores agree.")
+    if differ:
+        raise typer.Exit(1)
+
+
+def _v_of(entry: Rescored) -> str:
+    """The V-score of one task; as recorded and as recomputed where they differ."""
+    was, again = ("-" if value is None else f"{value:.1f}" for value in (entry.v, entry.v_again))
+    return was if entry.violations_agree else f"{was} ≠ {again}"
+
+
+@app.command()
+def generate(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="A text file, one prompt per line, or .jsonl; otherwise standard input, one per line."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time, whatever their adapter sets.")] = 16,
+    show_adapter: Annotated[
+        bool, typer.Option("--show-adapter", help="Print the adapter set that answered, and a tab, before each answer.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per prompt: prompt, adapter, answer.")
+    ] = False,
+    stage: OfStage = None,
+) -> None:
+    """Answer prompts with the model of RUN's last stage, one answer per line."""
+    from cit_fast.inference.continual_model import ContinualModel
+
+    lines = _prompts(prompts)
+    asked = [line for line in lines if line.strip()]
+    with warnings_as_lines():
+        model = ContinualModel.from_run(run_folder, stage=stage)
+    sets = model.route(asked) if model.router is not None else None
+    answers = model.generate(asked, max_new_tokens=max_new_tokens, batch_size=batch_size, adapters=sets)
+    answered = iter(zip(sets or ["model"] * len(asked), answers, strict=True))
+    for line in lines:  # a blank one has a blank answer, so that lines match
+        name, answer = next(answered) if line.strip() else ("", "")
+        if as_json:
+            typer.echo(json.dumps({"prompt": line, "adapter": name, "answer": answer}, ensure_ascii=False))
+        else:
+            typer.echo((f"{name}\t" if show_adapter else "") + answer.replace("\n", "\\n"))
+
+
+def _prompts(path: Path | None) -> list[str]:
+    """One prompt per line; of a ``.jsonl`` file a text, or the "prompt" of an object, which may have new lines."""
+    from cit_fast.data.readers import kind, text_of_file
+
+    where = path or "standard input"
+    try:
+        text = text_of_file(path) if path is not None else sys.stdin.read().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 ({error.reason})") from None
+    lines = text.split("\n")
+    lines = lines[:-1] if lines[-1] == "" else lines
+    lines = [line.removesuffix("\r") for line in lines]
+    if path is not None and kind(path) == ".jsonl":
+        lines = [_prompt_of_record(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+    if not any(map(str.strip, lines)):
+        raise DataError(f"{where}: no prompts; give one per line")
+    return lines
+
+
+def _prompt_of_record(line: str, where: str) -> str:
+    try:
+        record = json.loads(line) if line.strip() else ""
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: broken JSON: {error}") from None
+    prompt = record.get("prompt") if isinstance(record, dict) else record
+    if not isinstance(prompt, str):
+        raise DataError(f"{where}: a prompt must be a text, or an object with a text under 'prompt'")
+    return prompt
+
+
+@app.command()
+def export(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that is not there yet.")],
+    merge: Annotated[
+        str | None, typer.Option(metavar="SET", help="Merge this adapter set into the base model's weights.")
+    ] = None,
+    stage: OfStage = None,
+) -> None:
+    """Write RUN's adapter sets as PEFT folders OUT/SET or, merged, as the transformers model OUT."""
+    from cit_fast.inference.export import export_adapters, export_merged
+
+    console = Console(soft_wrap=True)
+    with warnings_as_lines():
+        if merge is None:
+            names = export_adapters(run_folder, out, stage)
+            console.print(f"PEFT adapters in {out}: {', '.join(names)}", highlight=False, markup=False)
+        else:
+            export_merged(run_folder, out, merge, stage=stage)
+            console.print(f"Model and tokenizer with {merge} merged: {out}", highlight=False, markup=False)

@@ -1,0 +1,103 @@
+"""Commands that train, and that look after a run."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from cit_fast.cli.app import Run, app
+from cit_fast.errors import ConfigError
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="The YAML configuration.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override one key; may be repeated.")
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what would be trained and what is not here yet; train nothing.")
+    ] = False,
+) -> None:
+    """Train every method of CONFIG on its stream of tasks, or go on where an earlier call stopped. `cit-fast presets`
+    lists the methods, `cit-fast streams` the streams of papers.
+    """
+    from cit_fast.report import collect, comparison_table, write_report
+    from cit_fast.report.plan import print_plan
+    from cit_fast.run.config import load_config
+    from cit_fast.run.loop import ContinualTrainer
+
+    settings = load_config(config, overrides or [])
+    if plan:
+        print_plan(settings, Console())
+        return
+    trainer = ContinualTrainer(settings)
+    folders = trainer.run()
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
+    runs = collect(folders)
+    report_path = write_report(runs, settings.folder / "report.html", title=settings.name)
+    trainer.console.print(comparison_table(runs))
+    trainer.console.print(f"Report: {report_path}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def learn(
+    run: Run,
+    tasks: Annotated[list[str], typer.Argument(help="Task folders, data files or built-in names.", metavar="TASK...")],
+) -> None:
+    """Train more TASKs in a run that has ended or was interrupted, with its own method and settings. The data of its
+    earlier tasks must still be there; the result is that of a run that had all tasks from the start.
+    """
+    from cit_fast.report import collect, comparison_table
+    from cit_fast.run.learn import learn as learn_tasks
+
+    console = Console()
+    folder = learn_tasks(run, tasks, console)
+    if int(os.environ.get("RANK", "0")) == 0:
+        console.print(comparison_table(collect([folder])))
+
+
+@app.command()
+def status(
+    run: Run,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Show what a run has learned when, each task's score then and now, what has fallen, and the disk that it takes."""
+    from cit_fast.report.status import status as of_run
+    from cit_fast.report.status import status_table
+
+    found = of_run(run)
+    if as_json:
+        typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
+    else:
+        Console().print(status_table(found))
+
+
+@app.command()
+def rollback(
+    run: Run,
+    to: Annotated[int | None, typer.Option("--to", min=1, help="The stage to go back to.")] = None,
+    undo: Annotated[bool, typer.Option("--undo", help="Take the last rollback back.")] = False,
+) -> None:
+    """Make an earlier stage of RUN the current one; learning goes on from it. The later ones are kept aside."""
+    from cit_fast.run.rollback import rollback as roll_back
+    from cit_fast.run.rollback import undo_rollback
+
+    if undo == (to is not None):
+        raise ConfigError("rollback: say --to STAGE, or --undo")
+    tasks = roll_back(run, to) if to is not None else undo_rollback(run)
+    typer.echo(f"{run}: {'back are' if undo else f'stage {to} is the current one; taken back:'} {', '.join(tasks)}")
+
+
+@app.command()
+def prune(run: Run) -> None:
+    """Delete what rollbacks of RUN have kept aside."""
+    from cit_fast.run.rollback import prune as delete
+
+    typer.echo(f"{run}: {delete(run) / 1e6:.1f} MB freed")

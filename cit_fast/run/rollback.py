@@ -1,0 +1,169 @@
+"""An earlier stage of a run becomes the current one; the later ones are kept aside until they are pruned.
+
+    <run>/retired/1/run.json, stages/NN ...   what the first rollback took back
+
+Every step is one rename, from the last stage down, and after each the folder is a run that was interrupted there: a
+process that is killed on the way loses nothing, and the same call goes on.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from cit_fast.data.builtin import builtin_task_names
+from cit_fast.errors import RunError
+from cit_fast.evaluation.records import RunRecord, StageRecord, read_run
+from cit_fast.files import tree_bytes, write_file
+from cit_fast.run.run_folder import RunFolder
+
+RETIRED = "retired"
+
+
+def rollback(run: str | Path, to: int) -> list[str]:
+    """Make stage ``to`` of a run the current one: it answers, serves, and learning goes on from it.
+
+    The tasks of later stages leave the run's stream, so that they may be learned again, with other settings too.
+
+    Args:
+        run: the folder. ``to``: a stage that was trained, from 1.
+
+    Returns:
+        The tasks that were taken back.
+
+    Raises:
+        RunError: no run there, another process works in it, or it has no such stage or none after it.
+    """
+    folder = RunFolder(_there(run))
+    with folder.locked():
+        folder.tidy()
+        record, stages = read_run(folder.path), folder.stages()
+        last = stages[-1].index if stages else 0
+        pending = len(record.tasks) > len(_trained(stages))
+        if not 1 <= to <= last or (to == last and not pending):
+            raise RunError(
+                f"{folder.path}: its stages are 1 to {last}; roll back to an earlier one than the last"
+                if last > 1
+                else f"{folder.path}: has {last} trained stage(s), so there is none to roll back to"
+            )
+        if record.method.get("schedule") == "joint":
+            raise RunError(f"{folder.path}: a joint run has one stage; there is none to roll back to")
+        aside = _aside(folder.path, to, record)
+        if not (aside / "run.json").exists():
+            write_file(aside / "run.json", (folder.path / "run.json").read_text(encoding="utf-8"))
+        _move(folder.path / "checkpoints", aside / "checkpoints")
+        for stage in reversed(stages[to + 1 :]):
+            _move(folder.path / "logs" / f"{stage.index:02d}", aside / "logs" / f"{stage.index:02d}")
+            _move(folder.stage_path(stage.index), aside / "stages" / f"{stage.index:02d}")
+        kept = _trained(stages[: to + 1])
+        folder.write(_cut(record, kept))
+        return [task for task in record.tasks if task not in kept]
+
+
+def undo_rollback(run: str | Path) -> list[str]:
+    """Take back the last rollback, if nothing has been trained since; returns the tasks that are back.
+
+    Raises:
+        RunError: no run there, another process works in it, nothing to take back, or a stage has been trained since.
+    """
+    folder = RunFolder(_there(run))
+    with folder.locked():
+        folder.tidy()
+        numbers = _numbers(folder.path)
+        if not numbers:
+            raise RunError(f"{folder.path}: no rollback to take back")
+        aside = folder.path / RETIRED / str(numbers[-1])
+        record, before = read_run(folder.path), read_run(aside)
+        stages, retired = folder.stages(), sorted((aside / "stages").glob("[0-9]*"))
+        current = _trained(stages)
+        if record.tasks != before.tasks and (record.tasks != current or before.tasks[: len(current)] != current):
+            raise RunError(f"{folder.path}: has begun other tasks since the rollback, which cannot be taken back")
+        if retired and int(retired[0].name) != len(stages):
+            raise RunError(
+                f"{folder.path}: has trained stage {len(stages) - 1} since the rollback; it cannot be taken back"
+            )
+        folder.write(before)
+        for path in retired:
+            _move(aside / "logs" / path.name, folder.path / "logs" / path.name)
+            _move(path, folder.stage_path(int(path.name)))
+        if (aside / "checkpoints").exists():
+            _move(aside / "checkpoints", folder.path / "checkpoints")
+        shutil.rmtree(aside)
+        return [task for task in before.tasks if task not in current]
+
+
+def prune(run: str | Path) -> int:
+    """Delete what rollbacks have kept aside; returns how many bytes that frees.
+
+    Raises:
+        RunError: no run there, or another process works in it.
+    """
+    folder = RunFolder(_there(run))
+    with folder.locked():
+        before = tree_bytes(folder.path)
+        shutil.rmtree(folder.path / RETIRED, ignore_errors=True)
+        return before - tree_bytes(folder.path)
+
+
+def retired_stages(run: Path) -> int:
+    """How many stages rollbacks have kept aside."""
+    return sum(1 for _ in run.glob(f"{RETIRED}/*/stages/[0-9]*"))
+
+
+def _there(run: str | Path) -> Path:
+    """The folder, which is not made where it is missing."""
+    read_run(Path(run))
+    return Path(run)
+
+
+def _trained(stages: list[StageRecord]) -> list[str]:
+    return [task for stage in stages for task in stage.trained]
+
+
+def _numbers(run: Path) -> list[int]:
+    return sorted(int(path.name) for path in (run / RETIRED).glob("*") if path.name.isdigit())
+
+
+def _aside(run: Path, to: int, record: RunRecord) -> Path:
+    """A new folder for what is taken back, or that of a rollback that was interrupted on its way to the same stage."""
+    numbers = _numbers(run)
+    if numbers:
+        last = run / RETIRED / str(numbers[-1])
+        begun = (last / "run.json").exists() and read_run(last).tasks == record.tasks
+        moved = sorted(int(path.name) for path in (last / "stages").glob("[0-9]*"))
+        if begun and (not moved or (moved[0] > to and not (run / "stages" / f"{moved[0]:02d}").exists())):
+            return last
+    aside = run / RETIRED / str(numbers[-1] + 1 if numbers else 1)
+    aside.mkdir(parents=True)
+    return aside
+
+
+def _move(path: Path, target: Path) -> None:
+    if path.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+
+
+def _cut(record: RunRecord, tasks: list[str]) -> RunRecord:
+    """The record of a run that has these tasks, the first of its own."""
+    known = record.config["stream"]  # of runs from before they could grow, one digest of all tasks
+    config: dict[str, Any] = {**record.config, "stream": known[: len(tasks)] if isinstance(known, list) else known}
+    sources = config["data"]["tasks"]
+    if sources is None and record.tasks == list(builtin_task_names()):
+        sources = record.tasks
+    data = {**config["data"], "stream": None, "root": None}
+    config["data"] = {**data, "tasks": None if sources is None else sources[: len(tasks)]}
+    known = [*tasks, *record.held_out_tasks]
+    return RunRecord(
+        **{
+            **vars(record),
+            "tasks": tasks,
+            "metrics": {task: record.metrics[task] for task in known},
+            "constraints": {task: record.constraints[task] for task in known if task in record.constraints},
+            "experts": {task: score for task, score in record.experts.items() if task in tasks},
+            "retired_tasks": sorted({*record.retired_tasks, *record.tasks} - {*tasks}),
+            "config": config,
+            "status": "finished",
+        }
+    )

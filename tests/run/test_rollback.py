@@ -1,0 +1,107 @@
+"""An earlier stage becomes the current one, learning goes on from it, and what was taken back can be had again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from growth import run, same, weights
+from killed import at_call, killed
+
+from cit_fast.data import TaskStream
+from cit_fast.errors import RunError
+from cit_fast.evaluation import read_run, read_stages
+from cit_fast.files import write_file
+from cit_fast.report.status import status
+from cit_fast.run import rollback as rollbacks
+from cit_fast.run.rollback import prune, rollback, undo_rollback
+
+METHODS = ["switch-tokens", "ewc", {"preset": "random-replay", "replay": {"fraction": 0.2}}]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m if isinstance(m, str) else m["preset"])
+def test_learning_goes_on_from_an_earlier_stage(settings, stream, tmp_path, method):
+    """What is learned after a rollback is what was learned before it: the same tasks give the same bits."""
+    settings["training"] |= {"max_steps": 2}
+    alpha, beta, gamma = stream
+    (folder,) = run(settings, stream, tmp_path / "mine", method).values()
+    before = weights(folder)
+    assert rollback(folder, 1) == ["beta", "gamma"]
+    assert (read_run(folder).tasks, read_run(folder).status) == (["alpha"], "finished")
+    assert len(read_stages(folder)) == 2
+    run(settings, stream, tmp_path / "mine", method)
+    again = weights(folder)
+    assert before.keys() == again.keys()
+    assert all(torch.equal(before[name], again[name]) for name in before)
+
+    assert rollback(folder, 1) == ["beta", "gamma"]
+    (other,) = run(settings, TaskStream((alpha, gamma)), tmp_path / "other", method).values()
+    run(settings, TaskStream((alpha, gamma)), tmp_path / "mine", method)
+    same(folder, other, ["beta"])
+    assert status(folder)["retired"] == 4
+    freed = prune(folder)
+    assert freed > 0
+    assert status(folder)["retired"] == prune(folder) == 0
+    run(settings, TaskStream((alpha, gamma, beta)), tmp_path / "mine", method)  # and it goes on
+    assert read_run(folder).tasks == ["alpha", "gamma", "beta"]
+
+
+def test_a_rollback_is_taken_back_whole(settings, stream, tmp_path):
+    settings["training"] |= {"max_steps": 1, "report_to": "none"}
+    (folder,) = run(settings, stream, tmp_path, "switch-tokens").values()
+    before, record = names(folder), read_run(folder)
+    rollback(folder, 2)
+    rollback(folder, 1)
+    assert undo_rollback(folder) == ["beta"]
+    assert undo_rollback(folder) == ["gamma"]
+    assert (names(folder), read_run(folder)) == (before, record)
+    with pytest.raises(RunError, match="no rollback to take back"):
+        undo_rollback(folder)
+
+
+def test_killed_at_any_rename_the_run_is_whole_and_the_same_call_goes_on(settings, stream, tmp_path, monkeypatch):
+    settings["training"] |= {"max_steps": 1}
+    (folder,) = run(settings, stream, tmp_path, "switch-tokens").values()
+    before, record, moves = names(folder), read_run(folder), 0
+    while killed(lambda: rollback(folder, 1), at_call(moves + 1, rollbacks, "_move")):
+        stages = read_stages(folder)  # reads as a run that was interrupted there
+        assert [stage.index for stage in stages] == list(range(len(stages)))
+        assert status(folder)["stages"] == len(stages) - 1
+        moves += 1
+        if moves % 2:  # go on with it, or with what has not been moved yet
+            assert rollback(folder, 1) == ["beta", "gamma"]
+            undo_rollback(folder)
+            assert (names(folder), read_run(folder)) == (before, record)
+    assert moves > 3
+    for count in range(1, 4):
+        assert killed(lambda: undo_rollback(folder), at_call(count, rollbacks, "_move"))
+        read_stages(folder)
+    undo_rollback(folder)
+    assert (names(folder), read_run(folder)) == (before, record)
+
+
+def test_what_cannot_be_rolled_back_is_named(settings, stream, tmp_path):
+    settings["training"] |= {"max_steps": 1}
+    folders = run(settings, stream, tmp_path, "sequential", "joint")
+    folder = folders["sequential"]
+    for to in (0, 3, 4):
+        with pytest.raises(RunError, match="its stages are 1 to 3"):
+            rollback(folder, to)
+    with pytest.raises(RunError, match="there is none to roll back to"):
+        rollback(folders["joint"], 1)
+    with pytest.raises(RunError, match=r"is .*nowhere the folder of a cit-fast run"):
+        rollback(tmp_path / "nowhere", 1)
+    assert not (tmp_path / "nowhere").exists()
+    rollback(folder, 2)
+    run(settings, stream, tmp_path, "sequential")
+    with pytest.raises(RunError, match="has trained stage 3 since the rollback"):
+        undo_rollback(folder)
+    write_file(folder / "stages" / "02" / "stage.json", "{")
+    with pytest.raises(RunError, match="damaged"):
+        rollback(folder, 1)
+    assert (folder / "stages" / "03" / "stage.json").exists()

@@ -1,0 +1,47 @@
+"""Runs that grow task by task, and whether two of them are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from cit_fast import ContinualTrainer
+from cit_fast.evaluation import continual_metrics, read_run, read_stages
+
+SEEN = {"tasks": "seen"}
+
+
+def run(settings, stream, output: Path, *methods) -> dict[str, Path]:
+    evaluation = {**settings["evaluation"], **SEEN, "untrained": True}
+    own = {**settings, "methods": list(methods), "output": str(output), "evaluation": evaluation}
+    folders = ContinualTrainer(own, stream=stream, console=Console(quiet=True)).run()
+    return {folder.name: folder for folder in folders}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Of every adapter set and every average of the last stage."""
+    last = sorted((folder / "stages").glob("[0-9]*"))[-1]
+    files = [*last.glob("adapters/*/*.safetensors"), *last.glob("live/*"), *last.glob("router/*.safetensors")]
+    return {f"{file.relative_to(last)}/{name}": value for file in files for name, value in load_file(file).items()}
+
+
+def same(one: Path, other: Path, but: Collection[str] = ()) -> None:
+    """Whether records and weights are the same; the untrained model may have answered the tasks ``but``, too."""
+    ours, theirs = read_stages(one), read_stages(other)
+    for task in but:
+        ours[0].scores.pop(task)
+        ours[0].violations.pop(task)
+    for mine, right in zip(ours, theirs, strict=True):
+        apart = {"files": {}, "train_seconds": 0, "evaluate_seconds": 0, "untrained": {}, "untrained_violations": {}}
+        assert replace(mine, **apart, objective=None, routing=None) == replace(
+            right, **apart, objective=None, routing=None
+        )
+    assert continual_metrics(read_run(one), ours) == continual_metrics(read_run(other), theirs)
+    mine, right = weights(one), weights(other)
+    assert mine.keys() == right.keys()
+    assert all(torch.equal(mine[name], right[name]) for name in right)
