@@ -80,6 +80,35 @@ def status(
 
 
 @app.command()
+def memory(
+    run: Run,
+    drop: Annotated[str | None, typer.Option("--drop", metavar="TASK", help="Remove this task's texts.")] = None,
+) -> None:
+    """Show what RUN keeps of the tasks that it has learned, or remove a task's texts from it; learning goes on."""
+    from cit_fast.models.pretrained import cache_folder
+    from cit_fast.report.table import plain_table
+    from cit_fast.run.forget import drop as drop_task
+    from cit_fast.run.forget import remembered
+
+    console = Console()
+    if drop is not None:
+        changed = drop_task(run, drop)
+        console.print(
+            f"{run}: the texts of {drop} are gone, {changed} files changed. Reports that were written before, and the "
+            f"cache shared by all runs ({cache_folder()}), may still hold some.",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
+    table = plain_table(None, None)
+    table.add_column("task", overflow="fold")
+    for column in ("examples kept", "of", "bytes", "to evaluate"):
+        table.add_column(column, justify="right")
+    for task in remembered(run):
+        cells = [task["kept"], task["size"], task["bytes"], "dropped" if task["dropped"] else task["evaluation"]]
+        table.add_row(task["task"], *map(str, cells))
+    console.print(table)
+
+
+@app.command()
 def rollback(
     run: Run,
     to: Annotated[int | None, typer.Option("--to", min=1, help="The stage to go back to.")] = None,

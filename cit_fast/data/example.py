@@ -146,6 +146,11 @@ class Task(Constraints):
                     )
 
     @property
+    def size(self) -> int:
+        """Training examples that the task has, or had when it was learned (:mod:`cit_fast.data.kept_task`)."""
+        return len(self.train)
+
+    @property
     def instructions(self) -> tuple[str, ...]:
         """The distinct instructions of the training split, in order of first appearance."""
         return tuple(dict.fromkeys(example.task_instruction for example in self.train))

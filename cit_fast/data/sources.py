@@ -171,12 +171,37 @@ def load_stream(
 
 
 def origin(source: TaskSource | str) -> tuple[str, ...]:
-    """Identify the place that a source reads from, whatever its name and options are."""
+    """Identify the place that a source reads from, whatever its name and options are, and whether it is there."""
     if isinstance(source, str):
-        source = _source_of_text(source)
+        from cit_fast.data.builtin import builtin_task_names
+
+        source = TaskSource(builtin=source) if source in builtin_task_names() else TaskSource(path=source)
     if source.path is not None:
         return "path", *(str(Path(path).resolve()) for path in _paths(source))
     return ("builtin", source.builtin) if source.builtin else ("dataset", f"{source.dataset}", f"{source.subset}")
+
+
+def possible_names(source: TaskSource | str) -> tuple[str, ...]:
+    """What the task of a source may be called, also where its data is gone and nobody knows whether it was a folder."""
+    if isinstance(source, str):
+        return file_name(Path(source).name), file_name(stem(Path(source)))
+    if source.name or source.builtin:
+        return (f"{source.name or source.builtin}",)
+    paths = [Path(path) for path in _paths(source)] or [Path(f"{source.dataset}".rstrip("/"))]
+    return file_name(paths[0].name), file_name(stem(paths[0]))
+
+
+def is_gone(source: TaskSource | str) -> bool:
+    """Whether the files or folders of a source are no longer there; of a built-in task never, of a dataset always, for
+    it may not be reached.
+    """
+    if isinstance(source, str):
+        from cit_fast.data.builtin import builtin_task_names
+
+        return source not in builtin_task_names() and not _exists(source)
+    if source.path is not None:
+        return not all(_exists(path) for path in _paths(source))
+    return source.dataset is not None
 
 
 def find_tasks(places: Sequence[str]) -> list[TaskSource]:

@@ -60,14 +60,17 @@ class ContinualMetrics:
 
 
 def continual_metrics(run: RunRecord, stages: Sequence[StageRecord]) -> ContinualMetrics:
-    """All metrics of a run from its records; works on a run under way too (see the module's text).
+    """All metrics of a run from its records, over the tasks whose texts it has; works on a run under way too (see the
+    module's text).
 
     Raises:
         RunError: see :func:`score_matrix`.
     """
     untrained, matrix = score_matrix(run, stages)
-    trained_at = first_trained(run, stages)
-    experts = [run.experts.get(task, math.nan) for task in run.tasks]
+    counted = [j for j, task in enumerate(run.tasks) if task not in run.dropped_tasks]
+    untrained, matrix = untrained[counted], matrix[:, counted]
+    trained_at = [first_trained(run, stages)[j] for j in counted]
+    experts = [run.experts.get(run.tasks[j], math.nan) for j in counted]
     gains = relative_gain(matrix, experts, trained_at)
     defined = np.array([math.nan if gain is None else gain for gain in gains[1:]])
     mean_gain = _mean(defined)

@@ -154,7 +154,8 @@ def rescore(run_folder: Path, *, write: bool = False, allow_custom_metrics: bool
             the path is read from the run's own record.
 
     Returns:
-        One entry per stage and task that has a score or predictions, in order of stage and task.
+        One entry per stage and task that has a score or predictions, in order of stage and task; none of a task whose
+        texts have been removed, or of the untrained model on one that joined later.
 
     Raises:
         RunError: no run there, or a damaged file; with ``write``, nothing of the stage at hand has been
@@ -164,10 +165,14 @@ def rescore(run_folder: Path, *, write: bool = False, allow_custom_metrics: bool
     run_folder = Path(run_folder)
     run = read_run(run_folder)
     results = []
-    for stage in read_stages(run_folder, check=False):  # what it says is what is looked at here
+    stages = read_stages(run_folder, check=False)  # what it says is what is looked at here
+    joined = {task for stage in stages for task in stage.untrained}  # whose answers of the untrained model are not here
+    for stage in stages:
         folder = run_folder / "stages" / f"{stage.index:02d}"
         again: dict[str, _Again] = {}
         for task in run.every_task:
+            if task in run.dropped_tasks or (stage.index == 0 and task in joined):
+                continue
             path = predictions_path(run_folder, stage.index, task)
             stored = read_predictions(path) if path.exists() else []
             recorded = stage.scores.get(task)

@@ -260,6 +260,7 @@ class RunRecord:
         tasks: task names in order of arrival; ``metrics``: task name -> metric name, of the held-out tasks too.
         held_out_tasks: names of the tasks that are evaluated but never trained.
         retired_tasks: names of the tasks that a rollback has taken back; scores of theirs from before do not count.
+        dropped_tasks: names of the tasks whose texts have been removed; they are not measured any more.
         constraints: task name, held-out or not -> what it declares of its answers (see
             :meth:`cit_fast.data.constraints.Constraints.to_record`).
         model: model name or path; ``seed``; ``status``: "running" or "finished".
@@ -283,6 +284,7 @@ class RunRecord:
     format_version: int = FORMAT_VERSION
     held_out_tasks: list[str] = field(default_factory=list)
     retired_tasks: list[str] = field(default_factory=list)
+    dropped_tasks: list[str] = field(default_factory=list)
     constraints: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -330,6 +332,15 @@ def read_run(folder: Path) -> RunRecord:
         RunError: no run there, a damaged file, or another format version.
     """
     return _read(Path(folder) / "run.json", RunRecord)
+
+
+def read_stage(folder: Path) -> StageRecord:
+    """Read the record of one committed stage in its own folder.
+
+    Raises:
+        RunError: a damaged stage file.
+    """
+    return _read(folder / "stage.json", StageRecord)
 
 
 def read_stages(folder: Path, *, check: bool = True) -> list[StageRecord]:

@@ -22,6 +22,7 @@ from cit_fast.methods.config import MethodConfig
 from cit_fast.models.config import DataConfig, ModelConfig
 from cit_fast.run.arguments import checked_adapter, checked_training
 from cit_fast.run.judge import JudgeConfig
+from cit_fast.run.task_memory import MemoryConfig
 from cit_fast.run.yaml_file import check_plain, read_yaml, set_key
 from cit_fast.values import Section, choices
 
@@ -76,6 +77,8 @@ class RunConfig(Section):
     data: DataConfig = Field(default_factory=DataConfig)
     training: dict[str, Any] = Field(default_factory=dict)
     evaluation: EvaluationConfig = EvaluationConfig()
+    memory: MemoryConfig | None = None
+    """What the run keeps of the tasks that it has learned; ``None``: nothing, their data is read where it lies."""
 
     @field_validator("version")
     @classmethod
@@ -129,6 +132,21 @@ class RunConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _something_to_replay(self) -> RunConfig:
+        if self.memory is None or self.memory.keep != "none":
+            return self
+        for method in self.methods:
+            if method.replay.name == "on-policy" and method.replay.options.get("anchor") is not None:
+                continue
+            for part in (method.replay.name, method.objective.name):
+                if part not in ("none", "cross-entropy", "distillation", "o-lora", "sdft"):
+                    raise ValueError(
+                        f"memory: none keeps no examples, and {part} of method {method.name!r} needs some of the "
+                        "tasks before; keep some, or leave it out"
+                    )
+        return self
+
     @property
     def folder(self) -> Path:
         """Where the runs of this configuration go, one sub-folder per method."""
@@ -138,6 +156,8 @@ class RunConfig(Section):
         """What decides the outcome of one method, as plain JSON values: no output folder, no other method."""
         plain = self.model_dump(mode="json", exclude={"output", "methods", "name"})
         plain["method"] = method.model_dump(mode="json")
+        if plain["memory"] is None:  # as it was before there was one
+            del plain["memory"]
         own = plain["method"].pop("adapter")
         if own is not None:
             plain["adapter"] = own

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cit_fast.data.example import Task
+from cit_fast.data.kept_task import RecalledTask
 from cit_fast.errors import ConfigError
 
 
@@ -37,7 +38,9 @@ def digest(value: Any) -> str:
 
 
 def task_digest(task: Task) -> str:
-    """Digest of everything a task is, but not of where its examples were read from."""
+    """Digest of everything a task is, but not of where its examples were read from; of a recalled one as it was."""
+    if isinstance(task, RecalledTask):
+        return task.digest
     plain = dataclasses.asdict(task)
     for name in ("answer_format", "extractive", "wordy_above"):
         if not plain[name]:  # experts that were cached before there were such fields stay what they are

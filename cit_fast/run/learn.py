@@ -8,15 +8,20 @@ from typing import Any
 
 from rich.console import Console
 
+from cit_fast.data import TaskStream, load_task
 from cit_fast.data.builtin import builtin_task_names
+from cit_fast.data.kept_task import read_kept
+from cit_fast.data.sources import TaskSource
 from cit_fast.errors import ConfigError, RunError
 from cit_fast.evaluation.records import RunRecord, read_run
 from cit_fast.run.config import RunConfig, validated
 from cit_fast.run.loop import ContinualTrainer
+from cit_fast.run.task_memory import TaskMemory
 
 
 def learn(run: str | Path, tasks: Sequence[str | dict[str, Any]], console: Console | None = None) -> Path:
-    """Train more tasks in a run folder, with its own method and settings; the earlier ones must still be there.
+    """Train more tasks in a run folder, with its own method and settings; the data of the earlier ones must still be
+    there, unless the run has a memory.
 
     Router, replay, averages and random streams go on, so that the result is what one run with all of these tasks from
     the start would have left, bit for bit on a CPU. An interrupted call goes on where it was, and a run that was
@@ -32,14 +37,33 @@ def learn(run: str | Path, tasks: Sequence[str | dict[str, Any]], console: Conso
 
     Raises:
         ConfigError: a task that cannot be read, or of a name that the run has already.
-        RunError: no run there, another process works in it, or an earlier task's data has changed or is gone.
+        RunError: no run there, another process works in it, or an earlier task's data has changed, or is gone and the
+            run has no memory of it.
     """
     run = Path(run)
     if not tasks:
         raise ConfigError("learn: name at least one task")
-    config = grown(run, read_run(run), tasks)
-    (folder,) = ContinualTrainer(config, console=console).run()
+    record = read_run(run)
+    config = grown(run, record, tasks)
+    (folder,) = ContinualTrainer(config, stream=_stream(run, record, config, tasks), console=console).run()
     return folder
+
+
+def _stream(
+    run: Path, record: RunRecord, config: RunConfig, tasks: Sequence[str | dict[str, Any]]
+) -> TaskStream | None:
+    """The tasks of a run that got them from Python and remembers them, and the new ones; ``None`` for any other run."""
+    if config.data.tasks is not None or config.memory is None:
+        return None
+    memory = TaskMemory(run, config.memory)
+    sizes = {split: getattr(config.data, split) for split in ("train", "dev", "test")}
+    sources = [TaskSource(**_plain(task)) for task in tasks]
+    return TaskStream(
+        (
+            *(read_kept(memory.path(name)) for name in record.tasks),
+            *(load_task(source, seed=config.seed, **sizes) for source in sources),
+        )
+    )
 
 
 def grown(run: Path, record: RunRecord, tasks: Sequence[str | dict[str, Any]]) -> RunConfig:
@@ -47,8 +71,9 @@ def grown(run: Path, record: RunRecord, tasks: Sequence[str | dict[str, Any]]) -
     config = {key: value for key, value in record.config.items() if key in RunConfig.model_fields}
     data = {key: value for key, value in config["data"].items() if key not in ("stream", "root")}
     known = data["tasks"]
+    from_python = known is None and record.tasks != list(builtin_task_names())
     if known is None:
-        if record.tasks != list(builtin_task_names()):
+        if from_python and config.get("memory") is None:
             raise RunError(
                 f"{run}: its tasks were given from Python, so only Python has them: ContinualTrainer(config, "
                 "stream=...) with the new ones behind the known"
@@ -63,7 +88,7 @@ def grown(run: Path, record: RunRecord, tasks: Sequence[str | dict[str, Any]]) -
             "name": record.name,
             "output": str(run.absolute().parent),
             "methods": [{"preset": "sequential", **record.method}],  # all four parts are spelt out
-            "data": {**data, "tasks": [*known, *given]},
+            "data": {**data, "tasks": None if from_python else [*known, *given]},
         },
         f"{run / 'run.json'}: config",
     )

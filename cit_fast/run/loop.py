@@ -15,8 +15,8 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 
-from cit_fast.data import Task, TaskStream, load_stream
-from cit_fast.data.builtin import builtin_task_names
+from cit_fast.data import Task, TaskStream
+from cit_fast.data.kept_task import RecalledTask
 from cit_fast.data.streams import check_stream
 from cit_fast.errors import ConfigError, DataError, RunError
 from cit_fast.files import is_disk_full
@@ -31,7 +31,7 @@ from cit_fast.run.method_run import MethodRun
 from cit_fast.run.pace import Paces, TimeLeft
 from cit_fast.run.plan import plan_stages
 from cit_fast.run.run_folder import RunFolder
-from cit_fast.run.tasks import check_held_out, check_task, load_held_out
+from cit_fast.run.tasks import check_held_out, check_task, load_held_out, load_tasks
 from cit_fast.run.trial import skeleton, try_adapter, try_arguments, try_batches
 
 
@@ -84,16 +84,10 @@ class ContinualTrainer:
         self.console = console or Console(quiet=not self._state.is_main_process)
         if stream is None and config.data.stream is not None and config.data.root is not None:
             check_stream(config.data.stream, config.data.root)
-        self.stream = stream or load_stream(
-            config.data.tasks if config.data.tasks is not None else builtin_task_names(),
-            seed=config.seed,
-            train=config.data.train,
-            dev=config.data.dev,
-            test=config.data.test,
-        )
+        self.stream = stream or load_tasks(config)
         for task in self.stream:
             check_task(task, config.evaluation.split, "data.tasks", config.evaluation.judge is not None)
-            if not task.train:
+            if not task.train and not isinstance(task, RecalledTask):
                 raise DataError(f"data.tasks: task {task.name!r} has no training examples")
         self.held_out = load_held_out(config, from_config=stream is None) if held_out is None else tuple(held_out)
         check_held_out(self.held_out, self.stream, config.evaluation.split, config.evaluation.judge is not None)
@@ -149,7 +143,7 @@ class ContinualTrainer:
         arguments = training_arguments(config.training, config.seed, config.folder)
         try_arguments(arguments)
         if any(method.schedule != "joint" for method in config.methods):
-            try_batches(arguments, list(self.stream))
+            try_batches(arguments, [task for task in self.stream if not isinstance(task, RecalledTask)])
 
 
 def _distinct(adapters: Sequence[dict[str, Any] | None]) -> list[dict[str, Any]]:

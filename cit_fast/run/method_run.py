@@ -19,6 +19,7 @@ from torch import Tensor
 from cit_fast.data import TaskStream
 from cit_fast.data.constraints import Constraints
 from cit_fast.data.example import Task
+from cit_fast.data.kept_task import RecalledTask, read_kept
 from cit_fast.errors import ConfigError, RunError
 from cit_fast.evaluation.predictions import Prediction, read_predictions, write_stage_predictions
 from cit_fast.evaluation.records import (
@@ -51,6 +52,7 @@ from cit_fast.run.pace import Paces, TimeLeft
 from cit_fast.run.parts import Parts
 from cit_fast.run.run_folder import RunFolder, of_one_date
 from cit_fast.run.stage_training import StageTraining
+from cit_fast.run.task_memory import TaskMemory
 from cit_fast.run.tasks import answered_tasks
 
 _Returned = TypeVar("_Returned")
@@ -80,8 +82,10 @@ class MethodRun:
         held_out: Sequence[Task] = (),
         clock: TimeLeft | None = None,
     ) -> None:
-        self.held_out, self.clock = list(held_out), clock
-        self.config, self.method, self.stream, self.folder = of_one_date(config, folder), method, stream, folder
+        self.clock, self.method, self.folder, self.config = clock, method, folder, of_one_date(config, folder)
+        self.memory = None if config.memory is None else TaskMemory(folder.path, config.memory)
+        self.stream = TaskStream(tuple(map(self._or_tombstone, stream)))
+        self.held_out = list(map(self._or_tombstone, held_out))
         if method.adapter is not None:
             self.config = self.config.model_copy(update={"adapter": method.adapter})
         self.console = console
@@ -94,6 +98,13 @@ class MethodRun:
         self.identity = model_identity(self.model_path, config.model.name)
         self.cached = CachedScores(self.config, method, self.encoder, self.identity)
         self.training = StageTraining(self.config, method.name, self.parts, folder, self._load, self._say, clock)
+
+    def _or_tombstone(self, task: Task) -> Task:
+        """The task, or what is left of it where its texts have been removed from this run."""
+        if self.memory is None or not self.memory.has(task.name):
+            return task
+        known = read_kept(self.memory.path(task.name))
+        return known if known.dropped else task
 
     # -- the run -------------------------------------------------------------------------------------------------
 
@@ -119,6 +130,11 @@ class MethodRun:
         self._say(f"[bold]{self.method.name}[/bold]: {len(self.stream)} tasks, {escape(str(self.folder.path))}")
         if stages:
             self._say(f"  going on after stage {stages[-1].index} of {len(groups)}")
+        if self.memory is not None and self.state.is_main_process:
+            self.memory.shrink([task for task in self.stream[: max(0, len(stages) - 1)] if self.memory.has(task.name)])
+        for task in (task for group in groups[max(0, len(stages) - 1) :] for task in group):
+            if isinstance(task, RecalledTask):
+                raise RunError(f"{self.folder.path}: task {task.name!r} is still to be trained, and its data is gone")
         model: Any = None
         joined: StageRecord | None = None
         if not stages:
@@ -173,6 +189,8 @@ class MethodRun:
         )
         if self.state.is_main_process:
             self.folder.begin(record)
+            if self.memory is not None:
+                self.memory.held_out(self.held_out)
         self.state.wait_for_everyone()
         return read_run(self.folder.path)  # what every process has to agree on
 
@@ -218,7 +236,7 @@ class MethodRun:
             self.encoder,
             index,
             tasks=tuple(tasks),
-            seen=() if joint else tuple(self.stream)[: index - 1],
+            seen=() if joint else self._seen(index),
             compiled=any(value for key, value in self.config.training.items() if key.startswith("torch_compile")),
             seed=f"{self.config.seed}/{index}",
             kept=self.folder.path / "replay",
@@ -242,7 +260,12 @@ class MethodRun:
         fresh = [example for task in tasks for example in task.train]
         stage = dataclasses.replace(stage, examples=(*fresh, *selection.examples))
         trained = self.training.train(stage, assignment.adapter, title, frozen, rewritten)
-        learned = self.parts.learn(dataclasses.replace(stage, model=trained.model))
+        stage = dataclasses.replace(stage, model=trained.model)
+        learned = self.parts.learn(stage)
+        if self.memory is not None and not joint:
+            kept = self.memory.learned(stage)
+            if self.state.is_main_process:
+                self.memory.write(kept)
         found, seconds = self._answer(trained.model, index, count, title, assignment.adapter)
         record = StageRecord(
             index=index,
@@ -272,11 +295,18 @@ class MethodRun:
             untrained_violations=joined.violations if joined else {},
         )
         self._commit(record, trained.model, found.predictions, trained.finished.live)
+        if self.memory is not None and not joint and self.state.is_main_process:
+            self.memory.shrink(self.stream[:index])
         self._keep_pace(stage, record, sum(map(len, found.predictions.values())) - found.taken_over)
         self._say_scores(title, record)
         if record.skipped or record.test_skipped:
             self._say(f"  left out for their length: {record.skipped} training and {record.test_skipped} test examples")
         return trained.model
+
+    def _seen(self, index: int) -> tuple[Task, ...]:
+        """The tasks before stage ``index``: as the memory has them, where there is one."""
+        before = self.stream[: index - 1]
+        return before if self.memory is None else self.memory.recall(before)
 
     def _keep_pace(self, stage: Stage, record: StageRecord, answered: int) -> None:
         """How long the stage took, for plans and for the time left."""
@@ -312,6 +342,7 @@ class MethodRun:
         started = time.perf_counter()
         joint = self.method.schedule == "joint"
         known = answered_tasks(self.stream.tasks, index, count, self.config.evaluation, self.config.seed, joint)
+        known = [task for task in known if not (isinstance(task, RecalledTask) and task.dropped)]
         held_out = self.held_out if index == count or self.config.evaluation.held_out_after == "all" else []
         tasks, router = [*known, *held_out], self.parts.router
         before = None if isinstance(router, SharedRouter) or index == 1 else self._before(index - 1, trained)
@@ -398,7 +429,7 @@ class MethodRun:
         sequential = MethodConfig.model_validate("sequential")
         scores = dict(known)
         for task in self.stream:
-            if task.name in scores:
+            if task.name in scores or isinstance(task, RecalledTask):  # of which there are some examples only
                 continue
             config, folder = self.cached.expert(task)
             parts = build_parts(sequential, config.training)

@@ -17,6 +17,7 @@ from cit_fast.errors import RunError
 from cit_fast.evaluation.records import RunRecord, StageRecord, read_run
 from cit_fast.files import tree_bytes, write_file
 from cit_fast.run.run_folder import RunFolder
+from cit_fast.run.task_memory import FOLDER as MEMORY
 
 RETIRED = "retired"
 
@@ -53,10 +54,12 @@ def rollback(run: str | Path, to: int) -> list[str]:
         if not (aside / "run.json").exists():
             write_file(aside / "run.json", (folder.path / "run.json").read_text(encoding="utf-8"))
         _move(folder.path / "checkpoints", aside / "checkpoints")
+        kept = _trained(stages[: to + 1])
         for stage in reversed(stages[to + 1 :]):
             _move(folder.path / "logs" / f"{stage.index:02d}", aside / "logs" / f"{stage.index:02d}")
             _move(folder.stage_path(stage.index), aside / "stages" / f"{stage.index:02d}")
-        kept = _trained(stages[: to + 1])
+            for task in stage.trained:
+                _move(folder.path / MEMORY / f"{task}.json", aside / MEMORY / f"{task}.json")
         folder.write(_cut(record, kept))
         return [task for task in record.tasks if task not in kept]
 
@@ -84,6 +87,8 @@ def undo_rollback(run: str | Path) -> list[str]:
                 f"{folder.path}: has trained stage {len(stages) - 1} since the rollback; it cannot be taken back"
             )
         folder.write(before)
+        for path in (aside / MEMORY).glob("*.json"):
+            _move(path, folder.path / MEMORY / path.name)
         for path in retired:
             _move(aside / "logs" / path.name, folder.path / "logs" / path.name)
             _move(path, folder.stage_path(int(path.name)))

@@ -123,7 +123,8 @@ class RunFolder:
                     "name them all, or choose another output"
                 )
             if len(given) > len(known):
-                grown = dataclasses.replace(record, experts=found.experts, retired_tasks=found.retired_tasks)
+                kept = ("experts", "retired_tasks", "dropped_tasks")
+                grown = dataclasses.replace(record, **{name: getattr(found, name) for name in kept})
                 self.write(grown)
                 return grown
         if changed and not self._has_trained():

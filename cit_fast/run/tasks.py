@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from typing import TypeVar
 
 from cit_fast.data import Task, TaskStream, load_task
+from cit_fast.data.builtin import builtin_task_names
 from cit_fast.data.constraints import Constraints
-from cit_fast.data.sources import origin
+from cit_fast.data.kept_task import RecalledTask, read_kept
+from cit_fast.data.sources import TaskSource, is_gone, origin, possible_names
 from cit_fast.errors import CitFastError, ConfigError, DataError
 from cit_fast.evaluation.metrics import JUDGE, score
 from cit_fast.evaluation.violations import violation_rates
 from cit_fast.run.config import EvaluationConfig, RunConfig
+from cit_fast.run.task_memory import TaskMemory
 
 _Task = TypeVar("_Task")
 
@@ -28,6 +32,8 @@ def check_task(task: Task, split: str, where: str, judged: bool = False) -> None
         ConfigError: no examples in the split, or a metric that is unknown.
         DataError: answers that the metric cannot score, or a pattern, format or labels that fit none of them.
     """
+    if isinstance(task, RecalledTask) and task.dropped:
+        return
     examples = getattr(task, split)
     if not examples:
         raise ConfigError(f"{where}: task {task.name!r} has no {split} examples to evaluate on (evaluation.split)")
@@ -68,8 +74,33 @@ def answered_tasks(
     return [*(seen[k] for k in sorted(drawn)), seen[-1]]
 
 
+def load_tasks(config: RunConfig) -> TaskStream:
+    """The tasks of ``data.tasks``; one whose data is gone as a run's memory has it.
+
+    Raises:
+        DataError: one cannot be loaded.
+        RunError: the memory is damaged.
+    """
+    sources: Sequence[TaskSource | str] = config.data.tasks or builtin_task_names()
+    sizes = {split: getattr(config.data, split) for split in ("train", "dev", "test")}
+    return TaskStream(
+        tuple(_recalled(source, config) or load_task(source, seed=config.seed, **sizes) for source in sources)
+    )
+
+
+def _recalled(source: TaskSource | str, config: RunConfig) -> RecalledTask | None:
+    """A task whose data is gone, as the first of the runs has it that remembers it."""
+    if config.memory is None or not is_gone(source):
+        return None
+    memories = [TaskMemory(config.folder / method.name, config.memory) for method in config.methods]
+    for memory, name in itertools.product(memories, possible_names(source)):
+        if memory.has(name):
+            return read_kept(memory.path(name))
+    return None
+
+
 def load_held_out(config: RunConfig, *, from_config: bool) -> tuple[Task, ...]:
-    """The tasks of ``evaluation.held_out``, without training examples.
+    """The tasks of ``evaluation.held_out``, without training examples; one whose data is gone as a run has it.
 
     Args:
         from_config: whether the trained tasks are those of ``data.tasks``, and not given from Python.
@@ -84,7 +115,8 @@ def load_held_out(config: RunConfig, *, from_config: bool) -> tuple[Task, ...]:
             raise DataError(
                 f"evaluation.held_out: {origin(source)[1]!r} is in data.tasks as well; train it or hold it out"
             )
-        tasks.append(load_task(source, seed=config.seed, train=0, dev=config.data.dev, test=config.data.test))
+        sizes = {"train": 0, "dev": config.data.dev, "test": config.data.test}
+        tasks.append(_recalled(source, config) or load_task(source, seed=config.seed, **sizes))
     return tuple(tasks)
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from cit_fast import ContinualTrainer
 from cit_fast.data import TaskStream
 from cit_fast.errors import ConfigError, RunError
-from cit_fast.evaluation import read_run, read_stages
+from cit_fast.evaluation import read_run, read_stages, rescore
 from cit_fast.run import method_run, stage_trainer
 from cit_fast.run.learn import learn
 
@@ -48,6 +48,7 @@ def test_more_tasks_give_the_same_bits_as_all_at_once(settings, stream, tmp_path
     assert (record.status, record.tasks) == ("finished", list(stream.names))
     assert read_stages(grown)[0].scores == read_stages(whole)[0].scores
     assert read_stages(grown)[2].untrained.keys() == {stream.names[1]}
+    assert all(entry.agrees for entry in rescore(grown))
     same(grown, whole)
 
 

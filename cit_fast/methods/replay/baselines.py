@@ -47,7 +47,7 @@ class _EqualShares(ABC):
         embedder = embedder_for(self.embedder, stage, self._loaded)
         chosen: list[Example] = []
         for task in stage.seen:
-            share = Budget(self.fraction, self.per_task).wanted(len(task.train))
+            share = Budget(self.fraction, self.per_task).wanted(task.size)
             chosen += [task.train[place] for place in self._preferred(task, stage, embedder, rng)[:share]]
         return Selection(chosen)
 

@@ -106,7 +106,7 @@ class InsCLReplay:
         embedder = self._embedder(stage)
         distances = self._distances(stage, embedder)
         sizes = [len(task.train) for task in stage.seen]
-        wanted = sum(Budget(self.fraction, self.per_task).wanted(size) for size in sizes)
+        wanted = sum(Budget(self.fraction, self.per_task).wanted(task.size) for task in stage.seen)
         names = [task.name for task in stage.seen]
         # Distances say how much of each task comes back, InsInfo which of it.
         allocation = allocate(distances, wanted, sizes, names)

@@ -95,7 +95,7 @@ class KPIGReplay:
         entropy = self.score == "entropy"
         scores = self._mean_entropies(stage, drawn) if entropy else self._mean_gains(stage, drawn, notes)
         lowest_first = [-value for value in scores] if entropy else scores
-        shares = self._shares(lowest_first, [len(task.train) for task in stage.seen])
+        shares = self._shares(lowest_first, [(len(task.train), task.size) for task in stage.seen])
         names = [task.name for task in stage.seen]
         chosen = [
             task.train[k]
@@ -169,8 +169,9 @@ class KPIGReplay:
             means.append(sum(gains) / len(gains))
         return means
 
-    def _shares(self, gains: Sequence[float], sizes: Sequence[int]) -> list[int]:
-        """Examples of each task: those with the lowest gain share the budget."""
+    def _shares(self, gains: Sequence[float], counts: Sequence[tuple[int, int]]) -> list[int]:
+        """Examples of each task: those with the lowest gain share the budget; ``counts``: what is there, what was."""
+        sizes = [there for there, _ in counts]
         lowest = sorted(range(len(gains)), key=lambda task: gains[task])  # stable: the earlier of equals
         count = min(self.tasks or (len(gains) + 1) // 2, len(gains))
         shares = [0] * len(gains)
@@ -179,7 +180,7 @@ class KPIGReplay:
                 shares[task] = min(self.instances, sizes[task])
             return shares
         budget = Budget(self.fraction, self.per_task)
-        total = min(sum(budget.wanted(size) for size in sizes), sum(sizes))
+        total = min(sum(budget.wanted(size) for _, size in counts), sum(sizes))
         while sum(sizes[task] for task in lowest[:count]) < total:
             count += 1
         chosen = sorted(lowest[:count])

@@ -182,7 +182,7 @@ class OnPolicyReplay:
         budget, most = Budget(self.fraction, self.per_task), dict[str, int]()
         for task in stage.seen:
             size = len(task.train)
-            most[task.name] = min(budget.wanted(size), size)
+            most[task.name] = min(budget.wanted(task.size), size)
             count = size if self.candidates is None else min(self.candidates * most[task.name], size)
             drawn += rng.sample(task.train, count)
         return Selection(drawn, ReplayRecord(budgets=dict(most))), most

@@ -41,5 +41,5 @@ class RandomReplay:
     def select(self, stage: Stage) -> Selection:
         """Sample every earlier task, in order."""
         budget, rng = Budget(self.fraction, self.per_task), stage.rng()
-        chosen = [rng.sample(task.train, min(budget.wanted(len(task.train)), len(task.train))) for task in stage.seen]
+        chosen = [rng.sample(task.train, min(budget.wanted(task.size), len(task.train))) for task in stage.seen]
         return Selection([example for own in chosen for example in own])

@@ -53,7 +53,7 @@ class SurpriseReplay:
         if not stage.seen:
             return Selection([])
         budget = Budget(self.fraction, self.per_task)
-        shares = [min(budget.wanted(len(task.train)), len(task.train)) for task in stage.seen]
+        shares = [min(budget.wanted(task.size), len(task.train)) for task in stage.seen]
         drawn, record = most_surprising(stage, shares, stage.rng(), self.candidates, self.batch_size)
         chosen = [task.train[k] for task, own in zip(stage.seen, drawn, strict=True) for k in own]
         budgets = {task.name: share for task, share in zip(stage.seen, shares, strict=True)}
