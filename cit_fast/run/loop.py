@@ -32,7 +32,7 @@ from cit_fast.run.pace import Paces, TimeLeft
 from cit_fast.run.plan import plan_stages
 from cit_fast.run.run_folder import RunFolder
 from cit_fast.run.tasks import check_held_out, check_task, load_held_out, load_tasks
-from cit_fast.run.trial import skeleton, try_adapter, try_arguments, try_batches
+from cit_fast.run.trial import skeleton, try_adapter, try_arguments, try_batches, try_lengths
 
 
 class ContinualTrainer:
@@ -140,6 +140,7 @@ class ContinualTrainer:
                 encoder.fit_to(bare)
                 for adapter in _distinct([method.adapter or config.adapter for method in config.methods]):
                     try_adapter(copy.deepcopy(bare), adapter)
+        try_lengths(encoder, self.stream.tasks, self.held_out, config.evaluation)
         arguments = training_arguments(config.training, config.seed, config.folder)
         try_arguments(arguments)
         if any(method.schedule != "joint" for method in config.methods):

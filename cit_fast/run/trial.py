@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
-from cit_fast.data.example import Task
+from cit_fast.data.example import Example, Task
 from cit_fast.errors import ConfigError
 from cit_fast.models.config import ModelConfig
+from cit_fast.models.prompts import PromptEncoder
+from cit_fast.run.config import EvaluationConfig
 from cit_fast.text import first_line
 
 _PATTERNS = ("target_modules", "exclude_modules", "layers_pattern")
@@ -136,3 +138,40 @@ def try_batches(arguments: Any, tasks: Sequence[Task]) -> None:
                 f"training.dataloader_drop_last: task {task.name!r} has {len(task.train)} training examples, a batch "
                 f"{size}: nothing would be trained"
             )
+
+
+def try_lengths(
+    encoder: PromptEncoder, tasks: Sequence[Task], held_out: Sequence[Task], config: EvaluationConfig
+) -> None:
+    """See that every example fits or can be shortened, where one that cannot be is an error.
+
+    A text has no more tokens than bytes, so few need to be looked at.
+
+    Raises:
+        ExampleTooLongError: the first that does not fit.
+    """
+    if encoder.on_overflow == "skip" or encoder.max_length is None:
+        return
+    whole = encoder.on_overflow == "error"
+    around = len(encoder.example(Example("a", "", ("a",))).input_ids)
+
+    def long(examples: Sequence[Example], room: int, answers: bool) -> list[Example]:
+        return [example for example in examples if around + _bytes(example, whole, answers) > room]
+
+    for task in tasks:
+        encoder.encode_all(long(task.train, encoder.max_length, True))
+    for task in (*tasks, *held_out):
+        reserve = config.max_new_tokens
+        some = long(getattr(task, config.split), encoder.max_length - reserve, False)
+        encoder.encode_prompts(some, reserve=reserve)
+
+
+def _bytes(example: Example, whole: bool, answers: bool) -> int:
+    """Of what has to fit of an example."""
+    turns = [content for _, content in example.messages[:-1]]
+    texts = [
+        *(turns or [example.instruction]),
+        *([example.input] if whole else []),
+        *example.references[: int(answers)],
+    ]
+    return sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)

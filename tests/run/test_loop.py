@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -422,7 +423,7 @@ def test_a_tokenizer_that_cannot_be_read_is_one_line(settings, stream, tiny_mode
         ("training", {"lr_scheduler_type": "zigzag"}, "training"),
         ("adapter", {"target_modules": ["no_such_layer"]}, "adapter: Target modules"),
         ("data", {"max_length": 5}, "data.max_length"),
-        ("data", {"max_length": 8}, "tokens, 2 allowed, and without its input it is still too long; raise max_length"),
+        ("data", {"max_length": 8}, "tokens, 8 allowed, and without its input it is still too long; raise max_length"),
         ("evaluation", {"max_new_tokens": 96}, "leaves no room for a prompt"),
     ],
 )
@@ -430,6 +431,21 @@ def test_settings_that_cannot_work(settings, stream, key, value, message):
     with pytest.raises((ConfigError, DataError), match=message) as caught:
         run(settings, stream, methods=["sequential"], **{key: value})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_what_does_not_fit_is_named_before_anything_is_written(settings, stream, split):
+    """Also an example of the last task, which would be read when all the others are trained."""
+    alpha, beta, gamma = stream
+    long = replace(getattr(gamma, split)[-1], instruction="Say it all. " * 40, source="gamma.json: record 7")
+    late = replace(gamma, **{split: (*getattr(gamma, split)[:-1], long)})
+    tasks = TaskStream((alpha, beta, late))
+    with pytest.raises(DataError, match=r"gamma.json: record 7: \d+ tokens, \d+ allowed, and without its input"):
+        run(settings, tasks, methods=["sequential"])
+    assert not Path(settings["output"]).exists()
+    folder = run(settings, tasks, methods=["sequential"], data={"on_overflow": "skip"}, **QUICK)["sequential"]
+    last = read_stages(folder)[-1]
+    assert (last.skipped if split == "train" else last.test_skipped) == 1
 
 
 def test_use_a_run_afterwards(settings, stream, sequential):
