@@ -5,6 +5,11 @@ The command line prints any :class:`CitFastError` as one line and exits with cod
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cit_fast.evaluation.records import GateRecord
+
 
 class CitFastError(Exception):
     """Base class: something the user gave cannot be used, or the machine cannot do what was asked."""
@@ -24,6 +29,18 @@ class DataError(CitFastError):
 
 class RunError(CitFastError):
     """A run folder cannot be used: locked, made by another configuration, damaged, or the disk is full."""
+
+
+class GateError(RunError):
+    """A stage broke a limit of the gate and is a candidate; the command line exits with code 3.
+
+    Args:
+        message: which limits, and what can be done. ``record``: what was measured.
+    """
+
+    def __init__(self, message: str, record: GateRecord) -> None:
+        super().__init__(message)
+        self.record = record
 
 
 class BackendError(CitFastError):

@@ -13,8 +13,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from cit_fast.cli.app import app
-from cit_fast.errors import CitFastError
+from cit_fast.cli.app import app, gate_table
+from cit_fast.errors import CitFastError, GateError
 
 # Each puts its commands into app, in this order.
 from cit_fast.cli import runs, results, data  # noqa: F401  # isort: skip
@@ -48,7 +48,9 @@ def _interrupt_as_our_own() -> Iterator[None]:
 
 
 def main() -> None:
-    """Run the command line; an error a user can act on is one line and exit code 2."""
+    """Run the command line; an error a user can act on is one line and exit code 2, a stage that broke the gate a table
+    and exit code 3.
+    """
     # Hide deprecation warnings of transformers, PEFT and Accelerate: a user of the command cannot act on them.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|accelerate")
     try:
@@ -56,12 +58,14 @@ def main() -> None:
             app()
     except CitFastError as error:
         console = Console(stderr=True, soft_wrap=True)
+        if isinstance(error, GateError):
+            console.print(gate_table(error.record))
         console.print(f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False)
         if _debug:
             traceback.print_exception(error)
         elif error.__cause__ is not None:
             console.print("(cit-fast --debug shows where it comes from)", style="dim", highlight=False)
-        raise SystemExit(2) from None
+        raise SystemExit(3 if isinstance(error, GateError) else 2) from None
     except _Interrupted:
         Console(stderr=True).print("Stopped. The same command goes on from the last checkpoint.")
         raise SystemExit(130) from None

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from cit_fast.errors import LeftOutWarning, RunError
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
+
+    from cit_fast.evaluation.records import GateRecord
 
 app = typer.Typer(
     name="cit-fast",
@@ -28,6 +31,23 @@ app = typer.Typer(
 OfStage = Annotated[int | None, typer.Option("--stage", min=1, help="Of this stage instead of the last.")]
 Runs = Annotated[list[Path], typer.Argument(help="Run folders, or folders that hold run folders.", metavar="RUN...")]
 Run = Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")]
+
+
+def gate_table(record: GateRecord) -> Table:
+    """What the gate measured: each task's score, how far it has fallen, and which limit that breaks."""
+    from cit_fast.report.table import plain_table
+
+    table = plain_table(None, None)
+    for column in ("task", record.split, "fall", "breaks"):
+        table.add_column(column, justify="left" if column in ("task", "breaks") else "right")
+    broken = {one.task: f"{one.limit} {one.at:g}" for one in record.broken}
+    for task, score in record.scores.items():
+        fall = f"{record.falls[task]:.1f}" if task in record.falls else "new"
+        table.add_row(task, f"{score:.1f}", fall, broken.get(task, ""), style="bold red" if task in broken else None)
+    for one in record.broken:
+        if one.task is None:
+            table.add_row("on average", "", f"{one.found:.1f}", f"{one.limit} {one.at:g}", style="bold red")
+    return table
 
 
 def run_folders(paths: list[Path]) -> list[Path]:

@@ -49,16 +49,28 @@ def run(
 @app.command()
 def learn(
     run: Run,
-    tasks: Annotated[list[str], typer.Argument(help="Task folders, data files or built-in names.", metavar="TASK...")],
+    tasks: Annotated[
+        list[str] | None, typer.Argument(help="Task folders, data files or built-in names.", metavar="[TASK...]")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change this from the next stage on; may be repeated."),
+    ] = None,
+    accept: Annotated[bool, typer.Option("--accept", help="Take the stage that broke the gate as it is.")] = False,
+    retry: Annotated[
+        list[str] | None,
+        typer.Option("--retry", metavar="KEY.PATH=VALUE", help="Train that stage again with this; may be repeated."),
+    ] = None,
 ) -> None:
     """Train more TASKs in a run that has ended or was interrupted, with its own method and settings. The data of its
-    earlier tasks must still be there; the result is that of a run that had all tasks from the start.
+    earlier tasks must still be there, unless it has a memory; the result is that of a run that had all tasks from the
+    start. Exit code 3: a stage broke the run's gate.
     """
     from cit_fast.report import collect, comparison_table
     from cit_fast.run.learn import learn as learn_tasks
 
     console = Console()
-    folder = learn_tasks(run, tasks, console)
+    folder = learn_tasks(run, tasks or [], console, settings=settings or [], accept=accept, retry=retry or [])
     if int(os.environ.get("RANK", "0")) == 0:
         console.print(comparison_table(collect([folder])))
 

@@ -190,6 +190,41 @@ class RoutingRecord:
 
 
 @dataclass
+class Broken:
+    """A limit of the gate that a stage broke.
+
+    Args:
+        limit: ``forgetting``, ``task_fall`` or ``new_task``; ``task``: whose, ``None`` of a mean over tasks.
+        at: the limit, in points; ``found``: what was measured.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    limit: str
+    task: str | None
+    at: float
+    found: float
+
+
+@dataclass
+class GateRecord:
+    """What the gate measured after a stage.
+
+    Args:
+        split: that it judged by; ``scores``: task -> score on it.
+        falls: earlier task -> points below its best score since it was trained.
+        broken: the limits that the stage broke; where there are some, it was a candidate and has been accepted.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    split: str
+    scores: dict[str, float] = field(default_factory=dict)
+    falls: dict[str, float] = field(default_factory=dict)
+    broken: list[Broken] = field(default_factory=list)
+
+
+@dataclass
 class StageRecord:
     """One stage of a run: what was trained, on what, and how every task scored afterwards.
 
@@ -218,6 +253,8 @@ class StageRecord:
         notes: sentences for whoever reads the record: media that were not seen, layers that did not move.
         untrained: scores of the untrained model on the tasks that have joined the stream since the stage before;
             ``untrained_violations``: how often it broke what they ask, as ``violations``.
+        settings: what changed in this stage or before it, as ``stages`` of the configuration has it.
+        gate: what the gate measured, if there is one.
         files: path of every other file in the stage's folder -> its SHA-256, filled in when the stage is committed.
     """
 
@@ -248,6 +285,8 @@ class StageRecord:
     notes: list[str] = field(default_factory=list)
     untrained: dict[str, float] = field(default_factory=dict)
     untrained_violations: dict[str, dict[str, float]] = field(default_factory=dict)
+    settings: list[dict[str, Any]] = field(default_factory=list)
+    gate: GateRecord | None = None
     files: dict[str, str] = field(default_factory=dict)
 
 

@@ -69,7 +69,7 @@ class MethodConfig(Section):
         if "preset" not in value and isinstance(value.get("name"), str) and value["name"] in presets():
             raise ValueError(f"name: {value['name']!r} is a preset; write preset: {value['name']} instead")
         if "preset" not in value and "name" in value:
-            return {key: _part_over(key, None, part) for key, part in value.items()}
+            return {key: part_over(key, None, part) for key, part in value.items()}
         preset = value.pop("preset", "sequential")
         known = presets()
         if isinstance(preset, str) and preset in _REMOVED:
@@ -78,12 +78,12 @@ class MethodConfig(Section):
             raise ValueError(f"unknown preset {preset!r}; {choices(str(preset), known)}")
         merged: dict[str, Any] = {"name": preset, **known[preset]}
         for key, part in value.items():
-            merged[key] = _part_over(key, merged.get(key), part)
+            merged[key] = part_over(key, merged.get(key), part)
         return merged
 
 
-def _part_over(key: str, base: Any, given: Any) -> Any:
-    """``given`` over the preset's part: options without a name refine the preset's own part."""
+def part_over(key: str, base: Any, given: Any) -> Any:
+    """``given`` over the part that was there: options without a name refine that part."""
     if key in {"router", "replay", "objective", "update"} and isinstance(given, Mapping) and "name" not in given:
         if base is None:
             raise ValueError(f"{key}: give the part's name, for example {key}: {{name: ...}}")

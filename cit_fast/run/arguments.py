@@ -101,6 +101,11 @@ _LEFT_OUT_KINDS = {
 _LEFT_OUT_INITS = ("eva", "corda", "loftq", "lora_ga")
 
 
+def learning_rate_of(training: Mapping[str, Any]) -> float:
+    """The configured learning rate, or that of a run that configures none."""
+    return float(training.get("learning_rate", _TRAINING_DEFAULTS["learning_rate"]))
+
+
 def checked_training(value: Mapping[str, Any]) -> dict[str, Any]:
     """Keys of transformers.TrainingArguments with values of the right types, in range, and not set elsewhere.
 

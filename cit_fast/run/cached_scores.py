@@ -77,7 +77,8 @@ class CachedScores:
             update={"experts": False, "untrained": False, "tasks": "all", "held_out": (), "held_out_after": "last"}
         )
         data = self.config.data.model_copy(update={"tasks": None, "train": None, "dev": None, "test": None})
-        config = self.config.model_copy(update={"name": "expert", "evaluation": evaluation, "data": data})
+        plain = {"stages": (), "gate": None, "memory": None}
+        config = self.config.model_copy(update={"name": "expert", "evaluation": evaluation, "data": data, **plain})
         training = [self.config.adapter, self.config.training, self.config.seed, self.state.num_processes]
         return config, RunFolder(cache_folder() / "experts" / digest(["expert", *self._key([task]), *training]))
 

@@ -21,7 +21,9 @@ from cit_fast.errors import ConfigError
 from cit_fast.methods.config import MethodConfig
 from cit_fast.models.config import DataConfig, ModelConfig
 from cit_fast.run.arguments import checked_adapter, checked_training
+from cit_fast.run.gate import GateConfig
 from cit_fast.run.judge import JudgeConfig
+from cit_fast.run.stage_settings import StageSettings, method_at
 from cit_fast.run.task_memory import MemoryConfig
 from cit_fast.run.yaml_file import check_plain, read_yaml, set_key
 from cit_fast.values import Section, choices
@@ -77,6 +79,10 @@ class RunConfig(Section):
     data: DataConfig = Field(default_factory=DataConfig)
     training: dict[str, Any] = Field(default_factory=dict)
     evaluation: EvaluationConfig = EvaluationConfig()
+    stages: tuple[StageSettings, ...] = ()
+    """What changes from a stage on."""
+    gate: GateConfig | None = None
+    """Limits that a stage must keep to become the current one."""
     memory: MemoryConfig | None = None
     """What the run keeps of the tasks that it has learned; ``None``: nothing, their data is read where it lies."""
 
@@ -132,6 +138,21 @@ class RunConfig(Section):
             )
         return self
 
+    @field_validator("stages")
+    @classmethod
+    def _ascending(cls, value: tuple[StageSettings, ...]) -> tuple[StageSettings, ...]:
+        starts = [entry.from_ for entry in value]
+        if starts != sorted(starts):
+            raise ValueError("stages: entries must be in the order of their stages (from)")
+        return value
+
+    @model_validator(mode="after")
+    def _methods_of_later_stages(self) -> RunConfig:
+        for method in self.methods:
+            for entry in self.stages:
+                method_at(method, self.stages, entry.from_)
+        return self
+
     @model_validator(mode="after")
     def _something_to_replay(self) -> RunConfig:
         if self.memory is None or self.memory.keep != "none":
@@ -156,8 +177,10 @@ class RunConfig(Section):
         """What decides the outcome of one method, as plain JSON values: no output folder, no other method."""
         plain = self.model_dump(mode="json", exclude={"output", "methods", "name"})
         plain["method"] = method.model_dump(mode="json")
-        if plain["memory"] is None:  # as it was before there was one
-            del plain["memory"]
+        plain["stages"] = [entry.plain() for entry in self.stages]
+        for name in ("memory", "stages", "gate"):  # as it was before there was such a section
+            if not plain[name]:
+                del plain[name]
         own = plain["method"].pop("adapter")
         if own is not None:
             plain["adapter"] = own

@@ -13,13 +13,24 @@ from cit_fast.data.builtin import builtin_task_names
 from cit_fast.data.kept_task import read_kept
 from cit_fast.data.sources import TaskSource
 from cit_fast.errors import ConfigError, RunError
-from cit_fast.evaluation.records import RunRecord, read_run
+from cit_fast.evaluation.records import RunRecord, read_run, read_stages
+from cit_fast.run.candidates import accept as accept_candidate
+from cit_fast.run.candidates import discard
 from cit_fast.run.config import RunConfig, validated
 from cit_fast.run.loop import ContinualTrainer
 from cit_fast.run.task_memory import TaskMemory
+from cit_fast.run.yaml_file import set_key
 
 
-def learn(run: str | Path, tasks: Sequence[str | dict[str, Any]], console: Console | None = None) -> Path:
+def learn(
+    run: str | Path,
+    tasks: Sequence[str | dict[str, Any]] = (),
+    console: Console | None = None,
+    *,
+    settings: Sequence[str] = (),
+    accept: bool = False,
+    retry: Sequence[str] = (),
+) -> Path:
     """Train more tasks in a run folder, with its own method and settings; the data of the earlier ones must still be
     there, unless the run has a memory.
 
@@ -31,20 +42,32 @@ def learn(run: str | Path, tasks: Sequence[str | dict[str, Any]], console: Conso
         run: the folder.
         tasks: each as in ``data.tasks``; those that the run has already need not be named, and may be.
         console: where progress is printed.
+        settings: what changes from the next stage on, as ``key.path=value``: keys of
+            :class:`~cit_fast.run.stage_settings.StageSettings` (``training.learning_rate=1e-4``,
+            ``replay.fraction=0.05``). The stages' records keep it.
+        accept: whether the stage that broke the gate is taken as it is.
+        retry: settings with which that stage is trained again, and from which the run goes on.
 
     Returns:
         The folder.
 
     Raises:
-        ConfigError: a task that cannot be read, or of a name that the run has already.
+        ConfigError: a task that cannot be read, or of a name that the run has already, or a setting that cannot change.
+        GateError: a stage breaks a limit of the run's gate.
         RunError: no run there, another process works in it, or an earlier task's data has changed, or is gone and the
             run has no memory of it.
     """
     run = Path(run)
-    if not tasks:
+    if not (tasks or accept or retry):
         raise ConfigError("learn: name at least one task")
+    if accept and retry:
+        raise ConfigError("learn: accept the candidate, or train it again with other settings")
     record = read_run(run)
-    config = grown(run, record, tasks)
+    config = grown(run, record, tasks, [*settings, *retry])
+    if accept:
+        accept_candidate(run)
+    elif retry:
+        discard(run)
     (folder,) = ContinualTrainer(config, stream=_stream(run, record, config, tasks), console=console).run()
     return folder
 
@@ -66,8 +89,10 @@ def _stream(
     )
 
 
-def grown(run: Path, record: RunRecord, tasks: Sequence[str | dict[str, Any]]) -> RunConfig:
-    """The configuration of a run with more tasks."""
+def grown(
+    run: Path, record: RunRecord, tasks: Sequence[str | dict[str, Any]], settings: Sequence[str] = ()
+) -> RunConfig:
+    """The configuration of a run with more tasks, and with other settings from its next stage on."""
     config = {key: value for key, value in record.config.items() if key in RunConfig.model_fields}
     data = {key: value for key, value in config["data"].items() if key not in ("stream", "root")}
     known = data["tasks"]
@@ -82,9 +107,14 @@ def grown(run: Path, record: RunRecord, tasks: Sequence[str | dict[str, Any]]) -
     given = [task for task in map(_plain, tasks) if task not in [_plain(each) for each in known]]
     if record.method_name != run.absolute().name:
         raise RunError(f"{run}: the run of method {record.method_name!r}, under another name; give it that name back")
+    changes: dict[str, Any] = {}
+    for setting in settings:
+        set_key(changes, setting, lambda _, text: {"name": text})
+    stages = [*config.get("stages", ()), *([{"from": len(read_stages(run)) or 1, **changes}] if changes else [])]
     return validated(
         {
             **config,
+            "stages": stages,
             "name": record.name,
             "output": str(run.absolute().parent),
             "methods": [{"preset": "sequential", **record.method}],  # all four parts are spelt out

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from cit_fast.run.method_run import MethodRun
 from cit_fast.run.pace import Paces, TimeLeft
 from cit_fast.run.plan import plan_stages
 from cit_fast.run.run_folder import RunFolder
+from cit_fast.run.stage_settings import method_at, training_at
 from cit_fast.run.tasks import check_held_out, check_task, load_held_out, load_tasks
 from cit_fast.run.trial import skeleton, try_adapter, try_arguments, try_batches, try_lengths
 
@@ -69,9 +71,13 @@ class ContinualTrainer:
             config = validated(config, "configuration")
         self.config = config
         given = {"router": router, "replay": replay, "objective": objective, "update": update}
-        own = {kind: part for kind, part in given.items() if part is not None}
+        self._own = {kind: part for kind, part in given.items() if part is not None}
         # All of them now: a misspelt part should not wait for the methods before it.
-        self._parts = {method.name: build_parts(method, config.training, own) for method in config.methods}
+        self._parts = {method.name: build_parts(method, config.training, self._own) for method in config.methods}
+        for method in config.methods:
+            for entry in config.stages:
+                training = training_at(config.training, config.stages, entry.from_)
+                build_parts(method_at(method, config.stages, entry.from_), training, self._own)
         for method in config.methods:
             adapter = method.adapter or config.adapter
             if (adapter is None or is_osf(adapter)) and method.router.name != "shared":
@@ -85,8 +91,11 @@ class ContinualTrainer:
         if stream is None and config.data.stream is not None and config.data.root is not None:
             check_stream(config.data.stream, config.data.root)
         self.stream = stream or load_tasks(config)
+        splits = {config.evaluation.split, (config.gate and config.gate.on) or config.evaluation.split}
         for task in self.stream:
-            check_task(task, config.evaluation.split, "data.tasks", config.evaluation.judge is not None)
+            for split in splits:
+                where = "data.tasks" if split == config.evaluation.split else "gate.on"
+                check_task(task, split, where, config.evaluation.judge is not None)
             if not task.train and not isinstance(task, RecalledTask):
                 raise DataError(f"data.tasks: task {task.name!r} has no training examples")
         self.held_out = load_held_out(config, from_config=stream is None) if held_out is None else tuple(held_out)
@@ -104,9 +113,10 @@ class ContinualTrainer:
         for number, method in enumerate(self.config.methods):
             folder = self.config.folder / method.name
             with _disk_full_as_run_error(folder), _only_our_progress_bars():
-                parts, where = self._parts[method.name], RunFolder(folder)
+                parts_of = functools.partial(build_parts, given=self._own)
+                where = RunFolder(folder)
                 clock.begin(number)
-                MethodRun(self.config, method, parts, self.stream, where, self.console, self.held_out, clock).run()
+                MethodRun(self.config, method, parts_of, self.stream, where, self.console, self.held_out, clock).run()
             folders.append(folder)
             release_memory()  # the next method has a model of its own
         return folders

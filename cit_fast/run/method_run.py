@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ from cit_fast.errors import ConfigError, RunError
 from cit_fast.evaluation.predictions import Prediction, read_predictions, write_stage_predictions
 from cit_fast.evaluation.records import (
     Assignment,
+    GateRecord,
     Learned,
     RoutingRecord,
     RunRecord,
@@ -42,8 +43,10 @@ from cit_fast.models.osf import of_stage
 from cit_fast.models.pretrained import cache_folder, load_model, load_tokenizer, resolve_model
 from cit_fast.run.answer import Before, Evaluated, evaluate
 from cit_fast.run.cached_scores import CachedScores
+from cit_fast.run.candidates import refuse_candidate, refused
 from cit_fast.run.config import RunConfig
 from cit_fast.run.environment import describe_environment
+from cit_fast.run.gate import judge
 from cit_fast.run.guards import FrozenWeights
 from cit_fast.run.identity import digest, plain_options, task_digest
 from cit_fast.run.live_weights import save_live_weights
@@ -51,6 +54,7 @@ from cit_fast.run.memory import release_memory
 from cit_fast.run.pace import Paces, TimeLeft
 from cit_fast.run.parts import Parts
 from cit_fast.run.run_folder import RunFolder, of_one_date
+from cit_fast.run.stage_settings import method_at, settings_at, stages_of, training_at
 from cit_fast.run.stage_training import StageTraining
 from cit_fast.run.task_memory import TaskMemory
 from cit_fast.run.tasks import answered_tasks
@@ -64,7 +68,7 @@ class MethodRun:
 
     Args:
         config: of the run; ``method``: one of its methods.
-        parts: router, replay, objective and update of the method; they are copied.
+        parts_of: router, replay, objective and update of the method, as they are in a stage; they are copied.
         stream: the tasks, in order; ``held_out``: tasks that are answered and never trained.
         folder: of the run.
         console: where progress is printed.
@@ -75,7 +79,7 @@ class MethodRun:
         self,
         config: RunConfig,
         method: MethodConfig,
-        parts: Mapping[str, Any],
+        parts_of: Callable[[MethodConfig, Mapping[str, Any]], Mapping[str, Any]],
         stream: TaskStream,
         folder: RunFolder,
         console: Console,
@@ -90,7 +94,8 @@ class MethodRun:
             self.config = self.config.model_copy(update={"adapter": method.adapter})
         self.console = console
         self.state = PartialState()
-        self.parts = Parts(parts, self._say)
+        self._parts_of = parts_of
+        self.parts = Parts(parts_of(method, config.training), self._say)
         with self.state.main_process_first():  # one process fetches or converts, the others find it done
             self.model_path = resolve_model(config.model)
         self.tokenizer = load_tokenizer(self.model_path, config.model.trust_remote_code)
@@ -119,6 +124,8 @@ class MethodRun:
 
     def _run(self) -> None:
         record = self._begin()
+        self.config = self.config.model_copy(update={"stages": stages_of(record.config)})
+        self.training.config = self.config
         groups = [list(self.stream)] if self.method.schedule == "joint" else [[task] for task in self.stream]
         stages = self.folder.stages()
         self.state.wait_for_everyone()  # all have read the same stages before one of them commits another
@@ -127,13 +134,14 @@ class MethodRun:
                 f"[bold]{self.method.name}[/bold]: already finished, nothing to do ({escape(str(self.folder.path))})"
             )
             return
+        refuse_candidate(self.folder.path)
         self._say(f"[bold]{self.method.name}[/bold]: {len(self.stream)} tasks, {escape(str(self.folder.path))}")
         if stages:
             self._say(f"  going on after stage {stages[-1].index} of {len(groups)}")
         if self.memory is not None and self.state.is_main_process:
             self.memory.shrink([task for task in self.stream[: max(0, len(stages) - 1)] if self.memory.has(task.name)])
         for task in (task for group in groups[max(0, len(stages) - 1) :] for task in group):
-            if isinstance(task, RecalledTask):
+            if isinstance(task, RecalledTask) and len(task.train) < task.size:
                 raise RunError(f"{self.folder.path}: task {task.name!r} is still to be trained, and its data is gone")
         model: Any = None
         joined: StageRecord | None = None
@@ -148,6 +156,7 @@ class MethodRun:
             if model is None:
                 model = self._load(self._checked(stages[index - 1]) if index > 1 else None)
                 self._take_up_router(index - 1, model)
+            self._take_up_settings(index)
             model = self._stage(model, index, len(groups), group, joined)
             joined = None
             release_memory()
@@ -225,6 +234,12 @@ class MethodRun:
         self._say_scores("untrained", stage)
         return stage
 
+    def _take_up_settings(self, index: int) -> None:
+        """The parts as they are from this stage on; the router stays."""
+        if any(entry.from_ <= index for entry in self.config.stages):
+            training = training_at(self.config.training, self.config.stages, index)
+            self.parts.change(self._parts_of(method_at(self.method, self.config.stages, index), training))
+
     # -- a stage, step by step -----------------------------------------------------------------------------------
 
     def _stage(self, model: Any, index: int, count: int, tasks: list[Task], joined: StageRecord | None) -> Any:
@@ -293,8 +308,13 @@ class MethodRun:
             notes=trained.notes,
             untrained=joined.scores if joined else {},
             untrained_violations=joined.violations if joined else {},
+            settings=settings_at(self.config.stages, index),
+            gate=self._gate(trained.model, index, found, [task.name for task in tasks], title),
         )
         self._commit(record, trained.model, found.predictions, trained.finished.live)
+        if record.gate is not None and record.gate.broken:
+            self._say_scores(title, record)
+            raise refused(self.folder.path, record)
         if self.memory is not None and not joint and self.state.is_main_process:
             self.memory.shrink(self.stream[:index])
         self._keep_pace(stage, record, sum(map(len, found.predictions.values())) - found.taken_over)
@@ -348,6 +368,19 @@ class MethodRun:
         before = None if isinstance(router, SharedRouter) or index == 1 else self._before(index - 1, trained)
         found = evaluate(model, self.encoder, tasks, self.config.evaluation, router, title, before)
         return found, time.perf_counter() - started
+
+    def _gate(self, model: Any, index: int, found: Evaluated, new: list[str], title: str) -> GateRecord | None:
+        """What the gate says of a stage; ``found``: what was evaluated."""
+        gate, split = self.config.gate, self.config.evaluation.split
+        if gate is None:
+            return None
+        scores = {task: score for task, score in found.scores.items() if task in self.stream.names}
+        if gate.on not in (None, split):
+            tasks = [task for task in self.stream if task.name in scores]
+            config = self.config.evaluation.model_copy(update={"split": gate.on})
+            found = evaluate(model, self.encoder, tasks, config, self.parts.router, f"{title}: gate")
+            scores, split = found.scores, config.split
+        return judge(gate, split, scores, new, self.folder.stages()[1:index])
 
     def _before(self, index: int, changed: str) -> Before:
         """What the answers were after stage ``index``; ``changed`` is the set that has been trained since."""
@@ -432,8 +465,7 @@ class MethodRun:
             if task.name in scores or isinstance(task, RecalledTask):  # of which there are some examples only
                 continue
             config, folder = self.cached.expert(task)
-            parts = build_parts(sequential, config.training)
-            run = MethodRun(config, sequential, parts, TaskStream((task,)), folder, Console(quiet=True))
+            run = MethodRun(config, sequential, build_parts, TaskStream((task,)), folder, Console(quiet=True))
             self._say(f"  expert for {task.name}")
             run.run(wait=True)
             scores[task.name] = folder.stages()[-1].scores[task.name]

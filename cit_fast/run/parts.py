@@ -31,6 +31,11 @@ class Parts:
         self.objective, self.update = own["objective"], own["update"]
         self._say = say
 
+    def change(self, parts: Mapping[str, Any]) -> None:
+        """Take other parts from now on, but for the router."""
+        own = copy.deepcopy({kind: part for kind, part in parts.items() if kind != "router"})
+        self.replay, self.objective, self.update = own["replay"], own["objective"], own["update"]
+
     def assign(self, stage: Stage) -> Assignment:
         """The adapter set that the new task trains."""
         return self._recorded("router", "assign", self.router.assign(stage), Assignment)

@@ -16,10 +16,11 @@ from cit_fast.data.builtin import builtin_task_names
 from cit_fast.errors import RunError
 from cit_fast.evaluation.records import RunRecord, StageRecord, read_run
 from cit_fast.files import tree_bytes, write_file
-from cit_fast.run.run_folder import RunFolder
+from cit_fast.run.run_folder import CANDIDATES, RunFolder
 from cit_fast.run.task_memory import FOLDER as MEMORY
 
 RETIRED = "retired"
+_UNDER_WAY = ("checkpoints", CANDIDATES)
 
 
 def rollback(run: str | Path, to: int) -> list[str]:
@@ -53,7 +54,8 @@ def rollback(run: str | Path, to: int) -> list[str]:
         aside = _aside(folder.path, to, record)
         if not (aside / "run.json").exists():
             write_file(aside / "run.json", (folder.path / "run.json").read_text(encoding="utf-8"))
-        _move(folder.path / "checkpoints", aside / "checkpoints")
+        for name in _UNDER_WAY:
+            _move(folder.path / name, aside / name)
         kept = _trained(stages[: to + 1])
         for stage in reversed(stages[to + 1 :]):
             _move(folder.path / "logs" / f"{stage.index:02d}", aside / "logs" / f"{stage.index:02d}")
@@ -92,8 +94,8 @@ def undo_rollback(run: str | Path) -> list[str]:
         for path in retired:
             _move(aside / "logs" / path.name, folder.path / "logs" / path.name)
             _move(path, folder.stage_path(int(path.name)))
-        if (aside / "checkpoints").exists():
-            _move(aside / "checkpoints", folder.path / "checkpoints")
+        for name in _UNDER_WAY:
+            _move(aside / name, folder.path / name)
         shutil.rmtree(aside)
         return [task for task in before.tasks if task not in current]
 

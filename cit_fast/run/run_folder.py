@@ -29,14 +29,18 @@ from cit_fast.run.identity import digest
 
 _log = logging.getLogger(__name__)
 _MARKER = "complete.json"
+CANDIDATES = "candidates"
+"""Folder of stages that broke a limit of the gate."""
 
 
 def _same_but_for_tasks(was: RunRecord, now: RunRecord) -> bool:
-    """Whether two records of a run that learns task by task differ in their tasks alone."""
+    """Whether two records of a run that learns task by task differ in their tasks alone, and in what changes from a
+    stage on.
+    """
 
     def rest(record: RunRecord) -> dict[str, Any]:
         data = {key: value for key, value in record.config["data"].items() if key not in ("tasks", "stream", "root")}
-        return {**record.config, "data": data, "stream": None}
+        return {**record.config, "data": data, "stream": None, "stages": None}
 
     return was.method.get("schedule") != "joint" and not any(_differences(rest(was), rest(now)))
 
@@ -109,6 +113,7 @@ class RunFolder:
         known, given = found.config.get("stream"), record.config["stream"]
         if known == digest(given):  # as it was written before runs could take new tasks
             known = found.config["stream"] = given
+        record = self._with_stages(found, record)
         changed = list(_differences(found.config, record.config))
         if changed and self._has_trained() and isinstance(known, list) and _same_but_for_tasks(found, record):
             at = next((k for k, (was, now) in enumerate(zip(known, given, strict=False)) if was != now), None)
@@ -122,7 +127,7 @@ class RunFolder:
                     f"{self.path}: has {len(known)} tasks, of which this configuration names the first {len(given)}; "
                     "name them all, or choose another output"
                 )
-            if len(given) > len(known):
+            if len(given) > len(known) or found.config.get("stages") != record.config.get("stages"):
                 kept = ("experts", "retired_tasks", "dropped_tasks")
                 grown = dataclasses.replace(record, **{name: getattr(found, name) for name in kept})
                 self.write(grown)
@@ -139,6 +144,25 @@ class RunFolder:
                 f"{'; ...' if len(changed) > 3 else ''}); choose another output, or delete the folder"
             )
         return found
+
+    def _with_stages(self, found: RunRecord, record: RunRecord) -> RunRecord:
+        """The record with what has changed in stages that are trained as it was then, and in later ones as it is given.
+
+        Raises:
+            RunError: what is given says something else of stages that are trained.
+        """
+        trained = max((int(path.parent.name) for path in self.path.glob("stages/[0-9]*/stage.json")), default=0)
+        under_way = any(self.checkpoints(trained + 1).glob(f"checkpoint-*/{_MARKER}"))
+        known, given = found.config.get("stages", []), record.config.get("stages", [])
+        fixed, own = ([each for each in some if each["from"] <= trained + under_way] for some in (known, given))
+        if own and own != fixed:
+            raise RunError(
+                f"{self.path}: stages: other settings than those that stages 1 to {trained + under_way} were trained "
+                f"with ({fixed}); settings can change from stage {trained + under_way + 1} on"
+            )
+        stages = [*fixed, *(each for each in given if each["from"] > trained + under_way)]
+        config = {key: value for key, value in record.config.items() if key != "stages"}
+        return dataclasses.replace(record, config={**config, "stages": stages} if stages else config)
 
     def tidy(self) -> None:
         """Remove what a killed process left: half-written files, and checkpoints of stages that are committed."""
@@ -178,7 +202,9 @@ class RunFolder:
         return self.path / "stages" / f"{index:02d}"
 
     def commit(self, record: StageRecord, fill: Callable[[Path], None]) -> None:
-        """Commit a stage: ``fill`` writes its files into a temporary folder, then one rename makes it exist."""
+        """Commit a stage: ``fill`` writes its files into a temporary folder, then one rename makes it exist; one that
+        broke a limit of the gate as a candidate.
+        """
         temporary = self.path / "stages" / f".{record.index:02d}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -186,7 +212,10 @@ class RunFolder:
             fill(temporary)
             record.files = tree_checksums(temporary, self._checksums_of(record.index - 1))
             write_record(temporary / "stage.json", record)
-            commit_folder(temporary, self.stage_path(record.index))
+            broken = record.gate is not None and record.gate.broken
+            commit_folder(
+                temporary, self.path / CANDIDATES / temporary.name[1:3] if broken else self.stage_path(record.index)
+            )
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(self.checkpoints(record.index), ignore_errors=True)

@@ -27,6 +27,7 @@ from cit_fast.run.live_weights import take_up_live_weights
 from cit_fast.run.pace import TimeLeft
 from cit_fast.run.parts import Parts
 from cit_fast.run.run_folder import RunFolder
+from cit_fast.run.stage_settings import training_at
 from cit_fast.run.stage_trainer import StageTrainer
 from cit_fast.text import first_line
 
@@ -71,7 +72,8 @@ class StageTraining:
 
     def arguments(self, index: int) -> Any:
         """transformers' arguments of a stage."""
-        return training_arguments(self.config.training, self.config.seed + index, self.folder.checkpoints(index))
+        training = training_at(self.config.training, self.config.stages, index)
+        return training_arguments(training, self.config.seed + index, self.folder.checkpoints(index))
 
     def train(
         self,

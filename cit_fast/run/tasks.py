@@ -36,7 +36,9 @@ def check_task(task: Task, split: str, where: str, judged: bool = False) -> None
         return
     examples = getattr(task, split)
     if not examples:
-        raise ConfigError(f"{where}: task {task.name!r} has no {split} examples to evaluate on (evaluation.split)")
+        raise ConfigError(
+            f"{where}: task {task.name!r} has no {split} examples to evaluate on (evaluation.split, gate.on)"
+        )
     references = [example.references for example in examples]
     first = [answers[0] for answers in references]
     if task.metric == JUDGE and judged:

@@ -1,0 +1,73 @@
+"""A stage that broke a limit of the gate: kept as a candidate until it is accepted or trained again.
+
+<run>/candidates/NN    the stage as it would have been committed
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from cit_fast.errors import GateError, RunError
+from cit_fast.evaluation.records import StageRecord, read_run, read_stage
+from cit_fast.run.gate import said
+from cit_fast.run.run_folder import CANDIDATES, RunFolder
+
+
+def refuse_candidate(run: Path) -> None:
+    """Refuse to go on over a stage that broke a limit.
+
+    Raises:
+        GateError: there is one.
+    """
+    for path in sorted((run / CANDIDATES).glob("[0-9]*/stage.json")):
+        raise refused(run, read_stage(path.parent))
+
+
+def refused(run: Path, stage: StageRecord) -> GateError:
+    """The error that says what a candidate broke, and what can be done."""
+    assert stage.gate is not None  # noqa: S101  # only such stages are candidates
+    return GateError(
+        f"{run}: stage {stage.index} ({', '.join(stage.trained)}) is kept as a candidate, for it breaks the gate: "
+        f"{'; '.join(map(said, stage.gate.broken))}. cit-fast learn {run} --accept takes it, --retry KEY=VALUE trains "
+        "it again",
+        stage.gate,
+    )
+
+
+def accept(run: str | Path) -> int:
+    """Make the candidate the current stage; returns its number.
+
+    Raises:
+        RunError: no run there, another process works in it, or no candidate.
+    """
+    folder = RunFolder(Path(run))
+    read_run(folder.path)
+    with folder.locked():
+        found = sorted((folder.path / CANDIDATES).glob("[0-9]*"))
+        if not found:
+            raise RunError(f"{folder.path}: no stage is a candidate")
+        index = int(found[0].name)
+        if len(folder.stages()) != index:
+            raise RunError(f"{found[0]}: stage {index} cannot be accepted after stage {len(folder.stages()) - 1}")
+        found[0].rename(folder.stage_path(index))
+        shutil.rmtree(folder.checkpoints(index), ignore_errors=True)
+        shutil.rmtree(folder.path / CANDIDATES, ignore_errors=True)
+        return index
+
+
+def discard(run: str | Path) -> int:
+    """Delete the candidate, so that its stage is trained again; returns its number.
+
+    Raises:
+        RunError: as :func:`accept`.
+    """
+    folder = RunFolder(Path(run))
+    read_run(folder.path)
+    with folder.locked():
+        found = sorted((folder.path / CANDIDATES).glob("[0-9]*"))
+        if not found:
+            raise RunError(f"{folder.path}: no stage is a candidate")
+        index = int(found[0].name)
+        shutil.rmtree(folder.path / CANDIDATES)
+        return index
