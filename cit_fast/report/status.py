@@ -9,10 +9,12 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from cit_fast.evaluation.continual import continual_metrics, first_trained
-from cit_fast.evaluation.records import read_run, read_stages
+from cit_fast.evaluation.records import read_run, read_stage, read_stages
 from cit_fast.files import tree_bytes
 from cit_fast.report.table import plain_table
+from cit_fast.run.gate import said
 from cit_fast.run.rollback import retired_stages
+from cit_fast.run.run_folder import CANDIDATES
 
 AT_RISK = 10.0
 """Points of a fall from which on a task is at risk."""
@@ -24,10 +26,12 @@ def status(folder: str | Path) -> dict[str, Any]:
     Returns:
         ``method``, ``model``, ``status`` and ``stages`` (of how many ``planned``); ``tasks``, in order of arrival: each
         with its ``stage`` and ``adapter``, its score ``untrained``, right after that stage (``then``) and ``now``, the
-        ``best`` since, the ``fall`` from it, and how many of its examples came back since (``replayed``); a task that
-        is still to come has ``stage: null``. ``held_out``: score ``untrained`` and ``now``, of tasks that are never
-        trained. ``AP``, ``forgetting`` and ``New.ACC``. ``retired``: stages that rollbacks have kept aside. ``bytes``:
-        of the whole folder, a file with several names once.
+        ``best`` since, the ``fall`` from it, how many of its examples came back since (``replayed``), and what was set
+        differently from that stage or an earlier one on (``settings``); a task that is still to come has ``stage:
+        null``. ``held_out``: score ``untrained`` and ``now``, of tasks that are never trained. ``AP``, ``forgetting``
+        and ``New.ACC``. ``candidate``: a stage that broke the gate, its tasks and what it broke in words, or ``null``.
+        ``retired``: stages that rollbacks have kept aside. ``bytes``: of the whole folder, a file with several names
+        once.
 
     Raises:
         RunError: no run there, or damaged records.
@@ -52,6 +56,7 @@ def status(folder: str | Path) -> dict[str, Any]:
                 "best": best,
                 "now": now.get(task) if learned else None,
                 "fall": best - now[task] if learned and best is not None and task in now else None,
+                "settings": rows[row].settings if learned else [],
                 "replayed": sum(stage.replayed.get(task, 0) for stage in rows[row:]),
             }
         )
@@ -70,6 +75,7 @@ def status(folder: str | Path) -> dict[str, Any]:
         "forgetting": metrics.forgetting if metrics else None,
         "New.ACC": metrics.new_accuracy if metrics else None,
         "adapters": sorted({stage.adapter for stage in rows}),
+        "candidate": _candidate(folder),
         "retired": retired_stages(folder),
         "bytes": tree_bytes(folder),
     }
@@ -95,6 +101,9 @@ def status_table(found: dict[str, Any]) -> RenderableType:
     for task, scores in found["held_out"].items():
         table.add_row(task, "held out", "", _number(scores["untrained"]), "", "", _number(scores["now"]), "", "")
     lines: list[RenderableType] = [head, table]
+    if found["candidate"]:
+        stage, tasks, broken = (found["candidate"][name] for name in ("stage", "tasks", "broken"))
+        lines.append(Text(f"Stage {stage} ({', '.join(tasks)}) is a candidate: {'; '.join(broken)}", style="bold red"))
     if found["retired"]:
         lines.append(Text(f"{found['retired']} stage(s) kept aside by rollback; cit-fast prune deletes them"))
     if found["AP"] is not None:
@@ -109,6 +118,14 @@ def status_table(found: dict[str, Any]) -> RenderableType:
     if falls:
         lines.append(Text("At risk: " + ", ".join(f"{task['task']} (-{task['fall']:.1f})" for task in falls)))
     return Group(*lines)
+
+
+def _candidate(folder: Path) -> dict[str, Any] | None:
+    for path in sorted((folder / CANDIDATES).glob("[0-9]*")):
+        stage = read_stage(path)
+        broken = [] if stage.gate is None else [said(one) for one in stage.gate.broken]
+        return {"stage": stage.index, "tasks": stage.trained, "broken": broken}
+    return None
 
 
 def _number(value: float | None) -> str:

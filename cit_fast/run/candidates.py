@@ -13,6 +13,9 @@ from cit_fast.evaluation.records import StageRecord, read_run, read_stage
 from cit_fast.run.gate import said
 from cit_fast.run.run_folder import CANDIDATES, RunFolder
 
+_NAMED = 2
+"""Broken limits that an error names."""
+
 
 def refuse_candidate(run: Path) -> None:
     """Refuse to go on over a stage that broke a limit.
@@ -27,9 +30,11 @@ def refuse_candidate(run: Path) -> None:
 def refused(run: Path, stage: StageRecord) -> GateError:
     """The error that says what a candidate broke, and what can be done."""
     assert stage.gate is not None  # noqa: S101  # only such stages are candidates
+    words = [said(one) for one in stage.gate.broken]
+    others = f" (and {len(words) - _NAMED} more)" if len(words) > _NAMED else ""
     return GateError(
         f"{run}: stage {stage.index} ({', '.join(stage.trained)}) is kept as a candidate, for it breaks the gate: "
-        f"{'; '.join(map(said, stage.gate.broken))}. cit-fast learn {run} --accept takes it, --retry KEY=VALUE trains "
+        f"{'; '.join(words[:_NAMED])}{others}. cit-fast learn {run} --accept takes it, --retry KEY=VALUE trains "
         "it again",
         stage.gate,
     )

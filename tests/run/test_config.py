@@ -59,6 +59,7 @@ def write(tmp_path, text):
         ("seed: 1" + "0" * 30, "seed: a number of 100 bits; 63 are the most"),
         ("seed: 1\nseed: 2", ":1: not valid YAML: key 'seed' is given twice"),
         ("seed: .inf", "seed: inf is no finite number"),
+        ("data: {on: 2}", "data.on: unknown key"),
         ("data: {1: 2}", "data.1: a key must be a text, not int"),
         ("data: {null: 2}", "data.None: a key must be a text, not NoneType"),
         ("data: !!set {a}", "data: a set is no value of a configuration"),
