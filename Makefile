@@ -42,7 +42,7 @@ $(TESTS): $(SETUP)
 test: $(TESTS)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --cov --cov-report=term $(PYTEST_ARGS)
 
-# New examples at every call: of the property tests, then of the three fuzzers (tests/fuzz). MINUTES=60 for longer.
+# New examples at every call: of the property tests, then of the four fuzzers (tests/fuzz). MINUTES=60 for longer.
 SEED ?= $(shell date +%s)
 MINUTES ?= 5
 fuzz: $(TESTS)

@@ -46,7 +46,8 @@ def gate_table(record: GateRecord) -> Table:
         table.add_row(task, f"{score:.1f}", fall, broken.get(task, ""), style="bold red" if task in broken else None)
     for one in record.broken:
         if one.task is None:
-            table.add_row("on average", "", f"{one.found:.1f}", f"{one.limit} {one.at:g}", style="bold red")
+            what = "general abilities" if one.limit == "general" else "on average"
+            table.add_row(what, "", f"{one.found:.1f}", f"{one.limit} {one.at:g}", style="bold red")
     return table
 
 

@@ -194,7 +194,7 @@ class Broken:
     """A limit of the gate that a stage broke.
 
     Args:
-        limit: ``forgetting``, ``task_fall`` or ``new_task``; ``task``: whose, ``None`` of a mean over tasks.
+        limit: ``forgetting``, ``task_fall``, ``new_task`` or ``general``; ``task``: whose, ``None`` of a mean.
         at: the limit, in points; ``found``: what was measured.
     """
 
@@ -222,6 +222,26 @@ class GateRecord:
     scores: dict[str, float] = field(default_factory=dict)
     falls: dict[str, float] = field(default_factory=dict)
     broken: list[Broken] = field(default_factory=list)
+
+
+@dataclass
+class GeneralRecord:
+    """General abilities after a stage.
+
+    Args:
+        probes: skill -> per cent of its questions that the model answers rightly.
+        divergence: ``general`` and ``stream`` -> KL(base || tuned) on such prompts, in nats a token.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    probes: dict[str, float] = field(default_factory=dict)
+    divergence: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def score(self) -> float:
+        """Mean over the skills."""
+        return sum(self.probes.values()) / len(self.probes)
 
 
 @dataclass
@@ -255,6 +275,7 @@ class StageRecord:
             ``untrained_violations``: how often it broke what they ask, as ``violations``.
         settings: what changed in this stage or before it, as ``stages`` of the configuration has it.
         gate: what the gate measured, if there is one.
+        general: general abilities, if they are measured.
         files: path of every other file in the stage's folder -> its SHA-256, filled in when the stage is committed.
     """
 
@@ -287,6 +308,7 @@ class StageRecord:
     untrained_violations: dict[str, dict[str, float]] = field(default_factory=dict)
     settings: list[dict[str, Any]] = field(default_factory=list)
     gate: GateRecord | None = None
+    general: GeneralRecord | None = None
     files: dict[str, str] = field(default_factory=dict)
 
 

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from cit_fast.evaluation.continual import continual_metrics, first_trained
-from cit_fast.evaluation.records import read_run, read_stage, read_stages
+from cit_fast.evaluation.records import GeneralRecord, read_run, read_stage, read_stages
 from cit_fast.files import tree_bytes
 from cit_fast.report.table import plain_table
 from cit_fast.run.gate import said
@@ -29,9 +29,10 @@ def status(folder: str | Path) -> dict[str, Any]:
         ``best`` since, the ``fall`` from it, how many of its examples came back since (``replayed``), and what was set
         differently from that stage or an earlier one on (``settings``); a task that is still to come has ``stage:
         null``. ``held_out``: score ``untrained`` and ``now``, of tasks that are never trained. ``AP``, ``forgetting``
-        and ``New.ACC``. ``candidate``: a stage that broke the gate, its tasks and what it broke in words, or ``null``.
-        ``retired``: stages that rollbacks have kept aside. ``bytes``: of the whole folder, a file with several names
-        once.
+        and ``New.ACC``. ``general``: general abilities ``untrained`` and ``now``, by skill (``probes``), and how far
+        predictions have moved (``divergence``), or ``null``. ``candidate``: a stage that broke the gate, its tasks and
+        what it broke in words, or ``null``. ``retired``: stages that rollbacks have kept aside. ``bytes``: of the whole
+        folder, a file with several names once.
 
     Raises:
         RunError: no run there, or damaged records.
@@ -61,6 +62,7 @@ def status(folder: str | Path) -> dict[str, Any]:
             }
         )
     metrics = continual_metrics(run, stages) if rows else None
+    measured = [stage.general for stage in stages if stage.general is not None]
     joint = run.method.get("schedule") == "joint"
     return {
         "run": str(folder),
@@ -75,6 +77,7 @@ def status(folder: str | Path) -> dict[str, Any]:
         "forgetting": metrics.forgetting if metrics else None,
         "New.ACC": metrics.new_accuracy if metrics else None,
         "adapters": sorted({stage.adapter for stage in rows}),
+        "general": _general(measured) if measured else None,
         "candidate": _candidate(folder),
         "retired": retired_stages(folder),
         "bytes": tree_bytes(folder),
@@ -101,6 +104,8 @@ def status_table(found: dict[str, Any]) -> RenderableType:
     for task, scores in found["held_out"].items():
         table.add_row(task, "held out", "", _number(scores["untrained"]), "", "", _number(scores["now"]), "", "")
     lines: list[RenderableType] = [head, table]
+    if found["general"]:
+        lines.append(Text(_general_words(found["general"])))
     if found["candidate"]:
         stage, tasks, broken = (found["candidate"][name] for name in ("stage", "tasks", "broken"))
         lines.append(Text(f"Stage {stage} ({', '.join(tasks)}) is a candidate: {'; '.join(broken)}", style="bold red"))
@@ -118,6 +123,25 @@ def status_table(found: dict[str, Any]) -> RenderableType:
     if falls:
         lines.append(Text("At risk: " + ", ".join(f"{task['task']} (-{task['fall']:.1f})" for task in falls)))
     return Group(*lines)
+
+
+def _general(measured: list[GeneralRecord]) -> dict[str, Any]:
+    first, last = measured[0], measured[-1]
+    return {
+        "untrained": first.score,
+        "now": last.score,
+        "probes": {skill: [first.probes[skill], score] for skill, score in last.probes.items()},
+        "divergence": last.divergence,
+    }
+
+
+def _general_words(general: dict[str, Any]) -> str:
+    moved = ", ".join(f"{value:.3f} on {name} prompts" for name, value in general["divergence"].items())
+    fallen = [f"{skill} {now - was:+.1f}" for skill, (was, now) in general["probes"].items() if was - now >= AT_RISK]
+    return (
+        f"General abilities {general['untrained']:.1f}, now {general['now']:.1f}"
+        f"{' (' + ', '.join(fallen) + ')' if fallen else ''}; nats a token away from the base model: {moved}"
+    )
 
 
 def _candidate(folder: Path) -> dict[str, Any] | None:

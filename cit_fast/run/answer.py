@@ -105,7 +105,7 @@ def evaluate(
         truncated, skipped = truncated + encoded.truncated, skipped + len(encoded.skipped)
     # All tasks are answered together, so that batches are full and the router reads each prompt once.
     started = time.perf_counter()
-    sets = _routed(model, encoder, [example for _, example in asked], router)
+    sets = routed(model, encoder, [example for _, example in asked], router)
     routing_seconds = time.perf_counter() - started
     texts = [encoder.tokenizer.decode(prompt) for prompt in prompts]
     answers, taken_over = _taken_over(before, [task.name for task, _ in asked], texts, sets)
@@ -164,7 +164,7 @@ def _kept_input(task: Task, example: Example) -> str | None:
     return example.input if task.extractive else None
 
 
-def _routed(model: Any, encoder: PromptEncoder, examples: Sequence[Example], router: Router | None) -> list[str] | None:
+def routed(model: Any, encoder: PromptEncoder, examples: Sequence[Example], router: Router | None) -> list[str] | None:
     """For each example the adapter set that answers it; ``None`` where there is nothing to choose from."""
     if router is None or not isinstance(model, PeftModel):
         return None

@@ -73,9 +73,8 @@ class CachedScores:
 
         What an expert does not depend on (which other tasks there are, which are evaluated) does not tell them apart.
         """
-        evaluation = self.config.evaluation.model_copy(
-            update={"experts": False, "untrained": False, "tasks": "all", "held_out": (), "held_out_after": "last"}
-        )
+        alone = {"experts": False, "untrained": False, "tasks": "all", "held_out": (), "general": False}
+        evaluation = self.config.evaluation.model_copy(update={**alone, "held_out_after": "last"})
         data = self.config.data.model_copy(update={"tasks": None, "train": None, "dev": None, "test": None})
         plain = {"stages": (), "gate": None, "memory": None}
         config = self.config.model_copy(update={"name": "expert", "evaluation": evaluation, "data": data, **plain})
@@ -90,7 +89,7 @@ class CachedScores:
         evaluation = {
             key: value
             for key, value in plain["evaluation"].items()
-            if key not in {"experts", "untrained", "tasks", "held_out", "held_out_after"}
+            if key not in {"experts", "untrained", "tasks", "held_out", "held_out_after", "general"}
         }
         return [
             self.identity,

@@ -43,7 +43,7 @@ class EvaluationConfig(Section):
     trained: by the untrained model and after the last stage, or after every one (``held_out_after: all``). With
     ``decode: labels`` the answer to a task that has labels is the one of them which the model finds most likely, so it
     never breaks their format; other tasks are answered greedily. ``judge`` marks the answers of tasks whose metric is
-    ``judge``.
+    ``judge``. ``general``: whether general abilities are measured, too, on the untrained model and after every stage.
     """
 
     split: Literal["test", "dev"] = "test"
@@ -56,6 +56,7 @@ class EvaluationConfig(Section):
     max_new_tokens: PositiveInt = 64
     batch_size: PositiveInt = 16
     judge: JudgeConfig | None = None
+    general: bool = False
 
 
 class RunConfig(Section):
@@ -154,6 +155,12 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _general_is_measured(self) -> RunConfig:
+        if self.gate is not None and self.gate.general is not None and not self.evaluation.general:
+            raise ValueError("gate: general needs evaluation: {general: true}")
+        return self
+
+    @model_validator(mode="after")
     def _something_to_replay(self) -> RunConfig:
         if self.memory is None or self.memory.keep != "none":
             return self
@@ -178,6 +185,8 @@ class RunConfig(Section):
         plain = self.model_dump(mode="json", exclude={"output", "methods", "name"})
         plain["method"] = method.model_dump(mode="json")
         plain["stages"] = [entry.plain() for entry in self.stages]
+        if not plain["evaluation"]["general"]:
+            del plain["evaluation"]["general"]
         for name in ("memory", "stages", "gate"):  # as it was before there was such a section
             if not plain[name]:
                 del plain[name]

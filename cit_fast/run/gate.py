@@ -7,13 +7,14 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from cit_fast.evaluation.records import Broken, GateRecord, StageRecord
+from cit_fast.evaluation.records import Broken, GateRecord, GeneralRecord, StageRecord
 from cit_fast.values import Section
 
 
 class GateConfig(Section):
     """Limits that a stage must keep, in points: ``forgetting``, the mean fall of the earlier tasks from their best, at
-    most; ``task_fall``, the fall of any one of them, at most; ``new_task``, the score of the new task, at least.
+    most; ``task_fall``, the fall of any one of them, at most; ``new_task``, the score of the new task, at least;
+    ``general``, the fall of the general abilities from the untrained model's, at most (``evaluation.general``).
     ``on``: the split that judges, by default the one that is evaluated; only tasks that are answered after the stage
     count.
     """
@@ -21,12 +22,13 @@ class GateConfig(Section):
     forgetting: float | None = Field(default=None, ge=0, le=100)
     task_fall: float | None = Field(default=None, ge=0, le=100)
     new_task: float | None = Field(default=None, ge=0, le=100)
+    general: float | None = Field(default=None, ge=0, le=100)
     on: Literal["test", "dev"] | None = None
 
     @model_validator(mode="after")
     def _some_limit(self) -> GateConfig:
-        if self.forgetting is None and self.task_fall is None and self.new_task is None:
-            raise ValueError("give a limit: forgetting, task_fall or new_task")
+        if all(limit is None for limit in (self.forgetting, self.task_fall, self.new_task, self.general)):
+            raise ValueError("give a limit: forgetting, task_fall, new_task or general")
         return self
 
 
@@ -59,11 +61,23 @@ def judge(
     return GateRecord(split, dict(scores), falls, broken)
 
 
+def judge_general(
+    config: GateConfig, record: GateRecord, untrained: GeneralRecord | None, now: GeneralRecord | None
+) -> GateRecord:
+    """The record with what the general abilities say."""
+    if config.general is not None and untrained is not None and now is not None:
+        fall = untrained.score - now.score
+        if fall > config.general:
+            record.broken.append(Broken("general", None, config.general, fall))
+    return record
+
+
 def said(broken: Broken) -> str:
     """One limit that was broken, in words."""
     what = {
         "forgetting": "the earlier tasks have fallen by {found:.1f} on average (at most {limit:g})",
         "task_fall": "{task} has fallen by {found:.1f} (at most {limit:g})",
+        "general": "general abilities have fallen by {found:.1f} (at most {limit:g})",
         "new_task": "{task} scores {found:.1f} (at least {limit:g})",
     }[broken.limit]
     return what.format(task=broken.task, found=broken.found, limit=broken.at)

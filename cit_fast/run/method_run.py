@@ -25,6 +25,7 @@ from cit_fast.evaluation.predictions import Prediction, read_predictions, write_
 from cit_fast.evaluation.records import (
     Assignment,
     GateRecord,
+    GeneralRecord,
     Learned,
     RoutingRecord,
     RunRecord,
@@ -46,7 +47,8 @@ from cit_fast.run.cached_scores import CachedScores
 from cit_fast.run.candidates import refuse_candidate, refused
 from cit_fast.run.config import RunConfig
 from cit_fast.run.environment import describe_environment
-from cit_fast.run.gate import judge
+from cit_fast.run.gate import judge, judge_general
+from cit_fast.run.general import measure
 from cit_fast.run.guards import FrozenWeights
 from cit_fast.run.identity import digest, plain_options, task_digest
 from cit_fast.run.live_weights import save_live_weights
@@ -205,8 +207,9 @@ class MethodRun:
 
     def _untrained_stage(self, model: Any) -> None:
         """Row zero of the score matrix, and the held-out tasks beside it."""
+        general = self._general(model, 0)
         if not self.config.evaluation.untrained:
-            self._commit(StageRecord(index=0, trained=[], scores={}), None, {})
+            self._commit(StageRecord(index=0, trained=[], scores={}, general=general), None, {})
             return
         stage, folder = self.cached.untrained(model, list(self.stream))
         folders = [folder]
@@ -221,6 +224,7 @@ class MethodRun:
             for folder in folders:
                 shutil.copytree(folder / "predictions", path / "predictions", dirs_exist_ok=True)
 
+        stage.general = general
         if self.state.is_main_process:
             self.folder.commit(stage, fill)
         self.state.wait_for_everyone()
@@ -282,6 +286,7 @@ class MethodRun:
             if self.state.is_main_process:
                 self.memory.write(kept)
         found, seconds = self._answer(trained.model, index, count, title, assignment.adapter)
+        general = self._general(trained.model, index)
         record = StageRecord(
             index=index,
             trained=[task.name for task in tasks],
@@ -309,7 +314,8 @@ class MethodRun:
             untrained=joined.scores if joined else {},
             untrained_violations=joined.violations if joined else {},
             settings=settings_at(self.config.stages, index),
-            gate=self._gate(trained.model, index, found, [task.name for task in tasks], title),
+            general=general,
+            gate=self._gate(trained.model, index, found, [task.name for task in tasks], title, general),
         )
         self._commit(record, trained.model, found.predictions, trained.finished.live)
         if record.gate is not None and record.gate.broken:
@@ -369,7 +375,18 @@ class MethodRun:
         found = evaluate(model, self.encoder, tasks, self.config.evaluation, router, title, before)
         return found, time.perf_counter() - started
 
-    def _gate(self, model: Any, index: int, found: Evaluated, new: list[str], title: str) -> GateRecord | None:
+    def _general(self, model: Any, index: int) -> GeneralRecord | None:
+        """General abilities after a stage, if they are measured."""
+        if not self.config.evaluation.general:
+            return None
+        tasks = [task for task in self.stream[:index] if not (isinstance(task, RecalledTask) and task.dropped)]
+        router = None if index == 0 else self.parts.router
+        split = self.config.evaluation.split
+        return measure(model, self.encoder, tasks, split, router, lambda: self._load(None), untrained=index == 0)
+
+    def _gate(
+        self, model: Any, index: int, found: Evaluated, new: list[str], title: str, general: GeneralRecord | None
+    ) -> GateRecord | None:
         """What the gate says of a stage; ``found``: what was evaluated."""
         gate, split = self.config.gate, self.config.evaluation.split
         if gate is None:
@@ -380,7 +397,9 @@ class MethodRun:
             config = self.config.evaluation.model_copy(update={"split": gate.on})
             found = evaluate(model, self.encoder, tasks, config, self.parts.router, f"{title}: gate")
             scores, split = found.scores, config.split
-        return judge(gate, split, scores, new, self.folder.stages()[1:index])
+        stages = self.folder.stages()
+        record = judge(gate, split, scores, new, stages[1:index])
+        return judge_general(gate, record, stages[0].general, general)
 
     def _before(self, index: int, changed: str) -> Before:
         """What the answers were after stage ``index``; ``changed`` is the set that has been trained since."""

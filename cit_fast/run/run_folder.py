@@ -166,15 +166,17 @@ class RunFolder:
 
     def tidy(self) -> None:
         """Remove what a killed process left: half-written files, and checkpoints of stages that are committed."""
-        for leftover in [*self.path.glob("stages/.*"), *self.path.glob(".*.tmp"), *self.path.glob("replay/**/.*.tmp")]:
+        left = ("stages/.*", ".*.tmp", "replay/**/.*.tmp", "memory/.*.tmp")
+        for leftover in [path for pattern in left for path in self.path.glob(pattern)]:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         for stage in self.path.glob("stages/[0-9]*/stage.json"):
             shutil.rmtree(self.path / "checkpoints" / stage.parent.name, ignore_errors=True)
         self._remove_empty()
 
     def _remove_empty(self) -> None:
-        with contextlib.suppress(OSError):  # not there, or not empty
-            (self.path / "checkpoints").rmdir()
+        for name in ("checkpoints", CANDIDATES):
+            with contextlib.suppress(OSError):  # not there, or not empty
+                (self.path / name).rmdir()
 
     def _has_trained(self) -> bool:
         """Whether a stage was trained, or some of its steps are in a checkpoint."""

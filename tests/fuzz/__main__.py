@@ -1,4 +1,4 @@
-"""``python -m tests.fuzz [configurations|data|runs ...] [--cases N | --minutes M] [--seed S]``: 1 on a fault.
+"""``python -m tests.fuzz [configurations|data|runs|kills ...] [--cases N | --minutes M] [--seed S]``: 1 on a fault.
 
 A case of data is one file and no run, so there are four times as many.
 """
@@ -23,7 +23,7 @@ os.environ.update(
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
-    parser.add_argument("which", nargs="*", choices=["configurations", "data", "runs", []], default=[])
+    parser.add_argument("which", nargs="*", choices=["configurations", "data", "runs", "kills", []], default=[])
     parser.add_argument("--cases", type=int, default=100)
     parser.add_argument("--minutes", type=float, default=None, help="of each fuzzer, instead of a number of cases")
     parser.add_argument("--first", type=int, default=0, help="number of the first case, to make one again")
@@ -33,7 +33,7 @@ def main() -> int:
         os.environ["CIT_FAST_CACHE"], os.environ["HF_DATASETS_CACHE"] = f"{scratch}/cache", f"{scratch}/datasets"
         import torch
 
-        from tests.fuzz import configurations, data_files, models, run_folders
+        from tests.fuzz import configurations, data_files, kills, models, run_folders
         from tests.fuzz.runner import numbers, run
 
         torch.set_num_threads(1)
@@ -45,6 +45,7 @@ def main() -> int:
             "configurations": lambda: configurations.maker(model),
             "data": data_files.maker,
             "runs": lambda: run_folders.maker(Path(scratch) / "runs", model),
+            "kills": lambda: kills.maker(Path(scratch) / "kills", model),
         }
         faults = 0
         for name in arguments.which or makers:
