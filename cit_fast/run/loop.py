@@ -21,13 +21,14 @@ from cit_fast.data.kept_task import RecalledTask
 from cit_fast.data.streams import check_stream
 from cit_fast.errors import ConfigError, DataError, RunError
 from cit_fast.files import is_disk_full
+from cit_fast.methods.config import MethodConfig
 from cit_fast.methods.registry import build_parts
 from cit_fast.models.adapters import loading_whole, prompt_encoder
 from cit_fast.models.osf import is_osf
 from cit_fast.models.pretrained import load_tokenizer, resolve_model
 from cit_fast.run.arguments import training_arguments
 from cit_fast.run.config import RunConfig, load_config, validated
-from cit_fast.run.memory import release_memory
+from cit_fast.run.memory import quick_collections, release_memory
 from cit_fast.run.method_run import MethodRun
 from cit_fast.run.pace import Paces, TimeLeft
 from cit_fast.run.plan import plan_stages
@@ -109,17 +110,17 @@ class ContinualTrainer:
         """
         self._try()
         clock = self._clock()
-        folders = []
-        for number, method in enumerate(self.config.methods):
-            folder = self.config.folder / method.name
-            with _disk_full_as_run_error(folder), _only_our_progress_bars():
-                parts_of = functools.partial(build_parts, given=self._own)
-                where = RunFolder(folder)
-                clock.begin(number)
-                MethodRun(self.config, method, parts_of, self.stream, where, self.console, self.held_out, clock).run()
-            folders.append(folder)
-            release_memory()  # the next method has a model of its own
-        return folders
+        with quick_collections():
+            return [self._run(number, method, clock) for number, method in enumerate(self.config.methods)]
+
+    def _run(self, number: int, method: MethodConfig, clock: TimeLeft) -> Path:
+        folder = self.config.folder / method.name
+        with _disk_full_as_run_error(folder), _only_our_progress_bars():
+            parts_of, where = functools.partial(build_parts, given=self._own), RunFolder(folder)
+            clock.begin(number)
+            MethodRun(self.config, method, parts_of, self.stream, where, self.console, self.held_out, clock).run()
+        release_memory()  # the next method has a model of its own
+        return folder
 
     def _clock(self) -> TimeLeft:
         """What knows how long all methods still take."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -35,3 +36,20 @@ def _malloc_trim() -> Callable[[int], int] | None:
 
 
 _TRIM = _malloc_trim()
+
+
+@contextlib.contextmanager
+def quick_collections() -> Iterator[None]:
+    """Inside, collections leave out what is there now: modules, a million objects that every stage would look through.
+
+    What the caller has made before, and lets go of inside, is given back afterwards.
+    """
+    if gc.get_freeze_count():  # the caller has done so already
+        yield
+        return
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

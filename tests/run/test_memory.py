@@ -65,3 +65,33 @@ def test_memory_is_flat_from_the_second_stage_on(settings, tmp_path):
     assert set(tensors[2:]) == {tensors[1]}
     # Pages of the interpreter come and go by a few; a model kept from an earlier stage, or its gradients, would add up.
     assert max(peaks[2:]) - peaks[1] < 6
+
+
+def test_what_is_there_is_left_out_of_collections_and_given_back_afterwards():
+    script = """
+import gc, weakref
+from cit_fast.run.memory import quick_collections
+
+class Ring:
+    def __init__(self):
+        self.me = self
+
+before = Ring()
+seen = weakref.ref(before)
+with quick_collections():
+    count = gc.get_freeze_count()
+    assert count > 10_000
+    with quick_collections():
+        pass
+    assert gc.get_freeze_count() == count
+    inside = Ring()
+    other = weakref.ref(inside)
+    del before, inside
+    gc.collect()
+    assert other() is None
+    assert seen() is not None
+gc.collect()
+assert seen() is None
+assert gc.get_freeze_count() == 0
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)

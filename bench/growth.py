@@ -1,0 +1,125 @@
+"""A run of many small tasks: what a stage costs when many came before it.
+
+    python -m bench.growth --tasks 200 --results bench/results/growth.json
+
+A tiny model with random weights learns tasks of sixteen examples, one after another, in one run. After every stage its
+wall time, the resident memory of the process, and the files and bytes that the stage has added are noted. Replay draws
+four examples of a memory of 64, and after a stage three earlier tasks are answered, so that what is asked for does not
+grow. The figures are medians over the 20 stages after the first tenth and over the last 20.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from cit_fast import ContinualTrainer
+from cit_fast.data import Example, Task, TaskStream
+from cit_fast.files import write_file
+from cit_fast.run.environment import describe_environment
+from cit_fast.run.run_folder import RunFolder
+from tests.fuzz.models import model_folder
+
+WINDOW = 20
+
+
+def task(number: int) -> Task:
+    """Sixteen examples of one instruction."""
+    name = f"task-{number:03d}"
+    own = [
+        Example(f"Say number {number}, then the letter.", "abcdefghijklmnopqrst"[k], (f"{number} {k}",), task=name)
+        for k in range(20)
+    ]
+    return Task(name, tuple(own[:16]), (), tuple(own[16:]), "token_f1")
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def contents(folder: Path) -> tuple[int, int]:
+    """Names of files below a folder, and bytes of those that have no other name."""
+    found = [path.stat() for path in folder.rglob("*") if path.is_file()]
+    return len(found), sum(each.st_size for each in found if each.st_nlink == 1)
+
+
+def stages_of(method: str, count: int, scratch: Path) -> list[dict[str, float]]:
+    """What each stage of a run cost."""
+    noted: list[dict[str, float]] = []
+    started = [time.perf_counter()]
+    commit = RunFolder.commit
+
+    def noting(self: RunFolder, record: Any, fill: Any) -> None:
+        commit(self, record, fill)
+        files, size = contents(self.stage_path(record.index))
+        now = time.perf_counter()
+        noted.append({"seconds": now - started[0], "resident": resident(), "files": files, "bytes": size})
+        started[0] = time.perf_counter()
+
+    RunFolder.commit = noting  # type: ignore[method-assign]
+    chosen: dict[str, Any] = {"preset": method}
+    if method == "random-replay":
+        chosen["replay"] = {"fraction": 0.01}
+    try:
+        ContinualTrainer(
+            {
+                "methods": [chosen],
+                "output": str(scratch / "runs"),
+                "model": {"name": str(model_folder(scratch / "model"))},
+                "adapter": {"r": 2, "target_modules": ["q_proj", "v_proj"]},
+                "data": {"max_length": 160},
+                "memory": {"total": 64},
+                "training": {"per_device_train_batch_size": 8, "save_strategy": "no", "use_cpu": True},
+                "evaluation": {"max_new_tokens": 2, "tasks": {"sample": 3}, "untrained": False},
+            },
+            stream=TaskStream(tuple(map(task, range(count)))),
+            console=Console(quiet=True),
+        ).run()
+    finally:
+        RunFolder.commit = commit  # type: ignore[method-assign]
+    return noted[1:]
+
+
+def summary(noted: list[dict[str, float]]) -> dict[str, Any]:
+    """Early and late medians, and their ratio."""
+    first = max(1, len(noted) // 10)
+    early, late = noted[first : first + WINDOW], noted[-WINDOW - 1 : -1]  # the last answers everything
+    found: dict[str, Any] = {}
+    for name in noted[0]:
+        then, now = (statistics.median(each[name] for each in some) for some in (early, late))
+        found[name] = {"early": then, "late": now, "ratio": now / then if then else None}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", type=int, default=200)
+    parser.add_argument("--methods", nargs="+", default=["sequential", "random-replay", "switch-tokens"])
+    parser.add_argument("--results", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {}
+    for method in options.methods:
+        with tempfile.TemporaryDirectory() as scratch:
+            os.environ["CIT_FAST_CACHE"] = f"{scratch}/cache"
+            found[method] = summary(stages_of(method, options.tasks, Path(scratch)))
+        for name, each in found[method].items():
+            ratio = "–" if each["ratio"] is None else f"{each['ratio']:.2f}"
+            print(f"{method:14} {name:9} {each['early']:14,.2f} {each['late']:14,.2f}  {ratio}", flush=True)
+    if options.results:
+        record = {"tasks": options.tasks, "methods": found, "environment": describe_environment()}
+        write_file(options.results, json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
