@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -404,18 +405,22 @@ def read_stage(folder: Path) -> StageRecord:
     return _read(folder / "stage.json", StageRecord)
 
 
-def read_stages(folder: Path, *, check: bool = True) -> list[StageRecord]:
+def read_stages(
+    folder: Path, *, check: bool = True, known: Mapping[int, StageRecord] | None = None
+) -> list[StageRecord]:
     """Read every committed stage of a run, in order; stage 0 is the untrained model, scored on every task.
 
     Args:
         check: whether a record that has changed since it was written is an error.
+        known: records that were read before, by index, which are taken as they were.
 
     Raises:
         RunError: a damaged stage file.
     """
     found = [path for path in Path(folder).glob("stages/*") if path.name.isdigit() and path.is_dir()]
     folders = sorted(found, key=lambda path: int(path.name))
-    stages = [_read(path / "stage.json", StageRecord, check) for path in folders]
+    before = known or {}
+    stages = [before.get(int(path.name)) or _read(path / "stage.json", StageRecord, check) for path in folders]
     for path, stage in zip(folders, stages, strict=True):
         if stage.index != int(path.name):
             raise RunError(f"{path / 'stage.json'}: damaged (it is the record of stage {stage.index})")

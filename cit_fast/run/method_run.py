@@ -19,7 +19,7 @@ from torch import Tensor
 from cit_fast.data import TaskStream
 from cit_fast.data.constraints import Constraints
 from cit_fast.data.example import Task
-from cit_fast.data.kept_task import RecalledTask, read_kept
+from cit_fast.data.kept_task import RecalledTask
 from cit_fast.errors import ConfigError, RunError
 from cit_fast.evaluation.predictions import Prediction, read_predictions, write_stage_predictions
 from cit_fast.evaluation.records import (
@@ -110,7 +110,7 @@ class MethodRun:
         """The task, or what is left of it where its texts have been removed from this run."""
         if self.memory is None or not self.memory.has(task.name):
             return task
-        known = read_kept(self.memory.path(task.name))
+        known = self.memory.kept(task.name)
         return known if known.dropped else task
 
     # -- the run -------------------------------------------------------------------------------------------------

@@ -62,6 +62,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._known: dict[int, StageRecord] = {}
 
     @contextlib.contextmanager
     def locked(self, wait: bool = False) -> Iterator[None]:
@@ -188,15 +189,16 @@ class RunFolder:
         write_record(self.path / "run.json", record)
 
     def stages(self) -> list[StageRecord]:
-        """The committed stages, in order.
+        """The committed stages, in order; each is read once, for what is committed stays as it is.
 
         Raises:
             RunError: a stage in the middle is gone.
         """
-        stages = read_stages(self.path)
+        stages = read_stages(self.path, known=self._known)
         for index, stage in enumerate(stages):
             if stage.index != index:
                 raise RunError(f"{self.path}: stage {index:02d} is missing although stage {stage.index:02d} is there")
+        self._known = {stage.index: stage for stage in stages}
         return stages
 
     def stage_path(self, index: int) -> Path:
@@ -226,7 +228,7 @@ class RunFolder:
     def _checksums_of(self, index: int) -> dict[str, tuple[Path, str]]:
         """The files of a committed stage with their checksums."""
         folder = self.stage_path(index)
-        stages = [stage for stage in read_stages(self.path) if stage.index == index]
+        stages = [stage for stage in self.stages() if stage.index == index]
         return {name: (folder / name, checksum) for stage in stages for name, checksum in stage.files.items()}
 
     def checkpoints(self, index: int) -> Path:

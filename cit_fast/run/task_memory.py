@@ -84,6 +84,7 @@ class TaskMemory:
 
     def __init__(self, run: Path, config: MemoryConfig) -> None:
         self.folder, self.config = run / FOLDER, config
+        self._read: dict[str, tuple[tuple[int, int], RecalledTask]] = {}
 
     def path(self, task: str) -> Path:
         """The file of a task."""
@@ -93,6 +94,18 @@ class TaskMemory:
         """Whether a task, or its tombstone, is here."""
         return self.path(task).is_file()
 
+    def kept(self, task: str) -> RecalledTask:
+        """A task as its file has it; read once, unless it changes.
+
+        Raises:
+            RunError: the file is not there, damaged or of another version.
+        """
+        path = self.path(task)
+        stamp = (path.stat().st_mtime_ns, path.stat().st_ino) if path.is_file() else (0, 0)
+        if self._read.get(task, ((-1, -1), None))[0] != stamp:
+            self._read[task] = stamp, read_kept(path)
+        return self._read[task][1]
+
     def recall(self, tasks: Sequence[Task]) -> tuple[RecalledTask, ...]:
         """The learned tasks, of which these are all, each with the training examples that it has at this stage; those
         that were dropped left out.
@@ -100,7 +113,7 @@ class TaskMemory:
         Raises:
             RunError: a file is not there, damaged or of another version.
         """
-        known = [one for one in (read_kept(self.path(task.name)) for task in tasks) if not one.dropped]
+        known = [one for one in (self.kept(task.name) for task in tasks) if not one.dropped]
         shares = self.config.shares([one.train for one in known])
         return tuple(
             dataclasses.replace(one, train=one.train[:share]) for one, share in zip(known, shares, strict=True)
@@ -131,5 +144,5 @@ class TaskMemory:
     def shrink(self, tasks: Sequence[Task]) -> None:
         """Give up what the budget no longer allows when these tasks are learned, all of whose stages are committed."""
         for task in self.recall(tasks):
-            if len(read_kept(self.path(task.name)).train) > len(task.train):
+            if len(self.kept(task.name).train) > len(task.train):
                 write_kept(self.path(task.name), task)
