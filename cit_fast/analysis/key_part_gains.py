@@ -125,12 +125,14 @@ def score_model(
     threshold: float = THRESHOLD,
     max_length: int | None = None,
     batch_size: int = 8,
+    stage: int | None = None,
     progress: Progress = silent,
 ) -> Scores:
     """Load a model, read the tasks at some places and score them.
 
     Args:
-        model: see :func:`cit_fast.inference.load_any.load_any_model`; ``max_length``: its limit in tokens.
+        model: see :func:`cit_fast.inference.load_any.load_any_model`; ``max_length``: its limit in tokens;
+            ``stage``: of a run.
         data: files, folders and names of built-in tasks; see :func:`cit_fast.data.sources.find_tasks`.
         key_parts: the name of a source, or YAML of a mapping; see :func:`cit_fast.key_parts.sources.check_source`.
         markers: what stands around key parts in the text of instructions.
@@ -144,7 +146,7 @@ def score_model(
     """
     source = check_options(key_parts, alpha, threshold)
     tasks = read_tasks(data, train=examples, markers=markers, progress=progress)
-    loaded = load_any_model(model, max_length)
+    loaded = load_any_model(model, max_length, stage)
     return score_tasks(
         loaded.model,
         loaded.encoder,

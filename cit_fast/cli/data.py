@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cit_fast.cli.app import app, check_output, progress_bars
+from cit_fast.cli.app import OfStage, app, check_output, progress_bars
 from cit_fast.errors import ConfigError, DataError
 from cit_fast.text import cut
 
@@ -177,6 +177,7 @@ def score(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples at a time.")] = 8,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the scores and the picture.")] = Path("score"),
+    stage: OfStage = None,
 ) -> None:
     """Measure how far a model's answers depend on the words that define each task: a table, a histogram, JSONL."""
     from cit_fast.analysis.key_part_gains import how_scored, score_model
@@ -194,6 +195,7 @@ def score(
             threshold=threshold,
             max_length=max_length,
             batch_size=batch_size,
+            stage=stage,
             progress=progress,
         )
     console = Console()

@@ -41,6 +41,7 @@ def evaluate(
     allow_custom_metrics: Annotated[
         bool, typer.Option("--allow-custom-metrics", help="Call metrics that a run names by dotted path.")
     ] = False,
+    stage: OfStage = None,
 ) -> None:
     """Recompute every score and violation of RUN from its stored predictions, without the model; exit code 1 if any
     differs.
@@ -53,7 +54,7 @@ def evaluate(
         table = Table(title=escape(str(folder)))
         for column in ("stage", "task", "metric", "recorded", "recomputed", "V", "examples"):
             table.add_column(column, justify="left" if column in {"task", "metric"} else "right")
-        for entry in rescore(folder, write=write, allow_custom_metrics=allow_custom_metrics):
+        for entry in rescore(folder, write=write, allow_custom_metrics=allow_custom_metrics, stage=stage):
             scores += not entry.scores_agree
             violations += not entry.violations_agree
             changed += not entry.intact

@@ -143,7 +143,9 @@ class Rescored:
         return set(was) == set(now) and all(abs(was[kind] - now[kind]) < 1e-6 for kind in was)
 
 
-def rescore(run_folder: Path, *, write: bool = False, allow_custom_metrics: bool = False) -> list[Rescored]:
+def rescore(
+    run_folder: Path, *, write: bool = False, allow_custom_metrics: bool = False, stage: int | None = None
+) -> list[Rescored]:
     """Compute every score of a run again from its stored predictions, and what they violate, without the model.
 
     Args:
@@ -152,6 +154,7 @@ def rescore(run_folder: Path, *, write: bool = False, allow_custom_metrics: bool
             otherwise nothing is changed.
         allow_custom_metrics: import and call a metric that the run names by dotted path. Only for a run you trust:
             the path is read from the run's own record.
+        stage: this one alone.
 
     Returns:
         One entry per stage and task that has a score or predictions, in order of stage and task; none of a task whose
@@ -164,36 +167,48 @@ def rescore(run_folder: Path, *, write: bool = False, allow_custom_metrics: bool
     """
     run_folder = Path(run_folder)
     run = read_run(run_folder)
-    results = []
+    results: list[Rescored] = []
     stages = read_stages(run_folder, check=False)  # what it says is what is looked at here
     joined = {task for stage in stages for task in stage.untrained}  # whose answers of the untrained model are not here
-    for stage in stages:
-        folder = run_folder / "stages" / f"{stage.index:02d}"
-        again: dict[str, _Again] = {}
-        for task in run.every_task:
-            if task in run.dropped_tasks or (stage.index == 0 and task in joined):
-                continue
-            path = predictions_path(run_folder, stage.index, task)
-            stored = read_predictions(path) if path.exists() else []
-            recorded = stage.scores.get(task)
-            if task not in run.metrics:
-                raise RunError(f"{run_folder / 'run.json'}: metrics names none for task {task!r}")
-            metric = run.metrics[task]
-            if metric not in METRICS and {".", ":"} & set(metric) and not allow_custom_metrics:
-                raise RunError(
-                    f"{run_folder / 'run.json'}: task {task!r} is scored by {metric!r}, which is not one of ours; "
-                    "allow custom metrics if you trust the run"
-                )
-            if stored:
-                again[task] = _score_again(metric, stored, _constraints(run_folder, run, task))
-            if stored or recorded is not None:
-                found = again.get(task, _Again(None, None, []))
-                was = stage.violations.get(task)
-                values = (recorded, found.score, len(stored), was, found.violations)
-                intact = not damaged_files(folder, stage.files, path.relative_to(folder).as_posix())
-                results.append(Rescored(stage.index, task, metric, *values, intact))
-        if write and again:
-            _update(run_folder, stage, again)
+    if stage is not None and stage not in {each.index for each in stages}:
+        raise RunError(f"{run_folder}: has no stage {stage}; its stages are 0 to {stages[-1].index if stages else 0}")
+    for each in stages:
+        if stage in (None, each.index):
+            results += _rescored(run_folder, run, each, joined, write, allow_custom_metrics)
+    return results
+
+
+def _rescored(
+    run_folder: Path, run: RunRecord, stage: StageRecord, joined: set[str], write: bool, allow_custom_metrics: bool
+) -> list[Rescored]:
+    """:func:`rescore` of one stage."""
+    results = []
+    folder = run_folder / "stages" / f"{stage.index:02d}"
+    again: dict[str, _Again] = {}
+    for task in run.every_task:
+        if task in run.dropped_tasks or (stage.index == 0 and task in joined):
+            continue
+        path = predictions_path(run_folder, stage.index, task)
+        stored = read_predictions(path) if path.exists() else []
+        recorded = stage.scores.get(task)
+        if task not in run.metrics:
+            raise RunError(f"{run_folder / 'run.json'}: metrics names none for task {task!r}")
+        metric = run.metrics[task]
+        if metric not in METRICS and {".", ":"} & set(metric) and not allow_custom_metrics:
+            raise RunError(
+                f"{run_folder / 'run.json'}: task {task!r} is scored by {metric!r}, which is not one of ours; "
+                "allow custom metrics if you trust the run"
+            )
+        if stored:
+            again[task] = _score_again(metric, stored, _constraints(run_folder, run, task))
+        if stored or recorded is not None:
+            found = again.get(task, _Again(None, None, []))
+            was = stage.violations.get(task)
+            values = (recorded, found.score, len(stored), was, found.violations)
+            intact = not damaged_files(folder, stage.files, path.relative_to(folder).as_posix())
+            results.append(Rescored(stage.index, task, metric, *values, intact))
+    if write and again:
+        _update(run_folder, stage, again)
     return results
 
 

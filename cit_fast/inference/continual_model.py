@@ -50,6 +50,7 @@ class ContinualModel:
     ) -> None:
         self.model, self.encoder, self.bank, self.router = model, encoder, bank, router
         self.sets, self.unusable = tuple(sets), dict(unusable or {})
+        self.run: Path | None = None
 
     @classmethod
     def from_run(
@@ -87,7 +88,7 @@ class ContinualModel:
         encoder.fit_to(model)
         if (weights / "model").is_dir():
             check_files(weights, trained, "model/")
-            return cls(load_weights(model, weights).to(device), encoder)
+            return cls(load_weights(model, weights).to(device), encoder)._of(run)
         check_files(weights, trained, "router/")
         router = router or _router_of(record, weights)
         folders = adapter_folders(weights, router.sets)
@@ -108,7 +109,27 @@ class ContinualModel:
                 LeftOutWarning,
                 stacklevel=2,
             )
-        return cls(model, encoder, bank, router, sets, unusable)
+        return cls(model, encoder, bank, router, sets, unusable)._of(run)
+
+    def _of(self, run: Path) -> ContinualModel:
+        self.run = run
+        return self
+
+    def learn(self, tasks: Sequence[str | dict[str, Any]], **options: Any) -> ContinualModel:
+        """Train more tasks in the run that this model is of; returns the model that has learned them.
+
+        Args:
+            tasks, **options: of :func:`cit_fast.learn`.
+
+        Raises:
+            RunError: this model is of no run; and as :func:`cit_fast.learn`.
+        """
+        from cit_fast.run.learn import learn
+
+        if self.run is None:
+            raise RunError("learn: this model was not loaded from a run (ContinualModel.from_run)")
+        device = next(self.model.parameters()).device
+        return self.from_run(learn(self.run, tasks, **options), str(device))
 
     def route(self, prompts: Sequence[str | Example]) -> list[str]:
         """Name of the adapter set that answers each prompt, ``"__base__"`` for the base model alone.

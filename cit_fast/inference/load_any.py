@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from cit_fast.errors import ConfigError
 from cit_fast.evaluation.records import read_stages
 from cit_fast.inference.continual_model import ContinualModel
 from cit_fast.models.adapters import load_adapter
@@ -27,23 +28,27 @@ class LoadedModel(NamedTuple):
     """Tells the model from any other, by its files."""
 
 
-def load_any_model(place: str, max_length: int | None = None) -> LoadedModel:
+def load_any_model(place: str, max_length: int | None = None, stage: int | None = None) -> LoadedModel:
     """Load a model with its tokenizer.
 
     Args:
-        place: a run folder (its last stage), a folder with a PEFT adapter, a model folder, or a hub name.
+        place: a run folder, a folder with a PEFT adapter, a model folder, or a hub name.
         max_length: limit of the encoder in tokens; ``None``: the run's own, else 1024.
+        stage: of a run, from 1; ``None``: its last.
 
     Raises:
-        ConfigError: no such model, or an adapter that names no base model.
+        ConfigError: no such model, an adapter that names no base model, or a stage of something else than a run.
         RunError: a run without a trained stage, or an adapter that is damaged or does not fit its base.
     """
     folder = Path(place)
     if (folder / "run.json").is_file():
-        continual = ContinualModel.from_run(folder)
+        continual = ContinualModel.from_run(folder, stage=stage)
         own = continual.encoder
         encoder = own.with_limit(max_length or own.max_length, on_overflow="skip")
-        model, identity = continual.model, _stage_identity(folder / "stages" / f"{read_stages(folder)[-1].index:02d}")
+        index = stage or read_stages(folder)[-1].index
+        model, identity = continual.model, _stage_identity(folder / "stages" / f"{index:02d}")
+    elif stage is not None:
+        raise ConfigError(f"stage: {place} is no run, which alone has stages")
     else:
         base_name = base_of_adapter(folder)
         base = base_name or place

@@ -17,7 +17,7 @@ from cit_fast.evaluation.continual import (
     first_trained,
     score_matrix,
 )
-from cit_fast.evaluation.records import RunRecord, StageRecord, read_run, read_stages
+from cit_fast.evaluation.records import GeneralRecord, RunRecord, StageRecord, read_run, read_stages
 from cit_fast.evaluation.violations import TaskSetScores, task_set_scores
 
 
@@ -46,6 +46,11 @@ class RunView:
     def replayed(self) -> int:
         """Examples replayed in all stages together."""
         return sum(sum(stage.replayed.values()) for stage in self.trained)
+
+    @property
+    def general(self) -> list[GeneralRecord]:
+        """General abilities of the untrained model and after each stage, where they were measured."""
+        return [stage.general for stage in self.stages if stage.general is not None]
 
     @property
     def minutes(self) -> float:
@@ -280,6 +285,12 @@ COLUMNS = (
            lambda view: view.held_out.p, highest=True, answers=True, held_out=True),
     Column("Held-out V", "V-score of tasks that were never trained",
            lambda view: view.held_out.v, highest=False, answers=True, held_out=True),
+    Column("General", "change of the general abilities that no task asks for, over the untrained model's, in points",
+           lambda view: view.general[-1].score - view.general[0].score if len(view.general) > 1 else None,
+           highest=True, sign=True, aside=True),
+    Column("Divergence", "KL(base || tuned) of the predictions on general prompts, nats a token",
+           lambda view: view.general[-1].divergence.get("general") if len(view.general) > 1 else None,
+           highest=False, aside=True, digits=3),
     Column("Balance α", "mean share of the new weights that the average took in a step",
            lambda view: view.metrics.balance_weight, aside=True, digits=3),
     Column("Fell back %", "how often that share was the rule's constant, for the gradients gave none",

@@ -192,6 +192,43 @@ def comparison_figure(views: Sequence[RunView]) -> Figure:
     return figure
 
 
+def general_figure(view: RunView) -> Figure:
+    """General abilities beside the mean score of the tasks seen so far, over the stages; below, the divergence."""
+    stages = [stage.index for stage in view.stages if stage.general is not None]
+    figure, (above, below) = _subplots(2, 1, (6.8, 1.7), ratios=(2.0, 1.0))
+    for ax in (above, below):
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
+    lines = {"general abilities": (stages, [record.score for record in view.general])}
+    known = [(k, value) for k, value in enumerate(view.metrics.mean_instantaneous, start=1) if value is not None]
+    if known:
+        lines["tasks seen so far"] = ([k for k, _ in known], [value for _, value in known])
+    for k, (name, (places, values)) in enumerate(lines.items()):
+        colour, marker, dash = _style(k)
+        above.plot(places, values, color=colour, linestyle=dash, marker=marker, markersize=5, linewidth=1.8, label=name)
+    above.set_ylim(-2, 104)
+    above.set_ylabel("score", fontsize=9, color=TEXT)
+    figure.legend(loc="outside upper right", ncols=2, frameon=False, labelcolor=TEXT, fontsize=8.5)
+    for k, name in enumerate(("general", "stream")):
+        colour, marker, dash = _style(k + 2)
+        moved = [record.divergence.get(name, math.nan) for record in view.general]
+        below.plot(
+            stages,
+            moved,
+            color=colour,
+            linestyle=dash,
+            marker=marker,
+            markersize=4,
+            linewidth=1.6,
+            label=f"{name} prompts",
+        )
+    below.set_ylim(bottom=0)
+    below.set_ylabel("nats a token", fontsize=9, color=TEXT)
+    below.set_xlabel("stage (0 = untrained)", fontsize=9, color=TEXT)
+    below.legend(frameon=False, labelcolor=TEXT, fontsize=8.5, ncols=2)
+    above.tick_params(labelbottom=False)
+    return figure
+
+
 def balance_weight_figure(view: RunView) -> Figure:
     """Balance weight alpha over optimizer steps: mean with the band from smallest to largest, and fallback
     fraction.

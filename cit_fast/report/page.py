@@ -238,6 +238,16 @@ def _section(view: RunView, runs: Runs, album: _Album) -> dict[str, Any]:
                 "model.",
             )
         )
+    if len(view.general) > 1:
+        pictures.append(
+            album.picture(
+                f"{view.label}-general",
+                figures.general_figure(view),
+                f"Lines: general abilities of {view.label} beside its tasks, over the stages",
+                "General abilities, which no task asks for, beside the mean score of the tasks seen so far; below, how "
+                "far the predictions have moved from the base model's.",
+            )
+        )
     if any(stage.balance_weights for stage in view.trained):
         pictures.append(
             album.picture(

@@ -19,7 +19,6 @@ from pydantic import Field, PositiveInt, model_validator
 from cit_fast.data.example import Example, Task
 from cit_fast.data.kept_task import RecalledTask, bytes_of, kept, read_kept, write_kept
 from cit_fast.methods.memory_order import memory_order
-from cit_fast.methods.replay.allocation import allocate
 from cit_fast.methods.routing.router import routing_text
 from cit_fast.methods.stage import Stage
 from cit_fast.run.identity import task_digest
@@ -62,9 +61,28 @@ class MemoryConfig(Section):
         if self.per_task is not None:
             return [min(self.per_task, size) for size in sizes]
         if self.total is not None:
-            return list(allocate([1.0] * len(sizes), min(self.total, sum(sizes)), sizes).shares)
+            return _equal_shares(self.total, sizes)
         room = (self.bytes or 0) // max(1, len(sizes))
         return [_that_fit(own, room) for own in tasks]
+
+
+def _equal_shares(total: int, sizes: Sequence[int]) -> list[int]:
+    """The same for each; what a task has too few examples for goes to the others, what cannot be split to the first."""
+    shares, left, open_tasks = [0] * len(sizes), min(total, sum(sizes)), list(range(len(sizes)))
+    while open_tasks:
+        share = left // len(open_tasks)
+        full = [task for task in open_tasks if sizes[task] <= share]
+        if not full:
+            for task in open_tasks:
+                shares[task] = share
+            for task in open_tasks[: left - share * len(open_tasks)]:
+                shares[task] += 1
+            break
+        for task in full:
+            shares[task] = sizes[task]
+            left -= sizes[task]
+        open_tasks = [task for task in open_tasks if sizes[task] > share]
+    return shares
 
 
 def _that_fit(examples: Sequence[Example], room: int) -> int:
@@ -100,11 +118,15 @@ class TaskMemory:
         Raises:
             RunError: the file is not there, damaged or of another version.
         """
-        path = self.path(task)
-        stamp = (path.stat().st_mtime_ns, path.stat().st_ino) if path.is_file() else (0, 0)
-        if self._read.get(task, ((-1, -1), None))[0] != stamp:
-            self._read[task] = stamp, read_kept(path)
-        return self._read[task][1]
+        path, known = self.path(task), self._read.get(task)
+        try:
+            found = path.stat()
+        except OSError:
+            return read_kept(path)  # which says what is wrong
+        stamp = found.st_mtime_ns, found.st_ino
+        if known is None or known[0] != stamp:
+            known = self._read[task] = stamp, read_kept(path)
+        return known[1]
 
     def recall(self, tasks: Sequence[Task]) -> tuple[RecalledTask, ...]:
         """The learned tasks, of which these are all, each with the training examples that it has at this stage; those

@@ -11,10 +11,11 @@ from growth import run, same, weights
 from killed import at_call, killed
 from rich.console import Console
 
-from cit_fast import ContinualTrainer
+from cit_fast import ContinualModel, ContinualTrainer
 from cit_fast.data import TaskStream
 from cit_fast.errors import ConfigError, RunError
 from cit_fast.evaluation import read_run, read_stages, rescore
+from cit_fast.inference.load_any import load_any_model
 from cit_fast.run import method_run, stage_trainer
 from cit_fast.run.learn import learn
 
@@ -121,6 +122,26 @@ def test_learn_goes_on_with_the_runs_own_settings(settings, stream, tmp_path):
         ContinualTrainer(whole, console=Console(quiet=True)).run()
         mine, right = weights(run_folder), weights(tmp_path / "whole" / method)
         assert all(torch.equal(mine[name], right[name]) for name in right)
+
+
+def test_a_model_learns_and_earlier_stages_are_scored(settings, tmp_path):
+    settings["training"] |= {"max_steps": 1}
+    settings["data"] |= {"tasks": ["units"], "train": 8, "test": 2, "max_length": 256}
+    (folder,) = ContinualTrainer({**settings, "methods": ["sequential"]}, console=Console(quiet=True)).run()
+    model = ContinualModel.from_run(folder, device="cpu")
+    again = model.learn(["records"], console=Console(quiet=True))
+    assert read_run(folder).tasks == ["units", "records"]
+    assert again.generate(["Say it."]) == ContinualModel.from_run(folder, device="cpu").generate(["Say it."])
+    model.run = None
+    with pytest.raises(RunError, match="was not loaded from a run"):
+        model.learn(["dates"])
+    assert {entry.stage for entry in rescore(folder, stage=1)} == {1}
+    with pytest.raises(RunError, match="has no stage 7; its stages are 0 to 2"):
+        rescore(folder, stage=7)
+    first, last = load_any_model(str(folder), stage=1), load_any_model(str(folder))
+    assert first.identity != last.identity
+    with pytest.raises(ConfigError, match="is no run"):
+        load_any_model(settings["model"]["name"], stage=1)
 
 
 def test_what_learn_refuses(settings, stream, tmp_path):
