@@ -256,7 +256,7 @@ class StageRecord:
             absent.
         adapter: name of the adapter set that was trained.
         train_examples: examples of the new task(s), without replay.
-        replayed: earlier task -> examples replayed in this stage.
+        replayed: earlier task -> examples replayed in this stage, of those that had some.
         replay, objective, update, routing: what the parts of the method decided; ``None`` where there was nothing to
             decide (no earlier task to replay, one adapter set for all).
         steps: optimizer steps; ``train_seconds`` and ``evaluate_seconds``: wall time (summed over resumed parts).

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
-import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,11 +21,9 @@ from cit_fast.data.constraints import Constraints
 from cit_fast.data.example import Task
 from cit_fast.data.kept_task import RecalledTask
 from cit_fast.errors import ConfigError, RunError
-from cit_fast.evaluation.predictions import Prediction, read_predictions, write_stage_predictions
+from cit_fast.evaluation.predictions import Prediction, write_stage_predictions
 from cit_fast.evaluation.records import (
     Assignment,
-    GateRecord,
-    GeneralRecord,
     Learned,
     RoutingRecord,
     RunRecord,
@@ -42,13 +40,11 @@ from cit_fast.models.adapters import load_weights, loading_whole, prompt_encoder
 from cit_fast.models.digests import model_identity
 from cit_fast.models.osf import of_stage
 from cit_fast.models.pretrained import cache_folder, load_model, load_tokenizer, resolve_model
-from cit_fast.run.answer import Before, Evaluated, evaluate
+from cit_fast.run.answer import Evaluated
 from cit_fast.run.cached_scores import CachedScores
 from cit_fast.run.candidates import refuse_candidate, refused
 from cit_fast.run.config import RunConfig
 from cit_fast.run.environment import describe_environment
-from cit_fast.run.gate import judge, judge_general
-from cit_fast.run.general import measure
 from cit_fast.run.guards import FrozenWeights
 from cit_fast.run.identity import digest, plain_options, task_digest
 from cit_fast.run.live_weights import save_live_weights
@@ -56,10 +52,10 @@ from cit_fast.run.memory import release_memory
 from cit_fast.run.pace import Paces, TimeLeft
 from cit_fast.run.parts import Parts
 from cit_fast.run.run_folder import RunFolder, of_one_date
+from cit_fast.run.stage_evaluation import StageEvaluation
 from cit_fast.run.stage_settings import method_at, settings_at, stages_of, training_at
 from cit_fast.run.stage_training import StageTraining
 from cit_fast.run.task_memory import TaskMemory
-from cit_fast.run.tasks import answered_tasks
 
 _Returned = TypeVar("_Returned")
 _SAMPLED = 256  # examples of a task, for how long one is
@@ -104,6 +100,11 @@ class MethodRun:
         self.encoder = prompt_encoder(self.tokenizer, self.config.data)
         self.identity = model_identity(self.model_path, config.model.name)
         self.cached = CachedScores(self.config, method, self.encoder, self.identity)
+        joint = method.schedule == "joint"
+        self.evaluation = StageEvaluation(
+            *(self.config, joint, self.parts, self.stream, self.held_out, folder, self.encoder),
+            lambda: self._load(None),
+        )
         self.training = StageTraining(self.config, method.name, self.parts, folder, self._load, self._say, clock)
 
     def _or_tombstone(self, task: Task) -> Task:
@@ -207,7 +208,7 @@ class MethodRun:
 
     def _untrained_stage(self, model: Any) -> None:
         """Row zero of the score matrix, and the held-out tasks beside it."""
-        general = self._general(model, 0)
+        general = self.evaluation.general(model, 0)
         if not self.config.evaluation.untrained:
             self._commit(StageRecord(index=0, trained=[], scores={}, general=general), None, {})
             return
@@ -285,8 +286,9 @@ class MethodRun:
             kept = self.memory.learned(stage)
             if self.state.is_main_process:
                 self.memory.write(kept)
-        found, seconds = self._answer(trained.model, index, count, title, assignment.adapter)
-        general = self._general(trained.model, index)
+        found, seconds = self.evaluation.answer(trained.model, index, count, title, assignment.adapter)
+        general = self.evaluation.general(trained.model, index)
+        seen = {task.name for task in stage.seen}
         record = StageRecord(
             index=index,
             trained=[task.name for task in tasks],
@@ -294,7 +296,7 @@ class MethodRun:
             violations=found.violations,
             adapter=assignment.adapter,
             train_examples=len(fresh),
-            replayed={task.name: sum(e.task == task.name for e in selection.examples) for task in stage.seen},
+            replayed=dict(Counter(example.task for example in selection.examples if example.task in seen)),
             replay=selection.record if stage.seen or selection.examples else None,
             objective=trained.inputs.record,
             update=trained.finished.record,
@@ -315,7 +317,7 @@ class MethodRun:
             untrained_violations=joined.violations if joined else {},
             settings=settings_at(self.config.stages, index),
             general=general,
-            gate=self._gate(trained.model, index, found, [task.name for task in tasks], title, general),
+            gate=self.evaluation.gate(trained.model, index, found, [task.name for task in tasks], title, general),
         )
         self._commit(record, trained.model, found.predictions, trained.finished.live)
         if record.gate is not None and record.gate.broken:
@@ -362,51 +364,6 @@ class MethodRun:
         if stage.seen or getattr(self.parts.replay, "from_first", False):
             return self.parts.select(stage)
         return Selection([])
-
-    def _answer(self, model: Any, index: int, count: int, title: str, trained: str) -> tuple[Evaluated, float]:
-        """The test examples answered and scored, and how long that took."""
-        started = time.perf_counter()
-        joint = self.method.schedule == "joint"
-        known = answered_tasks(self.stream.tasks, index, count, self.config.evaluation, self.config.seed, joint)
-        known = [task for task in known if not (isinstance(task, RecalledTask) and task.dropped)]
-        held_out = self.held_out if index == count or self.config.evaluation.held_out_after == "all" else []
-        tasks, router = [*known, *held_out], self.parts.router
-        before = None if isinstance(router, SharedRouter) or index == 1 else self._before(index - 1, trained)
-        found = evaluate(model, self.encoder, tasks, self.config.evaluation, router, title, before)
-        return found, time.perf_counter() - started
-
-    def _general(self, model: Any, index: int) -> GeneralRecord | None:
-        """General abilities after a stage, if they are measured."""
-        if not self.config.evaluation.general:
-            return None
-        tasks = [task for task in self.stream[:index] if not (isinstance(task, RecalledTask) and task.dropped)]
-        router = None if index == 0 else self.parts.router
-        split = self.config.evaluation.split
-        return measure(model, self.encoder, tasks, split, router, lambda: self._load(None), untrained=index == 0)
-
-    def _gate(
-        self, model: Any, index: int, found: Evaluated, new: list[str], title: str, general: GeneralRecord | None
-    ) -> GateRecord | None:
-        """What the gate says of a stage; ``found``: what was evaluated."""
-        gate, split = self.config.gate, self.config.evaluation.split
-        if gate is None:
-            return None
-        scores = {task: score for task, score in found.scores.items() if task in self.stream.names}
-        if gate.on not in (None, split):
-            tasks = [task for task in self.stream if task.name in scores]
-            config = self.config.evaluation.model_copy(update={"split": gate.on})
-            found = evaluate(model, self.encoder, tasks, config, self.parts.router, f"{title}: gate")
-            scores, split = found.scores, config.split
-        stages = self.folder.stages()
-        record = judge(gate, split, scores, new, stages[1:index])
-        return judge_general(gate, record, stages[0].general, general)
-
-    def _before(self, index: int, changed: str) -> Before:
-        """What the answers were after stage ``index``; ``changed`` is the set that has been trained since."""
-        folder = self.folder.stage_path(index)
-        check_files(folder, self.folder.stages()[index], "predictions/")
-        paths = (folder / "predictions").glob("*.jsonl")
-        return Before({path.stem: read_predictions(path) for path in paths}, changed)
 
     def _routing(
         self, stage: Stage, assignment: Assignment, learned: Learned, new: bool, found: Evaluated

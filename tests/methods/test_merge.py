@@ -21,7 +21,7 @@ from cit_fast.key_parts.gain import answer_surprise
 from cit_fast.methods.stage import Stage
 from cit_fast.methods.updates import MergeUpdate, merge
 from cit_fast.models.prompts import PromptEncoder
-from cit_fast.run import method_run, stage_trainer
+from cit_fast.run import stage_evaluation, stage_trainer
 
 SGD = None  # an optimizer is not looked at
 
@@ -201,7 +201,7 @@ def test_killed_and_resumed_with_the_same_bits(settings, stream, tmp_path):
     output = tmp_path / "killed"
     assert killed(lambda: run(settings, stream, output), at_call(2, stage_trainer, "mark_complete"))
     assert killed(lambda: run(settings, stream, output), at_call(3, merge, "answer_surprise"))
-    assert killed(lambda: run(settings, stream, output), at_call(1, method_run, "evaluate"))
+    assert killed(lambda: run(settings, stream, output), at_call(1, stage_evaluation, "evaluate"))
     folder = run(settings, stream, output)
     assert read_stages(folder)[2].update == record
     ours, theirs = adapter(folder, 2), adapter(whole, 2)

@@ -16,7 +16,7 @@ from cit_fast.evaluation import read_run, read_stages
 from cit_fast.evaluation.predictions import read_predictions
 from cit_fast.models.adapters import train_adapter
 from cit_fast.models.osf import of_stage
-from cit_fast.run import method_run, stage_trainer
+from cit_fast.run import stage_evaluation, stage_trainer
 
 OSF = {"peft_type": "OSF", "target_modules": ["q_proj", "up_proj"]}
 
@@ -72,7 +72,7 @@ def test_killed_and_resumed_with_the_same_bits(settings, stream, tmp_path):
     (whole,) = run(settings, stream, tmp_path / "whole")
     moments = [
         at_call(2, stage_trainer, "mark_complete"),
-        at_call(1, method_run, "evaluate"),
+        at_call(1, stage_evaluation, "evaluate"),
         at_call(1, stage_trainer, "mark_complete"),
     ]
     for arm in moments:

@@ -22,7 +22,7 @@ from cit_fast.models.adapters import train_adapter
 from cit_fast.models.generation import one_set
 from cit_fast.models.growing_adapter import keeping_active, trained_sets
 from cit_fast.models.prompts import PromptEncoder
-from cit_fast.run import method_run, stage_trainer
+from cit_fast.run import stage_evaluation, stage_trainer
 
 ADAPTER = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "down_proj"], "peft_type": "LORA"}
 TASK = Task("words", tuple(Example("Say it.", f"{k}", (f"word {k}",), "words") for k in range(4)))
@@ -220,7 +220,7 @@ def test_killed_and_resumed_with_the_same_bits(settings, stream, tmp_path):
     whole = run(settings, stream, tmp_path / "whole")
     moments = [
         at_call(2, stage_trainer, "mark_complete"),
-        at_call(1, method_run, "evaluate"),
+        at_call(1, stage_evaluation, "evaluate"),
         at_call(1, stage_trainer, "mark_complete"),
     ]
     for arm in moments:

@@ -19,7 +19,7 @@ from cit_fast.evaluation import read_stages
 from cit_fast.methods.stage import Stage
 from cit_fast.methods.updates import BalanceEMAUpdate
 from cit_fast.optim import AdamWBalanceEMA
-from cit_fast.run import method_run, run_folder, stage_trainer
+from cit_fast.run import run_folder, stage_evaluation, stage_trainer
 
 STREAM_WIDE = {"name": "balance-ema", "rule": "fixed", "decay": 0.5, "scope": "stream"}
 
@@ -107,7 +107,7 @@ def test_an_average_of_the_whole_stream(settings, stream, monkeypatch):
 
 MOMENTS = {
     "inside the second stage": at_call(7, stage_trainer.StageTrainer, "training_step"),
-    "between its last checkpoint and its evaluation": at_call(1, method_run, "evaluate"),
+    "between its last checkpoint and its evaluation": at_call(1, stage_evaluation, "evaluate"),
     "before that stage is renamed into place": at_call(1, run_folder, "commit_folder"),
     "inside the third": at_call(2, stage_trainer.StageTrainer, "training_step"),
 }
@@ -196,7 +196,7 @@ def test_a_corrected_average_killed_and_resumed(settings, stream):
     settings["training"] |= {"learning_rate": 1e-2}
     update = {"name": "balance-ema", "bias_power": 0.2}
     whole = run(settings, stream, update, name="whole")
-    for arm in (at_call(2, stage_trainer, "mark_complete"), at_call(1, method_run, "evaluate")):
+    for arm in (at_call(2, stage_trainer, "mark_complete"), at_call(1, stage_evaluation, "evaluate")):
         assert killed(lambda: run(settings, stream, update, name="killed"), arm)
     folder = run(settings, stream, update, name="killed")
     without = run(settings, stream, {"name": "balance-ema"}, name="without")

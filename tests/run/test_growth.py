@@ -16,7 +16,7 @@ from cit_fast.data import TaskStream
 from cit_fast.errors import ConfigError, RunError
 from cit_fast.evaluation import read_run, read_stages, rescore
 from cit_fast.inference.load_any import load_any_model
-from cit_fast.run import method_run, stage_trainer
+from cit_fast.run import stage_evaluation, stage_trainer
 from cit_fast.run.learn import learn
 
 METHODS = [
@@ -59,7 +59,7 @@ def test_an_interrupted_run_takes_more_tasks_and_is_killed_again(settings, strea
     (whole,) = run(settings, stream, tmp_path / "whole", method).values()
     two = TaskStream(stream[:2])
     assert killed(lambda: run(settings, two, tmp_path / "grown", method), at_call(2, stage_trainer, "mark_complete"))
-    assert killed(lambda: run(settings, stream, tmp_path / "grown", method), at_call(2, method_run, "evaluate"))
+    assert killed(lambda: run(settings, stream, tmp_path / "grown", method), at_call(2, stage_evaluation, "evaluate"))
     (grown,) = run(settings, stream, tmp_path / "grown", method).values()
     same(grown, whole)
 

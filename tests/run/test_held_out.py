@@ -18,7 +18,7 @@ from cit_fast.data import Example, Task, TaskStream
 from cit_fast.errors import CitFastError, ConfigError, DataError
 from cit_fast.evaluation import read_predictions, read_run, read_stages, rescore
 from cit_fast.report import comparison_table, write_report
-from cit_fast.run import cached_scores, method_run
+from cit_fast.run import cached_scores, stage_evaluation
 
 
 def spans(name: str) -> Task:
@@ -131,7 +131,7 @@ def test_killed_while_it_answers_and_resumed(settings, two, held_out, tmp_path, 
     expected = read_stages(run({**settings, "output": settings["output"] + "-whole"}, two, held_out)["sequential"])
     monkeypatch.setenv("CIT_FAST_CACHE", str(tmp_path / "other-cache"))  # nothing answered there yet
     # The untrained model answers the stream, then the held-out tasks; the second time only those, then stages 1 and 2.
-    for module in (cached_scores, method_run):
+    for module in (cached_scores, stage_evaluation):
         assert killed(lambda: run(settings, two, held_out), at_call(2, module, "evaluate")), module.__name__
     resumed = read_stages(run(settings, two, held_out)["sequential"])
     for ours, theirs in zip(resumed, expected, strict=True):

@@ -15,7 +15,7 @@ from cit_fast import ContinualTrainer
 from cit_fast.errors import RunError
 from cit_fast.evaluation import read_stages
 from cit_fast.optim import AdamWBalanceEMA
-from cit_fast.run import cached_scores, method_run, run_folder, stage_trainer
+from cit_fast.run import cached_scores, method_run, run_folder, stage_evaluation, stage_trainer
 
 
 def start(settings, stream):
@@ -47,7 +47,7 @@ MOMENTS = {
     "while the untrained model answers": at_call(1, cached_scores, "evaluate"),
     "inside an optimizer step of stage 1": inside_an_optimizer_step,
     "while a checkpoint of stage 2 is written": half_written_checkpoint,
-    "between its last checkpoint and its evaluation": at_call(1, method_run, "evaluate"),
+    "between its last checkpoint and its evaluation": at_call(1, stage_evaluation, "evaluate"),
     "before stage 2 is renamed into place": at_call(1, run_folder, "commit_folder"),
     "after stage 2, before stage 3": at_call(2, method_run, "train_adapter"),
 }
@@ -81,7 +81,7 @@ def test_the_model_itself_goes_on_with_the_same_bits(settings, stream):
     settings |= {"methods": ["sequential"], "adapter": None}
     whole = {**settings, "output": settings["output"] + "-whole"}
     start(whole, stream)
-    for arm in (at_call(3, stage_trainer, "mark_complete"), at_call(1, method_run, "evaluate")):
+    for arm in (at_call(3, stage_trainer, "mark_complete"), at_call(1, stage_evaluation, "evaluate")):
         assert killed(lambda: start(settings, stream), arm)
     start(settings, stream)
     for stage in (1, 2, 3):
@@ -97,7 +97,7 @@ def test_a_limit_of_steps_holds_after_the_last_checkpoint(settings, stream, monk
     settings["training"] = {**settings["training"], "max_steps": 2, "save_steps": 1}
     whole = {**settings, "output": settings["output"] + "-whole"}
     start(whole, stream)
-    original, calls = method_run.evaluate, []
+    original, calls = stage_evaluation.evaluate, []
 
     def interrupted(*args, **kwargs):
         calls.append(1)
@@ -105,7 +105,7 @@ def test_a_limit_of_steps_holds_after_the_last_checkpoint(settings, stream, monk
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(method_run, "evaluate", interrupted)
+    monkeypatch.setattr(stage_evaluation, "evaluate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         start(settings, stream)
     start(settings, stream)

@@ -25,7 +25,7 @@ from cit_fast.methods.config import MethodConfig
 from cit_fast.methods.memory_order import memory_order
 from cit_fast.methods.stage import Stage
 from cit_fast.report.status import status
-from cit_fast.run import method_run, task_memory
+from cit_fast.run import method_run, stage_evaluation, task_memory
 from cit_fast.run.config import RunConfig
 from cit_fast.run.forget import drop, remembered
 from cit_fast.run.identity import task_digest
@@ -238,7 +238,7 @@ def test_what_cannot_be_dropped_is_named(settings, folders, tmp_path):
         drop(plain, "alpha")
     assert killed(
         lambda: run(settings, tasks, tmp_path, "ewc", {"per_task": 6}),
-        at_call(1, method_run, "evaluate"),
+        at_call(1, stage_evaluation, "evaluate"),
     )
     with pytest.raises(RunError, match="stage 3 is under way and may replay 'beta'"):
         drop(folder, "beta")

@@ -17,7 +17,7 @@ from cit_fast.evaluation import read_stages
 from cit_fast.methods.objectives import CrossEntropy, Distillation
 from cit_fast.methods.stage import Stage
 from cit_fast.models import kept_tensors
-from cit_fast.run import method_run, stage_trainer
+from cit_fast.run import stage_evaluation, stage_trainer
 
 ROUNDING = {"rtol": 1e-4, "atol": 1e-7}  # of a model in float64 whose normalisation computes in float32
 OLD = [
@@ -167,7 +167,7 @@ def test_killed_and_resumed_with_the_same_bits(settings, stream, tmp_path):
         at_call(1, kept_tensors, "save_file"),
         at_call(2, stage_trainer, "mark_complete"),
         at_call(1, kept_tensors, "save_file"),  # of stage 3
-        at_call(1, method_run, "evaluate"),
+        at_call(1, stage_evaluation, "evaluate"),
     ]
     for arm in moments:
         assert killed(lambda: run(settings, stream, tmp_path / "killed", lambda_=3.0), arm)

@@ -19,7 +19,7 @@ from cit_fast.methods.objectives import EWC, CrossEntropy
 from cit_fast.methods.stage import Stage
 from cit_fast.models import kept_tensors
 from cit_fast.models.prompts import IGNORED, PromptEncoder
-from cit_fast.run import method_run, stage_trainer
+from cit_fast.run import stage_evaluation, stage_trainer
 
 
 def task(name: str) -> Task:
@@ -182,7 +182,7 @@ def test_killed_and_resumed_with_the_same_bits(settings, stream, tmp_path):
         at_call(1, kept_tensors, "save_file"),
         at_call(2, stage_trainer, "mark_complete"),
         at_call(1, kept_tensors, "save_file"),  # of stage 3: stage 2 reads what it had written
-        at_call(1, method_run, "evaluate"),
+        at_call(1, stage_evaluation, "evaluate"),
     ]
     for arm in moments:
         assert killed(lambda: run(settings, stream, output, lambda_=1e4), arm)

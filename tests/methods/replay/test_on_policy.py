@@ -19,7 +19,7 @@ from cit_fast.methods.replay import OnPolicyReplay, RandomReplay, SurpriseReplay
 from cit_fast.methods.stage import Stage
 from cit_fast.models.generation import Answer, generate
 from cit_fast.models.prompts import PromptEncoder
-from cit_fast.run import method_run, stage_training
+from cit_fast.run import stage_evaluation, stage_training
 
 WORDS = ("seven", "positive", "count to ten", "the e-mail address", "no")
 
@@ -239,7 +239,7 @@ def test_a_run_goes_on_with_the_same_examples(settings, stream, tmp_path):
     whole = run(tmp_path / "whole")
     assert [sum(replayed.values()) for replayed, *_ in whole] == [0, 0, 2, 4]
     assert sum(sum(r.details["own answers"].values()) for _, r, *_ in whole if r is not None) > 0
-    assert killed(lambda: run(tmp_path / "killed"), at_call(3, method_run, "evaluate"))
+    assert killed(lambda: run(tmp_path / "killed"), at_call(3, stage_evaluation, "evaluate"))
     assert killed(lambda: run(tmp_path / "killed"), at_call(1, own_answers, "generate_answers"))
     assert run(tmp_path / "killed") == whole
 
@@ -296,7 +296,9 @@ def test_an_anchored_run_goes_on_with_what_the_base_model_said(settings, stream,
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("Hello.\nNo.\nYes.\nSo.\n", encoding="utf-8")
     whole = anchored(settings, stream, tmp_path / "whole", prompts)
-    assert killed(lambda: anchored(settings, stream, tmp_path / "killed", prompts), at_call(2, method_run, "evaluate"))
+    assert killed(
+        lambda: anchored(settings, stream, tmp_path / "killed", prompts), at_call(2, stage_evaluation, "evaluate")
+    )
     folder = anchored(settings, stream, tmp_path / "killed", prompts)
     assert [s.losses for s in read_stages(folder)] == [s.losses for s in read_stages(whole)]
 

@@ -18,7 +18,7 @@ from cit_fast.methods.replay import InsCLReplay, SurpriseReplay
 from cit_fast.methods.replay.surprise import most_surprising
 from cit_fast.methods.stage import Stage
 from cit_fast.models.prompts import PromptEncoder
-from cit_fast.run import method_run
+from cit_fast.run import stage_evaluation
 
 
 def task(name: str, size: int) -> Task:
@@ -116,5 +116,5 @@ def test_a_run_goes_on_with_the_same_examples(settings, stream, tmp_path):
 
     whole = run(tmp_path / "whole")
     assert [sum(replayed.values()) for replayed, *_ in whole] == [0, 0, 2, 4]
-    assert killed(lambda: run(tmp_path / "killed"), at_call(3, method_run, "evaluate"))
+    assert killed(lambda: run(tmp_path / "killed"), at_call(3, stage_evaluation, "evaluate"))
     assert run(tmp_path / "killed") == whole

@@ -20,7 +20,7 @@ from cit_fast.evaluation import read_stages
 from cit_fast.evaluation.predictions import predictions_path, read_predictions
 from cit_fast.methods.routing import load_router
 from cit_fast.models.adapter_bank import BASE
-from cit_fast.run import method_run, run_folder, stage_trainer
+from cit_fast.run import run_folder, stage_evaluation, stage_trainer
 
 PRESETS = ["lcia", "grouping-ema", "switchcit", "switch-tokens", "oracle", "cit-fast-switch"]
 
@@ -87,7 +87,7 @@ def test_answers_of_sets_that_have_not_changed_are_taken_over(settings, tasks, w
     folder = whole_runs("oracle")
     # After stage 2: the first task's, and the third's by the base model; after stage 3 the first two tasks'.
     assert [stage.taken_over for stage in read_stages(folder)] == [0, 0, 8, 8]
-    monkeypatch.setattr(method_run.MethodRun, "_before", lambda *_: None)
+    monkeypatch.setattr(stage_evaluation.StageEvaluation, "_before", lambda *_: None)
     again = run(settings, tasks, "oracle")
     assert [stage.taken_over for stage in read_stages(again)] == [0, 0, 0, 0]
     for stage in range(1, 4):

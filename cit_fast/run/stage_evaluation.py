@@ -1,0 +1,90 @@
+"""What is measured after a stage: the test examples answered and scored, general abilities, and what the gate says."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cit_fast.data import TaskStream
+from cit_fast.data.example import Task
+from cit_fast.data.kept_task import RecalledTask
+from cit_fast.evaluation.predictions import read_predictions
+from cit_fast.evaluation.records import GateRecord, GeneralRecord, check_files
+from cit_fast.methods.routing import SharedRouter
+from cit_fast.models.prompts import PromptEncoder
+from cit_fast.run.answer import Before, Evaluated, evaluate
+from cit_fast.run.config import RunConfig
+from cit_fast.run.gate import judge, judge_general
+from cit_fast.run.general import measure
+from cit_fast.run.parts import Parts
+from cit_fast.run.run_folder import RunFolder
+from cit_fast.run.tasks import answered_tasks
+
+
+class StageEvaluation:
+    """Evaluates the stages of one method's run.
+
+    Args:
+        config: of the run; ``joint``: whether all tasks are one stage; ``parts``: of the method.
+        stream: the tasks, in order; ``held_out``: tasks that are answered and never trained.
+        folder: of the run; ``encoder``: makes the prompts; ``load``: the base model.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        joint: bool,
+        parts: Parts,
+        stream: TaskStream,
+        held_out: Sequence[Task],
+        folder: RunFolder,
+        encoder: PromptEncoder,
+        load: Callable[[], Any],
+    ) -> None:
+        self.config, self.joint, self.parts, self.stream = config, joint, parts, stream
+        self.held_out, self.folder, self.encoder, self._load = held_out, folder, encoder, load
+
+    def answer(self, model: Any, index: int, count: int, title: str, trained: str) -> tuple[Evaluated, float]:
+        """The test examples answered and scored, and how long that took."""
+        started = time.perf_counter()
+        known = answered_tasks(self.stream.tasks, index, count, self.config.evaluation, self.config.seed, self.joint)
+        known = [task for task in known if not (isinstance(task, RecalledTask) and task.dropped)]
+        held_out = self.held_out if index == count or self.config.evaluation.held_out_after == "all" else []
+        tasks, router = [*known, *held_out], self.parts.router
+        before = None if isinstance(router, SharedRouter) or index == 1 else self._before(index - 1, trained)
+        found = evaluate(model, self.encoder, tasks, self.config.evaluation, router, title, before)
+        return found, time.perf_counter() - started
+
+    def general(self, model: Any, index: int) -> GeneralRecord | None:
+        """General abilities after a stage, if they are measured."""
+        if not self.config.evaluation.general:
+            return None
+        tasks = [task for task in self.stream[:index] if not (isinstance(task, RecalledTask) and task.dropped)]
+        router = None if index == 0 else self.parts.router
+        split = self.config.evaluation.split
+        return measure(model, self.encoder, tasks, split, router, self._load, untrained=index == 0)
+
+    def gate(
+        self, model: Any, index: int, found: Evaluated, new: list[str], title: str, general: GeneralRecord | None
+    ) -> GateRecord | None:
+        """What the gate says of a stage; ``found``: what was evaluated."""
+        gate, split = self.config.gate, self.config.evaluation.split
+        if gate is None:
+            return None
+        scores = {task: score for task, score in found.scores.items() if task in self.stream.names}
+        if gate.on not in (None, split):
+            tasks = [task for task in self.stream if task.name in scores]
+            config = self.config.evaluation.model_copy(update={"split": gate.on})
+            found = evaluate(model, self.encoder, tasks, config, self.parts.router, f"{title}: gate")
+            scores, split = found.scores, config.split
+        stages = self.folder.stages()
+        record = judge(gate, split, scores, new, stages[1:index])
+        return judge_general(gate, record, stages[0].general, general)
+
+    def _before(self, index: int, changed: str) -> Before:
+        """What the answers were after stage ``index``; ``changed`` is the set that has been trained since."""
+        folder = self.folder.stage_path(index)
+        check_files(folder, self.folder.stages()[index], "predictions/")
+        paths = (folder / "predictions").glob("*.jsonl")
+        return Before({path.stem: read_predictions(path) for path in paths}, changed)
