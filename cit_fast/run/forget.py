@@ -15,7 +15,7 @@ from cit_fast.evaluation.records import RunRecord, StageRecord, read_run, read_s
 from cit_fast.files import file_checksum, write_checked_json, write_json
 from cit_fast.methods.routing.router import routing_text
 from cit_fast.run.rollback import RETIRED
-from cit_fast.run.run_folder import RunFolder
+from cit_fast.run.run_folder import CANDIDATES, RunFolder
 from cit_fast.run.task_memory import FOLDER
 
 _DROPPED = "[dropped {}]"
@@ -72,6 +72,11 @@ def drop(run: str | Path, name: str) -> int:
         folder.tidy()
         record, stages = read_run(folder.path), folder.stages()
         path = folder.path / FOLDER / f"{name}.json"
+        places = [folder.path, *sorted(folder.path.glob(f"{RETIRED}/[0-9]*"))]
+        if not path.is_file() and any((place / FOLDER / path.name).is_file() for place in places):
+            raise RunError(
+                f"{folder.path}: {name!r} was taken back by a rollback; cit-fast prune {folder.path} deletes it"
+            )
         if not path.is_file() or read_kept(path).dropped:
             known = [task["task"] for task in remembered(folder.path) if not task["dropped"]]
             raise ConfigError(f"{folder.path}: has no task {name!r} in its memory; there are {', '.join(known)}")
@@ -83,10 +88,7 @@ def drop(run: str | Path, name: str) -> int:
         if record.method["objective"]["name"] == "ewc" and last == [name]:
             raise RunError(f"{folder.path}: the next stage needs {name!r} (objective ewc); drop it after that")
         task = read_kept(path)
-        changed = sum(_without(place, task) for place in (folder.path, *folder.path.glob(f"{RETIRED}/[0-9]*")))
-        record.constraints.pop(name, None)
-        record.dropped_tasks = sorted({*record.dropped_tasks, name})
-        folder.write(record)
+        changed = sum(_without(place, task) for place in places)
         # The tombstone last: until it is there, the same call goes on.
         write_kept(
             path,
@@ -103,10 +105,15 @@ def _check_memory(run: Path, record: RunRecord) -> None:
 
 
 def _without(place: Path, task: RecalledTask) -> int:
-    """Remove a task's texts from the stages and caches below a folder; returns how many files that changed."""
+    """Remove a task's texts from the record, the stages and the caches in a folder; returns how many files changed."""
     texts = {*task.instruction_hashes, *_hashes(task)}
     changed = 0
-    for stage in sorted(place.glob("stages/[0-9]*")):
+    if (place / "run.json").is_file():
+        run = read_run(place)
+        run.constraints.pop(task.name, None)
+        run.dropped_tasks = sorted({*run.dropped_tasks, task.name})
+        write_record(place / "run.json", run)
+    for stage in sorted((*place.glob("stages/[0-9]*"), *place.glob(f"{CANDIDATES}/[0-9]*"))):
         record, edited = read_stage(stage), False
         predictions = stage / "predictions" / f"{task.name}.jsonl"
         for path in [predictions] if predictions.is_file() else []:

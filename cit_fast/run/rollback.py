@@ -169,6 +169,7 @@ def _cut(record: RunRecord, tasks: list[str]) -> RunRecord:
             "metrics": {task: record.metrics[task] for task in known},
             "constraints": {task: record.constraints[task] for task in known if task in record.constraints},
             "experts": {task: score for task, score in record.experts.items() if task in tasks},
+            "dropped_tasks": [task for task in record.dropped_tasks if task in tasks],
             "retired_tasks": sorted({*record.retired_tasks, *record.tasks} - {*tasks}),
             "config": config,
             "status": "finished",

@@ -214,7 +214,7 @@ def test_a_dropped_tasks_texts_are_nowhere_and_the_run_goes_on(settings, folders
     learn(folder, [str(folders["gamma"])], Console(quiet=True))
     last = read_stages(folder)[-1]
     assert set(last.scores) == {"beta", "gamma"}
-    assert set(last.replayed) == {"beta"}
+    assert set(last.replayed) <= {"beta"}
     assert continual_metrics(read_run(folder), read_stages(folder)).average_performance is not None
     assert [task["dropped"] for task in remembered(folder)] == [True, False, False]
     assert status(folder)["AP"] is not None
@@ -242,6 +242,27 @@ def test_what_cannot_be_dropped_is_named(settings, folders, tmp_path):
     )
     with pytest.raises(RunError, match="stage 3 is under way and may replay 'beta'"):
         drop(folder, "beta")
+
+
+def test_a_dropped_task_and_a_rollback(settings, folders, tmp_path):
+    """What is dropped is dropped in what was taken back, too; and a task may come again with other data."""
+    settings["training"] |= {"max_steps": 1}
+    tasks = list(folders.values())
+    folder = run(settings, tasks, tmp_path, "lcia", {"per_task": 6})
+    drop(folder, "beta")
+    rollback(folder, 2)
+    drop(folder, "alpha")
+    assert "Say alpha" not in texts_below(folder)
+    with pytest.raises(RunError, match=r"'gamma' was taken back by a rollback; cit-fast prune .* deletes it"):
+        drop(folder, "gamma")
+    undo_rollback(folder)
+    assert read_run(folder).dropped_tasks == ["alpha", "beta"]
+    assert continual_metrics(read_run(folder), read_stages(folder)).average_performance is not None
+    rollback(folder, 1)
+    assert read_run(folder).dropped_tasks == ["alpha"]
+    learn(folder, [str(folders["beta"])], Console(quiet=True))
+    assert "beta" in read_stages(folder)[-1].scores
+    assert [(task["task"], task["dropped"]) for task in remembered(folder)] == [("alpha", True), ("beta", False)]
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------
