@@ -192,16 +192,14 @@ def possible_names(source: TaskSource | str) -> tuple[str, ...]:
 
 
 def is_gone(source: TaskSource | str) -> bool:
-    """Whether the files or folders of a source are no longer there; of a built-in task never, of a dataset always, for
-    it may not be reached.
-    """
+    """Whether the files or folders of a source are no longer there."""
     if isinstance(source, str):
         from cit_fast.data.builtin import builtin_task_names
 
         return source not in builtin_task_names() and not _exists(source)
     if source.path is not None:
         return not all(_exists(path) for path in _paths(source))
-    return source.dataset is not None
+    return False
 
 
 def find_tasks(places: Sequence[str]) -> list[TaskSource]:

@@ -51,6 +51,7 @@ class ContinualModel:
         self.model, self.encoder, self.bank, self.router = model, encoder, bank, router
         self.sets, self.unusable = tuple(sets), dict(unusable or {})
         self.run: Path | None = None
+        self._again: Mapping[str, Any] = {}
 
     @classmethod
     def from_run(
@@ -77,6 +78,7 @@ class ContinualModel:
             RunError: no run there, no such stage or none trained yet, a damaged router, or not one set that can answer.
         """
         run = Path(run)
+        again = {"device": device, "trust_remote_code": trust_remote_code, "router": router}
         record, config, trained = read_trained(run, stage)
         base = config.model.model_copy(update={"trust_remote_code": trust_remote_code})
         folder = resolve_model(base)
@@ -88,7 +90,7 @@ class ContinualModel:
         encoder.fit_to(model)
         if (weights / "model").is_dir():
             check_files(weights, trained, "model/")
-            return cls(load_weights(model, weights).to(device), encoder)._of(run)
+            return cls(load_weights(model, weights).to(device), encoder)._of(run, again)
         check_files(weights, trained, "router/")
         router = router or _router_of(record, weights)
         folders = adapter_folders(weights, router.sets)
@@ -109,10 +111,10 @@ class ContinualModel:
                 LeftOutWarning,
                 stacklevel=2,
             )
-        return cls(model, encoder, bank, router, sets, unusable)._of(run)
+        return cls(model, encoder, bank, router, sets, unusable)._of(run, again)
 
-    def _of(self, run: Path) -> ContinualModel:
-        self.run = run
+    def _of(self, run: Path, again: Mapping[str, Any]) -> ContinualModel:
+        self.run, self._again = run, again
         return self
 
     def learn(self, tasks: Sequence[str | dict[str, Any]], **options: Any) -> ContinualModel:
@@ -128,8 +130,7 @@ class ContinualModel:
 
         if self.run is None:
             raise RunError("learn: this model was not loaded from a run (ContinualModel.from_run)")
-        device = next(self.model.parameters()).device
-        return self.from_run(learn(self.run, tasks, **options), str(device))
+        return self.from_run(learn(self.run, tasks, **options), **self._again)
 
     def route(self, prompts: Sequence[str | Example]) -> list[str]:
         """Name of the adapter set that answers each prompt, ``"__base__"`` for the base model alone.

@@ -27,7 +27,7 @@ _SCORED = 256
 """Examples whose gain is measured."""
 
 
-def memory_order(stage: Stage, choose: Choice) -> list[int]:
+def memory_order(stage: Stage, choose: Choice, most: int | None = None) -> list[int]:
     """Places of the training examples of ``stage.task``, those to keep first.
 
     Args:
@@ -35,10 +35,11 @@ def memory_order(stage: Stage, choose: Choice) -> list[int]:
         choose: ``"random"``; ``"insinfo"``: as many examples of an instruction as its InsInfo among all instructions of
             the run says (InsCL, arXiv 2403.11435); ``"gain"``: those first on whose key parts the answer depends least
             (KPIG, arXiv 2403.10056), of a random sample; ``"diverse"``: each the one least like those before it.
+        most: how many can be kept; the order of the others does not matter.
     """
     rng = stage.rng("memory")
     order = rng.sample(range(len(stage.task.train)), len(stage.task.train))
-    return _ORDERS[choose](stage, order)
+    return _diverse(stage, order, most) if choose == "diverse" else _ORDERS[choose](stage, order)
 
 
 def _random(_stage: Stage, order: list[int]) -> list[int]:
@@ -75,18 +76,19 @@ def _by_gain(stage: Stage, order: list[int]) -> list[int]:
     return [*scored, *(place for place in order if place not in gains)]
 
 
-def _diverse(stage: Stage, order: list[int]) -> list[int]:
+def _diverse(stage: Stage, order: list[int], most: int | None) -> list[int]:
     """Greedy k-centre: the first is drawn, each next one has the least similarity to its most similar before it."""
     texts = [f"{each.instruction}\n\n{each.input}".strip() for each in (stage.task.train[place] for place in order)]
     points = _tokens(stage).embed(texts).numpy().astype(np.float64)
     points /= np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
     chosen, nearest = [0], points @ points[0]
     nearest[0] = np.inf
-    for _ in range(len(order) - 1):
+    for _ in range(min(len(order), most or len(order)) - 1):
         chosen.append(int(np.argmin(nearest)))
         nearest = np.maximum(nearest, points @ points[chosen[-1]])
         nearest[chosen[-1]] = np.inf
-    return [order[k] for k in chosen]
+    rest = set(range(len(order))) - set(chosen)
+    return [order[k] for k in (*chosen, *sorted(rest))]
 
 
 def _tokens(stage: Stage) -> Embedder:
@@ -97,5 +99,4 @@ _ORDERS: dict[Choice, Callable[[Stage, list[int]], list[int]]] = {
     "random": _random,
     "insinfo": _by_insinfo,
     "gain": _by_gain,
-    "diverse": _diverse,
 }

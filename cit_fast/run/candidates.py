@@ -17,6 +17,11 @@ _NAMED = 2
 """Broken limits that an error names."""
 
 
+def has_candidate(run: Path) -> bool:
+    """Whether a stage waits to be accepted or trained again."""
+    return any((run / CANDIDATES).glob("[0-9]*/stage.json"))
+
+
 def refuse_candidate(run: Path) -> None:
     """Refuse to go on over a stage that broke a limit.
 
@@ -74,5 +79,6 @@ def discard(run: str | Path) -> int:
         if not found:
             raise RunError(f"{folder.path}: no stage is a candidate")
         index = int(found[0].name)
+        shutil.rmtree(folder.checkpoints(index), ignore_errors=True)
         shutil.rmtree(folder.path / CANDIDATES)
         return index

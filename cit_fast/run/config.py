@@ -167,7 +167,8 @@ class RunConfig(Section):
         for method in self.methods:
             if method.replay.name == "on-policy" and method.replay.options.get("anchor") is not None:
                 continue
-            for part in (method.replay.name, method.objective.name):
+            later = [method_at(method, self.stages, entry.from_) for entry in self.stages]
+            for part in (part for own in (method, *later) for part in (own.replay.name, own.objective.name)):
                 if part not in ("none", "cross-entropy", "distillation", "o-lora", "sdft"):
                     raise ValueError(
                         f"memory: none keeps no examples, and {part} of method {method.name!r} needs some of the "

@@ -12,7 +12,7 @@ from typing import Any
 from cit_fast.data.kept_task import RecalledTask, bytes_of, hash_of, read_kept, write_kept
 from cit_fast.errors import ConfigError, RunError
 from cit_fast.evaluation.records import RunRecord, StageRecord, read_run, read_stage, write_record
-from cit_fast.files import file_checksum, write_checked_json, write_json
+from cit_fast.files import write_file
 from cit_fast.methods.routing.router import routing_text
 from cit_fast.run.rollback import RETIRED
 from cit_fast.run.run_folder import CANDIDATES, RunFolder
@@ -89,6 +89,8 @@ def drop(run: str | Path, name: str) -> int:
             raise RunError(f"{folder.path}: the next stage needs {name!r} (objective ewc); drop it after that")
         task = read_kept(path)
         changed = sum(_without(place, task) for place in places)
+        for place in places[1:]:
+            (place / FOLDER / path.name).unlink(missing_ok=True)
         # The tombstone last: until it is there, the same call goes on.
         write_kept(
             path,
@@ -120,13 +122,16 @@ def _without(place: Path, task: RecalledTask) -> int:
             path.unlink()
             changed, edited = changed + 1, True
         edited |= record.files.pop(f"predictions/{task.name}.jsonl", None) is not None
-        for path in sorted(stage.glob("router/*.json")):
-            if _scrubbed(path, texts):
-                record.files[path.relative_to(stage).as_posix()] = file_checksum(path)
-                changed, edited = changed + 1, True
+        scrubbed = {path: text for path in sorted(stage.glob("router/*.json")) if (text := _scrubbed(path, texts))}
+        for path, text in scrubbed.items():
+            record.files[path.relative_to(stage).as_posix()] = hash_of(text)
+            changed, edited = changed + 1, True
         edited |= _forget_instructions(record, task.name)
         if edited:
             write_record(stage / "stage.json", record)
+        # After the record: a process that is killed in between finds the texts again.
+        for path, text in scrubbed.items():
+            write_file(path, text)
     for path in sorted((place / "replay").rglob("*.json")):
         if _scrubbed(path, texts):  # what was worked out for the task, and is worked out again if it is needed
             path.unlink()
@@ -151,20 +156,18 @@ def _forget_instructions(record: StageRecord, task: str) -> bool:
     return True
 
 
-def _scrubbed(path: Path, texts: Collection[str]) -> bool:
-    """Whether a JSON file held any of the texts, whose hashes these are; they are replaced by their hash."""
+def _scrubbed(path: Path, texts: Collection[str]) -> str | None:
+    """A JSON file with hashes in the place of the texts that have these hashes; ``None`` where it has none of them."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        return False
+        return None
     plain = _replaced(content, texts)
     if plain == content:
-        return False
-    if isinstance(plain, dict) and plain.pop("checksum", None):
-        write_checked_json(path, plain)
-    else:
-        write_json(path, plain)
-    return True
+        return None
+    if isinstance(plain, dict):
+        plain.pop("checksum", None)
+    return json.dumps(plain, indent=1, ensure_ascii=False) + "\n"
 
 
 def _replaced(value: Any, texts: Collection[str]) -> Any:

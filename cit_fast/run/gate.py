@@ -58,7 +58,9 @@ def judge(
     if config.new_task is not None:
         low = [task for task in new if task in scores and scores[task] < config.new_task]
         broken += [Broken("new_task", task, config.new_task, scores[task]) for task in low]
-    return GateRecord(split, dict(scores), falls, broken)
+    return GateRecord(
+        split, {task: score for task, score in scores.items() if task in best or task in new}, falls, broken
+    )
 
 
 def judge_general(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from rich.console import Console
 
 from cit_fast.data import TaskStream, load_task
@@ -14,11 +15,13 @@ from cit_fast.data.kept_task import read_kept
 from cit_fast.data.sources import TaskSource
 from cit_fast.errors import ConfigError, RunError
 from cit_fast.evaluation.records import RunRecord, read_run, read_stages
+from cit_fast.processes import from_rank_zero
 from cit_fast.run.candidates import accept as accept_candidate
-from cit_fast.run.candidates import discard
+from cit_fast.run.candidates import discard, has_candidate
 from cit_fast.run.config import RunConfig, validated
 from cit_fast.run.loop import ContinualTrainer
-from cit_fast.run.task_memory import TaskMemory
+from cit_fast.run.stage_settings import StageSettings
+from cit_fast.run.task_memory import FOLDER, TaskMemory
 from cit_fast.run.yaml_file import set_key
 
 
@@ -63,13 +66,43 @@ def learn(
     if accept and retry:
         raise ConfigError("learn: accept the candidate, or train it again with other settings")
     record = read_run(run)
-    config = grown(run, record, tasks, [*settings, *retry])
+    settings = [*settings, *retry]
+    if (accept or retry) and not _can_go_on(run, record):
+        from_rank_zero(lambda: accept_candidate(run) if accept else discard(run))
+        return run  # and the caller goes on with the tasks that only Python has
+    entry = _entry(run, settings, accept)
+    config = grown(run, record, tasks, entry)
+    trainer = ContinualTrainer(config, stream=_stream(run, record, config, tasks), console=console)
+    # What cannot be set up is known by now, and the candidate still there.
     if accept:
-        accept_candidate(run)
-    elif retry:
-        discard(run)
-    (folder,) = ContinualTrainer(config, stream=_stream(run, record, config, tasks), console=console).run()
+        from_rank_zero(lambda: accept_candidate(run))
+    elif retry and not (entry in record.config.get("stages", []) and not has_candidate(run)):  # a retry that was killed
+        from_rank_zero(lambda: discard(run))
+    (folder,) = trainer.run()
     return folder
+
+
+def _can_go_on(run: Path, record: RunRecord) -> bool:
+    """Whether the tasks of a run can be had without Python."""
+    if record.config["data"]["tasks"] is not None or record.tasks == list(builtin_task_names()):
+        return True
+    return record.config.get("memory") is not None and all(
+        (run / FOLDER / f"{name}.json").is_file() for name in record.tasks
+    )
+
+
+def _entry(run: Path, settings: Sequence[str], accept: bool) -> dict[str, Any] | None:
+    """What changes from the next stage on, as the configuration's ``stages`` has it."""
+    changes: dict[str, Any] = {}
+    for setting in settings:
+        set_key(changes, setting, lambda _, text: {"name": text})
+    if not changes:
+        return None
+    first = max(1, len(read_stages(run)) + accept)
+    try:
+        return StageSettings.model_validate({"from": first, **changes}).plain()
+    except ValidationError:
+        return {"from": first, **changes}  # the configuration says what is wrong, in one line
 
 
 def _stream(
@@ -90,7 +123,7 @@ def _stream(
 
 
 def grown(
-    run: Path, record: RunRecord, tasks: Sequence[str | dict[str, Any]], settings: Sequence[str] = ()
+    run: Path, record: RunRecord, tasks: Sequence[str | dict[str, Any]], entry: dict[str, Any] | None = None
 ) -> RunConfig:
     """The configuration of a run with more tasks, and with other settings from its next stage on."""
     config = {key: value for key, value in record.config.items() if key in RunConfig.model_fields}
@@ -107,10 +140,9 @@ def grown(
     given = [task for task in map(_plain, tasks) if task not in [_plain(each) for each in known]]
     if record.method_name != run.absolute().name:
         raise RunError(f"{run}: the run of method {record.method_name!r}, under another name; give it that name back")
-    changes: dict[str, Any] = {}
-    for setting in settings:
-        set_key(changes, setting, lambda _, text: {"name": text})
-    stages = [*config.get("stages", ()), *([{"from": len(read_stages(run)) or 1, **changes}] if changes else [])]
+    stages = list(config.get("stages", ()))
+    if entry is not None and entry not in stages:  # a call that was interrupted has brought it already
+        stages.append(entry)
     return validated(
         {
             **config,

@@ -151,7 +151,7 @@ class ContinualTrainer:
                 encoder.fit_to(bare)
                 for adapter in _distinct([method.adapter or config.adapter for method in config.methods]):
                     try_adapter(copy.deepcopy(bare), adapter)
-        try_lengths(encoder, self.stream.tasks, self.held_out, config.evaluation)
+        try_lengths(encoder, self.stream.tasks, self.held_out, config)
         arguments = training_arguments(config.training, config.seed, config.folder)
         try_arguments(arguments)
         if any(method.schedule != "joint" for method in config.methods):

@@ -112,7 +112,7 @@ class MethodRun:
         if self.memory is None or not self.memory.has(task.name):
             return task
         known = self.memory.kept(task.name)
-        return known if known.dropped else task
+        return known if known.dropped or isinstance(task, RecalledTask) else task
 
     # -- the run -------------------------------------------------------------------------------------------------
 
@@ -126,6 +126,7 @@ class MethodRun:
             self._run()
 
     def _run(self) -> None:
+        refuse_candidate(self.folder.path)
         record = self._begin()
         self.config = self.config.model_copy(update={"stages": stages_of(record.config)})
         self.training.config = self.config
@@ -137,7 +138,6 @@ class MethodRun:
                 f"[bold]{self.method.name}[/bold]: already finished, nothing to do ({escape(str(self.folder.path))})"
             )
             return
-        refuse_candidate(self.folder.path)
         self._say(f"[bold]{self.method.name}[/bold]: {len(self.stream)} tasks, {escape(str(self.folder.path))}")
         if stages:
             self._say(f"  going on after stage {stages[-1].index} of {len(groups)}")
@@ -283,7 +283,7 @@ class MethodRun:
         stage = dataclasses.replace(stage, model=trained.model)
         learned = self.parts.learn(stage)
         if self.memory is not None and not joint:
-            kept = self.memory.learned(stage)
+            kept = self.memory.learned(stage, self.memory.recall(self.stream[: index - 1]))
             if self.state.is_main_process:
                 self.memory.write(kept)
         found, seconds = self.evaluation.answer(trained.model, index, count, title, assignment.adapter)
@@ -333,8 +333,15 @@ class MethodRun:
 
     def _seen(self, index: int) -> tuple[Task, ...]:
         """The tasks before stage ``index``: as the memory has them, where there is one."""
-        before = self.stream[: index - 1]
-        return before if self.memory is None else self.memory.recall(before)
+        before: tuple[Task, ...] = tuple(self.stream[: index - 1])
+        if self.memory is None:
+            return before
+        known = self.memory.recall(before)
+        if known and not known[-1].train and self.method.objective.name == "ewc":
+            raise ConfigError(
+                f"memory: nothing is kept of {known[-1].name!r}, and objective ewc needs some of it; keep more"
+            )
+        return tuple(task for task in known if task.train)  # others have nothing to replay
 
     def _keep_pace(self, stage: Stage, record: StageRecord, answered: int) -> None:
         """How long the stage took, for plans and for the time left."""
@@ -466,6 +473,8 @@ def _joins(task: Task, record: RunRecord, stages: Sequence[StageRecord]) -> bool
     """Whether a task has joined the run since the untrained model was measured, for the first time or after a rollback,
     maybe with other examples.
     """
+    if isinstance(task, RecalledTask) and task.dropped:
+        return False
     if task.name not in record.retired_tasks:
         return task.name not in stages[0].scores
     return not any(task.name in stage.trained or task.name in stage.untrained for stage in stages)

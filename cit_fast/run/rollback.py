@@ -51,7 +51,7 @@ def rollback(run: str | Path, to: int) -> list[str]:
             )
         if record.method.get("schedule") == "joint":
             raise RunError(f"{folder.path}: a joint run has one stage; there is none to roll back to")
-        aside = _aside(folder.path, to, record)
+        aside = _aside(folder.path)
         if not (aside / "run.json").exists():
             write_file(aside / "run.json", (folder.path / "run.json").read_text(encoding="utf-8"))
         for name in _UNDER_WAY:
@@ -60,9 +60,10 @@ def rollback(run: str | Path, to: int) -> list[str]:
         for stage in reversed(stages[to + 1 :]):
             _move(folder.path / "logs" / f"{stage.index:02d}", aside / "logs" / f"{stage.index:02d}")
             _move(folder.stage_path(stage.index), aside / "stages" / f"{stage.index:02d}")
-            for task in stage.trained:
+        for task in record.tasks:
+            if task not in kept:
                 _move(folder.path / MEMORY / f"{task}.json", aside / MEMORY / f"{task}.json")
-        folder.write(_cut(record, kept))
+        folder.write(_cut(record, kept, to))
         return [task for task in record.tasks if task not in kept]
 
 
@@ -132,14 +133,13 @@ def _numbers(run: Path) -> list[int]:
     return sorted(int(path.name) for path in (run / RETIRED).glob("*") if path.name.isdigit())
 
 
-def _aside(run: Path, to: int, record: RunRecord) -> Path:
-    """A new folder for what is taken back, or that of a rollback that was interrupted on its way to the same stage."""
+def _aside(run: Path) -> Path:
+    """A new folder for what is taken back, or that of a rollback that was interrupted."""
     numbers = _numbers(run)
     if numbers:
         last = run / RETIRED / str(numbers[-1])
-        begun = (last / "run.json").exists() and read_run(last).tasks == record.tasks
-        moved = sorted(int(path.name) for path in (last / "stages").glob("[0-9]*"))
-        if begun and (not moved or (moved[0] > to and not (run / "stages" / f"{moved[0]:02d}").exists())):
+        # One that has ended has written another run.json since.
+        if (last / "run.json").exists() and (last / "run.json").read_bytes() == (run / "run.json").read_bytes():
             return last
     aside = run / RETIRED / str(numbers[-1] + 1 if numbers else 1)
     aside.mkdir(parents=True)
@@ -152,10 +152,13 @@ def _move(path: Path, target: Path) -> None:
         path.rename(target)
 
 
-def _cut(record: RunRecord, tasks: list[str]) -> RunRecord:
-    """The record of a run that has these tasks, the first of its own."""
+def _cut(record: RunRecord, tasks: list[str], to: int) -> RunRecord:
+    """The record of a run that has these tasks, the first of its own, and ends with stage ``to``."""
     known = record.config["stream"]  # of runs from before they could grow, one digest of all tasks
     config: dict[str, Any] = {**record.config, "stream": known[: len(tasks)] if isinstance(known, list) else known}
+    config["stages"] = [entry for entry in config.pop("stages", []) if entry["from"] <= to]
+    if not config["stages"]:
+        del config["stages"]
     sources = config["data"]["tasks"]
     if sources is None and record.tasks == list(builtin_task_names()):
         sources = record.tasks
@@ -169,7 +172,7 @@ def _cut(record: RunRecord, tasks: list[str]) -> RunRecord:
             "metrics": {task: record.metrics[task] for task in known},
             "constraints": {task: record.constraints[task] for task in known if task in record.constraints},
             "experts": {task: score for task, score in record.experts.items() if task in tasks},
-            "dropped_tasks": [task for task in record.dropped_tasks if task in tasks],
+            "dropped_tasks": [task for task in record.dropped_tasks if task in [*tasks, *record.held_out_tasks]],
             "retired_tasks": sorted({*record.retired_tasks, *record.tasks} - {*tasks}),
             "config": config,
             "status": "finished",

@@ -51,6 +51,7 @@ class StageEvaluation:
         known = answered_tasks(self.stream.tasks, index, count, self.config.evaluation, self.config.seed, self.joint)
         known = [task for task in known if not (isinstance(task, RecalledTask) and task.dropped)]
         held_out = self.held_out if index == count or self.config.evaluation.held_out_after == "all" else []
+        held_out = [task for task in held_out if not (isinstance(task, RecalledTask) and task.dropped)]
         tasks, router = [*known, *held_out], self.parts.router
         before = None if isinstance(router, SharedRouter) or index == 1 else self._before(index - 1, trained)
         found = evaluate(model, self.encoder, tasks, self.config.evaluation, router, title, before)

@@ -141,16 +141,20 @@ class TaskMemory:
             dataclasses.replace(one, train=one.train[:share]) for one, share in zip(known, shares, strict=True)
         )
 
-    def learned(self, stage: Stage) -> list[RecalledTask]:
-        """What to keep of a stage's tasks, now that they are trained; every process computes it."""
+    def learned(self, stage: Stage, before: Sequence[Task]) -> list[RecalledTask]:
+        """What to keep of a stage's tasks, now that they are trained, beside those ``before``; every process computes
+        it.
+        """
+        most = self.config.per_task or self.config.total
         found = []
         for task in stage.tasks:
             of_task = dataclasses.replace(stage, tasks=(task,))
             every = range(len(task.train))
-            order = every if self.config.keep == "all" else memory_order(of_task, self.config.choose)
+            order = every if self.config.keep == "all" else memory_order(of_task, self.config.choose, most)
             instructions = {routing_text(example, "instruction") for example in task.train}
+            instructions |= {example.instruction for example in task.train}
             whole = kept(task, task_digest(task), order, instructions)
-            share = self.config.shares([*(each.train for each in stage.seen), whole.train])[-1]
+            share = self.config.shares([*(each.train for each in before), whole.train])[-1]
             found.append(dataclasses.replace(whole, train=whole.train[:share]))
         return found
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from cit_fast.data import Task, TaskStream, load_task
@@ -14,6 +13,7 @@ from cit_fast.data.kept_task import RecalledTask, read_kept
 from cit_fast.data.sources import TaskSource, is_gone, origin, possible_names
 from cit_fast.errors import CitFastError, ConfigError, DataError
 from cit_fast.evaluation.metrics import JUDGE, score
+from cit_fast.evaluation.records import read_run, read_stages
 from cit_fast.evaluation.violations import violation_rates
 from cit_fast.run.config import EvaluationConfig, RunConfig
 from cit_fast.run.task_memory import TaskMemory
@@ -85,19 +85,37 @@ def load_tasks(config: RunConfig) -> TaskStream:
     """
     sources: Sequence[TaskSource | str] = config.data.tasks or builtin_task_names()
     sizes = {split: getattr(config.data, split) for split in ("train", "dev", "test")}
-    return TaskStream(
-        tuple(_recalled(source, config) or load_task(source, seed=config.seed, **sizes) for source in sources)
-    )
+    return TaskStream(tuple(_loaded(source, config, sizes) for source in sources))
+
+
+def _loaded(source: TaskSource | str, config: RunConfig, sizes: Mapping[str, int | None]) -> Task:
+    """A task, or what the first run that has learned it remembers, where its files are gone or it cannot be fetched."""
+    if not is_gone(source):
+        try:
+            return load_task(source, seed=config.seed, **sizes)
+        except CitFastError:
+            if not (isinstance(source, TaskSource) and source.dataset is not None):
+                raise
+            known = _recalled(source, config)
+            if known is None:
+                raise
+            return known
+    return _recalled(source, config) or load_task(source, seed=config.seed, **sizes)
 
 
 def _recalled(source: TaskSource | str, config: RunConfig) -> RecalledTask | None:
-    """A task whose data is gone, as the first of the runs has it that remembers it."""
-    if config.memory is None or not is_gone(source):
+    """A task as the first of the runs has it that has learned it, or holds it out."""
+    if config.memory is None:
         return None
-    memories = [TaskMemory(config.folder / method.name, config.memory) for method in config.methods]
-    for memory, name in itertools.product(memories, possible_names(source)):
-        if memory.has(name):
-            return read_kept(memory.path(name))
+    for method in config.methods:
+        run = config.folder / method.name
+        memory = TaskMemory(run, config.memory)
+        for name in possible_names(source):
+            if not memory.has(name):
+                continue
+            trained = {task for stage in read_stages(run) for task in stage.trained}
+            if name in trained or name in read_run(run).held_out_tasks:
+                return read_kept(memory.path(name))
     return None
 
 
@@ -118,7 +136,7 @@ def load_held_out(config: RunConfig, *, from_config: bool) -> tuple[Task, ...]:
                 f"evaluation.held_out: {origin(source)[1]!r} is in data.tasks as well; train it or hold it out"
             )
         sizes = {"train": 0, "dev": config.data.dev, "test": config.data.test}
-        tasks.append(_recalled(source, config) or load_task(source, seed=config.seed, **sizes))
+        tasks.append(_loaded(source, config, sizes))
     return tuple(tasks)
 
 

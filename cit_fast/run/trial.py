@@ -18,9 +18,10 @@ from cit_fast.data.example import Example, Task
 from cit_fast.errors import ConfigError
 from cit_fast.models.config import ModelConfig
 from cit_fast.models.prompts import PromptEncoder
-from cit_fast.run.config import EvaluationConfig
+from cit_fast.run.config import RunConfig
 from cit_fast.text import first_line
 
+_AROUND_A_TURN = 16  # tokens of a chat template
 _PATTERNS = ("target_modules", "exclude_modules", "layers_pattern")
 
 
@@ -140,9 +141,7 @@ def try_batches(arguments: Any, tasks: Sequence[Task]) -> None:
             )
 
 
-def try_lengths(
-    encoder: PromptEncoder, tasks: Sequence[Task], held_out: Sequence[Task], config: EvaluationConfig
-) -> None:
+def try_lengths(encoder: PromptEncoder, tasks: Sequence[Task], held_out: Sequence[Task], config: RunConfig) -> None:
     """See that every example fits or can be shortened, where one that cannot be is an error.
 
     A text has no more tokens than bytes, so few need to be looked at.
@@ -161,14 +160,15 @@ def try_lengths(
     for task in tasks:
         encoder.encode_all(long(task.train, encoder.max_length, True))
     for task in (*tasks, *held_out):
-        reserve = config.max_new_tokens
-        some = long(getattr(task, config.split), encoder.max_length - reserve, False)
-        encoder.encode_prompts(some, reserve=reserve)
+        reserve = config.evaluation.max_new_tokens
+        for split in {config.evaluation.split, (config.gate and config.gate.on) or config.evaluation.split}:
+            some = long(getattr(task, split), encoder.max_length - reserve, False)
+            encoder.encode_prompts(some, reserve=reserve)
 
 
 def _bytes(example: Example, whole: bool, answers: bool) -> int:
     """Of what has to fit of an example."""
-    turns = [content for _, content in example.messages[:-1]]
+    turns = [f"{role}{content}{' ' * _AROUND_A_TURN}" for role, content in example.messages[:-1]]
     texts = [
         *(turns or [example.instruction]),
         *([example.input] if whole else []),

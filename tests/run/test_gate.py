@@ -19,7 +19,7 @@ from cit_fast.errors import ConfigError, GateError, RunError
 from cit_fast.evaluation import read_run, read_stages
 from cit_fast.evaluation.records import StageRecord
 from cit_fast.report.status import status
-from cit_fast.run import candidates
+from cit_fast.run import candidates, stage_evaluation
 from cit_fast.run.gate import GateConfig, judge
 from cit_fast.run.rollback import rollback, undo_rollback
 from cit_fast.run.run_folder import RunFolder
@@ -43,7 +43,7 @@ def test_a_stage_within_its_limits_is_one_without_a_gate(settings, stream, folde
     gated = run(settings, stream, {"forgetting": 100, "task_fall": 100, "new_task": 0})
     plain = run(settings, stream, None, output=str(tmp_path / "plain"))
     for stage in read_stages(gated)[1:]:
-        assert stage.gate.scores == stage.scores
+        assert stage.gate.scores == {task: stage.scores[task] for task in stream.names[: stage.index]}
         assert not stage.gate.broken
         assert set(stage.gate.falls) == set(stream.names[: stage.index - 1])
     mine, right = adapter(gated, 3), adapter(plain, 3)
@@ -97,12 +97,43 @@ def test_trained_again_with_another_setting(settings, stream, folder, tmp_path):
     ).read_bytes()
 
 
+def test_a_retry_that_cannot_be_loses_nothing_and_one_that_was_killed_goes_on(settings, folder):
+    settings["data"] |= {"tasks": ["units", "records"], "train": 8, "test": 2, "max_length": 256}
+    quiet = Console(quiet=True)
+    with pytest.raises(GateError, match="stage 1"):
+        run(settings, None, {"new_task": 100})
+    before = read_run(folder)
+    with pytest.raises(ConfigError, match="fractoin"):
+        learn(folder, retry=["replay.fractoin=1"], console=quiet)
+    with pytest.raises(GateError, match="stage 1"):  # what is refused changes nothing
+        learn(folder, ["dates"], quiet, settings=["training.learning_rate=1e-5"])
+    assert read_run(folder) == before
+    again = ["training.learning_rate=1e-4"]
+    assert killed(lambda: learn(folder, retry=again, console=quiet), at_call(1, stage_evaluation, "evaluate"))
+    with pytest.raises(GateError, match="stage 1"):
+        learn(folder, retry=again, console=quiet)
+    with pytest.raises(GateError, match="stage 2"):
+        learn(folder, accept=True, settings=["training.learning_rate=1e-5"], console=quiet)
+    with pytest.raises(GateError, match="stage 3"):
+        learn(folder, ["dates"], accept=True, console=quiet)
+    rates = [[entry["training"]["learning_rate"] for entry in stage.settings] for stage in read_stages(folder)]
+    assert rates == [[], [1e-4], [1e-4, 1e-5]]
+
+
+def test_a_run_whose_tasks_only_python_has_is_accepted(settings, stream, folder):
+    with pytest.raises(GateError, match="stage 1"):
+        run(settings, stream, {"new_task": 100}, memory=None)
+    assert learn(folder, accept=True) == folder
+    with pytest.raises(GateError, match="stage 2"):
+        run(settings, stream, {"new_task": 100}, memory=None)
+
+
 def test_the_dev_split_judges(settings, stream, folder):
     given = TaskStream(tuple(replace(task, dev=task.test[:2]) for task in stream))
     run(settings, given, {"task_fall": 100, "on": "dev"})
     for stage in read_stages(folder)[1:]:
         assert stage.gate.split == "dev"
-        assert set(stage.gate.scores) == set(stage.scores)
+        assert set(stage.gate.scores) == set(stream.names[: stage.index])
     with pytest.raises(ConfigError, match=r"gate.on: task 'alpha' has no dev examples"):
         run(settings, stream, {"task_fall": 100, "on": "dev"}, output=str(folder / "other"))
     assert not (folder / "other").exists()

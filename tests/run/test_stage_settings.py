@@ -16,6 +16,7 @@ from cit_fast.evaluation import read_run, read_stages
 from cit_fast.methods.config import MethodConfig
 from cit_fast.run import stage_trainer
 from cit_fast.run.config import validated
+from cit_fast.run.rollback import rollback
 from cit_fast.run.stage_settings import StageSettings, method_at, training_at
 
 METHOD = {"preset": "random-replay", "replay": {"fraction": 0.2}}
@@ -72,6 +73,23 @@ def test_learn_changes_settings(settings, tmp_path):
     assert read_stages(folder)[2].replayed == {"units": 4}
     learn(folder, ["dates"], quiet)  # they hold on
     assert read_stages(folder)[3].settings == [changed]
+
+
+def test_a_call_that_was_killed_goes_on_with_its_settings(settings, tmp_path):
+    settings["training"] |= {"max_steps": 4}
+    settings["data"] |= {"tasks": ["units"], "train": 8, "test": 2, "max_length": 256}
+    (folder,) = ContinualTrainer({**settings, "methods": [METHOD]}, console=Console(quiet=True)).run()
+
+    def more() -> None:
+        learn(folder, ["records"], Console(quiet=True), settings=["training.learning_rate=1e-4"])
+
+    assert killed(more, at_call(1, stage_trainer, "mark_complete"))
+    assert killed(more, at_call(2, stage_trainer, "mark_complete"))
+    more()
+    changed = {"from": 2, "training": {"learning_rate": 1e-4}}
+    assert read_run(folder).config["stages"] == [changed]
+    rollback(folder, 1)  # and they go with the stages that they were for
+    assert "stages" not in read_run(folder).config
 
 
 def test_what_cannot_change_is_named(settings, stream, tmp_path):

@@ -149,6 +149,15 @@ def test_a_total_budget_shrinks_and_is_never_exceeded(settings, folders, tmp_pat
             assert all(task["evaluation"] == 4 for task in held)
 
 
+@pytest.mark.parametrize("method", METHODS[1:3], ids=named)
+def test_tasks_that_the_budget_has_nothing_left_for(settings, folders, tmp_path, method):
+    settings["training"] |= {"max_steps": 1}
+    folder = run(settings, folders.values(), tmp_path, method, {"total": 1})
+    assert [task["kept"] for task in remembered(folder)] == [1, 0, 0]
+    with pytest.raises(ConfigError, match="memory: nothing is kept of 'beta', and objective ewc needs some of it"):
+        run(settings, folders.values(), tmp_path / "ewc", "ewc", {"total": 1})
+
+
 def test_no_examples_are_kept_where_none_are_wanted(settings, folders, tmp_path):
     settings["training"] |= {"max_steps": 1}
     folder = run(settings, list(folders.values())[:2], tmp_path, "switch-tokens", "none")
@@ -156,6 +165,9 @@ def test_no_examples_are_kept_where_none_are_wanted(settings, folders, tmp_path)
     learn(folder, [str(folders["gamma"])], Console(quiet=True))
     assert [task["kept"] for task in remembered(folder)] == [0, 0, 0]
     assert set(read_stages(folder)[-1].scores) == set(NAMES)
+    later = [{"from": 2, "replay": "random"}]
+    with pytest.raises(ConfigError, match="memory: none keeps no examples, and random of method 'switch-tokens' needs"):
+        run(settings, folders.values(), tmp_path, "switch-tokens", "none", stages=later)
     with pytest.raises(ConfigError, match="memory: none keeps no examples, and random of method 'random-replay' needs"):
         run(settings, folders.values(), tmp_path, "random-replay", "none")
     # Answers of the base model to prompts of no task are kept with the run, and need no memory.
@@ -263,6 +275,8 @@ def test_a_dropped_task_and_a_rollback(settings, folders, tmp_path):
     learn(folder, [str(folders["beta"])], Console(quiet=True))
     assert "beta" in read_stages(folder)[-1].scores
     assert [(task["task"], task["dropped"]) for task in remembered(folder)] == [("alpha", True), ("beta", False)]
+    drop(folder, "beta")  # also the one that the rollback has kept aside
+    assert "Say beta" not in texts_below(folder)
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------
