@@ -61,7 +61,7 @@ def learn(
             run has no memory of it.
     """
     run = Path(run)
-    if not (tasks or accept or retry):
+    if not (tasks or settings or accept or retry):
         raise ConfigError("learn: name at least one task")
     if accept and retry:
         raise ConfigError("learn: accept the candidate, or train it again with other settings")
@@ -73,11 +73,15 @@ def learn(
     entry = _entry(run, settings, accept)
     config = grown(run, record, tasks, entry)
     trainer = ContinualTrainer(config, stream=_stream(run, record, config, tasks), console=console)
-    # What cannot be set up is known by now, and the candidate still there.
-    if accept:
-        from_rank_zero(lambda: accept_candidate(run))
-    elif retry and not (entry in record.config.get("stages", []) and not has_candidate(run)):  # a retry that was killed
-        from_rank_zero(lambda: discard(run))
+    repeated = entry in record.config.get("stages", [])  # a call that was killed has brought its settings already
+
+    def settle() -> None:
+        if accept:
+            accept_candidate(run)
+        elif retry and (has_candidate(run) or not repeated):
+            discard(run)
+
+    from_rank_zero(settle)  # what cannot be set up is known by now, and the candidate was still there
     (folder,) = trainer.run()
     return folder
 

@@ -33,6 +33,7 @@ def test_then_and_now(tmp_path):
         "best": 96.0,
         "now": 20.0,
         "fall": 76.0,
+        "settings": [],
         "replayed": 14,
     }
     assert (rows["labels"]["stage"], rows["labels"]["fall"], rows["labels"]["replayed"]) == (3, 0.0, 0)
