@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from cit_fast.errors import GateError, RunError
@@ -51,18 +53,10 @@ def accept(run: str | Path) -> int:
     Raises:
         RunError: no run there, another process works in it, or no candidate.
     """
-    folder = RunFolder(Path(run))
-    read_run(folder.path)
-    with folder.locked():
-        found = sorted((folder.path / CANDIDATES).glob("[0-9]*"))
-        if not found:
-            raise RunError(f"{folder.path}: no stage is a candidate")
-        index = int(found[0].name)
+    with _candidate(run) as (folder, path, index):
         if len(folder.stages()) != index:
-            raise RunError(f"{found[0]}: stage {index} cannot be accepted after stage {len(folder.stages()) - 1}")
-        found[0].rename(folder.stage_path(index))
-        shutil.rmtree(folder.checkpoints(index), ignore_errors=True)
-        shutil.rmtree(folder.path / CANDIDATES, ignore_errors=True)
+            raise RunError(f"{path}: stage {index} cannot be accepted after stage {len(folder.stages()) - 1}")
+        path.rename(folder.stage_path(index))
         return index
 
 
@@ -72,6 +66,13 @@ def discard(run: str | Path) -> int:
     Raises:
         RunError: as :func:`accept`.
     """
+    with _candidate(run) as (_, _, index):
+        return index
+
+
+@contextlib.contextmanager
+def _candidate(run: str | Path) -> Iterator[tuple[RunFolder, Path, int]]:
+    """The run's folder, locked, with the candidate's and its number; what is left of it goes when the block is left."""
     folder = RunFolder(Path(run))
     read_run(folder.path)
     with folder.locked():
@@ -79,6 +80,6 @@ def discard(run: str | Path) -> int:
         if not found:
             raise RunError(f"{folder.path}: no stage is a candidate")
         index = int(found[0].name)
+        yield folder, found[0], index
         shutil.rmtree(folder.checkpoints(index), ignore_errors=True)
         shutil.rmtree(folder.path / CANDIDATES)
-        return index

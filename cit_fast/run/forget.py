@@ -84,8 +84,10 @@ def drop(run: str | Path, name: str) -> int:
             raise RunError(
                 f"{folder.path}: stage {len(stages)} is under way and may replay {name!r}; finish it, or roll back"
             )
-        last = [task for stage in stages for task in stage.trained][-1:]
-        if record.method["objective"]["name"] == "ewc" and last == [name]:
+        trained = [task for stage in stages for task in stage.trained]
+        if name not in [*trained, *record.held_out_tasks]:
+            raise RunError(f"{folder.path}: {name!r} is a candidate's task; accept the stage first, or roll back")
+        if record.method["objective"]["name"] == "ewc" and trained[-1:] == [name]:
             raise RunError(f"{folder.path}: the next stage needs {name!r} (objective ewc); drop it after that")
         task = read_kept(path)
         changed = sum(_without(place, task) for place in places)

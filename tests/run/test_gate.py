@@ -20,6 +20,7 @@ from cit_fast.evaluation import read_run, read_stages
 from cit_fast.evaluation.records import StageRecord
 from cit_fast.report.status import status
 from cit_fast.run import candidates, stage_evaluation
+from cit_fast.run.forget import drop
 from cit_fast.run.gate import GateConfig, judge
 from cit_fast.run.rollback import rollback, undo_rollback
 from cit_fast.run.run_folder import RunFolder
@@ -147,6 +148,13 @@ def test_killed_while_a_candidate_is_made_or_taken(settings, stream, folder):
     assert killed(lambda: candidates.accept(folder), at_call(1, candidates.shutil, "rmtree"))
     with pytest.raises(GateError, match="stage 2"):  # it was taken, and the run goes on
         run(settings, two, gate)
+
+
+def test_a_candidates_task_cannot_be_dropped(settings, stream, folder):
+    with pytest.raises(GateError):
+        run(settings, stream, {"new_task": 100})
+    with pytest.raises(RunError, match="'alpha' is a candidate's task; accept the stage first"):
+        drop(folder, "alpha")
 
 
 def test_a_rollback_takes_the_candidate_along(settings, stream, folder):

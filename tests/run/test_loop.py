@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from pydantic import ValidationError
 from rich.console import Console
 from safetensors.torch import load_file
 from toy_runs import adapter
@@ -26,9 +25,7 @@ from cit_fast.methods.stage import Assignment, Finished, Selection
 from cit_fast.optim import BalanceEMA
 from cit_fast.report.status import status
 from cit_fast.run import cached_scores
-from cit_fast.run.config import EvaluationConfig
 from cit_fast.run.run_folder import RunFolder
-from cit_fast.run.tasks import answered_tasks
 
 ONE_STEP = {"max_steps": 1}
 UNSEEN = {"untrained": False}
@@ -228,20 +225,6 @@ def test_a_sample_of_the_earlier_tasks_is_answered_and_all_after_the_last(settin
         ["alpha", "beta", "gamma"],
     ]
     assert [task["now"] is not None for task in status(folder)["tasks"]] == [True] * 3
-
-
-def test_which_tasks_are_answered():
-    tasks = [*"abcdefgh"]
-    some = EvaluationConfig(tasks={"sample": 2})
-    found = [answered_tasks(tasks, index, 8, some, seed=3) for index in range(1, 9)]
-    assert [len(each) for each in found] == [1, 2, 3, 3, 3, 3, 3, 8]
-    assert all(each[-1] == tasks[index] for index, each in enumerate(found))
-    assert all(each == sorted(each) and set(each) <= set(tasks[: index + 1]) for index, each in enumerate(found))
-    assert found == [answered_tasks(tasks, index, 8, some, seed=3) for index in range(1, 9)]
-    assert len({tuple(each) for each in found[2:7]}) > 1
-    assert answered_tasks(tasks, 1, 1, some, seed=3, joint=True) == tasks
-    with pytest.raises(ValidationError, match="sample"):
-        EvaluationConfig(tasks={"sample": -1})
 
 
 def test_full_fine_tuning(settings, stream):
