@@ -14,6 +14,7 @@ from cit_fast.errors import GateError, RunError
 from cit_fast.evaluation.records import StageRecord, read_run, read_stage
 from cit_fast.run.gate import said
 from cit_fast.run.run_folder import CANDIDATES, RunFolder
+from cit_fast.run.trackers import another_course
 
 _NAMED = 2
 """Broken limits that an error names."""
@@ -66,7 +67,8 @@ def discard(run: str | Path) -> int:
     Raises:
         RunError: as :func:`accept`.
     """
-    with _candidate(run) as (_, _, index):
+    with _candidate(run) as (folder, _, index):
+        another_course(folder.path)
         return index
 
 

@@ -123,7 +123,10 @@ class MethodRun:
             wait: for another process that works in the folder, instead of refusing (an expert may be in the making).
         """
         with self.folder.locked(wait) if self.state.is_main_process else contextlib.nullcontext():
-            self._run()
+            try:
+                self._run()
+            finally:
+                self.training.trackers.finish()
 
     def _run(self) -> None:
         refuse_candidate(self.folder.path)
@@ -139,6 +142,7 @@ class MethodRun:
             )
             return
         self._say(f"[bold]{self.method.name}[/bold]: {len(self.stream)} tasks, {escape(str(self.folder.path))}")
+        self.training.track(record, stages)
         if stages:
             self._say(f"  going on after stage {stages[-1].index} of {len(groups)}")
         if self.memory is not None and self.state.is_main_process:
@@ -151,6 +155,7 @@ class MethodRun:
         if not stages:
             model = self._load(None)
             self._untrained_stage(model)
+            self.training.trackers.stage(record, self.folder.stages())
         else:
             joined = self._joined([task for task in self.stream if _joins(task, record, stages)])
         for index, group in enumerate(groups, start=1):
@@ -162,6 +167,7 @@ class MethodRun:
             self._take_up_settings(index)
             model = self._stage(model, index, len(groups), group, joined)
             joined = None
+            self.training.trackers.stage(record, self.folder.stages())
             release_memory()
         if self.config.evaluation.experts and len(record.experts) < len(self.stream):
             record.experts = self._experts(record.experts)

@@ -18,6 +18,7 @@ from cit_fast.evaluation.records import RunRecord, StageRecord, read_run
 from cit_fast.files import tree_bytes, write_file
 from cit_fast.run.run_folder import CANDIDATES, RunFolder
 from cit_fast.run.task_memory import FOLDER as MEMORY
+from cit_fast.run.trackers import another_course
 
 RETIRED = "retired"
 _UNDER_WAY = ("checkpoints", CANDIDATES)
@@ -58,11 +59,11 @@ def rollback(run: str | Path, to: int) -> list[str]:
             _move(folder.path / name, aside / name)
         kept = _trained(stages[: to + 1])
         for stage in reversed(stages[to + 1 :]):
-            _move(folder.path / "logs" / f"{stage.index:02d}", aside / "logs" / f"{stage.index:02d}")
             _move(folder.stage_path(stage.index), aside / "stages" / f"{stage.index:02d}")
         for task in record.tasks:
             if task not in kept:
                 _move(folder.path / MEMORY / f"{task}.json", aside / MEMORY / f"{task}.json")
+        another_course(folder.path)
         folder.write(_cut(record, kept, to))
         return [task for task in record.tasks if task not in kept]
 
@@ -93,10 +94,10 @@ def undo_rollback(run: str | Path) -> list[str]:
         for path in (aside / MEMORY).glob("*.json"):
             _move(path, folder.path / MEMORY / path.name)
         for path in retired:
-            _move(aside / "logs" / path.name, folder.path / "logs" / path.name)
             _move(path, folder.stage_path(int(path.name)))
         for name in _UNDER_WAY:
             _move(aside / name, folder.path / name)
+        another_course(folder.path)
         shutil.rmtree(aside)
         return [task for task in before.tasks if task not in current]
 

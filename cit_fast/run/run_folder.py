@@ -26,6 +26,7 @@ from cit_fast.files import (
 from cit_fast.processes import from_rank_zero
 from cit_fast.run.config import RunConfig
 from cit_fast.run.identity import digest
+from cit_fast.run.trackers import FILE as TRACKERS
 
 _log = logging.getLogger(__name__)
 _MARKER = "complete.json"
@@ -115,6 +116,11 @@ class RunFolder:
         if known == digest(given):  # as it was written before runs could take new tasks
             known = found.config["stream"] = given
         record = self._with_stages(found, record)
+        trackers = record.config["training"].get("report_to")
+        if found.config["training"].get("report_to") != trackers:  # who watches decides nothing
+            found.config["training"] = {**found.config["training"], "report_to": trackers or "none"}
+            record.config["training"] = {**record.config["training"], "report_to": trackers or "none"}
+            self.write(found)
         changed = list(_differences(found.config, record.config))
         if changed and self._has_trained() and isinstance(known, list) and _same_but_for_tasks(found, record):
             at = next((k for k, (was, now) in enumerate(zip(known, given, strict=False)) if was != now), None)
@@ -136,6 +142,7 @@ class RunFolder:
         if changed and not self._has_trained():
             for name in ("stages", "checkpoints", "replay", "logs"):
                 shutil.rmtree(self.path / name, ignore_errors=True)
+            (self.path / TRACKERS).unlink(missing_ok=True)
             self.write(record)
             return record
         if changed:

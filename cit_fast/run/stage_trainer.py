@@ -15,7 +15,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
-from transformers.integrations import TensorBoardCallback
 
 from cit_fast.errors import ConfigError, RunError
 from cit_fast.methods.objectives import Objective
@@ -24,6 +23,7 @@ from cit_fast.methods.updates import PlainUpdate, Update, stream_wide
 from cit_fast.models.growing_adapter import keeping_active, trained_sets
 from cit_fast.run.pace import duration
 from cit_fast.run.run_folder import mark_complete
+from cit_fast.run.trackers import RunTrackers, training_values
 
 
 class StageTrainer(Trainer):  # type: ignore[misc]
@@ -36,7 +36,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         title: what the progress bar says.
         left: of the stage's steps to come and the seconds that one takes, those until the end of the whole run.
         progress: what an earlier part of this stage left in its checkpoint's marker (see ``record``).
-        logs: where TensorBoard's events go, if ``training.report_to`` asks for them.
+        trackers: told of losses, learning rate and balance weights.
         **kwargs: of transformers.Trainer.
     """
 
@@ -49,7 +49,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         title: str,
         left: Callable[[int, float], float | None] | None,
         progress: dict[str, Any],
-        logs: Path,
+        trackers: RunTrackers,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -59,10 +59,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, TensorBoardCallback):
-                callback.logging_dir = str(logs)
-        self.record = _StageRecorder(update, stage, title, left, progress)
+        self.record = _StageRecorder(update, stage, title, left, progress, trackers)
         self.add_callback(self.record)
 
     def check_engine(self, method: str) -> None:
@@ -163,8 +160,10 @@ class _StageRecorder(TrainerCallback):  # type: ignore[misc]
         title: str,
         left: Callable[[int, float], float | None] | None,
         progress: dict[str, Any],
+        trackers: RunTrackers,
     ) -> None:
         self.update, self.stage, self.title, self.left = update, stage, title, left
+        self.trackers = trackers
         self._loss: dict[str, str] = {}
         self.balance_weights: list[tuple[int, float, float, float, float]] = [
             tuple(entry) for entry in progress.get("balance_weights", [])
@@ -215,12 +214,15 @@ class _StageRecorder(TrainerCallback):  # type: ignore[misc]
         self._bar.update(1)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Show the running loss; a run that has diverged ends here, not after hours."""
+        """Show the running loss, and tell the trackers; a run that has diverged ends here, not after hours."""
         if logs and not math.isfinite(float(logs.get("loss", 0.0))):
             raise RunError(
                 f"{self.title}: the training loss is {logs['loss']} at step {state.global_step}; "
                 "start again in another output with a smaller training.learning_rate"
             )
+        if logs and "loss" in logs:
+            balance = self.balance_weights[-1] if self.balance_weights else None
+            self.trackers.training(self.stage.index, state.global_step, training_values(logs, balance))
         if self._bar is not None and logs and "loss" in logs:
             self._loss = {"loss": f"{float(logs['loss']):.3f}"}
             self._bar.set_postfix(self._loss, refresh=False)

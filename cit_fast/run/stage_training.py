@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from cit_fast.data.example import unseen_media
 from cit_fast.errors import CitFastError, ConfigError, DataError, RunError
+from cit_fast.evaluation.records import RunRecord, StageRecord
 from cit_fast.methods.stage import Finished, Stage, StageInputs
 from cit_fast.methods.updates import stream_wide
 from cit_fast.models.adapters import save_weights, train_adapter
@@ -29,6 +30,7 @@ from cit_fast.run.parts import Parts
 from cit_fast.run.run_folder import RunFolder
 from cit_fast.run.stage_settings import training_at
 from cit_fast.run.stage_trainer import StageTrainer
+from cit_fast.run.trackers import OURS, RunTrackers
 from cit_fast.text import first_line
 
 
@@ -67,13 +69,27 @@ class StageTraining:
         clock: TimeLeft | None,
     ) -> None:
         self.config, self.method, self.parts, self.folder = config, method, parts, folder
-        self.clock, self.state = clock, PartialState()
+        self.clock, self.state, self.trackers = clock, PartialState(), RunTrackers((), folder.path)
         self._load, self._say = load, say
 
     def arguments(self, index: int) -> Any:
-        """transformers' arguments of a stage."""
+        """transformers' arguments of a stage, without the trackers that have one run over all stages."""
         training = training_at(self.config.training, self.config.stages, index)
-        return training_arguments(training, self.config.seed + index, self.folder.checkpoints(index))
+        arguments = training_arguments(training, self.config.seed + index, self.folder.checkpoints(index))
+        arguments.report_to = [name for name in arguments.report_to if name not in OURS]
+        return arguments
+
+    def track(self, record: RunRecord, stages: Sequence[StageRecord]) -> None:
+        """Start the trackers that ``training.report_to`` names, on the first process alone.
+
+        Raises:
+            ConfigError: one cannot be started.
+        """
+        training = training_at(self.config.training, self.config.stages, 1)
+        asked = training_arguments(training, self.config.seed, self.folder.path).report_to
+        if self.state.is_main_process:
+            self.trackers = RunTrackers([name for name in OURS if name in asked], self.folder.path)
+            self.trackers.begin(record, stages)
 
     def train(
         self,
@@ -158,8 +174,7 @@ class StageTraining:
             args=self.arguments(index),
             train_dataset=inputs.features,
             data_collator=inputs.collator,
-            # TensorBoard's default is inside the checkpoints, which go when the stage is committed.
-            logs=self.folder.path / "logs" / f"{index:02d}",
+            trackers=self.trackers,
         )
         if (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled) and rewrites_base(self.config.adapter):
             raise refuse_sharded()
