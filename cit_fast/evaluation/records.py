@@ -232,17 +232,24 @@ class GeneralRecord:
     Args:
         probes: skill -> per cent of its questions that the model answers rightly.
         divergence: ``general`` and ``stream`` -> KL(base || tuned) on such prompts, in nats a token.
+        benchmarks: task of lm-evaluation-harness -> metric, its main one first -> value; shares in per cent.
     """
 
     __pydantic_config__ = _STRICT
 
     probes: dict[str, float] = field(default_factory=dict)
     divergence: dict[str, float] = field(default_factory=dict)
+    benchmarks: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def score(self) -> float:
         """Mean over the skills."""
         return sum(self.probes.values()) / len(self.probes)
+
+    @property
+    def main(self) -> dict[str, float]:
+        """The main metric of every benchmark."""
+        return {task: next(iter(metrics.values())) for task, metrics in self.benchmarks.items() if metrics}
 
 
 @dataclass

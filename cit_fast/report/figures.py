@@ -202,6 +202,8 @@ def general_figure(view: RunView) -> Figure:
     known = [(k, value) for k, value in enumerate(view.metrics.mean_instantaneous, start=1) if value is not None]
     if known:
         lines["tasks seen so far"] = ([k for k, _ in known], [value for _, value in known])
+    for name in view.general[-1].main:
+        lines[name] = (stages, [record.main.get(name, math.nan) for record in view.general])
     for k, (name, (places, values)) in enumerate(lines.items()):
         colour, marker, dash = _style(k)
         above.plot(places, values, color=colour, linestyle=dash, marker=marker, markersize=5, linewidth=1.8, label=name)

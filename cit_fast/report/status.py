@@ -29,10 +29,10 @@ def status(folder: str | Path) -> dict[str, Any]:
         ``best`` since, the ``fall`` from it, how many of its examples came back since (``replayed``), and what was set
         differently from that stage or an earlier one on (``settings``); a task that is still to come has ``stage:
         null``. ``held_out``: score ``untrained`` and ``now``, of tasks that are never trained. ``AP``, ``forgetting``
-        and ``New.ACC``. ``general``: general abilities ``untrained`` and ``now``, by skill (``probes``), and how far
-        predictions have moved (``divergence``), or ``null``. ``candidate``: a stage that broke the gate, its tasks and
-        what it broke in words, or ``null``. ``retired``: stages that rollbacks have kept aside. ``bytes``: of the whole
-        folder, a file with several names once.
+        and ``New.ACC``. ``general``: general abilities ``untrained`` and ``now``, by skill (``probes``), how far
+        predictions have moved (``divergence``), and the main metric of each benchmark (``benchmarks``), or ``null``.
+        ``candidate``: a stage that broke the gate, its tasks and what it broke in words, or ``null``. ``retired``:
+        stages that rollbacks have kept aside. ``bytes``: of the whole folder, a file with several names once.
 
     Raises:
         RunError: no run there, or damaged records.
@@ -132,16 +132,19 @@ def _general(measured: list[GeneralRecord]) -> dict[str, Any]:
         "now": last.score,
         "probes": {skill: [first.probes[skill], score] for skill, score in last.probes.items()},
         "divergence": last.divergence,
+        "benchmarks": {task: [first.main.get(task), score] for task, score in last.main.items()},
     }
 
 
 def _general_words(general: dict[str, Any]) -> str:
     moved = ", ".join(f"{value:.3f} on {name} prompts" for name, value in general["divergence"].items())
     fallen = [f"{skill} {now - was:+.1f}" for skill, (was, now) in general["probes"].items() if was - now >= AT_RISK]
-    return (
+    beside = [f"{task} {_number(was)}, now {now:.1f}" for task, (was, now) in general["benchmarks"].items()]
+    words = (
         f"General abilities {general['untrained']:.1f}, now {general['now']:.1f}"
         f"{' (' + ', '.join(fallen) + ')' if fallen else ''}; nats a token away from the base model: {moved}"
     )
+    return "; ".join([words, *beside])
 
 
 def _candidate(folder: Path) -> dict[str, Any] | None:

@@ -37,13 +37,26 @@ class Sample(Section):
     sample: int = Field(ge=0)
 
 
+class HarnessConfig(Section):
+    """Benchmarks beside the probes. ``lm_eval``: names of the harness's tasks, or of those in the folder
+    ``include_path``; the harness fetches their data where it is not there yet. ``limit``: examples of each;
+    ``num_fewshot``: shots, by default the task's own.
+    """
+
+    lm_eval: tuple[str, ...] = Field(min_length=1)
+    include_path: str | None = None
+    limit: PositiveInt | None = None
+    num_fewshot: int | None = Field(default=None, ge=0)
+
+
 class EvaluationConfig(Section):
     """What is measured after every stage. ``tasks``: all of the stream, those seen so far, or ``{sample: K}``, what the
     stage trained and K of the earlier ones, and all after the last stage. Tasks of ``held_out`` are answered but never
     trained: by the untrained model and after the last stage, or after every one (``held_out_after: all``). With
     ``decode: labels`` the answer to a task that has labels is the one of them which the model finds most likely, so it
     never breaks their format; other tasks are answered greedily. ``judge`` marks the answers of tasks whose metric is
-    ``judge``. ``general``: whether general abilities are measured, too, on the untrained model and after every stage.
+    ``judge``. ``general``: whether general abilities are measured, too, on the untrained model and after every stage;
+    ``{lm_eval: [...]}``: with benchmarks beside.
     """
 
     split: Literal["test", "dev"] = "test"
@@ -56,7 +69,7 @@ class EvaluationConfig(Section):
     max_new_tokens: PositiveInt = 64
     batch_size: PositiveInt = 16
     judge: JudgeConfig | None = None
-    general: bool = False
+    general: bool | HarnessConfig = False
 
 
 class RunConfig(Section):

@@ -24,7 +24,7 @@ def _cpu_name() -> str:
 def describe_environment() -> dict[str, Any]:
     """Hardware, threads and versions, as plain JSON values."""
     versions = {"python": platform.python_version()}
-    for package in ("cit-fast", "torch", "transformers", "peft", "accelerate", "numpy"):
+    for package in ("cit-fast", "torch", "transformers", "peft", "accelerate", "numpy", "lm_eval"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

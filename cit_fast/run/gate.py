@@ -14,7 +14,8 @@ from cit_fast.values import Section
 class GateConfig(Section):
     """Limits that a stage must keep, in points: ``forgetting``, the mean fall of the earlier tasks from their best, at
     most; ``task_fall``, the fall of any one of them, at most; ``new_task``, the score of the new task, at least;
-    ``general``, the fall of the general abilities from the untrained model's, at most (``evaluation.general``).
+    ``general``, the fall of the general abilities, and of every benchmark beside them, from the untrained model's, at
+    most (``evaluation.general``).
     ``on``: the split that judges, by default the one that is evaluated; only tasks that are answered after the stage
     count.
     """
@@ -68,9 +69,11 @@ def judge_general(
 ) -> GateRecord:
     """The record with what the general abilities say."""
     if config.general is not None and untrained is not None and now is not None:
-        fall = untrained.score - now.score
-        if fall > config.general:
-            record.broken.append(Broken("general", None, config.general, fall))
+        falls: dict[str | None, float] = {None: untrained.score - now.score}
+        falls |= {name: untrained.main[name] - score for name, score in now.main.items() if name in untrained.main}
+        for name, fall in falls.items():
+            if fall > config.general:
+                record.broken.append(Broken("general", name, config.general, fall))
     return record
 
 
@@ -79,7 +82,7 @@ def said(broken: Broken) -> str:
     what = {
         "forgetting": "the earlier tasks have fallen by {found:.1f} on average (at most {limit:g})",
         "task_fall": "{task} has fallen by {found:.1f} (at most {limit:g})",
-        "general": "general abilities have fallen by {found:.1f} (at most {limit:g})",
+        "general": f"{broken.task or 'the general abilities'} fell by {{found:.1f}} (at most {{limit:g}})",
         "new_task": "{task} scores {found:.1f} (at least {limit:g})",
     }[broken.limit]
     return what.format(task=broken.task, found=broken.found, limit=broken.at)

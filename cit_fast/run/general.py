@@ -32,6 +32,8 @@ from cit_fast.models.generation import one_set
 from cit_fast.models.prompts import IGNORED, Encoded, PromptEncoder
 from cit_fast.ops import linear_kl_divergence
 from cit_fast.run.answer import routed
+from cit_fast.run.config import HarnessConfig
+from cit_fast.run.harness import benchmarks
 from cit_fast.run.label_choice import most_likely
 
 _FOLDER = Path(__file__).parents[1] / "evaluation" / "general"
@@ -73,6 +75,8 @@ def measure(
     router: Router | None = None,
     base: Callable[[], Any] | None = None,
     untrained: bool = False,
+    harness: HarnessConfig | None = None,
+    batch_size: int = 16,
 ) -> GeneralRecord:
     """General abilities of a model as it answers now, every prompt by the set that its router names.
 
@@ -80,11 +84,16 @@ def measure(
         tasks: of the stream, whose prompts the second divergence is on; ``split``: of theirs.
         base: loads the base model, where ``model`` has no adapters that could be switched off.
         untrained: whether this is the base model itself, whose divergence is 0.
+        harness: benchmarks to measure beside; ``batch_size``: of theirs.
+
+    Raises:
+        ConfigError: a benchmark cannot be measured.
     """
     encoder = encoder.with_limit(encoder.max_length, "skip")
     scores = _probe_scores(model, encoder, router)
+    beside = {} if harness is None else benchmarks(model, encoder, router, harness, batch_size)
     if untrained:
-        return GeneralRecord(scores, {"general": 0.0, "stream": 0.0})
+        return GeneralRecord(scores, {"general": 0.0, "stream": 0.0}, beside)
     each = max(1, _STREAM_PROMPTS // max(1, len(tasks)))
     prompts = {
         "general": general_prompts(),
@@ -92,7 +101,7 @@ def measure(
     }
     before = None if isinstance(model, PeftModel) or base is None else base()
     found = {name: _divergence(model, encoder, some, router, before) for name, some in prompts.items() if some}
-    return GeneralRecord(scores, found)
+    return GeneralRecord(scores, found, beside)
 
 
 def _probe_scores(model: Any, encoder: PromptEncoder, router: Router | None) -> dict[str, float]:

@@ -27,7 +27,8 @@ from cit_fast.models.adapters import loading_whole, prompt_encoder
 from cit_fast.models.osf import is_osf
 from cit_fast.models.pretrained import load_tokenizer, resolve_model
 from cit_fast.run.arguments import training_arguments
-from cit_fast.run.config import RunConfig, load_config, validated
+from cit_fast.run.config import HarnessConfig, RunConfig, load_config, validated
+from cit_fast.run.harness import check_harness
 from cit_fast.run.memory import quick_collections, release_memory
 from cit_fast.run.method_run import MethodRun
 from cit_fast.run.pace import Paces, TimeLeft
@@ -152,6 +153,8 @@ class ContinualTrainer:
                 for adapter in _distinct([method.adapter or config.adapter for method in config.methods]):
                     try_adapter(copy.deepcopy(bare), adapter)
         try_lengths(encoder, self.stream.tasks, self.held_out, config)
+        if isinstance(config.evaluation.general, HarnessConfig):
+            check_harness(config.evaluation.general)
         arguments = training_arguments(config.training, config.seed, config.folder)
         try_arguments(arguments)
         if any(method.schedule != "joint" for method in config.methods):

@@ -14,7 +14,7 @@ from cit_fast.evaluation.records import GateRecord, GeneralRecord, check_files
 from cit_fast.methods.routing import SharedRouter
 from cit_fast.models.prompts import PromptEncoder
 from cit_fast.run.answer import Before, Evaluated, evaluate
-from cit_fast.run.config import RunConfig
+from cit_fast.run.config import HarnessConfig, RunConfig
 from cit_fast.run.gate import judge, judge_general
 from cit_fast.run.general import measure
 from cit_fast.run.parts import Parts
@@ -59,12 +59,17 @@ class StageEvaluation:
 
     def general(self, model: Any, index: int) -> GeneralRecord | None:
         """General abilities after a stage, if they are measured."""
-        if not self.config.evaluation.general:
+        config = self.config.evaluation
+        if not config.general:
             return None
         tasks = [task for task in self.stream[:index] if not (isinstance(task, RecalledTask) and task.dropped)]
         router = None if index == 0 else self.parts.router
-        split = self.config.evaluation.split
-        return measure(model, self.encoder, tasks, split, router, self._load, untrained=index == 0)
+        return measure(
+            *(model, self.encoder, tasks, config.split, router, self._load),
+            untrained=index == 0,
+            harness=config.general if isinstance(config.general, HarnessConfig) else None,
+            batch_size=config.batch_size,
+        )
 
     def gate(
         self, model: Any, index: int, found: Evaluated, new: list[str], title: str, general: GeneralRecord | None

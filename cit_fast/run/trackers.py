@@ -182,6 +182,8 @@ def results(record: RunRecord, stages: Sequence[StageRecord]) -> dict[str, float
         found["general/mean"] = last.general.score
         if before.general is not None:
             found["general/change"] = last.general.score - before.general.score
+        for task, values in last.general.benchmarks.items():
+            found |= {f"benchmark/{task}/{metric}": value for metric, value in values.items()}
         found |= {f"divergence/{name}": value for name, value in last.general.divergence.items()}
     if last.routing is not None:
         answered: dict[str, int] = {}
