@@ -3,7 +3,9 @@
     python -m bench.growth --tasks 200 --results bench/results/growth.json
 
 A tiny model with random weights learns tasks of sixteen examples, one after another, in one run. After every stage its
-wall time, the resident memory of the process, and the files and bytes that the stage has added are noted. Replay draws
+wall time, the part of it in which the router learned, the resident memory of the process, and the files and bytes that
+the stage has added are noted. A switch network is trained on what is retained of all tasks, so its time is one that was
+asked for, and is told apart. Replay draws
 four examples of a memory of 64, and after a stage three earlier tasks are answered, so that what is asked for does not
 grow. The figures are medians over the 20 stages after the first tenth and over the last 20.
 """
@@ -26,10 +28,12 @@ from cit_fast import ContinualTrainer
 from cit_fast.data import Example, Task, TaskStream
 from cit_fast.files import write_file
 from cit_fast.run.environment import describe_environment
+from cit_fast.run.parts import Parts
 from cit_fast.run.run_folder import RunFolder
 from tests.fuzz.models import model_folder
 
 WINDOW = 20
+METHODS = ["sequential", "random-replay", "oracle", "grouping-ema", "switch-tokens"]
 
 
 def task(number: int) -> Task:
@@ -56,17 +60,24 @@ def contents(folder: Path) -> tuple[int, int]:
 def stages_of(method: str, count: int, scratch: Path) -> list[dict[str, float]]:
     """What each stage of a run cost."""
     noted: list[dict[str, float]] = []
-    started = [time.perf_counter()]
-    commit = RunFolder.commit
+    started, learning = [time.perf_counter()], [0.0]
+    commit, learn = RunFolder.commit, Parts.learn
+
+    def timed(self: Parts, stage: Any) -> Any:
+        begun = time.perf_counter()
+        found = learn(self, stage)
+        learning[0] = time.perf_counter() - begun
+        return found
 
     def noting(self: RunFolder, record: Any, fill: Any) -> None:
         commit(self, record, fill)
         files, size = contents(self.stage_path(record.index))
         now = time.perf_counter()
-        noted.append({"seconds": now - started[0], "resident": resident(), "files": files, "bytes": size})
+        seconds = {"seconds": now - started[0] - learning[0], "router seconds": learning[0]}
+        noted.append({**seconds, "resident": resident(), "files": files, "bytes": size})
         started[0] = time.perf_counter()
 
-    RunFolder.commit = noting  # type: ignore[method-assign]
+    RunFolder.commit, Parts.learn = noting, timed  # type: ignore[method-assign]
     chosen: dict[str, Any] = {"preset": method}
     if method == "random-replay":
         chosen["replay"] = {"fraction": 0.01}
@@ -86,7 +97,7 @@ def stages_of(method: str, count: int, scratch: Path) -> list[dict[str, float]]:
             console=Console(quiet=True),
         ).run()
     finally:
-        RunFolder.commit = commit  # type: ignore[method-assign]
+        RunFolder.commit, Parts.learn = commit, learn  # type: ignore[method-assign]
     return noted[1:]
 
 
@@ -104,7 +115,7 @@ def summary(noted: list[dict[str, float]]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", type=int, default=200)
-    parser.add_argument("--methods", nargs="+", default=["sequential", "random-replay", "switch-tokens"])
+    parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--results", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -115,7 +126,7 @@ def main() -> None:
             found[method] = summary(stages_of(method, options.tasks, Path(scratch)))
         for name, each in found[method].items():
             ratio = "–" if each["ratio"] is None else f"{each['ratio']:.2f}"
-            print(f"{method:14} {name:9} {each['early']:14,.2f} {each['late']:14,.2f}  {ratio}", flush=True)
+            print(f"{method:14} {name:14} {each['early']:14,.2f} {each['late']:14,.2f}  {ratio}", flush=True)
     if options.results:
         record = {"tasks": options.tasks, "methods": found, "environment": describe_environment()}
         write_file(options.results, json.dumps(record, indent=1) + "\n")

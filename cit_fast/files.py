@@ -127,21 +127,10 @@ def file_checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def tree_checksums(folder: Path, known: Mapping[str, tuple[Path, str]] | None = None) -> dict[str, str]:
-    """The checksum of every file below ``folder``, by its path there with ``/`` between the names.
-
-    Args:
-        known: files elsewhere with their checksums, by the same paths; where one is the same file as ours (a hard
-            link), its checksum is taken over, so that damage since then still shows.
-    """
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            name = path.relative_to(folder).as_posix()
-            other, checksum = (known or {}).get(name, (path, ""))
-            same = checksum and other.is_file() and path.samefile(other)
-            found[name] = checksum if same else file_checksum(path)
-    return found
+def tree_checksums(folder: Path) -> dict[str, str]:
+    """The checksum of every file below ``folder``, by its path there with ``/`` between the names."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_checksum(path) for path in files}
 
 
 def damaged_files(folder: Path, checksums: Mapping[str, str], below: str = "") -> dict[str, str]:
@@ -181,22 +170,6 @@ def sync_tree(folder: Path) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-
-
-def link_tree(source: Path, target: Path) -> None:
-    """Make ``target`` the same tree of files as ``source``: hard links, or copies where there are none.
-
-    For files that are replaced as a whole or not at all, as everything here is written.
-    """
-
-    def link(one: str, other: str) -> str:
-        try:
-            os.link(one, other)
-        except OSError:
-            shutil.copy2(one, other)
-        return other
-
-    shutil.copytree(source, target, copy_function=link)
 
 
 @contextlib.contextmanager

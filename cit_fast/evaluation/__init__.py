@@ -8,6 +8,7 @@ from cit_fast.evaluation.metrics import METRICS, Score, resolve_metric, score
 from cit_fast.evaluation.predictions import (
     Prediction,
     Rescored,
+    predictions_after,
     predictions_path,
     read_predictions,
     rescore,
@@ -27,6 +28,7 @@ __all__ = [
     "StageRecord",
     "TaskSetScores",
     "continual_metrics",
+    "predictions_after",
     "predictions_path",
     "read_predictions",
     "read_run",

@@ -33,8 +33,15 @@ class Prediction:
 
 
 def predictions_path(run_folder: Path, stage: int, task: str) -> Path:
-    """Where the predictions of a task after a stage are: ``<run>/stages/NN/predictions/<task>.jsonl``."""
+    """Where a stage keeps the predictions of a task: ``<run>/stages/NN/predictions/<task>.jsonl``."""
     return Path(run_folder) / "stages" / f"{stage:02d}" / "predictions" / f"{task}.jsonl"
+
+
+def predictions_after(run_folder: Path, stage: StageRecord, task: str) -> Path:
+    """Where the predictions of a task after a stage are: in its own folder, or in that of an earlier stage where all of
+    them are the same.
+    """
+    return predictions_path(run_folder, stage.taken_from.get(task, stage.index), task)
 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
@@ -172,23 +179,29 @@ def rescore(
     joined = {task for stage in stages for task in stage.untrained}  # whose answers of the untrained model are not here
     if stage is not None and stage not in {each.index for each in stages}:
         raise RunError(f"{run_folder}: has no stage {stage}; its stages are 0 to {stages[-1].index if stages else 0}")
+    files = {each.index: each.files for each in stages}
     for each in stages:
         if stage in (None, each.index):
-            results += _rescored(run_folder, run, each, joined, write, allow_custom_metrics)
+            results += _rescored(run_folder, run, each, files, joined, write, allow_custom_metrics)
     return results
 
 
 def _rescored(
-    run_folder: Path, run: RunRecord, stage: StageRecord, joined: set[str], write: bool, allow_custom_metrics: bool
+    run_folder: Path,
+    run: RunRecord,
+    stage: StageRecord,
+    files: Mapping[int, Mapping[str, str]],
+    joined: set[str],
+    write: bool,
+    allow_custom_metrics: bool,
 ) -> list[Rescored]:
-    """:func:`rescore` of one stage."""
+    """:func:`rescore` of one stage; ``files``: of every stage, with their checksums."""
     results = []
-    folder = run_folder / "stages" / f"{stage.index:02d}"
     again: dict[str, _Again] = {}
     for task in run.every_task:
         if task in run.dropped_tasks or (stage.index == 0 and task in joined):
             continue
-        path = predictions_path(run_folder, stage.index, task)
+        path = predictions_after(run_folder, stage, task)
         stored = read_predictions(path) if path.exists() else []
         recorded = stage.scores.get(task)
         if task not in run.metrics:
@@ -205,7 +218,8 @@ def _rescored(
             found = again.get(task, _Again(None, None, []))
             was = stage.violations.get(task)
             values = (recorded, found.score, len(stored), was, found.violations)
-            intact = not damaged_files(folder, stage.files, path.relative_to(folder).as_posix())
+            holder = files.get(stage.taken_from.get(task, stage.index), {})
+            intact = not damaged_files(path.parents[1], holder, f"predictions/{path.name}")
             results.append(Rescored(stage.index, task, metric, *values, intact))
     if write and again:
         _update(run_folder, stage, again)
@@ -260,8 +274,9 @@ def _update(run_folder: Path, stage: StageRecord, again: dict[str, _Again]) -> N
     folder = run_folder / "stages" / f"{stage.index:02d}"
     # Predictions first: were the process killed in between, the next call would find the difference and go
     # on.
-    for task, found in again.items():
-        write_predictions(predictions_path(run_folder, stage.index, task), found.predictions)
+    own = [task for task in again if task not in stage.taken_from]  # of the others, the stage that they are of
+    for task in own:
+        write_predictions(predictions_path(run_folder, stage.index, task), again[task].predictions)
     scores = {task: found.score for task, found in again.items() if found.score is not None}
     violations = {task: found.violations for task, found in again.items() if found.violations is not None}
     changed = dataclasses.replace(
@@ -271,7 +286,7 @@ def _update(run_folder: Path, stage: StageRecord, again: dict[str, _Again]) -> N
         files=stage.files
         | {
             path.relative_to(folder).as_posix(): file_checksum(path)
-            for path in (predictions_path(run_folder, stage.index, task) for task in again)
+            for path in (predictions_path(run_folder, stage.index, task) for task in own)
         },
     )
     write_record(folder / "stage.json", changed)

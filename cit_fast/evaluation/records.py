@@ -4,6 +4,8 @@
     <run>/stages/00/stage.json              StageRecord of the untrained model (row "untrained" of the score matrix)
     <run>/stages/01/stage.json ...          StageRecord after each training stage, in order
     <run>/stages/NN/predictions/<task>.jsonl  one object per test example: prompt, prediction, references, score
+    <run>/stages/NN/adapters/<set>/         the adapter set that the stage trained; the others are where they were
+                                            trained last (:func:`adapter_sets`)
 
 A stage folder is committed by one rename, so a stage that exists is whole. Records carry a checksum of themselves, and
 a stage's record those of its files: what has changed since is an error that names it, never another result.
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -166,7 +168,6 @@ class RoutingRecord:
     Args:
         new: whether the stage's adapter set was made for it, not reused.
         assignment, learned: what the router returned.
-        trained_by: task -> the set that trained it, so far.
         answers: task -> set -> prompts that it answered, ``__base__`` for the base model.
         accuracy: share of the trained tasks' prompts that their own set answered, in [0, 1]; ``to_base``: share of the
             other tasks' prompts that the base model answered. ``None`` where there are no such prompts.
@@ -178,7 +179,6 @@ class RoutingRecord:
     new: bool
     assignment: Assignment
     learned: Learned
-    trained_by: dict[str, str] = field(default_factory=dict)
     answers: dict[str, dict[str, int]] = field(default_factory=dict)
     accuracy: float | None = None
     to_base: float | None = None
@@ -273,7 +273,8 @@ class StageRecord:
         truncated: examples whose input was shortened to fit the length limit.
         skipped: examples left out because the user asked to skip what cannot fit.
         test_truncated, test_skipped: the same of the test examples that were answered.
-        taken_over: how many answers are those of the stage before: the prompt's adapter set had not changed.
+        taken_over: how many answers are those of an earlier stage: the prompt's adapter set had not changed.
+        taken_from: task -> the stage whose file holds its predictions, where all of them were taken over.
         chosen: how many of the other answers are the likeliest of their task's labels (``evaluation.decode: labels``).
         violations: task name, held-out or not -> kind of violation that applies to it -> share of its answers in per
             cent (:mod:`cit_fast.evaluation.violations`); of every task that was evaluated, empty for one that declares
@@ -309,6 +310,7 @@ class StageRecord:
     test_truncated: int = 0
     test_skipped: int = 0
     taken_over: int = 0
+    taken_from: dict[str, int] = field(default_factory=dict)
     chosen: int = 0
     violations: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -381,6 +383,8 @@ def _read(path: Path, kind: type[_Record], check: bool = True) -> _Record:
             "the stage is damaged" if path.name == "stage.json" else f"is {path.parent} the folder of a cit-fast run?"
         )
         raise RunError(f"{path}: not there; {what}") from None
+    if isinstance(raw.get("routing"), dict):
+        raw["routing"].pop("trained_by", None)  # older records repeat which set each task has trained
     version = raw.get("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
         raise RunError(f"{path}: written in format version {version}; this cit-fast reads version {FORMAT_VERSION}")
@@ -435,6 +439,37 @@ def read_stages(
         stages[0].scores |= stage.untrained  # of tasks that joined a run that had begun
         stages[0].violations |= stage.untrained_violations
     return stages
+
+
+def adapter_sets(stages: Sequence[StageRecord]) -> dict[str, StageRecord]:
+    """The adapter sets after the last of these stages, each with the stage that trained it last, in that order."""
+    found: dict[str, StageRecord] = {}
+    for stage in stages:
+        if stage.index > 0:
+            found.pop(stage.adapter, None)
+            found[stage.adapter] = stage
+    return found
+
+
+def stage_folder(run: Path, stage: StageRecord) -> Path:
+    """The folder of a committed stage."""
+    return run / "stages" / f"{stage.index:02d}"
+
+
+def stages_until(folder: Path) -> list[Path]:
+    """A folder in a stage's folder (``.../stages/NN/<name>``), and before it those of this name in the stages before,
+    in order; of any other folder, itself.
+    """
+    name, number = folder.name, folder.parent.name
+    if not number.isdigit():
+        return [folder]
+    stages = (path for path in folder.parents[1].glob("[0-9]*") if path.name.isdigit())
+    return sorted((path / name for path in stages if int(path.name) <= int(number)), key=lambda p: int(p.parent.name))
+
+
+def set_folder(run: Path, stage: StageRecord) -> Path:
+    """The folder of the adapter set that a committed stage has trained."""
+    return stage_folder(run, stage) / "adapters" / stage.adapter
 
 
 def write_record(path: Path, record: RunRecord | StageRecord) -> None:

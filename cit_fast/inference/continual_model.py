@@ -13,7 +13,16 @@ from pydantic import ValidationError
 
 from cit_fast.data.example import Example
 from cit_fast.errors import DataError, LeftOutWarning, RunError
-from cit_fast.evaluation.records import RunRecord, StageRecord, check_files, read_run, read_stages
+from cit_fast.evaluation.records import (
+    RunRecord,
+    StageRecord,
+    adapter_sets,
+    check_files,
+    read_run,
+    read_stages,
+    set_folder,
+    stage_folder,
+)
 from cit_fast.files import damaged_files
 from cit_fast.methods.routing import Router, SharedRouter, load_router
 from cit_fast.methods.stage import Stage
@@ -79,23 +88,23 @@ class ContinualModel:
         """
         run = Path(run)
         again = {"device": device, "trust_remote_code": trust_remote_code, "router": router}
-        record, config, trained = read_trained(run, stage)
+        record, config, stages = read_trained(run, stage)
         base = config.model.model_copy(update={"trust_remote_code": trust_remote_code})
         folder = resolve_model(base)
         tokenizer = load_tokenizer(folder, trust_remote_code)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         encoder = prompt_encoder(tokenizer, config.data)
-        weights = run / "stages" / f"{trained.index:02d}"
+        weights = stage_folder(run, stages[-1])
         model = load_model(folder, base)
         encoder.fit_to(model)
         if (weights / "model").is_dir():
-            check_files(weights, trained, "model/")
-            return cls(load_weights(model, weights).to(device), encoder)._of(run, again)
-        check_files(weights, trained, "router/")
+            check_files(weights, stages[-1], "model/")
+            return cls(load_weights(model, weights / "model").to(device), encoder)._of(run, again)
+        check_files(weights, stages[-1], "router/")
         router = router or _router_of(record, weights)
-        folders = adapter_folders(weights, router.sets)
+        folders = adapter_folders(run, stages, router.sets)
         # A damaged set is left out by name; one base model serves the others.
-        damaged = damaged_sets(weights, trained)
+        damaged = damaged_sets(run, stages)
         whole = {name: folder for name, folder in folders.items() if name not in damaged}
         bank, unusable = _read_bank(model.to(device), whole)
         if bank is None:
@@ -186,14 +195,14 @@ class ContinualModel:
         )
 
 
-def read_trained(run: Path, stage: int | None = None) -> tuple[RunRecord, RunConfig, StageRecord]:
-    """A run's record, its configuration and a trained stage, by default the last.
+def read_trained(run: Path, stage: int | None = None) -> tuple[RunRecord, RunConfig, list[StageRecord]]:
+    """A run's record, its configuration, and its stages up to a trained one, by default the last.
 
     Raises:
         RunError: no run there, a damaged record, no such stage, or none trained yet.
     """
     record, stages = read_run(run), read_stages(run)
-    trained = {one.index: one for one in stages if one.index > 0}
+    trained = [one.index for one in stages if one.index > 0]
     if not trained:
         raise RunError(f"{run}: no stage has been trained yet")
     if stage is not None and stage not in trained:
@@ -202,26 +211,31 @@ def read_trained(run: Path, stage: int | None = None) -> tuple[RunRecord, RunCon
         config = RunConfig.model_validate({k: v for k, v in record.config.items() if k in RunConfig.model_fields})
     except ValidationError as error:
         raise RunError(describe(error, f"{run / 'run.json'}: config")) from None
-    return record, config, trained[max(trained) if stage is None else stage]
+    return record, config, [one for one in stages if stage is None or one.index <= stage]
 
 
-def adapter_folders(weights: Path, expected: Sequence[str] = ()) -> dict[str, Path]:
-    """The adapter sets of a stage folder by name, and those that should be there.
+def adapter_folders(run: Path, stages: Sequence[StageRecord], expected: Sequence[str] = ()) -> dict[str, Path]:
+    """The adapter sets after the last of these stages by name, and those that should be there.
 
     Raises:
         RunError: there are none.
     """
-    found = {path.name for path in (weights / "adapters").glob("*") if path.is_dir()}
-    if not found:
+    last = stage_folder(run, stages[-1])
+    found = {name: set_folder(run, stage) for name, stage in adapter_sets(stages).items()}
+    if not any(folder.is_dir() for folder in found.values()):
         knows = f", and its router knows {', '.join(expected)}" if expected else ""
-        raise RunError(f"{weights}: holds neither adapters nor a model{knows}; the stage is damaged")
-    return {name: weights / "adapters" / name for name in sorted(found | set(expected))}
+        raise RunError(f"{last}: holds neither adapters nor a model{knows}; the stage is damaged")
+    return {name: found.get(name, last / "adapters" / name) for name in sorted({*found, *expected})}
 
 
-def damaged_sets(weights: Path, stage: StageRecord) -> dict[str, str]:
-    """The adapter sets of a stage folder whose files are not what was written, with the reason."""
-    damaged = damaged_files(weights, stage.files, "adapters/")
-    return {name.split("/")[1]: f"{weights / name}: damaged ({reason})" for name, reason in damaged.items()}
+def damaged_sets(run: Path, stages: Sequence[StageRecord]) -> dict[str, str]:
+    """The adapter sets after the last of these stages whose files are not what was written, with the reason."""
+    found = {}
+    for set_name, stage in adapter_sets(stages).items():
+        folder = stage_folder(run, stage)
+        for name, reason in damaged_files(folder, stage.files, f"adapters/{set_name}/").items():
+            found[set_name] = f"{folder / name}: damaged ({reason})"
+    return found
 
 
 def _router_of(record: RunRecord, weights: Path) -> Router:

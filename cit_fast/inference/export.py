@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cit_fast.errors import ConfigError, LeftOutWarning, RunError
-from cit_fast.evaluation.records import check_files
+from cit_fast.evaluation.records import check_files, stage_folder
 from cit_fast.files import new_folder, write_json
 from cit_fast.inference.continual_model import adapter_folders, damaged_sets, read_trained
 from cit_fast.models.adapter_bank import (
@@ -47,11 +47,11 @@ def export_adapters(run: str | Path, out: str | Path, stage: int | None = None) 
         RunError: no trained stage, not one readable set, a run that trained the whole model, or ``out`` is in use.
     """
     run, out = Path(run), Path(out)
-    _, config, trained = read_trained(run, stage)
-    weights = run / "stages" / f"{trained.index:02d}"
+    _, config, stages = read_trained(run, stage)
+    weights = stage_folder(run, stages[-1])
     if (weights / "model").is_dir():
         raise RunError(f"{run}: trained the whole model, so it has no adapters; {weights / 'model'} is the model")
-    folders, unusable = adapter_folders(weights), damaged_sets(weights, trained)
+    folders, unusable = adapter_folders(run, stages), damaged_sets(run, stages)
     for name, folder in folders.items():
         if name in unusable:
             continue
@@ -101,22 +101,23 @@ def export_merged(
     """
     run, out = Path(run), Path(out)
     _check_free(out)
-    _, config, trained = read_trained(run, stage)
-    weights = run / "stages" / f"{trained.index:02d}"
+    _, config, stages = read_trained(run, stage)
+    weights = stage_folder(run, stages[-1])
     base = config.model.model_copy(update={"trust_remote_code": trust_remote_code})
     whole = (weights / "model").is_dir()
     if not whole:
-        folders = adapter_folders(weights)
+        folders = adapter_folders(run, stages)
         if name not in folders:
             raise RunError(f"{run}: has no adapter set {name!r}; there are {', '.join(folders)}")
-        check_files(weights, trained, f"adapters/{name}/")
+        if (damaged := damaged_sets(run, stages).get(name)) is not None:
+            raise RunError(damaged)
         read_adapter_config(folders[name])
     else:
-        check_files(weights, trained, "model/")
+        check_files(weights, stages[-1], "model/")
     folder = resolve_model(base)
     tokenizer, model = load_tokenizer(folder, trust_remote_code), load_model(folder, base)
     if whole:
-        model = load_weights(model, weights)
+        model = load_weights(model, weights / "model")
         expected = _few_logits(model)
     else:
         _untie(model, read_adapter_weights(folders[name]))

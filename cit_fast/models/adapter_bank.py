@@ -13,7 +13,8 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ class _Layer:
 
     def __init__(self, module: torch.nn.Module, base: Callable[..., Tensor]) -> None:
         self.module, self.base = module, base
-        self.updates: dict[str, LowRank] = {}
+        self.updates: MutableMapping[str, LowRank] = {}
         self.a: Tensor | None = None  # [rows, in, r], or [r, in] where all rows have one set
         self.b: Tensor | None = None  # [rows, r, out], or [out, r]
         self.bias: Tensor | None = None  # [rows, 1, out], or [out]
@@ -166,6 +167,19 @@ class AdapterBank:
                     None if b.bias is None else b.bias.detach(),
                 )
         return bank
+
+    def extend(self, model: Any, updates: Mapping[str, MutableMapping[str, LowRank]], names: Iterable[str]) -> None:
+        """Add sets that lie beside the PEFT model: layer -> set -> its matrices."""
+        self.names.update(names)
+        for path, sets in updates.items():
+            if path not in self._layers:
+                module = model.get_submodule(path)
+                self._layers[path] = _Layer(module, module.forward)
+            self._layers[path].updates = ChainMap(self._layers[path].updates, sets)
+
+    def updates_of(self, name: str) -> dict[str, LowRank]:
+        """A set's matrices, by layer."""
+        return {path: layer.updates[name] for path, layer in self._layers.items() if name in layer.updates}
 
     def read(self, base: Any, name: str, folder: Path) -> None:
         """Add the set in a PEFT adapter folder, over the bare model ``base``.

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import re
-import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,21 @@ from peft import PeftModel
 from transformers.integrations import unset_hf_deepspeed_config
 
 from cit_fast.errors import ConfigError, RunError
-from cit_fast.files import link_tree, write_json
-from cit_fast.models.adapter_bank import read_adapter_config, read_adapter_weights
+from cit_fast.files import write_json
+from cit_fast.models.adapter_bank import is_plain_lora, read_adapter_config, read_adapter_weights
 from cit_fast.models.config import DataConfig
 from cit_fast.models.fused_lora import fuse_lora
 from cit_fast.models.fused_norms import FusedNorm, fuse_norms
 from cit_fast.models.growing_adapter import GrowingAdapter
 from cit_fast.models.osf import MergedModel, is_osf
+from cit_fast.models.parked_sets import (
+    park_others,
+    read_parked,
+    set_names,
+    set_parked,
+    take_in,
+    weights_of,
+)
 from cit_fast.models.prompts import PromptEncoder
 from cit_fast.models.rewritten_base import RewrittenBase, rewrites_base
 from cit_fast.text import first_line
@@ -62,7 +69,8 @@ def train_adapter(
     fuse: bool = False,
     grow: bool = False,
 ) -> tuple[Any, RewrittenBase | GrowingAdapter | MergedModel | None]:
-    """``model`` ready to train adapter set ``name``: made when new, the only one with gradients.
+    """``model`` ready to train adapter set ``name``: made when new, the only one with gradients, and the only one in
+    the model where the others can be parked (:mod:`cit_fast.models.parked_sets`).
 
     Args:
         adapter: fields of a PEFT configuration; ``None``: the model itself is trained.
@@ -76,7 +84,7 @@ def train_adapter(
     """
     if adapter is None:
         return model, None
-    from peft import get_peft_config, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import get_peft_config, get_peft_model, set_peft_model_state_dict
     from transformers import set_seed
 
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name == "default":
@@ -89,8 +97,11 @@ def train_adapter(
         if fuse:
             fuse_lora(model)
         return model, grown
-    if isinstance(model, PeftModel) and name in model.peft_config:
+    if isinstance(model, PeftModel) and name in set_names(model):
+        if name not in model.peft_config:
+            take_in(model, name)
         model.set_adapter(name)
+        park_others(model, name)
         if fuse:
             fuse_lora(model)
         return model, None
@@ -112,8 +123,9 @@ def train_adapter(
     if rewritten is not None:
         rewritten.added(model, name)
     if start_from is not None:
-        weights = get_peft_model_state_dict(model, adapter_name=start_from)
-        set_peft_model_state_dict(model, weights, adapter_name=name)
+        set_peft_model_state_dict(model, weights_of(model, start_from), adapter_name=name)
+    if isinstance(model, PeftModel) and rewritten is None:
+        park_others(model, name)
     if fuse:
         fuse_lora(model)
     return model, rewritten
@@ -125,59 +137,57 @@ def save_weights(
     base_name: str,
     state_dict: dict[str, Any] | None = None,
     *,
-    before: Path | None = None,
     trained: str | None = None,
 ) -> None:
     """Write what training changed: ``adapters/<name>`` as plain PEFT folders, or the whole model as ``model``.
 
     Args:
         state_dict: the model's weights, where the model itself holds only shards of them.
-        before: the folder of an earlier stage whose adapter sets, all but ``trained``, have not changed: they are the
-            same files under another name (copies where the file system has no hard links), so a family of a hundred
-            adapters costs a stage the time and the space of one.
-        trained: the adapter set that has changed.
+        trained: the one adapter set that has changed; ``None``: all are written.
     """
     if not isinstance(model, PeftModel):
         model.save_pretrained(folder / "model", state_dict=state_dict)
         return
-    names = list(model.peft_config)
-    same = [name for name in names if before is not None and name != trained and (before / "adapters" / name).is_dir()]
-    written = [name for name in names if name not in same]
-    model.save_pretrained(folder / "adapters", selected_adapters=written, state_dict=state_dict)
-    for name in written:
+    names = list(model.peft_config) if trained is None else [trained]
+    model.save_pretrained(folder / "adapters", selected_adapters=names, state_dict=state_dict)
+    for name in names:
         path = folder / "adapters" / name / "adapter_config.json"
         # The folder the base was loaded from means nothing on another machine; its name does. Modules are a set.
         config = {**json.loads(path.read_text(encoding="utf-8")), "base_model_name_or_path": base_name}
         if isinstance(config.get("target_modules"), list):
             config["target_modules"] = sorted(config["target_modules"])
         write_json(path, config)
-    for name in same:
-        link_tree(typing.cast("Path", before) / "adapters" / name, folder / "adapters" / name)
 
 
-def load_weights(base: Any, folder: Path, trainable: bool = False) -> Any:
-    """``base`` with the weights that :func:`save_weights` left in a stage folder.
+def load_weights(base: Any, weights: Path | Mapping[str, Path], trainable: bool = False) -> Any:
+    """``base`` with weights that :func:`save_weights` left.
+
+    Args:
+        weights: the folder of a model that was trained whole, or the folders of adapter sets by name. The last of these
+            is in the model, the others are parked where they can be.
 
     Raises:
         RunError: a missing or damaged file, or an adapter of another base model.
     """
     model: Any = base
-    whole = folder / "model"
-    if whole.is_dir():
+    if isinstance(weights, Path):
         try:
             model = type(base).from_pretrained(
-                whole, dtype=base.dtype, attn_implementation=base.config._attn_implementation
+                weights, dtype=base.dtype, attn_implementation=base.config._attn_implementation
             )
         except (OSError, ValueError, RuntimeError) as error:
-            raise RunError(f"{whole}: cannot be loaded: {first_line(error)}") from None
+            raise RunError(f"{weights}: cannot be loaded: {first_line(error)}") from None
         if any(isinstance(module, FusedNorm) for module in base.modules()):
             fuse_norms(model)  # as the base was, for a resumed run must compute what it would have computed
         return model
-    adapters = sorted((folder / "adapters").glob("*/adapter_config.json"))
-    if not adapters:
-        raise RunError(f"{folder}: holds neither adapters nor a model; the stage is damaged")
-    for path in adapters:
-        model = load_adapter(model, path.parent, trainable)
+    *others, last = weights
+    plain = is_plain_lora(read_adapter_config(weights[last]))
+    sets = read_parked(base, {name: weights[name] for name in others}) if plain else None
+    for name in others if sets is None else ():
+        model = load_adapter(model, weights[name], trainable)
+    model = load_adapter(model, weights[last], trainable)
+    if sets is not None:
+        set_parked(model, sets)
     return model
 
 

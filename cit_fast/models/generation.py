@@ -16,11 +16,12 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from cit_fast.errors import DataError
+from cit_fast.errors import DataError, RunError
 from cit_fast.models.adapter_bank import BASE, AdapterBank, RowsLostError
 from cit_fast.models.forward import evaluating, whole_rows
 from cit_fast.models.fused_lora import adapters_cast_once
 from cit_fast.models.growing_adapter import activate
+from cit_fast.models.parked_sets import bank_of, parked, set_names
 from cit_fast.models.prefix_cache import (
     CACHE,
     PASS,
@@ -278,11 +279,11 @@ def _answer_with_sets(
     done: Callable[[int], bool],
 ) -> None:
     """Call ``answer`` on the indices such that each of their rows has its set; ``done`` says which are answered."""
-    known = bank.names if bank is not None else set(getattr(model, "peft_config", ()))
+    known = bank.names if bank is not None else set_names(model)
     unknown = set(sets) - {*known, BASE}
     if unknown:
         raise DataError(f"generate: no adapter set {min(unknown)!r}; there are {', '.join(sorted(known)) or 'none'}")
-    mixed = bank if bank is not None else AdapterBank.of_model(model)
+    mixed = bank if bank is not None else bank_of(model)
     if mixed is not None:
         with contextlib.suppress(RowsLostError):  # e.g. experts, each given the tokens that are routed to it
             answer(indices, mixed.answering)
@@ -297,9 +298,16 @@ def one_set(model: Any, name: str, bank: AdapterBank | None = None) -> Iterator[
     """Activate adapter set ``name`` inside; afterwards restore the active set and every ``requires_grad``.
 
     Args:
-        model: a PEFT model, or a base model whose sets are in ``bank``.
+        model: a PEFT model, with parked sets or without, or a base model whose sets are in ``bank``.
         name: of the set, :data:`BASE` for the base model alone.
+
+    Raises:
+        RunError: a parked set, and the one in the model is of another kind.
     """
+    if bank is None and name in parked(model).configs:
+        bank = bank_of(model)
+        if bank is None:
+            raise RunError(f"adapter set {name!r} cannot answer while the set in the model is no plain LoRA")
     if bank is not None:
         with bank.answering([name]):
             yield

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from cit_fast.data.constraints import KINDS
 from cit_fast.errors import RunError
-from cit_fast.evaluation.predictions import Prediction, predictions_path, read_predictions
+from cit_fast.evaluation.predictions import Prediction, predictions_after, read_predictions
 from cit_fast.evaluation.records import StageRecord, check_files
 from cit_fast.evaluation.violations import TaskSetScores
 from cit_fast.files import write_file, write_json
@@ -321,12 +321,13 @@ def _examples(view: RunView) -> tuple[list[tuple[str, list[dict[str, Any]]]], st
     found, problem = [], ""
     for task in view.record.every_task if view.stages else []:
         stage = view.stages[-1]
-        path = predictions_path(view.folder, stage.index, task)
+        path = predictions_after(view.folder, stage, task)
         name = f"predictions/{path.name}"
-        if not path.exists() and name not in stage.files:
+        holder = next((each for each in view.stages if each.index == stage.taken_from.get(task)), stage)
+        if not path.exists() and name not in holder.files:
             continue
         try:
-            check_files(path.parents[1], stage, name)
+            check_files(path.parents[1], holder, name)
             predictions = read_predictions(path)
         except RunError as error:
             problem = str(error)

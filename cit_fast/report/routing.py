@@ -51,7 +51,8 @@ def confusion(view: RunView) -> tuple[Matrix, list[list[str]], list[str], list[s
     """
     stage = [stage for stage in view.trained if _answers(stage)][-1]
     answers = _answers(stage)
-    trained_by = stage.routing.trained_by if stage.routing else {}
+    until = (each for each in view.trained if each.index <= stage.index)
+    trained_by = {task: each.adapter for each in until for task in each.trained}
     own = {task: trained_by.get(task, BASE) for task in answers}
     tasks = [task for task in view.record.tasks if task in answers]
     tasks += [task for task in answers if task not in tasks]  # held-out ones

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from cit_fast.methods.routing import Router
 from cit_fast.methods.stage import Stage
 from cit_fast.models.adapter_bank import BASE
 from cit_fast.models.generation import generate
+from cit_fast.models.parked_sets import set_names
 from cit_fast.models.pretrained import cache_folder
 from cit_fast.models.prompts import PromptEncoder
 from cit_fast.run.config import EvaluationConfig
@@ -39,8 +40,9 @@ class Evaluated:
         truncated: prompts whose input was shortened to fit; ``skipped``: examples left out because they cannot fit.
         answered_by: task name -> adapter set -> how many of its prompts the router sent there, :data:`BASE` for none
             of the sets; empty without a router. ``routing_seconds``: wall time the router took.
-        taken_over: how many answers are those of the stage before; ``chosen``: how many of the others are the likeliest
+        taken_over: how many answers are those of an earlier stage; ``chosen``: how many of the others are the likeliest
             of their task's labels.
+        taken_from: task name -> the stage whose predictions these are, all of them.
     """
 
     scores: dict[str, float]
@@ -52,24 +54,27 @@ class Evaluated:
     routing_seconds: float = 0.0
     taken_over: int = 0
     chosen: int = 0
+    taken_from: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Before:
-    """What the stage before answered.
+    """What earlier stages answered last.
 
     Args:
-        predictions: task name -> its predictions; of tasks that were answered then.
-        changed: the adapter set that has been trained since.
+        predictions: task name -> its predictions; of tasks that have been answered.
+        stage: task name -> the stage that has them in a file of its own.
+        changed: task name -> the adapter sets that have been trained since it was answered.
     """
 
     predictions: Mapping[str, Sequence[Prediction]]
-    changed: str
+    stage: Mapping[str, int]
+    changed: Mapping[str, Collection[str]]
 
     def answer(self, task: str, position: int, prompt: str, adapter: str) -> str | None:
         """The answer to the same prompt by the same set, if that has not changed."""
         known = self.predictions.get(task, ())
-        if adapter == self.changed or position >= len(known):
+        if position >= len(known) or adapter in self.changed[task]:
             return None
         one = known[position]
         return one.prediction if (one.prompt, one.adapter) == (prompt, adapter) else None
@@ -86,7 +91,7 @@ def evaluate(
 ) -> Evaluated:
     """Answer every example of the tasks' split, each with the adapter set its router names, and score the answers.
 
-    Where an adapter set has not changed since the stage ``before``, its answers are taken over. With ``decode: labels``
+    Where an adapter set has not changed since its answers ``before``, they are taken over. With ``decode: labels``
     the answer to an example of a task with labels is the likeliest of them.
 
     Raises:
@@ -138,9 +143,12 @@ def evaluate(
                 own, own_answers, references, result.per_example, inputs, strict=True
             )
         ]
+    same = {}
+    if before is not None:
+        same = {task: n for task, n in before.stage.items() if predictions.get(task) == before.predictions[task]}
     violations = {task.name: judged(Constraints.of(task), predictions[task.name]) for task in tasks}
     return Evaluated(
-        scores, predictions, truncated, skipped, violations, answered_by, routing_seconds, taken_over, chosen
+        scores, predictions, truncated, skipped, violations, answered_by, routing_seconds, taken_over, chosen, same
     )
 
 
@@ -170,7 +178,7 @@ def routed(model: Any, encoder: PromptEncoder, examples: Sequence[Example], rout
         return None
     sets = [router.answer(examples, Stage(model, encoder, cache=cache_folder()))]
     broadcast_object_list(sets)  # one process decides: others may differ in a last bit, and wait for another's prompts
-    unknown = set(sets[0]) - {*model.peft_config, BASE}
+    unknown = set(sets[0]) - {*set_names(model), BASE}
     if unknown:
         raise ConfigError(f"router: answers with the adapter set {min(unknown)!r}, which no task has trained yet")
     return sets[0]

@@ -2,7 +2,7 @@
 
     <stage>/live/<adapter set>.safetensors
 
-Each set's are as its last stage left them. The files of sets that a stage does not train are those of the stage before.
+They lie with the stage that trained the set last.
 """
 
 from __future__ import annotations
@@ -16,26 +16,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cit_fast.errors import RunError
-from cit_fast.files import link_tree
 
 _FOLDER = "live"
 
 
-def save_live_weights(folder: Path, adapter: str, weights: dict[str, Tensor] | None, before: Path) -> None:
-    """Write the weights of the set that a stage has trained, and those of the other sets from the stage before."""
-    if (before / _FOLDER).is_dir():
-        link_tree(before / _FOLDER, folder / _FOLDER)
+def save_live_weights(folder: Path, adapter: str, weights: dict[str, Tensor] | None) -> None:
+    """Write the live weights of the set that a stage has trained."""
     if weights is None:
         return
     path = folder / _FOLDER / f"{adapter}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)  # another name of the earlier stage's file, which must stay as it is
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path)
 
 
 @torch.no_grad()
 def take_up_live_weights(model: Any, folder: Path, adapter: str) -> dict[str, Tensor] | None:
     """Put the live weights that an earlier stage kept of a set into the model.
+
+    Args:
+        folder: of the stage that trained the set last.
 
     Returns:
         What the model held instead, by name; ``None`` where nothing was kept.

@@ -28,8 +28,11 @@ from cit_fast.evaluation.records import (
     RoutingRecord,
     RunRecord,
     StageRecord,
+    adapter_sets,
     check_files,
     read_run,
+    set_folder,
+    stage_folder,
 )
 from cit_fast.methods.config import MethodConfig
 from cit_fast.methods.registry import PARTS, build_parts, part_name
@@ -39,6 +42,7 @@ from cit_fast.methods.updates import stream_wide
 from cit_fast.models.adapters import load_weights, loading_whole, prompt_encoder, save_weights, train_adapter
 from cit_fast.models.digests import model_identity
 from cit_fast.models.osf import of_stage
+from cit_fast.models.parked_sets import set_names
 from cit_fast.models.pretrained import cache_folder, load_model, load_tokenizer, resolve_model
 from cit_fast.run.answer import Evaluated
 from cit_fast.run.cached_scores import CachedScores
@@ -162,7 +166,7 @@ class MethodRun:
             if index < len(stages):
                 continue
             if model is None:
-                model = self._load(self._checked(stages[index - 1]) if index > 1 else None)
+                model = self._load(self._checked(stages[:index]) if index > 1 else None)
                 self._take_up_router(index - 1, model)
             self._take_up_settings(index)
             model = self._stage(model, index, len(groups), group, joined)
@@ -317,6 +321,7 @@ class MethodRun:
             test_truncated=found.truncated,
             test_skipped=found.skipped,
             taken_over=found.taken_over,
+            taken_from=found.taken_from,
             chosen=found.chosen,
             notes=trained.notes,
             untrained=joined.scores if joined else {},
@@ -325,7 +330,8 @@ class MethodRun:
             general=general,
             gate=self.evaluation.gate(trained.model, index, found, [task.name for task in tasks], title, general),
         )
-        self._commit(record, trained.model, found.predictions, trained.finished.live)
+        own = {task: entries for task, entries in found.predictions.items() if task not in found.taken_from}
+        self._commit(record, trained.model, own, trained.finished.live)
         if record.gate is not None and record.gate.broken:
             self._say_scores(title, record)
             raise refused(self.folder.path, record)
@@ -404,10 +410,10 @@ class MethodRun:
     ) -> None:
         def fill(path: Path) -> None:
             if model is not None:
-                before = self.folder.stage_path(stage.index - 1)
-                save_weights(model, path, self.config.model.name, before=before, trained=stage.adapter)
-                save_live_weights(path, stage.adapter, live, before)
-                self.parts.router.save(path / "router")
+                save_weights(model, path, self.config.model.name, trained=stage.adapter)
+                save_live_weights(path, stage.adapter, live)
+                before = self.folder.stage_path(stage.index - 1) / "router"
+                self.parts.save_router(path / "router", before if before.is_dir() else None)
             write_stage_predictions(path, predictions)
 
         if self.state.is_main_process:
@@ -424,20 +430,32 @@ class MethodRun:
         if isinstance(self.parts.router, SharedRouter):  # remembers nothing, and older runs have no such folder
             return
         self.parts.router = type(self.parts.router).load(folder)
-        missing = sorted(set(self.parts.router.sets) - set(model.peft_config))
+        missing = sorted(set(self.parts.router.sets) - set_names(model))
         if missing:
-            raise RunError(f"{folder}: knows the adapter set {missing[0]!r}, and {folder.parent / 'adapters'} has none")
+            raise RunError(f"{folder}: knows the adapter set {missing[0]!r}, which no stage has trained")
 
     # -- the model -----------------------------------------------------------------------------------------------
 
-    def _checked(self, stage: StageRecord) -> Path:
-        """The folder of a committed stage to go on from, when its files have been looked at."""
-        folder = self.folder.stage_path(stage.index)
-        for below in ("adapters/", "model/", "router/", "live/"):
-            check_files(folder, stage, below)
-        return folder
+    def _checked(self, stages: Sequence[StageRecord]) -> Path | dict[str, Path]:
+        """The weights to go on from after the last of these stages, when their files have been looked at: the folder of
+        a model that was trained whole, or those of the adapter sets by name.
+        """
+        last = stages[-1]
+        folder = self.folder.stage_path(last.index)
+        for below in ("model/", "router/"):
+            check_files(folder, last, below)
+        for stage in stages[:-1]:
+            check_files(stage_folder(self.folder.path, stage), stage, "router/prompts-")
+        if (folder / "model").is_dir():
+            return folder / "model"
+        found = {}
+        for name, stage in adapter_sets(stages).items():
+            for below in (f"adapters/{name}/", f"live/{name}."):
+                check_files(stage_folder(self.folder.path, stage), stage, below)
+            found[name] = set_folder(self.folder.path, stage)
+        return found
 
-    def _load(self, weights: Path | None) -> Any:
+    def _load(self, weights: Path | Mapping[str, Path] | None) -> Any:
         """The model on this process's device, with the weights of a stage."""
         with loading_whole():
             model = load_model(self.model_path, self.config.model)

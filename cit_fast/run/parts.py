@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.markup import escape
@@ -62,6 +64,13 @@ class Parts:
     def learn(self, stage: Stage) -> Learned:
         """What the router learns from the task, now that its set is trained."""
         return self._recorded("router", "learn", self.router.learn(stage), Learned)
+
+    def save_router(self, folder: Path, earlier: Path | None) -> None:
+        """Write what the router remembers; ``earlier``: where the stage before has written it."""
+        if "earlier" in inspect.signature(self.router.save).parameters:
+            self.router.save(folder, earlier=earlier)
+        else:
+            self.router.save(folder)
 
     def _returned(self, kind: str, method: str, value: Any, wanted: type[_Returned]) -> _Returned:
         """What a part returned, if it is of the right kind."""

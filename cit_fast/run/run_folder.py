@@ -221,7 +221,7 @@ class RunFolder:
         temporary.mkdir(parents=True)
         try:
             fill(temporary)
-            record.files = tree_checksums(temporary, self._checksums_of(record.index - 1))
+            record.files = tree_checksums(temporary)
             write_record(temporary / "stage.json", record)
             broken = record.gate is not None and record.gate.broken
             commit_folder(
@@ -231,12 +231,6 @@ class RunFolder:
             shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(self.checkpoints(record.index), ignore_errors=True)
         self._remove_empty()
-
-    def _checksums_of(self, index: int) -> dict[str, tuple[Path, str]]:
-        """The files of a committed stage with their checksums."""
-        folder = self.stage_path(index)
-        stages = [stage for stage in self.stages() if stage.index == index]
-        return {name: (folder / name, checksum) for stage in stages for name, checksum in stage.files.items()}
 
     def checkpoints(self, index: int) -> Path:
         """Where the Trainer keeps its checkpoints of the stage being trained."""

@@ -9,7 +9,7 @@ from typing import Any
 from cit_fast.data import TaskStream
 from cit_fast.data.example import Task
 from cit_fast.data.kept_task import RecalledTask
-from cit_fast.evaluation.predictions import read_predictions
+from cit_fast.evaluation.predictions import predictions_after, read_predictions
 from cit_fast.evaluation.records import GateRecord, GeneralRecord, check_files
 from cit_fast.methods.routing import SharedRouter
 from cit_fast.models.prompts import PromptEncoder
@@ -53,7 +53,7 @@ class StageEvaluation:
         held_out = self.held_out if index == count or self.config.evaluation.held_out_after == "all" else []
         held_out = [task for task in held_out if not (isinstance(task, RecalledTask) and task.dropped)]
         tasks, router = [*known, *held_out], self.parts.router
-        before = None if isinstance(router, SharedRouter) or index == 1 else self._before(index - 1, trained)
+        before = None if isinstance(router, SharedRouter) else self._before(tasks, index, trained)
         found = evaluate(model, self.encoder, tasks, self.config.evaluation, router, title, before)
         return found, time.perf_counter() - started
 
@@ -88,9 +88,17 @@ class StageEvaluation:
         record = judge(gate, split, scores, new, stages[1:index])
         return judge_general(gate, record, stages[0].general, general)
 
-    def _before(self, index: int, changed: str) -> Before:
-        """What the answers were after stage ``index``; ``changed`` is the set that has been trained since."""
-        folder = self.folder.stage_path(index)
-        check_files(folder, self.folder.stages()[index], "predictions/")
-        paths = (folder / "predictions").glob("*.jsonl")
-        return Before({path.stem: read_predictions(path) for path in paths}, changed)
+    def _before(self, tasks: Sequence[Task], index: int, trained: str) -> Before:
+        """What was answered last before stage ``index``, which has trained the set ``trained``."""
+        stages = self.folder.stages()[1:index]
+        predictions, holders, changed = {}, {}, {}
+        for task in tasks:
+            last = next((stage for stage in reversed(stages) if task.name in stage.scores), None)
+            if last is None:
+                continue
+            path = predictions_after(self.folder.path, last, task.name)
+            holders[task.name] = last.taken_from.get(task.name, last.index)
+            check_files(path.parents[1], stages[holders[task.name] - 1], f"predictions/{path.name}")
+            predictions[task.name] = read_predictions(path)
+            changed[task.name] = {stage.adapter for stage in stages[last.index :]} | {trained}
+        return Before(predictions, holders, changed)

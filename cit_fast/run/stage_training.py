@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ from rich.markup import escape
 
 from cit_fast.data.example import unseen_media
 from cit_fast.errors import CitFastError, ConfigError, DataError, RunError
-from cit_fast.evaluation.records import RunRecord, StageRecord
+from cit_fast.evaluation.records import RunRecord, StageRecord, adapter_sets, set_folder, stage_folder
 from cit_fast.methods.stage import Finished, Stage, StageInputs
 from cit_fast.methods.updates import stream_wide
 from cit_fast.models.adapters import save_weights, train_adapter
 from cit_fast.models.growing_adapter import GrowingAdapter
 from cit_fast.models.osf import MergedModel, is_osf, refuse_sharded_osf
+from cit_fast.models.parked_sets import parked, set_parked
 from cit_fast.models.rewritten_base import RewrittenBase, refuse_sharded, rewrites_base
 from cit_fast.run.arguments import training_arguments
 from cit_fast.run.config import RunConfig
@@ -64,7 +65,7 @@ class StageTraining:
         method: str,
         parts: Parts,
         folder: RunFolder,
-        load: Callable[[Path], Any],
+        load: Callable[[Path | Mapping[str, Path]], Any],
         say: Callable[[str], None],
         clock: TimeLeft | None,
     ) -> None:
@@ -108,16 +109,18 @@ class StageTraining:
             raise DataError(
                 f"task {stage.task.name!r}: no training example fits data.max_length; every one was skipped"
             )
-        averages = take_up_live_weights(model, self.folder.stage_path(stage.index - 1), adapter)
-        stage = dataclasses.replace(stage, averages=averages)
+        before = adapter_sets(self.folder.stages()[: stage.index]).get(adapter)
+        if before is not None:
+            averages = take_up_live_weights(model, stage_folder(self.folder.path, before), adapter)
+            stage = dataclasses.replace(stage, averages=averages)
         # What must not move is held against its copy afterwards, and what should have moved as well.
-        before = TrainedWeights(model)
+        weights = TrainedWeights(model)
         self.parts.update.begin(stage)
         trainer = self._trained(stage, title, inputs)
         seconds = trainer.record.seconds + inputs.seconds
         finished = self.parts.finish(trainer.optimizer, dataclasses.replace(stage, steps=trainer.state.global_step))
         model = self._unwrapped(trainer, stage.index, adapter)
-        notes += before.notes(model)
+        notes += weights.notes(model)
         if rewritten is not None:
             model = rewritten.undo(model, adapter)
         frozen.check(model, f"{self.folder.path}: {where}")
@@ -193,11 +196,20 @@ class StageTraining:
         # FSDP and ZeRO leave shards, hooks and another dtype in the model: it is gathered, written, and loaded anew.
         gathered = self.folder.checkpoints(index) / "gathered"
         weights = accelerator.get_state_dict(trainer.model_wrapped)  # every process takes part
+        unwrapped = accelerator.unwrap_model(trainer.model)
+        beside, inside = parked(unwrapped), set(getattr(unwrapped, "peft_config", ()))
         if self.state.is_main_process:
-            unwrapped, before = accelerator.unwrap_model(trainer.model), self.folder.stage_path(index - 1)
-            save_weights(unwrapped, gathered, self.config.model.name, weights, before=before, trained=adapter)
+            save_weights(unwrapped, gathered, self.config.model.name, weights, trained=adapter)
         self.state.wait_for_everyone()
+        del unwrapped
         trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = None
         accelerator.free_memory()
-        fuse = self.config.model.fuse_lora
-        return train_adapter(self._load(gathered), self.config.adapter, adapter, self.config.seed, fuse=fuse)[0]
+        if not inside:
+            return self._load(gathered / "model")
+        sets = adapter_sets(self.folder.stages()[:index])
+        others = {name: set_folder(self.folder.path, stage) for name, stage in sets.items() if name in inside}
+        others.pop(adapter, None)
+        model = self._load({**others, adapter: gathered / "adapters" / adapter})
+        if not others:
+            set_parked(model, beside)
+        return train_adapter(model, self.config.adapter, adapter, self.config.seed, fuse=self.config.model.fuse_lora)[0]

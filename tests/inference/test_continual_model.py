@@ -12,12 +12,13 @@ import textwrap
 import warnings
 
 import pytest
+from growth import predictions
 from rich.console import Console
 
 from cit_fast import ContinualModel, ContinualTrainer, cli
 from cit_fast.data import Example, Task, TaskStream
 from cit_fast.errors import DataError, RunError
-from cit_fast.evaluation import read_predictions, read_stages
+from cit_fast.evaluation import read_stages
 from cit_fast.inference.export import export_adapters, export_merged
 from cit_fast.models import adapter_bank as mixed_batches
 from cit_fast.models.adapter_bank import BASE
@@ -78,15 +79,13 @@ def sets_of(run):
 
 
 def damage(run, name):
-    path = run / "stages" / "03" / "adapters" / name / "adapter_model.safetensors"
-    content = path.read_bytes()
-    path.unlink()  # stages share unchanged files
-    path.write_bytes(content[:100])
+    (path,) = run.glob(f"stages/*/adapters/{name}/adapter_model.safetensors")
+    path.write_bytes(path.read_bytes()[:100])
 
 
 def test_each_prompt_goes_to_its_set_and_is_answered_as_in_the_evaluation(finished, model, stream):
     examples = [example for pair in zip(*(task.test for task in stream), strict=True) for example in pair]
-    stored = {task: read_predictions(finished / f"stages/03/predictions/{task}.jsonl") for task in stream.names}
+    stored = {task: predictions(finished, 3, task) for task in stream.names}
     expected = [stored[task][k].prediction for k in range(4) for task in stream.names]
     sets = sets_of(finished)
     assert len(set(sets.values())) == 3
@@ -133,7 +132,7 @@ def test_a_damaged_set_is_named_and_the_others_serve(run, stream, monkeypatch, t
 
 def test_a_missing_folder_is_named_too(run, stream):
     sets = sets_of(run)
-    shutil.rmtree(run / "stages/03/adapters" / sets["dates"])
+    shutil.rmtree(run / "stages/01/adapters" / sets["dates"])
     with pytest.warns(UserWarning, match=f"adapter set '{sets['dates']}' cannot be used: .* not there"):
         model = ContinualModel.from_run(run, device="cpu")
     assert sets["dates"] not in model.route([stream[0].test[0]])
@@ -146,7 +145,7 @@ def test_an_earlier_stage_answers_and_is_exported(run, stream, tmp_path, monkeyp
         earlier = ContinualModel.from_run(run, device="cpu", stage=index)
         assert set(earlier.sets) == {sets_of(run)[name] for name in names[:index]}
         for task in list(stream)[:index]:
-            kept = read_predictions(run / f"stages/{index:02d}/predictions/{task.name}.jsonl")
+            kept = predictions(run, index, task.name)
             assert earlier.generate(list(task.test), max_new_tokens=6) == [each.prediction for each in kept]
     assert export_adapters(run, tmp_path / "first", stage=1) == [sets_of(run)[names[0]]]
     assert call(monkeypatch, "export", run, tmp_path / "merged", "--merge", sets_of(run)[names[0]], "--stage", 1) == 0
@@ -161,7 +160,8 @@ def test_nothing_left_to_answer(run):
     with pytest.raises(RunError, match=r"no adapter set can answer: .*damaged") as caught:
         ContinualModel.from_run(run, device="cpu")
     assert "\n" not in str(caught.value)
-    shutil.rmtree(run / "stages/03/adapters")
+    for folder in run.glob("stages/*/adapters"):
+        shutil.rmtree(folder)
     with pytest.raises(RunError, match="holds neither adapters nor a model, and its router knows set-01"):
         ContinualModel.from_run(run, device="cpu")
 

@@ -137,8 +137,7 @@ def test_every_set_has_live_weights_of_its_own(settings, stream):
     names = [stage.adapter for stage in read_stages(folder)[1:]]
     assert names == ["set-01", "set-02", "set-01"]
     kept = {stage: sorted(path.stem for path in (folder / f"stages/0{stage}/live").iterdir()) for stage in (1, 2, 3)}
-    assert kept == {1: ["set-01"], 2: ["set-01", "set-02"], 3: ["set-01", "set-02"]}
-    assert all(torch.equal(live(folder, 1, "set-01")[k], v) for k, v in live(folder, 2, "set-01").items())
+    assert kept == {1: ["set-01"], 2: ["set-02"], 3: ["set-01"]}
     assert any(not torch.equal(live(folder, 1, "set-01")[k], v) for k, v in live(folder, 3, "set-01").items())
 
 

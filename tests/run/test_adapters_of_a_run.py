@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from growth import predictions
 from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from cit_fast import ContinualModel, ContinualTrainer
 from cit_fast.data import Example, Task, TaskStream
 from cit_fast.errors import ConfigError, RunError
-from cit_fast.evaluation import read_predictions, read_stages
+from cit_fast.evaluation import read_stages
 from cit_fast.inference import export
 from cit_fast.inference.export import export_adapters, export_merged
 from cit_fast.run import stage_training
@@ -49,7 +50,7 @@ def run(settings, stream, method, **adapter):
 
 
 def answers(folder, stage, task):
-    return [entry.prediction for entry in read_predictions(folder / f"stages/{stage:02d}/predictions/{task}.jsonl")]
+    return [entry.prediction for entry in predictions(folder, stage, task)]
 
 
 def trained(folder, stage, name):
@@ -78,7 +79,7 @@ def test_the_base_model_is_put_back(loud, stream, adapter):
     assert model.generate(test, 6, adapters=["__base__"] * 4) == answers(folder, 0, "alpha")
     assert model.generate(test, 6) == answers(folder, 3, "alpha")
     assert answers(folder, 3, "alpha") != answers(folder, 0, "alpha")
-    config = json.loads((folder / "stages/03/adapters/task-alpha/adapter_config.json").read_text())
+    config = json.loads((folder / "stages/01/adapters/task-alpha/adapter_config.json").read_text())
     assert (config["r"], config["init_lora_weights"]) == (8, True)
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from cit_fast import ContinualTrainer
-from cit_fast.evaluation import read_run, read_stages
+from cit_fast.evaluation import predictions_after, read_run, read_stages
 from cit_fast.key_parts.layout import PrefixCollator
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
@@ -78,7 +78,7 @@ def compare(two: Path, one: Path, *, losses: float = 1e-5, weights: float = 1e-4
         for step, *values in ours.balance_weights:
             assert values == pytest.approx(theirs_weights[step], rel=weights)
         assert len(ours.balance_weights) == len(theirs.balance_weights)
-        lines = (two / f"stages/{ours.index:02d}/predictions/alpha.jsonl").read_text().splitlines()
+        lines = predictions_after(two, ours, "alpha").read_text().splitlines()
         assert [json.loads(line)["references"] for line in lines] == [[f"alpha {k}"] for k in range(100, 105)]
 
 

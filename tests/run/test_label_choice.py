@@ -7,14 +7,14 @@ import random
 
 import pytest
 import torch
+from growth import predictions
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 
 from cit_fast import ContinualTrainer
 from cit_fast.data import Example, Task, TaskStream
 from cit_fast.errors import DataError
-from cit_fast.evaluation import read_predictions, read_stages
-from cit_fast.evaluation.predictions import predictions_path
+from cit_fast.evaluation import read_stages
 from cit_fast.models.adapter_bank import BASE
 from cit_fast.models.prompts import PromptEncoder
 from cit_fast.run.label_choice import most_likely
@@ -135,8 +135,8 @@ def test_a_run_chooses_where_there_are_labels(settings, stream, preset):
     # Of a set of its own the first task's answers are taken over after the second stage.
     assert [stage.chosen for stage in stages] == [5, 5, 0 if preset == "oracle" else 5]
     for stage in stages:
-        answers = [one.prediction for one in read_predictions(predictions_path(folder, stage.index, "mood"))]
+        answers = [one.prediction for one in predictions(folder, stage.index, "mood")]
         assert set(answers) <= {"good", "bad"}
         assert stage.violations["mood"]["OOS"] == 0
-    others = [one.prediction for one in read_predictions(predictions_path(folder, 0, "alpha"))]
+    others = [one.prediction for one in predictions(folder, 0, "alpha")]
     assert not set(others) & {"good", "bad"}

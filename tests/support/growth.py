@@ -11,7 +11,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from cit_fast import ContinualTrainer
-from cit_fast.evaluation import continual_metrics, read_run, read_stages
+from cit_fast.evaluation import continual_metrics, predictions_after, read_predictions, read_run, read_stages
+from cit_fast.evaluation.predictions import Prediction
 
 SEEN = {"tasks": "seen"}
 
@@ -23,11 +24,20 @@ def run(settings, stream, output: Path, *methods) -> dict[str, Path]:
     return {folder.name: folder for folder in folders}
 
 
+def predictions(folder: Path, stage: int, task: str) -> list[Prediction]:
+    """Of a task after a stage, wherever they lie."""
+    return read_predictions(predictions_after(folder, read_stages(folder)[stage], task))
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Of every adapter set and every average of the last stage."""
-    last = sorted((folder / "stages").glob("[0-9]*"))[-1]
-    files = [*last.glob("adapters/*/*.safetensors"), *last.glob("live/*"), *last.glob("router/*.safetensors")]
-    return {f"{file.relative_to(last)}/{name}": value for file in files for name, value in load_file(file).items()}
+    """Of every adapter set and every average, as each was trained last, and of the router."""
+    stages = sorted((folder / "stages").glob("[0-9]*"), key=lambda path: int(path.name))
+    found = {}
+    for stage in stages:
+        files = [*stage.glob("adapters/*/*.safetensors"), *stage.glob("live/*"), *stage.glob("router/*.safetensors")]
+        for file in files:
+            found |= {f"{file.relative_to(stage)}/{name}": value for name, value in load_file(file).items()}
+    return found
 
 
 def same(one: Path, other: Path, but: Collection[str] = ()) -> None:

@@ -24,6 +24,7 @@ from cit_fast.models.collation import PaddingCollator
 from cit_fast.models.digests import fingerprint
 from cit_fast.models.forward import evaluating
 from cit_fast.models.kept_tensors import read_tensors, write_tensors
+from cit_fast.models.parked_sets import set_names
 from cit_fast.models.prompts import IGNORED, Encoded
 
 
@@ -63,7 +64,7 @@ class EWC:
             ConfigError: a model with several adapter sets, whose tasks do not share their weights.
             RunError: what an earlier stage kept is missing or damaged.
         """
-        sets = list(getattr(stage.model, "peft_config", {}))
+        sets = sorted(set_names(stage.model))
         if len(sets) > 1:
             raise ConfigError(
                 f"objective ewc holds one set of weights, and there are {', '.join(sets)}; router: shared"

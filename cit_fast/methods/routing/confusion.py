@@ -30,7 +30,6 @@ def routing_record(
         new,
         assignment,
         learned,
-        trained_by=dict(trained_by),
         answers={task: dict(counts) for task, counts in answers.items()},
         accuracy=_share(own),
         to_base=_share(others),

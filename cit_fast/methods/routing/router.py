@@ -46,7 +46,10 @@ class Router(Protocol):
         """For each example the name of the set that answers it: one of ``sets``, or :data:`BASE` for none of them."""
 
     def save(self, folder: Path) -> None:
-        """Write everything that :meth:`load` needs into ``folder``, made as needed; safetensors and JSON only."""
+        """Write everything that :meth:`load` needs into ``folder``, made as needed; safetensors and JSON only.
+
+        A router that takes ``earlier``, too, is given its folder of the stage before (:meth:`SavedRouter.save`).
+        """
 
     @classmethod
     def load(cls, folder: Path) -> Router:
@@ -76,8 +79,13 @@ class SavedRouter:
     def restore(self, state: dict[str, Any], folder: Path) -> None:
         """Take back what :meth:`state` gave; a ``KeyError``, ``TypeError`` or ``ValueError`` means a damaged file."""
 
-    def save(self, folder: Path) -> None:
-        """Write ``router.json``."""
+    def save(self, folder: Path, earlier: Path | None = None) -> None:
+        """Write ``router.json``.
+
+        Args:
+            earlier: the router's folder of the stage before in the same run; what is there, or in the stages before
+                that, and never changes need not be written again.
+        """
         options = {key: getattr(self, key) for key in inspect.signature(type(self)).parameters}
         saved = {"format_version": FORMAT_VERSION, "router": self.name, "options": options, "state": self.state()}
         write_json(Path(folder) / "router.json", saved)

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from cit_fast.data.example import Example
 from cit_fast.embeddings.embedder import Embedder
 from cit_fast.errors import ConfigError, RunError
+from cit_fast.evaluation.records import stages_until
 from cit_fast.files import write_file
 from cit_fast.methods.routing.familiarity import Familiarity
 from cit_fast.methods.routing.features import build_features
@@ -32,6 +33,7 @@ from cit_fast.methods.routing.router import (
     SetStart,
     check_reads,
     check_start,
+    read_router,
     routing_text,
     set_name,
 )
@@ -39,6 +41,7 @@ from cit_fast.methods.stage import Assignment, Learned, Stage
 from cit_fast.models.adapter_bank import BASE
 
 _TENSORS = "switch.safetensors"
+_PROMPTS = "prompts-{:0>4}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -201,6 +204,7 @@ class SwitchTokensRouter(SavedRouter):
         self._reworded: list[float] = []  # scores of those that their task is not known by, when they were learned
         self._familiarity = Familiarity()
         self._network: SwitchNetwork | None = None
+        self._unread: tuple[Path, int] | None = None  # where the features of so many tasks are
         self._extractor: Embedder | None = None
 
     # What the published network does otherwise.
@@ -235,6 +239,7 @@ class SwitchTokensRouter(SavedRouter):
         Raises:
             DataError: a prompt without text.
         """
+        self._take_up()
         task, rng = stage.task, stage.rng("router")
         new, truncated = self._read(task.train, stage)
         seed = rng.getrandbits(62)
@@ -352,14 +357,43 @@ class SwitchTokensRouter(SavedRouter):
 
     def state(self) -> dict[str, Any]:
         """The sets, and the threshold."""
-        remembered = {"set_of": self._set_of, "learned": len(self._kept), "reworded": self._reworded}
+        learned = len(self._kept) if self._unread is None else self._unread[1]
+        remembered = {"set_of": self._set_of, "learned": learned, "apart": learned, "reworded": self._reworded}
         return remembered | {"reject_below": self._rejection.below}
 
-    def save(self, folder: Path) -> None:
-        """Write ``router.json``, and network and retained features as ``switch.safetensors``."""
-        tensors = {f"kept.{n:04d}": own for n, own in enumerate(self._kept)}
-        tensors.update({f"known.{n:04d}": own for n, own in enumerate(self._known)})
-        tensors.update({f"familiarity.{key}": value for key, value in self._familiarity.tensors().items()})
+    def _take_up(self) -> None:
+        """Read the retained features, which learning needs and answering does not.
+
+        Raises:
+            RunError: a file is missing or damaged.
+        """
+        if self._unread is None:
+            return
+        folder, count = self._unread
+        found = {path.name: path for each in stages_until(folder) for path in each.glob("prompts-*.safetensors")}
+        for name in map(_PROMPTS.format, range(count)):
+            path = found.get(name, folder / name)
+            try:
+                own = load(path.read_bytes())
+                self._kept.append(own["kept"])
+                self._known.append(own["known"])
+            except FileNotFoundError:
+                raise RunError(f"{path}: not there; it holds what is retained of a task") from None
+            except (OSError, SafetensorError, KeyError) as error:
+                raise RunError(f"{path}: damaged ({error})") from None
+        self._unread = None
+
+    def save(self, folder: Path, earlier: Path | None = None) -> None:
+        """Write ``router.json``, the network as ``switch.safetensors``, and each task's retained features as a file of
+        its own, which a later stage need not write again.
+        """
+        if earlier is None:
+            self._take_up()
+        before = 0 if earlier is None else int(read_router(earlier)["state"].get("apart", 0))
+        for n in range(before, len(self._kept)):
+            own = {"kept": self._kept[n], "known": self._known[n]}
+            write_file(Path(folder) / _PROMPTS.format(n), save(own))
+        tensors = {f"familiarity.{key}": value for key, value in self._familiarity.tensors().items()}
         if self._network is not None:
             tensors.update({f"network.{key}": value for key, value in vars(self._network).items()})
         write_file(Path(folder) / _TENSORS, save(tensors))
@@ -378,7 +412,12 @@ class SwitchTokensRouter(SavedRouter):
         try:
             tensors = load(path.read_bytes())
             count = int(state["learned"])
-            self._kept, self._known = ([tensors[f"{kind}.{n:04d}"] for n in range(count)] for kind in ("kept", "known"))
+            if "apart" in state:
+                self._unread = folder, count
+            else:  # as it was before they lay in files of their own
+                self._kept, self._known = (
+                    [tensors[f"{kind}.{n:04d}"] for n in range(count)] for kind in ("kept", "known")
+                )
             own = {key.removeprefix("familiarity."): value for key, value in tensors.items()}
             self._familiarity = Familiarity.from_tensors(own)
             if count:

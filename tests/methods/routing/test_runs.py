@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 from ablations import spelled
+from growth import predictions
 from killed import at_call, killed
 from rich.console import Console
 
 from cit_fast import ContinualTrainer
 from cit_fast.data import TaskStream
 from cit_fast.errors import ConfigError, RunError
-from cit_fast.evaluation import read_stages
-from cit_fast.evaluation.predictions import predictions_path, read_predictions
+from cit_fast.evaluation import predictions_path, read_stages, rescore
 from cit_fast.methods.routing import load_router
 from cit_fast.models.adapter_bank import BASE
 from cit_fast.run import run_folder, stage_evaluation, stage_trainer
@@ -67,13 +67,10 @@ def test_each_task_has_its_own_set_and_old_ones_never_change(tasks, preset, whol
     assert len(set(sets)) == 3
     assert [stage.routing.new for stage in stages[1:]] == [True] * 3
     for stage in range(1, 4):
-        kept = sorted(path.name for path in (folder / f"stages/{stage:02d}/adapters").iterdir() if path.is_dir())
-        assert kept == sorted(sets[:stage])
-    first, last = files(folder, 1), files(folder, 3)
-    assert all(last[name] == content for name, content in first.items() if name.startswith("adapters"))
+        kept = [path.name for path in (folder / f"stages/{stage:02d}/adapters").iterdir() if path.is_dir()]
+        assert kept == [sets[stage - 1]]  # the others are where they were trained
     assert load_router(folder / "stages/03/router").sets == tuple(sets)
     final = stages[3].routing
-    assert final.trained_by == dict(zip(tasks.names, sets, strict=True))
     assert {task: sum(counts.values()) for task, counts in final.answers.items()} == dict.fromkeys(tasks.names, 4)
     assert final.to_base is None
     if preset == "oracle":
@@ -92,9 +89,14 @@ def test_answers_of_sets_that_have_not_changed_are_taken_over(settings, tasks, w
     assert [stage.taken_over for stage in read_stages(again)] == [0, 0, 0, 0]
     for stage in range(1, 4):
         for task in tasks.names:
-            ours, right = (read_predictions(predictions_path(each, stage, task)) for each in (folder, again))
+            ours, right = (predictions(each, stage, task) for each in (folder, again))
             assert ours == right
     assert {one.adapter for one in ours} == {"task-mood"}
+    stages = read_stages(folder)
+    assert [stage.taken_from for stage in stages] == [{}, {}, {"dates": 1, "mood": 1}, {"dates": 1, "mail": 2}]
+    kept = [sorted(path.stem for path in folder.glob(f"stages/0{k}/predictions/*")) for k in (1, 2, 3)]
+    assert kept == [["dates", "mail", "mood"], ["mail"], ["mood"]]  # what is the same is not written again
+    assert all(entry.agrees for entry in rescore(folder))
 
 
 def test_answers_that_have_changed_on_disk_are_not_taken_over(settings, tasks):
@@ -115,10 +117,8 @@ def test_a_checkpoint_holds_the_set_in_training_alone(settings, tasks, monkeypat
             seen.append([p.parent.name for p in path.glob("*/adapter_model.safetensors")]) or mark(path, progress)
         ),
     )
-    folder = run(settings, tasks, "oracle")
+    run(settings, tasks, "oracle")
     assert seen == [["task-dates"]] * 2 + [["task-mail"]] * 2 + [["task-mood"]] * 2
-    one, same = (folder / f"stages/0{k}/adapters/task-dates/adapter_model.safetensors" for k in (1, 3))
-    assert one.stat().st_ino == same.stat().st_ino  # kept, not written again
 
 
 # One run is killed at both, one after the other: calls are counted from where it went on.
@@ -152,13 +152,12 @@ def test_a_reused_set_trains_on_and_learns_more_instructions(settings, tasks):
     assert [stage.adapter for stage in stages[1:]] == ["set-01", "set-02", "set-01"]
     assert [stage.routing.new for stage in stages[1:]] == [True, True, False]
     assert stages[3].routing.assignment.scores["set-01"] == pytest.approx(1.0)
-    assert stages[3].routing.trained_by == {"dates": "set-01", "mail": "set-02", "again": "set-01"}
     assert stages[3].replayed == {"dates": 8, "mail": 8}
     assert [bool(stage.balance_weights) for stage in stages[1:]] == [False, False, True]  # when: retrained
     assert stages[3].taken_over <= 4  # at most the second task's
-    before, after = files(folder, 2), files(folder, 3)
-    changed = {name.split("/")[1] for name in before if before[name] != after[name] and name.startswith("adapters")}
-    assert changed == {"set-01"}
+    before, after = files(folder, 1), files(folder, 3)
+    changed = {name for name in before if before[name] != after[name] and name.startswith("adapters")}
+    assert changed == {"adapters/set-01/adapter_model.safetensors"}
 
 
 def test_what_cannot_be_routed(settings, tasks):
@@ -180,23 +179,23 @@ def test_a_router_without_its_memory_is_refused(settings, tasks, edit_record, tm
         """A run that was stopped after its second stage goes on."""
         own = {**settings, "output": settings["output"] + change.__name__}
         shutil.copytree(whole, Path(own["output"]) / "lcia")
-        change(Path(own["output"]) / "lcia/stages/02")
+        change(Path(own["output"]) / "lcia/stages")
         run(own, tasks, "lcia")
 
-    def no_router(stage):
-        shutil.rmtree(stage / "router")
+    def no_router(stages):
+        shutil.rmtree(stages / "02/router")
 
-    def no_adapter(stage):
-        shutil.rmtree(stage / "adapters/set-01")
+    def no_adapter(stages):
+        shutil.rmtree(stages / "01/adapters/set-01")
 
-    def damaged(stage):
-        path = stage / "router/router.json"
+    def damaged(stages):
+        path = stages / "02/router/router.json"
         path.unlink()
         path.write_text("{")
 
     for change, message in (
         (no_router, r"02/router/router\.json: damaged \(it is not there\)"),
-        (no_adapter, r"02/adapters/set-01/adapter_config\.json: damaged \(it is not there\)"),
+        (no_adapter, r"01/adapters/set-01/adapter_config\.json: damaged \(it is not there\)"),
         (damaged, r"02/router/router\.json: damaged"),
     ):
         with pytest.raises(RunError, match=message):
