@@ -6,7 +6,7 @@ A tiny model with random weights learns tasks of sixteen examples, one after ano
 wall time, the part of it in which the router learned, the resident memory of the process, and the files and bytes that
 the stage has added are noted. A switch network is trained on what is retained of all tasks, so its time is one that was
 asked for, and is told apart. Replay draws
-four examples of a memory of 64, and after a stage three earlier tasks are answered, so that what is asked for does not
+the examples of a memory of 16, and after a stage three earlier tasks are answered, so that what is asked for does not
 grow. The figures are medians over the 20 stages after the first tenth and over the last 20.
 """
 
@@ -89,7 +89,7 @@ def stages_of(method: str, count: int, scratch: Path) -> list[dict[str, float]]:
                 "model": {"name": str(model_folder(scratch / "model"))},
                 "adapter": {"r": 2, "target_modules": ["q_proj", "v_proj"]},
                 "data": {"max_length": 160},
-                "memory": {"total": 64},
+                "memory": {"total": 16},
                 "training": {"per_device_train_batch_size": 8, "save_strategy": "no", "use_cpu": True},
                 "evaluation": {"max_new_tokens": 2, "tasks": {"sample": 3}, "untrained": False},
             },

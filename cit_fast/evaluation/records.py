@@ -337,6 +337,8 @@ class RunRecord:
         model: model name or path; ``seed``; ``status``: "running" or "finished".
         config: the whole resolved configuration.
         environment: versions, hardware, thread count, effective batch size.
+        task_parts: task name, held-out or not -> size and digest of each of its splits when it joined the run, and a
+            digest of what it declares.
         experts: task name -> score of a model trained on that task alone (for Relative Gain); may be empty.
     """
 
@@ -357,6 +359,7 @@ class RunRecord:
     retired_tasks: list[str] = field(default_factory=list)
     dropped_tasks: list[str] = field(default_factory=list)
     constraints: dict[str, dict[str, Any]] = field(default_factory=dict)
+    task_parts: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @property
     def every_task(self) -> list[str]:

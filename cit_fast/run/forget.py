@@ -13,9 +13,11 @@ from cit_fast.data.kept_task import RecalledTask, bytes_of, hash_of, read_kept, 
 from cit_fast.errors import ConfigError, RunError
 from cit_fast.evaluation.records import RunRecord, StageRecord, read_run, read_stage, write_record
 from cit_fast.files import write_file
+from cit_fast.methods.config import MethodConfig
 from cit_fast.methods.routing.router import routing_text
 from cit_fast.run.rollback import RETIRED
 from cit_fast.run.run_folder import CANDIDATES, RunFolder
+from cit_fast.run.stage_settings import method_at, stages_of
 from cit_fast.run.task_memory import FOLDER
 
 _DROPPED = "[dropped {}]"
@@ -87,7 +89,9 @@ def drop(run: str | Path, name: str) -> int:
         trained = [task for stage in stages for task in stage.trained]
         if name not in [*trained, *record.held_out_tasks]:
             raise RunError(f"{folder.path}: {name!r} is a candidate's task; accept the stage first, or roll back")
-        if record.method["objective"]["name"] == "ewc" and trained[-1:] == [name]:
+        method = MethodConfig.model_validate({"preset": "sequential", **record.method})
+        objective = method_at(method, stages_of(record.config), max(1, len(stages))).objective.name
+        if objective == "ewc" and trained[-1:] == [name]:
             raise RunError(f"{folder.path}: the next stage needs {name!r} (objective ewc); drop it after that")
         task = read_kept(path)
         changed = sum(_without(place, task) for place in places)
@@ -115,6 +119,8 @@ def _without(place: Path, task: RecalledTask) -> int:
     if (place / "run.json").is_file():
         run = read_run(place)
         run.constraints.pop(task.name, None)
+        data = run.config["data"]
+        run.config["data"] = {**data, "tasks": _replaced(data.get("tasks"), texts)}  # an instruction given there
         run.dropped_tasks = sorted({*run.dropped_tasks, task.name})
         write_record(place / "run.json", run)
     for stage in sorted((*place.glob("stages/[0-9]*"), *place.glob(f"{CANDIDATES}/[0-9]*"))):

@@ -49,3 +49,36 @@ def task_digest(task: Task) -> str:
         for example in plain[split]:
             example.pop("source")  # where an example was read from does not change what it is
     return digest(plain)
+
+
+_SPLITS = {"train": "training", "dev": "development", "test": "test"}
+
+
+def task_parts(task: Task) -> dict[str, str]:
+    """Sizes and digests of a task's splits, and a digest of what it declares, to say later what has changed; nothing of
+    a recalled one, whose examples are not all there.
+    """
+    if isinstance(task, RecalledTask):
+        return {}
+    plain = dataclasses.asdict(task)
+    found = {}
+    for split in _SPLITS:
+        examples = plain.pop(split)
+        for example in examples:
+            example.pop("source")
+        found[split] = f"{len(examples)} {digest(examples)[:16]}"
+    return {**found, "declared": digest(plain)[:16]}
+
+
+def what_changed(was: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Which parts of a task are others, in words; nothing where that is not known."""
+    words = []
+    for part, name in _SPLITS.items():
+        before, after = was.get(part), now.get(part)
+        if before and after and before != after:
+            counts = before.split()[0], after.split()[0]
+            how = f"{counts[0]} then, {counts[1]} now" if counts[0] != counts[1] else f"{counts[0]}, as before"
+            words.append(f"its {name} examples have changed ({how})")
+    if was.get("declared", "") != now.get("declared", "") and was and now:
+        words.append("its metric, its labels or its other constraints have changed")
+    return " and ".join(words)

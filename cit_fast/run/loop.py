@@ -82,10 +82,12 @@ class ContinualTrainer:
                 build_parts(method_at(method, config.stages, entry.from_), training, self._own)
         for method in config.methods:
             adapter = method.adapter or config.adapter
-            if (adapter is None or is_osf(adapter)) and method.router.name != "shared":
+            later = (method_at(method, config.stages, entry.from_).router.name for entry in config.stages)
+            router = next((name for name in (method.router.name, *later) if name != "shared"), None)
+            if (adapter is None or is_osf(adapter)) and router is not None:
                 what = "null" if adapter is None else "OSF"
                 raise ConfigError(
-                    f"method {method.name!r}: router: {method.router.name!r} grows adapter sets, and adapter: {what} "
+                    f"method {method.name!r}: router: {router!r} grows adapter sets, and adapter: {what} "
                     "trains the model itself; give an adapter, or router: shared"
                 )
         self._state = PartialState(cpu=not torch.cuda.is_available())

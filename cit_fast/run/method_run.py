@@ -50,7 +50,7 @@ from cit_fast.run.candidates import refuse_candidate, refused
 from cit_fast.run.config import RunConfig
 from cit_fast.run.environment import describe_environment
 from cit_fast.run.guards import FrozenWeights
-from cit_fast.run.identity import digest, plain_options, task_digest
+from cit_fast.run.identity import digest, plain_options, task_digest, task_parts
 from cit_fast.run.live_weights import save_live_weights
 from cit_fast.run.memory import release_memory
 from cit_fast.run.pace import Paces, TimeLeft
@@ -96,7 +96,7 @@ class MethodRun:
             self.config = self.config.model_copy(update={"adapter": method.adapter})
         self.console = console
         self.state = PartialState()
-        self._parts_of = parts_of
+        self._parts_of, self._router_since = parts_of, 1
         self.parts = Parts(parts_of(method, config.training), self._say)
         with self.state.main_process_first():  # one process fetches or converts, the others find it done
             self.model_path = resolve_model(config.model)
@@ -168,7 +168,7 @@ class MethodRun:
             if model is None:
                 model = self._load(self._checked(stages[:index]) if index > 1 else None)
                 self._take_up_router(index - 1, model)
-            self._take_up_settings(index)
+            self._take_up_settings(index, model)
             model = self._stage(model, index, len(groups), group, joined)
             joined = None
             self.training.trackers.stage(record, self.folder.stages())
@@ -208,6 +208,7 @@ class MethodRun:
             },
             held_out_tasks=[task.name for task in self.held_out],
             constraints={task.name: Constraints.of(task).to_record() for task in [*self.stream, *self.held_out]},
+            task_parts={task.name: task_parts(task) for task in [*self.stream, *self.held_out]},
         )
         if self.state.is_main_process:
             self.folder.begin(record)
@@ -249,11 +250,42 @@ class MethodRun:
         self._say_scores("untrained", stage)
         return stage
 
-    def _take_up_settings(self, index: int) -> None:
-        """The parts as they are from this stage on; the router stays."""
-        if any(entry.from_ <= index for entry in self.config.stages):
-            training = training_at(self.config.training, self.config.stages, index)
-            self.parts.change(self._parts_of(method_at(self.method, self.config.stages, index), training))
+    def _take_up_settings(self, index: int, model: Any) -> None:
+        """The parts as they are from this stage on; another router gets to know the earlier tasks."""
+        if not any(entry.from_ <= index for entry in self.config.stages):
+            return
+        now, before = (method_at(self.method, self.config.stages, each).router for each in (index, max(1, index - 1)))
+        self.parts.change(self._parts_at(index), router=index == 1 or now != before)
+        if now != before:
+            self._say(f"  from here on: router {now.name}")
+            self._router_since = index
+            self._adopt(index, model)
+
+    def _parts_at(self, index: int) -> Mapping[str, Any]:
+        training = training_at(self.config.training, self.config.stages, index)
+        return self._parts_of(method_at(self.method, self.config.stages, index), training)
+
+    def _adopt(self, index: int, model: Any) -> None:
+        """Let a router that begins with stage ``index`` know the tasks before, each with the set that it trained."""
+        known = {task.name: task for task in self._seen(index)}
+        for stage in self.folder.stages()[1:index]:
+            for name in stage.trained:
+                if name not in known:
+                    raise RunError(
+                        f"{self.folder.path}: router {self.parts.router.name} needs examples of {name!r}, and none are "
+                        "left of it"
+                    )
+                self.parts.adopt(
+                    Stage(
+                        model,
+                        self.encoder,
+                        index,
+                        tasks=(known[name],),
+                        seed=f"{self.config.seed}/{index}/{name}",
+                        cache=cache_folder(),
+                    ),
+                    stage.adapter,
+                )
 
     # -- a stage, step by step -----------------------------------------------------------------------------------
 
@@ -349,7 +381,8 @@ class MethodRun:
         if self.memory is None:
             return before
         known = self.memory.recall(before)
-        if known and not known[-1].train and self.method.objective.name == "ewc":
+        objective = method_at(self.method, self.config.stages, index).objective.name
+        if known and not known[-1].train and objective == "ewc":
             raise ConfigError(
                 f"memory: nothing is kept of {known[-1].name!r}, and objective ewc needs some of it; keep more"
             )
@@ -412,8 +445,9 @@ class MethodRun:
             if model is not None:
                 save_weights(model, path, self.config.model.name, trained=stage.adapter)
                 save_live_weights(path, stage.adapter, live)
-                before = self.folder.stage_path(stage.index - 1) / "router"
-                self.parts.save_router(path / "router", before if before.is_dir() else None)
+                earlier = self.folder.stage_path(stage.index - 1) / "router"
+                same = earlier.is_dir() and stage.index > self._router_since
+                self.parts.save_router(path / "router", earlier if same else None)
             write_stage_predictions(path, predictions)
 
         if self.state.is_main_process:
@@ -427,9 +461,10 @@ class MethodRun:
         if index == 0:
             return
         folder = self.folder.stage_path(index) / "router"
-        if isinstance(self.parts.router, SharedRouter):  # remembers nothing, and older runs have no such folder
+        router = self._parts_at(index)["router"] if self.config.stages else self.parts.router
+        if isinstance(router, SharedRouter) and not folder.is_dir():  # of an older run, in which it remembered nothing
             return
-        self.parts.router = type(self.parts.router).load(folder)
+        self.parts.router = type(router).load(folder)
         missing = sorted(set(self.parts.router.sets) - set_names(model))
         if missing:
             raise RunError(f"{folder}: knows the adapter set {missing[0]!r}, which no stage has trained")

@@ -33,10 +33,25 @@ class Parts:
         self.objective, self.update = own["objective"], own["update"]
         self._say = say
 
-    def change(self, parts: Mapping[str, Any]) -> None:
-        """Take other parts from now on, but for the router."""
-        own = copy.deepcopy({kind: part for kind, part in parts.items() if kind != "router"})
+    def change(self, parts: Mapping[str, Any], *, router: bool) -> None:
+        """Take other parts from now on.
+
+        Args:
+            router: whether the router is another one, too, and not the one that has learned until now.
+        """
+        own = copy.deepcopy({kind: part for kind, part in parts.items() if router or kind != "router"})
         self.replay, self.objective, self.update = own["replay"], own["objective"], own["update"]
+        self.router = own.get("router", self.router)
+
+    def adopt(self, stage: Stage, adapter: str) -> None:
+        """Let the router know a task that was trained, with its set, under another router.
+
+        Raises:
+            ConfigError: this router cannot begin in the middle of a run.
+        """
+        if not callable(getattr(self.router, "adopt", None)):
+            raise ConfigError(f"router: {type(self.router).__name__} cannot begin in a later stage: it has no adopt()")
+        self.router.adopt(stage, adapter)
 
     def assign(self, stage: Stage) -> Assignment:
         """The adapter set that the new task trains."""

@@ -172,6 +172,7 @@ def _cut(record: RunRecord, tasks: list[str], to: int) -> RunRecord:
             "tasks": tasks,
             "metrics": {task: record.metrics[task] for task in known},
             "constraints": {task: record.constraints[task] for task in known if task in record.constraints},
+            "task_parts": {task: record.task_parts[task] for task in known if task in record.task_parts},
             "experts": {task: score for task, score in record.experts.items() if task in tasks},
             "dropped_tasks": [task for task in record.dropped_tasks if task in [*tasks, *record.held_out_tasks]],
             "retired_tasks": sorted({*record.retired_tasks, *record.tasks} - {*tasks}),

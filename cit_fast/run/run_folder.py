@@ -25,7 +25,7 @@ from cit_fast.files import (
 )
 from cit_fast.processes import from_rank_zero
 from cit_fast.run.config import RunConfig
-from cit_fast.run.identity import digest
+from cit_fast.run.identity import digest, what_changed
 from cit_fast.run.trackers import FILE as TRACKERS
 
 _log = logging.getLogger(__name__)
@@ -44,6 +44,22 @@ def _same_but_for_tasks(was: RunRecord, now: RunRecord) -> bool:
         return {**record.config, "data": data, "stream": None, "stages": None}
 
     return was.method.get("schedule") != "joint" and not any(_differences(rest(was), rest(now)))
+
+
+def _another_task(found: RunRecord, record: RunRecord, at: int) -> str:
+    """What is wrong with the task at a place where the run has learned from another one."""
+    was, now = found.tasks[at], record.tasks[at]
+    if was != now:
+        return (
+            f"task {now!r} (number {at + 1}) is another one than {was!r} that this run has learned from; new tasks "
+            "come after the known ones"
+        )
+    changed = what_changed(found.task_parts.get(was, {}), record.task_parts.get(was, {}))
+    return (
+        f"task {was!r} (number {at + 1}) is no longer what this run has learned from: "
+        f"{changed or 'its examples, its metric or its constraints have changed'}; put its data back, or give the new "
+        "data another name"
+    )
 
 
 def _differences(was: Any, now: Any, path: str = "") -> Iterator[str]:
@@ -125,10 +141,7 @@ class RunFolder:
         if changed and self._has_trained() and isinstance(known, list) and _same_but_for_tasks(found, record):
             at = next((k for k, (was, now) in enumerate(zip(known, given, strict=False)) if was != now), None)
             if at is not None:
-                raise RunError(
-                    f"{self.path}: task {record.tasks[at]!r} (number {at + 1}) is another one than {found.tasks[at]!r} "
-                    "that this run has learned from, or its examples have changed; new tasks come after the known ones"
-                )
+                raise RunError(f"{self.path}: {_another_task(found, record, at)}")
             if len(given) < len(known):
                 raise RunError(
                     f"{self.path}: has {len(known)} tasks, of which this configuration names the first {len(given)}; "
@@ -136,6 +149,9 @@ class RunFolder:
                 )
             if len(given) > len(known) or found.config.get("stages") != record.config.get("stages"):
                 kept = ("experts", "retired_tasks", "dropped_tasks")
+                record.task_parts = {
+                    name: parts or found.task_parts.get(name, {}) for name, parts in record.task_parts.items()
+                }
                 grown = dataclasses.replace(record, **{name: getattr(found, name) for name in kept})
                 self.write(grown)
                 return grown
@@ -147,6 +163,12 @@ class RunFolder:
             return record
         if changed:
             changed = [one for one in changed if not one.startswith("stream was")] or ["its tasks are others"]
+            names = [name for name in found.held_out_tasks if found.held_out_tasks == record.held_out_tasks]
+            parts = (
+                (name, what_changed(found.task_parts.get(name, {}), record.task_parts.get(name, {}))) for name in names
+            )
+            held_out = [f"held-out task {name!r}: {words}" for name, words in parts if words]
+            changed = [*held_out, *(one for one in changed if not (held_out and one.startswith("held_out was")))]
             raise RunError(
                 f"{self.path}: holds a run of another configuration ({'; '.join(changed[:3])}"
                 f"{'; ...' if len(changed) > 3 else ''}); choose another output, or delete the folder"

@@ -13,18 +13,22 @@ from cit_fast.methods.config import MethodConfig, Part, part_over
 from cit_fast.run.arguments import checked_training, learning_rate_of
 from cit_fast.values import Section
 
-PARTS = ("replay", "objective", "update")
+PARTS = ("router", "replay", "objective", "update")
 
 
 class StageSettings(Section):
     """What changes from a stage on, until a later entry changes it again.
 
-    ``from``: number of the first stage, from 1. ``replay``, ``objective``, ``update``: options over the method's own
-    part, or another part by its name; the router stays. ``training``: keys of TrainingArguments.
+    ``from``: number of the first stage, from 1. ``preset``: all four parts are those of a preset. ``router``,
+    ``replay``, ``objective``, ``update``: options over the part that is there, or another part by its name. Another
+    router gets to know the earlier tasks, from what there is of their examples, with the sets that they have trained;
+    ``shared`` goes on with the set that was trained last. ``training``: keys of TrainingArguments.
     ``learning_rate_by_stage``: the learning rate of stage k is the configured one times this.
     """
 
     from_: PositiveInt = Field(alias="from")
+    preset: str | None = None
+    router: str | dict[str, Any] | None = None
     replay: str | dict[str, Any] | None = None
     objective: str | dict[str, Any] | None = None
     update: str | dict[str, Any] | None = None
@@ -49,6 +53,8 @@ def method_at(method: MethodConfig, stages: Sequence[StageSettings], index: int)
     """
     parts: dict[str, Any] = {kind: _flat(getattr(method, kind)) for kind in PARTS}
     for entry in _until(stages, index):
+        if entry.preset is not None:
+            parts = {kind: _flat(getattr(_preset(entry), kind)) for kind in PARTS}
         for kind in PARTS:
             given = getattr(entry, kind)
             if given is not None:
@@ -56,9 +62,25 @@ def method_at(method: MethodConfig, stages: Sequence[StageSettings], index: int)
     plain = {**method.model_dump(exclude={*PARTS}), **parts}
     try:
         # All four parts are spelt out; a method may be called like a preset.
-        return MethodConfig.model_validate({"preset": "sequential", **plain, "router": _flat(method.router)})
+        return MethodConfig.model_validate({"preset": "sequential", **plain})
     except ValidationError as error:
         raise ConfigError(f"stages: from {index}: {error.errors()[0]['msg']}") from None
+
+
+def _preset(entry: StageSettings) -> MethodConfig:
+    """The method of an entry's preset.
+
+    Raises:
+        ConfigError: there is none of this name, or it is not a choice of parts alone.
+    """
+    try:
+        method = MethodConfig.model_validate({"preset": entry.preset})
+    except ValidationError as error:
+        message = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"stages: from {entry.from_}: {message}") from None
+    if method.schedule == "joint" or method.adapter is not None:
+        raise ConfigError(f"stages: from {entry.from_}: preset {entry.preset!r} cannot begin in the middle of a run")
+    return method
 
 
 def training_at(training: Mapping[str, Any], stages: Sequence[StageSettings], index: int) -> dict[str, Any]:

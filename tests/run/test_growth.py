@@ -81,7 +81,15 @@ def test_what_cannot_be_taken_up_is_named(settings, stream, tmp_path):
     run(settings, TaskStream((alpha, beta)), tmp_path, "sequential", "joint")
     changed = replace(beta, train=beta.train[:-1])
     for tasks, message in (
-        ((alpha, changed, gamma), r"task 'beta' \(number 2\) is another one than 'beta'"),
+        (
+            (alpha, changed, gamma),
+            r"task 'beta' \(number 2\) is no longer what this run has learned from: its training examples have changed "
+            r"\(16 then, 15 now\); put",
+        ),
+        (
+            (alpha, replace(beta, test=beta.test[::-1], metric="rouge_l"), gamma),
+            r"its test examples have changed \(4, as before\) and its metric, its labels or its other constraints",
+        ),
         ((alpha, gamma, beta), r"task 'gamma' \(number 2\) is another one than 'beta'"),
         ((alpha,), "has 2 tasks, of which this configuration names the first 1"),
     ):

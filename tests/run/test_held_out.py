@@ -143,6 +143,11 @@ def test_other_held_out_tasks_are_another_run(settings, two, held_out):
     run(settings, two, held_out)
     with pytest.raises(CitFastError, match="another configuration"):
         run(settings, two, held_out[:1])
+    first, *others = held_out
+    changed = [dataclasses.replace(first, test=first.test[:-1]), *others]
+    message = rf"held-out task '{first.name}': its test examples have changed \({len(first.test)} then, "
+    with pytest.raises(CitFastError, match=message):
+        run(settings, two, changed)
 
 
 def test_report_of_a_run_with_held_out_tasks(settings, two, held_out, tmp_path):

@@ -288,7 +288,7 @@ def test_bad_input_is_named_and_loses_nothing(settings, folders, tmp_path):
     folder = run(settings, tasks[:2], tmp_path, METHODS[0], {"per_task": 6})
     data = json.loads((folders["alpha"] / "train.json").read_text())
     (folders["alpha"] / "train.json").write_text(json.dumps(data[:-1]))
-    with pytest.raises(RunError, match=r"'alpha' \(number 1\) is another one .* or its examples have changed"):
+    with pytest.raises(RunError, match=r"'alpha' \(number 1\) is no longer .*: its training examples have changed"):
         learn(folder, [str(folders["gamma"])], Console(quiet=True))
     shutil.rmtree(folders["alpha"])
     path = folder / "memory" / "alpha.json"

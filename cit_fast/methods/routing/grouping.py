@@ -124,11 +124,20 @@ class GroupingRouter(SavedRouter):
         best = max(scores, key=lambda name: scores[name]) if scores else None
         reused = best is not None and scores[best] >= self.threshold
         name = best if best is not None and reused else self._new_set(stage.task)
-        stored = self._codebook.setdefault(name, [])
-        stored += [text for text in instructions if text not in stored]
+        self._store(name, instructions)
         start_from = None if reused else {"random": None, "previous": self._latest, "nearest": best}[self.start]
         self._latest = name
         return Assignment(name, scores, self.threshold, start_from=start_from)
+
+    def _store(self, name: str, instructions: Sequence[str]) -> None:
+        stored = self._codebook.setdefault(name, [])
+        stored += [text for text in instructions if text not in stored]
+
+    def adopt(self, stage: Stage, adapter: str) -> None:
+        """Store the task's instructions under its set, as if it had been assigned that one."""
+        self._store(adapter, list(dict.fromkeys(routing_text(each, "instruction") for each in stage.task.train)))
+        self._latest = adapter
+        self.learn(stage)
 
     def learn(self, stage: Stage) -> Learned:
         """Look how similar prompts are that the codebook should and should not know."""

@@ -51,6 +51,9 @@ class Router(Protocol):
         A router that takes ``earlier``, too, is given its folder of the stage before (:meth:`SavedRouter.save`).
         """
 
+    # A router may begin in a later stage if it has ``adopt(stage, adapter)``, which tells it of an earlier task,
+    # ``stage.task``, and of the set that this has trained (:meth:`SavedRouter.adopt`).
+
     @classmethod
     def load(cls, folder: Path) -> Router:
         """The router that :meth:`save` left there, options and all.
@@ -71,6 +74,14 @@ class SavedRouter:
     def learn(self, stage: Stage) -> Learned:
         """Nothing to learn."""
         return Learned()
+
+    def adopt(self, stage: Stage, adapter: str) -> None:
+        """Get to know a task that was trained before this router began, with the set that it has trained.
+
+        Raises:
+            ConfigError: this router cannot begin in the middle of a run.
+        """
+        raise ConfigError(f"router {self.name} cannot begin in a later stage")
 
     def state(self) -> dict[str, Any]:
         """What is remembered, as plain JSON values."""
@@ -195,18 +206,37 @@ def set_name(task: Task, taken: Sequence[str]) -> str:
 
 
 class SharedRouter(SavedRouter):
-    """One adapter set for all tasks."""
+    """One adapter set for all tasks; after another router, the one that was trained last."""
 
     name = "shared"
-    sets = ("shared",)
+
+    def __init__(self) -> None:
+        self._set = "shared"
+
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """The one."""
+        return (self._set,)
 
     def assign(self, stage: Stage) -> Assignment:
         """Always the same set."""
-        return Assignment("shared")
+        return Assignment(self._set)
+
+    def adopt(self, stage: Stage, adapter: str) -> None:
+        """Go on with this set."""
+        self._set = adapter
 
     def answer(self, examples: Sequence[Example], stage: Stage) -> list[str]:
         """Always the same set."""
-        return ["shared"] * len(examples)
+        return [self._set] * len(examples)
+
+    def state(self) -> dict[str, Any]:
+        """The set, if it is another router's."""
+        return {} if self._set == "shared" else {"set": self._set}
+
+    def restore(self, state: dict[str, Any], folder: Path) -> None:
+        """Take it back."""
+        self._set = str(state.get("set", "shared"))
 
 
 class StackedRouter(SharedRouter):
@@ -220,6 +250,10 @@ class StackedRouter(SharedRouter):
     def assign(self, stage: Stage) -> Assignment:
         """Always the same set, with a new part."""
         return Assignment("shared", grows=True)
+
+    def adopt(self, stage: Stage, adapter: str) -> None:
+        """Refused: the parts of another router's set were trained together."""
+        SavedRouter.adopt(self, stage, adapter)
 
 
 class OracleRouter(SavedRouter):
@@ -239,6 +273,10 @@ class OracleRouter(SavedRouter):
         """A new set."""
         self._set_of[stage.task.name] = set_name(stage.task, self.sets)
         return Assignment(self._set_of[stage.task.name])
+
+    def adopt(self, stage: Stage, adapter: str) -> None:
+        """Take the task and its set as they are."""
+        self._set_of[stage.task.name] = adapter
 
     def answer(self, examples: Sequence[Example], stage: Stage) -> list[str]:
         """The set of each example's task; the base model for a task that has trained none.

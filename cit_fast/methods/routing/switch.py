@@ -233,6 +233,11 @@ class SwitchTokensRouter(SavedRouter):
         likely = self._network(self._read(stage.task.train, stage)[0]).softmax(1).mean(0)
         return self.sets[int(likely.argmax())]
 
+    def adopt(self, stage: Stage, adapter: str) -> None:
+        """Learn the task from what there is of its prompts."""
+        self._set_of[stage.task.name] = adapter
+        self.learn(stage)
+
     def learn(self, stage: Stage) -> Learned:
         """Train the switch network anew, now that the new task has a set.
 
