@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
+import openai
 import pytest
 from toy_folders import bpe_tokenizer, llama_folder
 
@@ -66,7 +69,8 @@ def said_by(line: str, monkeypatch, capsys) -> tuple[int, str]:
 def test_the_page_line_by_line(place, monkeypatch, capsys):
     (block,) = re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL)
     said = {}
-    for line in block.splitlines():
+    *lines, last = block.splitlines()
+    for line in lines:
         command, _, remark = line.partition("#")
         code, text = said_by(command, monkeypatch, capsys)
         assert code == (3 if "exit code 3" in remark else 0), f"{line}\n{text}"
@@ -80,3 +84,20 @@ def test_the_page_line_by_line(place, monkeypatch, capsys):
     assert "dropped" in next(text for line, text in said.items() if "--drop" in line)
     assert next(text for line, text in said.items() if "generate" in line).splitlines()[0] == "Look it up"
     assert (place / "adapters" / "shared" / "adapter_model.safetensors").is_file()
+    assert served(last.replace("8000", "0")) == said[next(line for line in said if "generate" in line)].splitlines()[0]
+
+
+def served(command: str) -> str:
+    """What a client is told by the process that a command starts."""
+    started = [sys.executable, "-m", "cit_fast.cli", *shlex.split(command)[1:]]
+    process = subprocess.Popen(started, stdout=subprocess.PIPE, text=True)
+    try:
+        url = process.stdout.readline().split(" at ")[1].strip()
+        with openai.OpenAI(base_url=url, api_key="any", max_retries=0) as client:
+            said = [{"role": "user", "content": Path("prompts.txt").read_text().splitlines()[0]}]
+            reply = client.chat.completions.create(model="auto", messages=said, max_tokens=64)
+    finally:
+        process.terminate()
+        assert process.wait(60) == 0
+        process.stdout.close()
+    return reply.choices[0].message.content

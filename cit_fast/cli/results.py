@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cit_fast.cli.app import OfStage, Runs, app, run_folders, warnings_as_lines
-from cit_fast.errors import DataError
+from cit_fast.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from cit_fast.evaluation import Rescored
@@ -110,6 +111,30 @@ def generate(
             typer.echo(json.dumps({"prompt": line, "adapter": name, "answer": answer}, ensure_ascii=False))
         else:
             typer.echo((f"{name}\t" if show_adapter else "") + answer.replace("\n", "\\n"))
+
+
+@app.command()
+def serve(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 for any that is free.")] = 8000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time, whatever their adapter sets.")] = 16,
+    waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are refused.")] = 256,
+    timeout: Annotated[float, typer.Option(min=1.0, help="Seconds that a request may take.")] = 300.0,
+    stage: OfStage = None,
+) -> None:
+    """Serve RUN to OpenAI-compatible clients: the model `auto` is, for each prompt, the set that the router chooses.
+    Where CIT_FAST_API_KEY is set, clients must send it.
+    """
+    if importlib.util.find_spec("uvicorn") is None or importlib.util.find_spec("starlette") is None:
+        raise ConfigError("serve: starlette or uvicorn is not installed; pip install 'cit-fast[serve]'")
+    from cit_fast.inference.server import serve as serve_run
+
+    with warnings_as_lines():
+        serve_run(
+            run_folder, host=host, port=port, stage=stage, batch_size=batch_size, most_waiting=waiting, timeout=timeout,
+            say=typer.echo,
+        )  # fmt: skip
 
 
 def _prompts(path: Path | None) -> list[str]:

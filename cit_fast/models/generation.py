@@ -51,6 +51,8 @@ class Answer(NamedTuple):
     """Without special tokens and without white space around it."""
     ended: bool
     """Whether an end token came; without one the answer is as long as answers may be."""
+    tokens: int = 0
+    """How many it has, without the end token."""
 
 
 def generate(model: Any, prompts: Sequence[Sequence[int]], **options: Any) -> list[str]:
@@ -129,7 +131,7 @@ def generate_answers(
         for index, tokens in zip(batch, new_tokens, strict=True):
             end = next((k for k, token in enumerate(tokens) if token in end_tokens), len(tokens))
             text = tokenizer.decode(tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            answers[index] = Answer(text.strip(), end < len(tokens))
+            answers[index] = Answer(text.strip(), end < len(tokens), end)
             done.add(index)
         if progress is not None:
             progress(len(batch))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import random
 import shutil
 import subprocess
 import sys
@@ -13,55 +12,15 @@ import warnings
 
 import pytest
 from growth import predictions
-from rich.console import Console
+from worded_run import WORDINGS
 
-from cit_fast import ContinualModel, ContinualTrainer, cli
-from cit_fast.data import Example, Task, TaskStream
+from cit_fast import ContinualModel, cli
+from cit_fast.data import Example
 from cit_fast.errors import DataError, RunError
 from cit_fast.evaluation import read_stages
 from cit_fast.inference.export import export_adapters, export_merged
 from cit_fast.models import adapter_bank as mixed_batches
 from cit_fast.models.adapter_bank import BASE
-
-WORDINGS = {
-    "dates": ("Write the date in the form year, month, day.", "March April Friday noon 1999 2004"),
-    "mail": ("Extract the e-mail address from the text.", "ann@web.org bob@site.net letter box sent reply"),
-    "mood": (
-        "What is the sentiment of this review? Answer positive or negative.",
-        "great awful boring lovely film",
-    ),
-}
-
-
-def make_task(name):
-    wording, words = WORDINGS[name]
-    chance = random.Random(name)
-    inputs = [" ".join(chance.sample(words.split(), 3)) for _ in range(20)]
-    examples = tuple(Example(wording, text, (text.split()[0],), task=name) for text in inputs)
-    return Task(name, examples[:16], (), examples[16:], metric="token_f1")
-
-
-@pytest.fixture(scope="module")
-def stream():
-    return TaskStream(tuple(map(make_task, WORDINGS)))
-
-
-@pytest.fixture(scope="module")
-def finished(tiny_model_folder, stream, tmp_path_factory):
-    """A run that groups by instructions; the tests copy it before they change anything in it."""
-    folder = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CIT_FAST_CACHE", str(folder / "cache"))
-        settings = {
-            "output": str(folder),
-            "model": {"name": str(tiny_model_folder)},
-            "adapter": {"r": 4, "target_modules": "all-linear"},
-            "data": {"max_length": 96},
-            "training": {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "use_cpu": True},
-            "evaluation": {"max_new_tokens": 6, "untrained": False, "tasks": "seen"},
-            "methods": [{"preset": "grouping-ema", "name": "lcia", "router": {"reject": 0}}],
-        }
-        return ContinualTrainer(settings, stream=stream, console=Console(quiet=True)).run()[0]
 
 
 @pytest.fixture

@@ -1,0 +1,33 @@
+"""A run with a set per task, for all that answers with one."""
+
+from __future__ import annotations
+
+import pytest
+from rich.console import Console
+from worded_run import WORDINGS, make_task
+
+from cit_fast import ContinualTrainer
+from cit_fast.data import TaskStream
+
+
+@pytest.fixture(scope="module")
+def stream():
+    return TaskStream(tuple(map(make_task, WORDINGS)))
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model_folder, stream, tmp_path_factory):
+    """A run that groups by instructions; the tests copy it before they change anything in it."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CIT_FAST_CACHE", str(folder / "cache"))
+        settings = {
+            "output": str(folder),
+            "model": {"name": str(tiny_model_folder)},
+            "adapter": {"r": 4, "target_modules": "all-linear"},
+            "data": {"max_length": 96},
+            "training": {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "use_cpu": True},
+            "evaluation": {"max_new_tokens": 6, "untrained": False, "tasks": "seen"},
+            "methods": [{"preset": "grouping-ema", "name": "lcia", "router": {"reject": 0}}],
+        }
+        return ContinualTrainer(settings, stream=stream, console=Console(quiet=True)).run()[0]
