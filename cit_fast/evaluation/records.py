@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -431,13 +432,17 @@ def read_stages(
     Raises:
         RunError: a damaged stage file.
     """
-    found = [path for path in Path(folder).glob("stages/*") if path.name.isdigit() and path.is_dir()]
-    folders = sorted(found, key=lambda path: int(path.name))
+    place = Path(folder) / "stages"
+    try:
+        with os.scandir(place) as entries:
+            names = sorted((entry.name for entry in entries if entry.name.isdigit() and entry.is_dir()), key=int)
+    except (FileNotFoundError, NotADirectoryError):
+        names = []
     before = known or {}
-    stages = [before.get(int(path.name)) or _read(path / "stage.json", StageRecord, check) for path in folders]
-    for path, stage in zip(folders, stages, strict=True):
-        if stage.index != int(path.name):
-            raise RunError(f"{path / 'stage.json'}: damaged (it is the record of stage {stage.index})")
+    stages = [before.get(int(name)) or _read(place / name / "stage.json", StageRecord, check) for name in names]
+    for name, stage in zip(names, stages, strict=True):
+        if stage.index != int(name):
+            raise RunError(f"{place / name / 'stage.json'}: damaged (it is the record of stage {stage.index})")
     for stage in stages:
         stages[0].scores |= stage.untrained  # of tasks that joined a run that had begun
         stages[0].violations |= stage.untrained_violations

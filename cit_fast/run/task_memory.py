@@ -138,7 +138,8 @@ class TaskMemory:
         known = [one for one in (self.kept(task.name) for task in tasks) if not one.dropped]
         shares = self.config.shares([one.train for one in known])
         return tuple(
-            dataclasses.replace(one, train=one.train[:share]) for one, share in zip(known, shares, strict=True)
+            one if share >= len(one.train) else dataclasses.replace(one, train=one.train[:share])
+            for one, share in zip(known, shares, strict=True)
         )
 
     def learned(self, stage: Stage, before: Sequence[Task]) -> list[RecalledTask]:

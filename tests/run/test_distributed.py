@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from curves import tensorboard_curves
 from launches import ACCELERATE, TORCHRUN, launch
 from rich.console import Console
 from safetensors.torch import load_file
@@ -97,6 +99,30 @@ def test_accelerate_launch_with_two_processes(two_tasks, tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Report: ") == 1  # one process speaks
     compare(Path(two_tasks["output"]) / "lcia-ema", one)
+
+
+@pytest.mark.slow
+def test_memory_gate_and_trackers_with_two_processes(two_tasks, tmp_path):
+    """Each stage breaks the gate, and is accepted by both processes at once; one of them remembers and reports."""
+    two_tasks["methods"] = [{"preset": "random-replay", "replay": {"per_task": 4}}]
+    two_tasks["training"] |= {"per_device_train_batch_size": 2, "report_to": "tensorboard"}
+    two_tasks |= {"memory": {"per_task": 6}, "gate": {"new_task": 100}}
+    two_tasks["evaluation"] |= {"general": True, "tasks": "seen"}
+    run = Path(two_tasks["output"]) / "random-replay"
+    refused = launch(ACCELERATE, [two_tasks], tmp_path)
+    assert refused.returncode == 3, refused.stderr[-3000:]
+    shutil.rmtree(tmp_path / "alpha")
+    for code in (3, 0):
+        done = launch(ACCELERATE, [], tmp_path, "learn", str(run), "--accept")
+        assert done.returncode == code, done.stderr[-3000:]
+    stages = read_stages(run)
+    assert [stage.trained for stage in stages] == [[], ["alpha"], ["beta"]]
+    assert stages[2].replayed == {"alpha": 4}
+    assert all(stage.general.probes for stage in stages)
+    kept = [json.loads((run / "memory" / f"{name}.json").read_text()) for name in ("alpha", "beta")]
+    assert [len(task["train"]) for task in kept] == [6, 6]
+    assert tensorboard_curves(run)["stage/number"] == [(0, 0), (4, 1), (9, 2)]
+    assert not (run / "candidates").exists()
 
 
 @pytest.mark.slow

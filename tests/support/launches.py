@@ -18,9 +18,9 @@ ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "cit_f
 
 
 def launch(
-    launcher: list[str], configs: Sequence[dict[str, Any]], folder: Path, **environment: str
+    launcher: list[str], configs: Sequence[dict[str, Any]], folder: Path, *command: str, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """``cit-fast run`` in two processes, with a cache of their own in ``folder``.
+    """``cit-fast run`` in two processes, or another command, with a cache of their own in ``folder``.
 
     ``TORCHRUN`` takes several configurations, one after another (``launch_on_cpu.py``); ``ACCELERATE`` one.
     """
@@ -32,7 +32,7 @@ def launch(
     if launcher is ACCELERATE:
         own["ACCELERATE_USE_CPU"] = "true"
     return subprocess.run(
-        [sys.executable, *launcher, "run", *map(str, paths)],
+        [sys.executable, *launcher, *(command or ("run",)), *map(str, paths)],
         capture_output=True,
         text=True,
         env={**os.environ, **own, **environment},
