@@ -13,9 +13,10 @@ from cit_fast.data.kept_task import RecalledTask, read_kept
 from cit_fast.data.sources import TaskSource, is_gone, origin, possible_names
 from cit_fast.errors import CitFastError, ConfigError, DataError
 from cit_fast.evaluation.metrics import JUDGE, score
-from cit_fast.evaluation.records import read_run, read_stages
+from cit_fast.evaluation.records import read_run, read_stage, read_stages
 from cit_fast.evaluation.violations import violation_rates
 from cit_fast.run.config import EvaluationConfig, RunConfig
+from cit_fast.run.run_folder import CANDIDATES
 from cit_fast.run.task_memory import TaskMemory
 
 _Task = TypeVar("_Task")
@@ -104,7 +105,7 @@ def _loaded(source: TaskSource | str, config: RunConfig, sizes: Mapping[str, int
 
 
 def _recalled(source: TaskSource | str, config: RunConfig) -> RecalledTask | None:
-    """A task as the first of the runs has it that has learned it, or holds it out."""
+    """A task as the first of the runs has it that has learned it, be it in a candidate, or holds it out."""
     if config.memory is None:
         return None
     for method in config.methods:
@@ -113,7 +114,8 @@ def _recalled(source: TaskSource | str, config: RunConfig) -> RecalledTask | Non
         for name in possible_names(source):
             if not memory.has(name):
                 continue
-            trained = {task for stage in read_stages(run) for task in stage.trained}
+            waiting = [read_stage(path.parent) for path in run.glob(f"{CANDIDATES}/[0-9]*/stage.json")]
+            trained = {task for stage in (*read_stages(run), *waiting) for task in stage.trained}
             if name in trained or name in read_run(run).held_out_tasks:
                 return read_kept(memory.path(name))
     return None
