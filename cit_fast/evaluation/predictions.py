@@ -179,7 +179,7 @@ def rescore(
     joined = {task for stage in stages for task in stage.untrained}  # whose answers of the untrained model are not here
     if stage is not None and stage not in {each.index for each in stages}:
         raise RunError(f"{run_folder}: has no stage {stage}; its stages are 0 to {stages[-1].index if stages else 0}")
-    files = {each.index: each.files for each in stages}
+    files: dict[int, Mapping[str, str]] = {each.index: each.files for each in stages}
     for each in stages:
         if stage in (None, each.index):
             results += _rescored(run_folder, run, each, files, joined, write, allow_custom_metrics)
@@ -190,7 +190,7 @@ def _rescored(
     run_folder: Path,
     run: RunRecord,
     stage: StageRecord,
-    files: Mapping[int, Mapping[str, str]],
+    files: dict[int, Mapping[str, str]],
     joined: set[str],
     write: bool,
     allow_custom_metrics: bool,
@@ -222,7 +222,7 @@ def _rescored(
             intact = not damaged_files(path.parents[1], holder, f"predictions/{path.name}")
             results.append(Rescored(stage.index, task, metric, *values, intact))
     if write and again:
-        _update(run_folder, stage, again)
+        files[stage.index] = _update(run_folder, stage, again)
     return results
 
 
@@ -270,7 +270,8 @@ def judged(constraints: Constraints, predictions: Sequence[Prediction]) -> dict[
     )
 
 
-def _update(run_folder: Path, stage: StageRecord, again: dict[str, _Again]) -> None:
+def _update(run_folder: Path, stage: StageRecord, again: dict[str, _Again]) -> dict[str, str]:
+    """Write what was computed again; returns the checksums of the stage's files as they are now."""
     folder = run_folder / "stages" / f"{stage.index:02d}"
     # Predictions first: were the process killed in between, the next call would find the difference and go
     # on.
@@ -290,3 +291,4 @@ def _update(run_folder: Path, stage: StageRecord, again: dict[str, _Again]) -> N
         },
     )
     write_record(folder / "stage.json", changed)
+    return changed.files

@@ -233,7 +233,8 @@ class GeneralRecord:
     Args:
         probes: skill -> per cent of its questions that the model answers rightly.
         divergence: ``general`` and ``stream`` -> KL(base || tuned) on such prompts, in nats a token.
-        benchmarks: task of lm-evaluation-harness -> metric, its main one first -> value; shares in per cent.
+        benchmarks: task of lm-evaluation-harness -> metric -> value, of accuracies and exact matches in per cent.
+        main_metrics: task -> the first of its metrics of which more is better; tasks that have none are absent.
     """
 
     __pydantic_config__ = _STRICT
@@ -241,6 +242,7 @@ class GeneralRecord:
     probes: dict[str, float] = field(default_factory=dict)
     divergence: dict[str, float] = field(default_factory=dict)
     benchmarks: dict[str, dict[str, float]] = field(default_factory=dict)
+    main_metrics: dict[str, str] = field(default_factory=dict)
 
     @property
     def score(self) -> float:
@@ -249,8 +251,8 @@ class GeneralRecord:
 
     @property
     def main(self) -> dict[str, float]:
-        """The main metric of every benchmark."""
-        return {task: next(iter(metrics.values())) for task, metrics in self.benchmarks.items() if metrics}
+        """The value of the main metric of every benchmark that has one."""
+        return {task: self.benchmarks[task][name] for task, name in self.main_metrics.items()}
 
 
 @dataclass

@@ -16,6 +16,9 @@ from cit_fast.models.adapter_bank import BASE
 from cit_fast.models.generation import Answer, Sampling, generate_answers
 from cit_fast.models.prompts import ExampleTooLongError
 
+WHOLE = "auto"
+"""What answers where the model itself was trained, and there are no sets."""
+
 
 class BusyError(CitFastError):
     """As many questions wait as may wait."""
@@ -63,6 +66,7 @@ class Engine:
     Args:
         model: that answers. ``batch_size``: prompts at a time.
         most_waiting: questions that may wait; the next one is refused.
+        grace: seconds that a batch has to end when the engine is left; then the process may end without it.
 
     Example::
 
@@ -70,8 +74,10 @@ class Engine:
             reply = engine.ask(Question(Example("Say hello.", references=("-",)))).result()
     """
 
-    def __init__(self, model: ContinualModel, batch_size: int = 16, most_waiting: int = 256) -> None:
-        self.model, self.batch_size = model, batch_size
+    def __init__(
+        self, model: ContinualModel, batch_size: int = 16, most_waiting: int = 256, grace: float = 30.0
+    ) -> None:
+        self.model, self.batch_size, self.grace = model, batch_size, grace
         known = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
         self.context: int | None = known or model.encoder.max_length
         self._encoder = model.encoder.with_limit(None, "error")
@@ -85,18 +91,16 @@ class Engine:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        """Answer what is in the batch, and refuse what still waits."""
+        """Stop, and give the batch that has begun ``grace`` seconds to end."""
+        self.stop()
+        self._thread.join(self.grace)
+        self._refuse()
+
+    def stop(self) -> None:
+        """Take no more questions; what is in the batch is answered, what waits is refused."""
         self._stopping.set()
         with contextlib.suppress(queue.Full):
             self._queue.put_nowait(None)  # wakes the worker where nothing waits
-        self._thread.join()
-        while True:
-            try:
-                left = self._queue.get_nowait()
-            except queue.Empty:
-                return
-            if left is not None and left.reply.set_running_or_notify_cancel():
-                left.reply.set_exception(StoppingError("the server is being stopped"))
 
     @property
     def sets(self) -> tuple[str, ...]:
@@ -136,22 +140,48 @@ class Engine:
                     break
                 batch += [] if more is None else [more]
             asked = [each for each in batch if each.reply.set_running_or_notify_cancel()]
+            asked = [each for each in asked if self._fits(each)]
             if asked:
                 self.counts["batches"] += 1
                 self._answer(asked)
+        self._refuse()
+
+    def _refuse(self) -> None:
+        """Tell what waits that nobody will answer it."""
+        while True:
+            try:
+                left = self._queue.get_nowait()
+            except queue.Empty:
+                return
+            if left is not None and left.reply.set_running_or_notify_cancel():
+                left.reply.set_exception(StoppingError("the server is being stopped"))
+
+    def _fits(self, each: _Waiting) -> bool:
+        """Whether a question can be answered; where it cannot, the client is told, and the batch goes on without it."""
+        try:
+            self._prompt(each.question)
+            adapter = each.question.adapter
+            if self.model.router is not None and adapter not in (None, BASE, *self.sets):
+                raise DataError(f"there is no adapter set {adapter!r}")
+        except Exception as error:  # noqa: BLE001  # whatever a prompt makes of a template
+            each.reply.set_exception(error)
+            return False
+        return True
 
     def _answer(self, asked: list[_Waiting]) -> None:
-        """Answer a batch; where that fails, one by one, so that no question takes others with it."""
+        """Answer a batch; where that fails, in halves, so that no question takes others with it."""
+        failure: Exception | None = None
+        replies: list[Reply] = []
         try:
             replies = self._replies([each.question for each in asked])
         except Exception as error:  # noqa: BLE001  # whatever it is, the client is told and the next one served
-            if len(asked) == 1:
-                asked[0].reply.set_exception(error)
-                return
-            for each in asked:
-                self._answer([each])
-            return
-        for each, reply in zip(asked, replies, strict=True):
+            failure = error.with_traceback(None)  # whose frames hold what the batch had in memory
+        if failure is not None and len(asked) > 1:
+            for half in (asked[: len(asked) // 2], asked[len(asked) // 2 :]):
+                self._answer(half)
+        elif failure is not None:
+            asked[0].reply.set_exception(failure)
+        for each, reply in zip(asked, replies, strict=False):
             self.counts["answers"] += 1
             self.counts["prompt_tokens"] += reply.prompt_tokens
             self.counts["answer_tokens"] += reply.answer.tokens
@@ -191,13 +221,9 @@ class Engine:
 
     def _sets(self, questions: list[Question]) -> list[str]:
         if self.model.router is None:
-            return ["model"] * len(questions)
+            return [WHOLE] * len(questions)
         open_questions = [k for k, question in enumerate(questions) if question.adapter is None]
         chosen = dict(
             zip(open_questions, self.model.route([questions[k].example for k in open_questions]), strict=True)
         )
-        sets = [chosen[k] if question.adapter is None else question.adapter for k, question in enumerate(questions)]
-        unknown = {*sets} - {*self.sets, BASE}
-        if unknown:
-            raise DataError(f"there is no adapter set {min(unknown)!r}")
-        return sets
+        return [chosen[k] if question.adapter is None else question.adapter for k, question in enumerate(questions)]

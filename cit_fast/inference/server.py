@@ -17,8 +17,9 @@ import signal
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal
 
 import uvicorn
@@ -79,13 +80,15 @@ class _Asked(BaseModel):
     tools: list[Any] | None = Field(default=None, max_length=0)
     response_format: dict[str, Any] | None = None
 
-    def question(self, example: Example, sets: tuple[str, ...]) -> Question:
+    def question(self, example: Example, names: Mapping[str, str | None]) -> Question:
         """For the engine.
+
+        Args:
+            names: that a client may ask for -> the set.
 
         Raises:
             _UnknownModelError: no such set.
         """
-        names: dict[str, str | None] = {"auto": None, _BASE_NAME: BASE, **{name: name for name in sets}}
         if self.model not in names:
             raise _UnknownModelError(f"the model {self.model!r} does not exist; there are {', '.join(names)}")
         if self.response_format not in (None, {"type": "text"}):
@@ -160,6 +163,9 @@ class Server:
     def __init__(self, engine: Engine, key: str | None = None, timeout: float = 300.0) -> None:
         self.engine, self.key, self.timeout = engine, key, timeout
         self._started, self._statuses = time.time(), dict[int, int]()
+        self.names: dict[str, str | None] = {"auto": None}
+        if engine.model.router is not None:
+            self.names |= {_BASE_NAME: BASE, **{name: name for name in engine.sets}}
         self.app = Starlette(
             routes=[
                 Route("/health", self._health),
@@ -185,9 +191,8 @@ class Server:
         return PlainTextResponse("\n".join(lines) + "\n")
 
     async def _models(self, _request: Request) -> Response:
-        names = ["auto", _BASE_NAME, *self.engine.sets] if self.engine.model.router is not None else ["auto"]
         made = int(self._started)
-        listed = [{"id": name, "object": "model", "created": made, "owned_by": "cit-fast"} for name in names]
+        listed = [{"id": name, "object": "model", "created": made, "owned_by": "cit-fast"} for name in self.names]
         return JSONResponse({"object": "list", "data": listed})
 
     # -- answers -------------------------------------------------------------------------------------------------
@@ -200,7 +205,7 @@ class Server:
 
     async def _answered(self, request: Request, kind: type[_ChatAsked] | type[_TextAsked]) -> Response:
         asked = _parsed(await _body(request), kind)
-        reply = asyncio.wrap_future(self.engine.ask(asked.question(asked.example, self.engine.sets)))
+        reply = asyncio.wrap_future(self.engine.ask(asked.question(asked.example, self.names)))
         if asked.stream:
             return StreamingResponse(self._streamed(asked, reply), media_type="text/event-stream")
         gone = asyncio.create_task(_gone(request))
@@ -376,12 +381,38 @@ def serve(
     from cit_fast.inference.continual_model import ContinualModel
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_ending_when_told())
         listening = stack.enter_context(bound(host, port))
         engine = stack.enter_context(Engine(ContinualModel.from_run(run, stage=stage), batch_size, most_waiting))
         server = Server(engine, os.environ.get(KEY) or None, timeout)
         config = uvicorn.Config(server.app, log_level="warning", access_log=False, timeout_graceful_shutdown=30)
-        names = ", ".join(["auto", _BASE_NAME, *engine.sets] if engine.model.router is not None else ["auto"])
-        say(f"{run}: serving {names} at http://{host}:{listening.getsockname()[1]}/v1")
-        for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn takes them, and raises them again in the end
-            signal.signal(number, lambda *_: None)
-        uvicorn.Server(config).run(sockets=[listening])
+        say(f"{run}: serving {', '.join(server.names)} at http://{host}:{listening.getsockname()[1]}/v1")
+        _Uvicorn(config, engine).run(sockets=[listening])
+
+
+class _Uvicorn(uvicorn.Server):
+    """Tells the engine first when it is told to stop: what waits need not be waited for."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+        super().__init__(config)
+        self._engine = engine
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal has come."""
+        self._engine.stop()
+        super().handle_exit(sig, frame)
+
+
+@contextlib.contextmanager
+def _ending_when_told() -> Iterator[None]:
+    """SIGINT and SIGTERM end the process in order, whenever they come; uvicorn raises them again in the end."""
+
+    def told(_number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(0)
+
+    before = {number: signal.signal(number, told) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)

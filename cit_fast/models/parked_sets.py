@@ -9,7 +9,7 @@ can be parked; sets of any other kind stay in the model.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,13 @@ class Parked:
         self.configs[name] = config
         for path, update in updates.items():
             self.updates.setdefault(path, {})[name] = update
+
+    def to(self, device: torch.device) -> None:
+        """Move the matrices to the device of the model, which takes along only what is its own."""
+        for sets in self.updates.values():
+            for name, update in sets.items():
+                bias = None if update.bias is None else update.bias.to(device)
+                sets[name] = replace(update, a=update.a.to(device), b=update.b.to(device), bias=bias)
 
     def pop(self, name: str) -> tuple[Any, dict[str, LowRank]]:
         """Take a set out."""

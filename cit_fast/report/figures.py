@@ -211,7 +211,7 @@ def general_figure(view: RunView) -> Figure:
     above.set_ylabel("score", fontsize=9, color=TEXT)
     figure.legend(loc="outside upper right", ncols=2, frameon=False, labelcolor=TEXT, fontsize=8.5)
     for k, name in enumerate(("general", "stream")):
-        colour, marker, dash = _style(k + 2)
+        colour, marker, dash = _style(k + len(lines))
         moved = [record.divergence.get(name, math.nan) for record in view.general]
         below.plot(
             stages,

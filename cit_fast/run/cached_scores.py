@@ -77,8 +77,10 @@ class CachedScores:
         evaluation = self.config.evaluation.model_copy(update={**alone, "held_out_after": "last"})
         data = self.config.data.model_copy(update={"tasks": None, "train": None, "dev": None, "test": None})
         plain = {"stages": (), "gate": None, "memory": None}
-        config = self.config.model_copy(update={"name": "expert", "evaluation": evaluation, "data": data, **plain})
-        training = [self.config.adapter, self.config.training, self.config.seed, self.state.num_processes]
+        unwatched = {key: value for key, value in self.config.training.items() if key != "report_to"}
+        own = {"evaluation": evaluation, "data": data, "training": unwatched}
+        config = self.config.model_copy(update={"name": "expert", **own, **plain})
+        training = [self.config.adapter, unwatched, self.config.seed, self.state.num_processes]
         return config, RunFolder(cache_folder() / "experts" / digest(["expert", *self._key([task]), *training]))
 
     def _key(self, tasks: Sequence[Task]) -> list[Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cit_fast.data.kept_task import RecalledTask, bytes_of, hash_of, read_kept, write_kept
+from cit_fast.data.sources import TaskSource, possible_names
 from cit_fast.errors import ConfigError, RunError
 from cit_fast.evaluation.records import RunRecord, StageRecord, read_run, read_stage, write_record
 from cit_fast.files import write_file
@@ -120,7 +121,7 @@ def _without(place: Path, task: RecalledTask) -> int:
         run = read_run(place)
         run.constraints.pop(task.name, None)
         data = run.config["data"]
-        run.config["data"] = {**data, "tasks": _replaced(data.get("tasks"), texts)}  # an instruction given there
+        run.config["data"] = {**data, "tasks": _without_instruction(data.get("tasks"), task.name)}
         run.dropped_tasks = sorted({*run.dropped_tasks, task.name})
         write_record(place / "run.json", run)
     for stage in sorted((*place.glob("stages/[0-9]*"), *place.glob(f"{CANDIDATES}/[0-9]*"))):
@@ -147,6 +148,22 @@ def _without(place: Path, task: RecalledTask) -> int:
     if place.parent.name == RETIRED:
         shutil.rmtree(place / "checkpoints", ignore_errors=True)
     return changed
+
+
+def _without_instruction(sources: list[Any] | None, name: str) -> list[Any] | None:
+    """The sources of a configuration, that of a task without the instruction that it gives."""
+    if sources is None:
+        return None
+
+    def scrubbed(source: Any) -> Any:
+        if not isinstance(source, dict) or not source.get("instruction"):
+            return source
+        plain: dict[str, Any] = {key: tuple(one) if isinstance(one, list) else one for key, one in source.items()}
+        if name not in possible_names(TaskSource(**plain)):
+            return source
+        return {**source, "instruction": _DROPPED.format(hash_of(source["instruction"])[:16])}
+
+    return list(map(scrubbed, sources))
 
 
 def _hashes(task: RecalledTask) -> Iterable[str]:

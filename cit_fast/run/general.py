@@ -91,9 +91,9 @@ def measure(
     """
     encoder = encoder.with_limit(encoder.max_length, "skip")
     scores = _probe_scores(model, encoder, router)
-    beside = {} if harness is None else benchmarks(model, encoder, router, harness, batch_size)
+    beside = ({}, {}) if harness is None else benchmarks(model, encoder, router, harness, batch_size)
     if untrained:
-        return GeneralRecord(scores, {"general": 0.0, "stream": 0.0}, beside)
+        return GeneralRecord(scores, {"general": 0.0, "stream": 0.0}, *beside)
     each = max(1, _STREAM_PROMPTS // max(1, len(tasks)))
     prompts = {
         "general": general_prompts(),
@@ -101,7 +101,7 @@ def measure(
     }
     before = None if isinstance(model, PeftModel) or base is None else base()
     found = {name: _divergence(model, encoder, some, router, before) for name, some in prompts.items() if some}
-    return GeneralRecord(scores, found, beside)
+    return GeneralRecord(scores, found, *beside)
 
 
 def _probe_scores(model: Any, encoder: PromptEncoder, router: Router | None) -> dict[str, float]:

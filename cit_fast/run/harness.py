@@ -9,6 +9,7 @@ import copy
 import functools
 import importlib.util
 import logging
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -32,8 +33,8 @@ from cit_fast.values import choices
 if TYPE_CHECKING:
     from cit_fast.methods.routing import Router
 
-_IN_POINTS = ("bleu", "chrf", "ter", "rouge")
-"""Beginnings of the metrics that the harness itself gives from 0 to 100."""
+_SHARES = ("acc", "exact_match", "mc1", "mc2", "prompt_level", "inst_level", "pass@")
+"""Beginnings of the metrics that are shares in [0, 1] in every task."""
 
 
 def check_harness(config: HarnessConfig) -> None:
@@ -54,11 +55,13 @@ def check_harness(config: HarnessConfig) -> None:
 
 def benchmarks(
     model: Any, encoder: PromptEncoder, router: Router | None, config: HarnessConfig, batch_size: int
-) -> dict[str, dict[str, float]]:
-    """Task -> metric -> value after the harness, its main metric first; shares in per cent.
+) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """Task -> metric -> value as the harness has it, accuracies and exact matches in per cent; and task -> the first
+    metric of which more is better.
 
     Raises:
-        ConfigError: the data of a task cannot be had, or the task cannot be answered by a causal language model.
+        ConfigError: the data of a task cannot be had, the task cannot be answered by a causal language model, or gives
+            no number.
     """
     from lm_eval import simple_evaluate
 
@@ -77,22 +80,35 @@ def benchmarks(
             )
     except Exception as error:  # whatever the harness, datasets and a task's own code raise
         raise ConfigError(f"evaluation.general.lm_eval: {first_line(error)}") from error
-    results = [{task: _metrics(values) for task, values in found["results"].items() if task in config.lm_eval}]
+    every = {task: _metrics(values) for task, values in found["results"].items()}
+    named = {task: every[task] for task in config.lm_eval if every.get(task)}
+    # A tag, and a group that has no score of its own, are measured as the tasks that they stand for.
+    shown = named if len(named) == len(config.lm_eval) else {task: values for task, values in every.items() if values}
+    if not shown:
+        raise ConfigError(f"evaluation.general.lm_eval: {', '.join(config.lm_eval)} gave no number")
+    better = found["higher_is_better"]
+    main = {
+        task: next((name for name in values if _better(better.get(task), name)), "") for task, values in shown.items()
+    }
+    results = [(shown, {task: name for task, name in main.items() if name})]
     broadcast_object_list(results)  # other processes may differ in a last bit
     return results[0]
 
 
 def _metrics(values: dict[str, Any]) -> dict[str, float]:
     """``acc,none`` -> ``acc``; a filter that is one of several stays in the name."""
-    numbers = {
-        name: value for name, value in values.items() if "_stderr" not in name and isinstance(value, int | float)
-    }
-    numbers.pop("sample_len", None)
     found = {}
-    for name, value in numbers.items():
-        metric = name.removesuffix(",none")
-        found[metric] = float(value) * (1.0 if metric.startswith(_IN_POINTS) or not 0 <= value <= 1 else 100.0)
+    for name, value in values.items():
+        plain = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if plain and "_stderr" not in name and name != "sample_len":
+            metric = name.removesuffix(",none")
+            found[metric] = float(value) * (100.0 if metric.startswith(_SHARES) else 1.0)
     return found
+
+
+def _better(known: dict[str, bool | None] | None, name: str) -> bool:
+    """Whether more of a metric is better."""
+    return bool((known or {}).get(name.split(",", maxsplit=1)[0]))
 
 
 @functools.cache
@@ -125,7 +141,16 @@ def _harness_model(model: Any, encoder: PromptEncoder, router: Router | None, ba
     def by_set(answer: Callable[..., list[Any]], requests: Sequence[Any], quiet: bool) -> list[Any]:
         """The requests' answers, each by its own set."""
         prompts = [said.get(request.args[0], request.args[0]) for request in requests]
-        sets = routed(model, encoder, [Example(prompt, "", ("-",)) for prompt in prompts], router)
+        # Without a context there is what follows it, or nothing at all, to tell where a request belongs.
+        texts = [
+            prompt if prompt.strip() else f"{[*request.args[1:], ''][0]}"
+            for prompt, request in zip(prompts, requests, strict=True)
+        ]
+        sets = None
+        if router is not None:
+            sets = routed(
+                model, encoder, [Example(text if text.strip() else "-", "", ("-",)) for text in texts], router
+            )
         found: list[Any] = [None] * len(requests)
         for name in dict.fromkeys([None] if sets is None else sets):
             own = [k for k in range(len(requests)) if sets is None or sets[k] == name]

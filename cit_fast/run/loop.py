@@ -79,7 +79,14 @@ class ContinualTrainer:
         for method in config.methods:
             for entry in config.stages:
                 training = training_at(config.training, config.stages, entry.from_)
-                build_parts(method_at(method, config.stages, entry.from_), training, self._own)
+                now = method_at(method, config.stages, entry.from_)
+                router = build_parts(now, training, self._own)["router"]
+                before = method_at(method, config.stages, entry.from_ - 1).router
+                begins = entry.from_ > 1 and now.router != before and "router" not in self._own
+                if begins and getattr(router, "adopts", "nothing") == "nothing":
+                    raise ConfigError(
+                        f"stages: from {entry.from_}: router {now.router.name} cannot begin in a later stage"
+                    )
         for method in config.methods:
             adapter = method.adapter or config.adapter
             later = (method_at(method, config.stages, entry.from_).router.name for entry in config.stages)

@@ -42,7 +42,7 @@ from cit_fast.methods.updates import stream_wide
 from cit_fast.models.adapters import load_weights, loading_whole, prompt_encoder, save_weights, train_adapter
 from cit_fast.models.digests import model_identity
 from cit_fast.models.osf import of_stage
-from cit_fast.models.parked_sets import set_names
+from cit_fast.models.parked_sets import parked, set_names
 from cit_fast.models.pretrained import cache_folder, load_model, load_tokenizer, resolve_model
 from cit_fast.run.answer import Evaluated
 from cit_fast.run.cached_scores import CachedScores
@@ -267,10 +267,11 @@ class MethodRun:
 
     def _adopt(self, index: int, model: Any) -> None:
         """Let a router that begins with stage ``index`` know the tasks before, each with the set that it trained."""
-        known = {task.name: task for task in self._seen(index)}
+        seen = {task.name: task for task in self._seen(index)}
+        known = {task.name: task for task in self.stream[: index - 1]} | seen
         for stage in self.folder.stages()[1:index]:
             for name in stage.trained:
-                if name not in known:
+                if name not in seen and self.parts.router.adopts == "examples":
                     raise RunError(
                         f"{self.folder.path}: router {self.parts.router.name} needs examples of {name!r}, and none are "
                         "left of it"
@@ -497,6 +498,7 @@ class MethodRun:
             self.encoder.fit_to(model)
             if weights is not None:
                 model = load_weights(model, weights, trainable=True)
+        parked(model).to(self.state.device)
         return model.to(self.state.device)
 
     def _experts(self, known: dict[str, float]) -> dict[str, float]:

@@ -44,13 +44,7 @@ class Parts:
         self.router = own.get("router", self.router)
 
     def adopt(self, stage: Stage, adapter: str) -> None:
-        """Let the router know a task that was trained, with its set, under another router.
-
-        Raises:
-            ConfigError: this router cannot begin in the middle of a run.
-        """
-        if not callable(getattr(self.router, "adopt", None)):
-            raise ConfigError(f"router: {type(self.router).__name__} cannot begin in a later stage: it has no adopt()")
+        """Let the router know a task that was trained, with its set, under another router."""
         self.router.adopt(stage, adapter)
 
     def assign(self, stage: Stage) -> Assignment:

@@ -94,6 +94,7 @@ def undo_rollback(run: str | Path) -> list[str]:
         for path in (aside / MEMORY).glob("*.json"):
             _move(path, folder.path / MEMORY / path.name)
         for path in retired:
+            _move(aside / "logs" / path.name, folder.path / "logs" / path.name)  # of before there was one log for all
             _move(path, folder.stage_path(int(path.name)))
         for name in _UNDER_WAY:
             _move(aside / name, folder.path / name)

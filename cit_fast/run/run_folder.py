@@ -138,6 +138,8 @@ class RunFolder:
             record.config["training"] = {**record.config["training"], "report_to": trackers or "none"}
             self.write(found)
         changed = list(_differences(found.config, record.config))
+        if known == given:  # the same tasks, wherever they lie now and whatever has been dropped of them
+            changed = [one for one in changed if not one.startswith("data.tasks was")]
         if changed and self._has_trained() and isinstance(known, list) and _same_but_for_tasks(found, record):
             at = next((k for k, (was, now) in enumerate(zip(known, given, strict=False)) if was != now), None)
             if at is not None:

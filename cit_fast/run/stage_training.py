@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from peft import PeftModel
 from rich.markup import escape
 
 from cit_fast.data.example import unseen_media
@@ -20,7 +21,7 @@ from cit_fast.methods.updates import stream_wide
 from cit_fast.models.adapters import save_weights, train_adapter
 from cit_fast.models.growing_adapter import GrowingAdapter
 from cit_fast.models.osf import MergedModel, is_osf, refuse_sharded_osf
-from cit_fast.models.parked_sets import parked, set_parked
+from cit_fast.models.parked_sets import park_others, parked, set_parked
 from cit_fast.models.rewritten_base import RewrittenBase, refuse_sharded, rewrites_base
 from cit_fast.run.arguments import training_arguments
 from cit_fast.run.config import RunConfig
@@ -86,7 +87,7 @@ class StageTraining:
         Raises:
             ConfigError: one cannot be started.
         """
-        training = training_at(self.config.training, self.config.stages, 1)
+        training = training_at(self.config.training, self.config.stages, max(1, len(stages)))
         asked = training_arguments(training, self.config.seed, self.folder.path).report_to
         if self.state.is_main_process:
             self.trackers = RunTrackers([name for name in OURS if name in asked], self.folder.path)
@@ -123,6 +124,8 @@ class StageTraining:
         notes += weights.notes(model)
         if rewritten is not None:
             model = rewritten.undo(model, adapter)
+            if isinstance(model, PeftModel):
+                park_others(model, adapter)
         frozen.check(model, f"{self.folder.path}: {where}")
         for note in notes:
             self._say(f"  {escape(note)}")

@@ -18,9 +18,10 @@ import httpx
 import openai
 import pytest
 import uvicorn
+from rich.console import Console
 
-from cit_fast import ContinualModel, cli
-from cit_fast.data import Example
+from cit_fast import ContinualModel, ContinualTrainer, cli
+from cit_fast.data import Example, TaskStream
 from cit_fast.errors import DataError, RunError
 from cit_fast.evaluation import read_stages
 from cit_fast.inference import engine as engine_module
@@ -261,6 +262,49 @@ def test_one_bad_question_takes_no_other_with_it(model, examples):
         assert [f.result().answer.text for f in futures[:3]] == model.generate(examples[:3], 4)
         with pytest.raises(DataError, match="no adapter set 'gone'"):
             futures[3].result()
+
+
+def test_a_batch_that_fails_is_tried_in_halves(model, monkeypatch, examples):
+    sizes, plain = [], Engine._replies
+
+    def replies(engine, questions):
+        sizes.append(len(questions))
+        if any(question.seed == 13 for question in questions):
+            raise MemoryError("no room")
+        return plain(engine, questions)
+
+    slow = Slow(model, monkeypatch)
+    with Engine(model, batch_size=4) as engine:
+        first = engine.ask(Question(examples[0], max_new_tokens=4))
+        assert slow.begun.wait(30)
+        monkeypatch.setattr(Engine, "_replies", replies)
+        futures = [engine.ask(Question(examples[k], max_new_tokens=4, seed=12 + k)) for k in range(4)]
+        slow.go.set()
+        first.result(30)
+        with pytest.raises(MemoryError):
+            futures[1].result(30)
+        answers = [futures[k].result(30).answer.text for k in (0, 2, 3)]
+    assert answers == model.generate([examples[k] for k in (0, 2, 3)], 4)
+    assert sizes == [4, 2, 1, 1, 2]
+
+
+def test_a_model_that_was_trained_whole(tiny_model_folder, stream, tmp_path):
+    settings = {
+        "output": str(tmp_path),
+        "model": {"name": str(tiny_model_folder)},
+        "adapter": None,
+        "data": {"max_length": 96},
+        "training": {"max_steps": 1, "use_cpu": True},
+        "evaluation": {"max_new_tokens": 2, "untrained": False, "tasks": "seen"},
+        "methods": ["sequential"],
+    }
+    (folder,) = ContinualTrainer(settings, stream=TaskStream(stream[:1]), console=Console(quiet=True)).run()
+    with Engine(ContinualModel.from_run(folder, device="cpu")) as engine, serving(engine) as url:
+        with client(url) as one:
+            assert [each.id for each in one.models.list()] == ["auto"]
+        assert asked(url, "Say hello.").model == "auto"
+        with pytest.raises(openai.NotFoundError):
+            asked(url, "Say hello.", "base")
 
 
 def test_stopping_answers_the_batch_and_refuses_the_rest(model, monkeypatch, examples):

@@ -196,6 +196,26 @@ def test_other_sets_count_where_each_task_has_one(base, tiny_tokenizer):
     assert note.startswith("The sets first are not active beside the one in training")
 
 
+def test_other_sets_count_where_they_are_parked(base, tiny_tokenizer):
+    """As they lie in a run: beside the model."""
+    model, _ = train_adapter(base, ADAPTER, "first", 0)
+    randomised(model, 1)
+    first = {name: a.detach().clone() for name, a in model.named_parameters() if "lora_A.first" in name}
+    model, _ = train_adapter(model, ADAPTER, "second", 1)
+    assert list(model.peft_config) == ["second"]
+    randomised(model, 2)
+    objective, plain, batch = prepared(model, tiny_tokenizer, lambda_=2.0)
+    overlap = sum(
+        (first[name.replace("second", "first")] @ a.T).abs().sum()
+        for name, a in model.named_parameters()
+        if "lora_A.second" in name
+    )
+    expected = plain(model, batch, None) + 2 * overlap
+    torch.testing.assert_close(objective(model, batch, None), expected.float(), rtol=1e-6, atol=1e-6)
+    (note,) = objective.notes
+    assert note.startswith("The sets first are not active beside the one in training")
+
+
 def test_without_an_adapter(base, tiny_tokenizer):
     with pytest.raises(ConfigError, match="no LoRA factor trains"):
         prepared(base, tiny_tokenizer)

@@ -48,6 +48,12 @@ def test_parked_sets_answer_as_they_did(make_model, fuse):
     assert all(parameter.requires_grad == ("lora_" in name) for name, parameter in model.named_parameters())
 
 
+def test_parked_matrices_follow_the_model(make_model):
+    model = trained(trained(make_model("Llama"), PLAIN, "one"), PLAIN, "bb")
+    parked(model).to(torch.device("meta"))
+    assert {value.device.type for value in weights_of(model, "one").values()} == {"meta"}
+
+
 def test_mixed_rows_are_those_of_each_set_alone(make_model, encoder):
     model = make_model("Llama")
     for name in ("one", "bb", "ccc"):

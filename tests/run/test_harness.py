@@ -16,11 +16,12 @@ from rich.console import Console
 from cit_fast import ContinualTrainer
 from cit_fast.errors import ConfigError, GateError
 from cit_fast.evaluation import read_stages
+from cit_fast.evaluation.records import GeneralRecord
 from cit_fast.methods.routing import Router
 from cit_fast.models.adapter_bank import BASE
 from cit_fast.report.status import status, status_table
 from cit_fast.run.config import HarnessConfig
-from cit_fast.run.harness import _harness_model, benchmarks, check_harness
+from cit_fast.run.harness import _harness_model, _metrics, benchmarks, check_harness
 
 pytest.importorskip("lm_eval")
 
@@ -69,7 +70,7 @@ def config(folder: Path, *tasks: str, **more) -> HarnessConfig:
 
 def test_the_likeliest_choice_by_the_harness_is_ours(make_model, encoder, folder):
     model = make_model("Llama")
-    (found,) = benchmarks(model, encoder, None, config(folder), 4).values()
+    (found,) = benchmarks(model, encoder, None, config(folder), 4)[0].values()
     right = 0
     for k in range(9):
         prompt = f"Which colour has number {k}?"
@@ -128,6 +129,55 @@ def test_the_router_reads_what_the_user_says(make_model, encoder, folder):
     assert set(router.asked) == {f"Which colour has number {k}?" for k in range(9)}  # no template around it
 
 
+MORE = """
+task: lines
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{question}}"
+tag: all-lines
+metric_list:
+  - {metric: word_perplexity, aggregation: weighted_perplexity, higher_is_better: false}
+  - {metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}
+"""
+
+
+def test_tags_blank_contexts_and_metrics_of_which_less_is_better(make_model, encoder, folder):
+    (folder / "lines.yaml").write_text(MORE.replace("DATA", str(folder / "data.jsonl")))
+    blank = CHOICE.replace("task: colours", "task: blank").replace("{{question}}", "")
+    (folder / "blank.yaml").write_text(blank.replace("DATA", str(folder / "data.jsonl")))
+    model = get_peft_model(make_model("Llama"), LoraConfig(r=4, task_type="CAUSAL_LM"), adapter_name="even")
+
+    class Always(Router):
+        def answer(self, examples, stage):
+            assert all(example.instruction.strip() for example in examples)
+            return ["even"] * len(examples)
+
+    found, main = benchmarks(model, encoder, Always(), config(folder, "all-lines", "blank"), 4)
+    assert (set(found), main) == ({"lines", "blank"}, {"blank": "acc"})
+    assert found["lines"]["word_perplexity"] > 1
+    assert 0 < found["lines"]["bits_per_byte"] < 100
+    assert GeneralRecord({"a": 1.0}, {}, found, main).main == {"blank": found["blank"]["acc"]}
+
+
+def test_numbers_that_are_none_and_shares():
+    values = {
+        "alias": "x",
+        "acc,none": 0.25,
+        "acc_stderr,none": 0.1,
+        "bleu,none": 0.5,
+        "f1,none": float("nan"),
+        "em": True,
+    }
+    assert _metrics({**values, "exact_match,strict": 1.0, "sample_len": 9}) == {
+        "acc": 25.0,
+        "bleu": 0.5,
+        "exact_match,strict": 100.0,
+    }
+
+
 def test_chance_is_as_it_was(make_model, encoder, folder):
     def drawn() -> tuple[float, ...]:
         return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002
@@ -171,7 +221,7 @@ def test_a_benchmark_that_falls_breaks_the_gate(settings, stream, folder, monkey
     from cit_fast.run import general
 
     scores = iter([90.0, 70.0])
-    monkeypatch.setattr(general, "benchmarks", lambda *_: {"colours": {"acc": next(scores)}})
+    monkeypatch.setattr(general, "benchmarks", lambda *_: ({"colours": {"acc": next(scores)}}, {"colours": "acc"}))
     settings["training"] |= {"max_steps": 1}
     with pytest.raises(GateError, match=r"colours fell by 20.0 \(at most 10\)"):
         run(settings, stream, folder, gate={"general": 10})

@@ -27,7 +27,7 @@ from cit_fast.methods.stage import Stage
 from cit_fast.report.status import status
 from cit_fast.run import method_run, stage_evaluation, task_memory
 from cit_fast.run.config import RunConfig
-from cit_fast.run.forget import drop, remembered
+from cit_fast.run.forget import _without_instruction, drop, remembered
 from cit_fast.run.identity import task_digest
 from cit_fast.run.rollback import rollback, undo_rollback
 from cit_fast.run.task_memory import MemoryConfig
@@ -209,6 +209,23 @@ def test_a_rollback_takes_the_memory_along(settings, folders, tmp_path):
 def texts_below(folder: Path) -> str:
     kinds = {".json", ".jsonl", ".md", ".txt"}
     return "\n".join(path.read_text() for path in folder.rglob("*") if path.is_file() and path.suffix in kinds)
+
+
+def test_an_instruction_of_the_configuration_goes_with_its_task_alone(settings, folders, tmp_path):
+    source = {"path": "tasks/alpha", "instruction": "Do it.", "labels": ["a", "b"]}
+    other = {**source, "path": "tasks/beta"}
+    first, second = _without_instruction([source, other], "alpha")
+    assert (second, {**first, "instruction": "Do it."}) == (other, source)
+    assert first["instruction"].startswith("[dropped ")
+    assert _without_instruction(None, "alpha") is None
+    # The same configuration goes on with the run, wherever its data lies.
+    settings["training"] |= {"max_steps": 1}
+    tasks = list(folders.values())
+    folder = run(settings, tasks[:2], tmp_path, METHODS[0], {"per_task": 6})
+    drop(folder, "alpha")
+    moved = [shutil.copytree(each, tmp_path / "elsewhere" / each.name) for each in tasks]
+    run(settings, moved, tmp_path, METHODS[0], {"per_task": 6})
+    assert len(read_stages(folder)) == 4
 
 
 @pytest.mark.parametrize("method", METHODS, ids=named)

@@ -8,7 +8,9 @@ import pytest
 from curves import Curves, tensorboard_curves
 from growth import run
 from killed import at_call, killed
+from rich.console import Console
 
+from cit_fast import ContinualTrainer, learn
 from cit_fast.data import TaskStream
 from cit_fast.errors import ConfigError
 from cit_fast.evaluation import read_run, read_stages
@@ -101,6 +103,15 @@ def test_a_run_can_be_watched_from_its_middle_on(watched, stream, tmp_path):
     curves = tensorboard_curves(folder)
     assert steps_of(curves, "train/loss") == [1, 2, 3, 4, 5, 6]
     assert steps_of(curves, "stage/number") == [0, 2, 4, 6]
+
+
+def test_learn_may_change_who_watches(settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings["training"] |= {"max_steps": 1, "logging_steps": 1}
+    settings["data"] |= {"tasks": ["units"], "train": 8, "test": 2, "max_length": 256}
+    (folder,) = ContinualTrainer({**settings, "methods": ["sequential"]}, console=Console(quiet=True)).run()
+    learn(folder, ["records"], Console(quiet=True), settings=["training.report_to=tensorboard"])
+    assert steps_of(tensorboard_curves(folder), "stage/number") == [0, 1, 2]
 
 
 def test_routing_general_abilities_and_violations(watched, stream, tmp_path):

@@ -16,6 +16,7 @@ from cit_fast.errors import ConfigError
 from cit_fast.evaluation.records import ObjectiveRecord
 from cit_fast.methods.objectives.cross_entropy import CrossEntropy
 from cit_fast.methods.stage import Stage, StageInputs
+from cit_fast.models.parked_sets import parked
 from cit_fast.models.prompts import IGNORED
 from cit_fast.models.rewritten_base import lora_layers
 
@@ -55,10 +56,12 @@ class OLoRA:
         """
         self._pairs, self._trained = [], []
         apart: set[str] = set()
-        for _, layer in lora_layers(stage.model):
+        for path, layer in lora_layers(stage.model):
+            beside = parked(stage.model).updates.get(path, {})
             trained = [name for name, module in layer.lora_A.items() if module.weight.requires_grad]
             others = [module.weight.detach() for name, module in layer.lora_A.items() if name not in trained]
-            apart.update(name for name in layer.lora_A if name not in layer.active_adapters)
+            others = [*(update.a for update in beside.values()), *others]
+            apart.update([*beside, *(name for name in layer.lora_A if name not in layer.active_adapters)])
             for name in trained:
                 self._trained += [layer.lora_A[name].weight, layer.lora_B[name].weight]
                 if others:

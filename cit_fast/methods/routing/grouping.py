@@ -69,6 +69,7 @@ class GroupingRouter(SavedRouter):
     """
 
     name = "grouping"
+    adopts = "examples"
 
     def __init__(
         self,

@@ -52,7 +52,8 @@ class Router(Protocol):
         """
 
     # A router may begin in a later stage if it has ``adopt(stage, adapter)``, which tells it of an earlier task,
-    # ``stage.task``, and of the set that this has trained (:meth:`SavedRouter.adopt`).
+    # ``stage.task``, and of the set that this has trained, and says in ``adopts`` what it needs of that
+    # (:attr:`SavedRouter.adopts`).
 
     @classmethod
     def load(cls, folder: Path) -> Router:
@@ -70,18 +71,15 @@ class SavedRouter:
     """
 
     name: ClassVar[str] = ""
+    adopts: ClassVar[Literal["nothing", "names", "examples"]] = "nothing"
+    """What :meth:`adopt` needs of a task; with ``"nothing"`` the router cannot begin in a later stage."""
 
     def learn(self, stage: Stage) -> Learned:
         """Nothing to learn."""
         return Learned()
 
     def adopt(self, stage: Stage, adapter: str) -> None:
-        """Get to know a task that was trained before this router began, with the set that it has trained.
-
-        Raises:
-            ConfigError: this router cannot begin in the middle of a run.
-        """
-        raise ConfigError(f"router {self.name} cannot begin in a later stage")
+        """Get to know a task that was trained before this router began, with the set that it has trained."""
 
     def state(self) -> dict[str, Any]:
         """What is remembered, as plain JSON values."""
@@ -209,6 +207,7 @@ class SharedRouter(SavedRouter):
     """One adapter set for all tasks; after another router, the one that was trained last."""
 
     name = "shared"
+    adopts: ClassVar[Literal["nothing", "names", "examples"]] = "names"
 
     def __init__(self) -> None:
         self._set = "shared"
@@ -246,20 +245,18 @@ class StackedRouter(SharedRouter):
     """
 
     name = "stacked"
+    adopts = "nothing"  # the parts of another router's set were trained together
 
     def assign(self, stage: Stage) -> Assignment:
         """Always the same set, with a new part."""
         return Assignment("shared", grows=True)
-
-    def adopt(self, stage: Stage, adapter: str) -> None:
-        """Refused: the parts of another router's set were trained together."""
-        SavedRouter.adopt(self, stage, adapter)
 
 
 class OracleRouter(SavedRouter):
     """A set per task, and each example tells its task: the upper bound of what any router can reach."""
 
     name = "oracle"
+    adopts = "names"
 
     def __init__(self) -> None:
         self._set_of: dict[str, str] = {}

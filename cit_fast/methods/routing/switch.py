@@ -159,6 +159,7 @@ class SwitchTokensRouter(SavedRouter):
     """
 
     name = "switch-tokens"
+    adopts = "examples"
 
     def __init__(
         self,

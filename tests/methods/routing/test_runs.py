@@ -80,7 +80,7 @@ def test_each_task_has_its_own_set_and_old_ones_never_change(tasks, preset, whol
         assert stages[1].scores["mood"] == stages[0].scores["mood"]  # the base model, as it was
 
 
-def test_answers_of_sets_that_have_not_changed_are_taken_over(settings, tasks, whole_runs, monkeypatch):
+def test_answers_of_sets_that_have_not_changed_are_taken_over(settings, tasks, whole_runs, monkeypatch, tmp_path):
     folder = whole_runs("oracle")
     # After stage 2: the first task's, and the third's by the base model; after stage 3 the first two tasks'.
     assert [stage.taken_over for stage in read_stages(folder)] == [0, 0, 8, 8]
@@ -97,6 +97,13 @@ def test_answers_of_sets_that_have_not_changed_are_taken_over(settings, tasks, w
     kept = [sorted(path.stem for path in folder.glob(f"stages/0{k}/predictions/*")) for k in (1, 2, 3)]
     assert kept == [["dates", "mail", "mood"], ["mail"], ["mood"]]  # what is the same is not written again
     assert all(entry.agrees for entry in rescore(folder))
+    copied = shutil.copytree(folder, tmp_path / "copied")
+    path = copied / "stages/01/predictions/dates.jsonl"
+    path.write_text(path.read_text().replace('"score": 0.0', '"score": 50.0'))
+    changed = {entry.stage for entry in rescore(copied) if not entry.intact}
+    assert changed == {1, 2, 3}
+    assert {entry.stage for entry in rescore(copied, write=True) if not entry.intact} == {1}
+    assert all(entry.agrees for entry in rescore(copied))
 
 
 def test_answers_that_have_changed_on_disk_are_not_taken_over(settings, tasks):
