@@ -96,6 +96,16 @@ class ChatTemplate:
             "tokenizer a template made for training"
         )
 
+    def user_turn(self, system: Turns) -> tuple[str, str]:
+        """What stands before a user's first words, and what follows them.
+
+        Args:
+            system: the turns before.
+        """
+        opened = self._render([*system, {"role": "user", "content": _QUESTION}], add_generation_prompt=True)
+        before, _, after = opened.partition(_QUESTION)
+        return before, after
+
     def marked(self, turns: Turns, where: str) -> tuple[list[int], list[int]]:
         """A whole conversation as tokens, and 1 for each of them that the template says the assistant speaks."""
         options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}

@@ -193,6 +193,17 @@ class PromptEncoder:
         """
         return self._prompt(example, reserve, masked)[0]
 
+    def user_turn(self) -> tuple[list[int], int] | None:
+        """Token ids up to where a user speaks, and the special token that ends what is said; ``None`` without a chat
+        template that has one.
+        """
+        if self._template is None:
+            return None
+        before, after = self._template.user_turn(self._system())
+        special = {token for token, added in self.tokenizer.added_tokens_decoder.items() if added.special}
+        end = next((token for token in self._tokenize(after) if token in special), None)
+        return None if end is None or not before else (self._tokenize(before), end)
+
     def example(self, example: Example, *, masked: bool = False) -> Encoded:
         """Prompt and response with labels on the response only.
 

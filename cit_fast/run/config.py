@@ -178,7 +178,8 @@ class RunConfig(Section):
         if self.memory is None or self.memory.keep != "none":
             return self
         for method in self.methods:
-            if method.replay.name == "on-policy" and method.replay.options.get("anchor") is not None:
+            own_prompts = {"anchor", "generated"} & {key for key, value in method.replay.options.items() if value}
+            if method.replay.name == "on-policy" and own_prompts:
                 continue
             later = [method_at(method, self.stages, entry.from_) for entry in self.stages]
             for part in (part for own in (method, *later) for part in (own.replay.name, own.objective.name)):

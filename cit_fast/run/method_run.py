@@ -340,7 +340,7 @@ class MethodRun:
             adapter=assignment.adapter,
             train_examples=len(fresh),
             replayed=dict(Counter(example.task for example in selection.examples if example.task in seen)),
-            replay=selection.record if stage.seen or selection.examples else None,
+            replay=selection.record if stage.seen or selection.examples or selection.record.notes else None,
             objective=trained.inputs.record,
             update=trained.finished.record,
             routing=self._routing(stage, assignment, learned, new_set, found),

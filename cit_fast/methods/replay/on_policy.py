@@ -21,6 +21,7 @@ from cit_fast.methods.own_answers import draw_answers, metric_scores, with_answe
 from cit_fast.methods.registry import build_part
 from cit_fast.methods.replay.allocation import Budget
 from cit_fast.methods.replay.anchor import Anchor
+from cit_fast.methods.replay.self_generated import SelfGenerated
 from cit_fast.methods.stage import Selection, Stage
 from cit_fast.processes import split_over_ranks
 
@@ -77,6 +78,8 @@ class OnPolicyReplay:
             takes as text; the base model answers them once, and ``anchor_examples`` of them come back in every stage,
             the first one, too, beyond the budget.
         anchor_examples: >= 1.
+        generated: prompts, beyond the budget, that the model itself writes and answers before every stage but the
+            first (:mod:`cit_fast.methods.replay.self_generated`); nothing of a task needs to be kept for them.
 
     Raises:
         ConfigError: an option out of range or unknown.
@@ -98,10 +101,12 @@ class OnPolicyReplay:
         batch_size: int = 64,
         anchor: str | None = None,
         anchor_examples: int = 64,
+        generated: int | None = None,
     ) -> None:
         Budget(fraction, per_task)
         sizes = {
             "anchor_examples": anchor_examples,
+            "generated": generated,
             "samples": samples,
             "candidates": candidates,
             "max_new_tokens": max_new_tokens,
@@ -125,9 +130,11 @@ class OnPolicyReplay:
         self.keep, self.samples, self.temperature, self.least = keep, samples, temperature, least
         self.share, self.references = share, references
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
-        self.anchor, self.anchor_examples = anchor, anchor_examples
+        self.anchor, self.anchor_examples, self.generated = anchor, anchor_examples, generated
         self._policy = None if choose == "answers" else self._built(choose)
         self._anchor = None if anchor is None else Anchor(anchor, anchor_examples, max_new_tokens, batch_size)
+        own = (generated or 0, temperature or 1.0, max_new_tokens, batch_size)
+        self._self_generated = None if generated is None else SelfGenerated(*own)
 
     def _built(self, choose: str | dict[str, Any]) -> Any:
         if not isinstance(choose, (str, Mapping)):
@@ -140,17 +147,17 @@ class OnPolicyReplay:
 
     @property
     def from_first(self) -> bool:
-        """Whether something comes back in the first stage, too."""
-        return self._anchor is not None
+        """Whether something comes back where nothing of a task can: in the first stage, or from no memory."""
+        return self._anchor is not None or self._self_generated is not None
 
     def select(self, stage: Stage) -> Selection:
         """Examples of every earlier task, in order, with the model's own answers where these are good enough."""
         selection = self._of_tasks(stage) if stage.seen else Selection([])
-        if self._anchor is None:
-            return selection
-        drawn, note = self._anchor.draw(stage)
-        record = replace(selection.record, notes=[*selection.record.notes, note])
-        return Selection([*selection.examples, *drawn], record)
+        beside = [self._anchor, self._self_generated if stage.index > 1 else None]
+        for drawn, note in (each.draw(stage) for each in beside if each is not None):
+            record = replace(selection.record, notes=[*selection.record.notes, note])
+            selection = Selection([*selection.examples, *drawn], record)
+        return selection
 
     def _of_tasks(self, stage: Stage) -> Selection:
         chosen, most = self._chosen(stage)
