@@ -14,6 +14,14 @@ from cit_fast.cli.app import OfStage, app, check_output, progress_bars
 from cit_fast.errors import ConfigError, DataError
 from cit_fast.text import cut
 
+DataPlaces = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="DATA...",
+        help="Files and folders of instruction data, a task each; folders of such; 'builtin', or a built-in task.",
+    ),
+]
+
 
 @app.command()
 def streams(
@@ -53,13 +61,7 @@ def presets() -> None:
 
 @app.command()
 def distances(
-    data: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="DATA...",
-            help="Files and folders of instruction data, a task each; folders of such; 'builtin', or a built-in task.",
-        ),
-    ],
+    data: DataPlaces,
     embedder: Annotated[
         str,
         typer.Option(
@@ -100,13 +102,7 @@ def distances(
 
 @app.command()
 def pool(
-    data: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="DATA...",
-            help="Files and folders of instruction data, a task each; folders of such; 'builtin', or a built-in task.",
-        ),
-    ],
+    data: DataPlaces,
     chat: Annotated[
         str,
         typer.Option(
@@ -150,13 +146,7 @@ def score(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A model folder, a hub name, an adapter folder, or a run folder.")
     ],
-    data: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="DATA...",
-            help="Files and folders of instruction data, a task each; folders of such; 'builtin', or a built-in task.",
-        ),
-    ],
+    data: DataPlaces,
     key_parts: Annotated[
         str,
         typer.Option(
