@@ -467,7 +467,7 @@ class MethodRun:
             return
         self.parts.router = type(router).load(folder)
         missing = sorted(set(self.parts.router.sets) - set_names(model))
-        if missing:
+        if missing and set_names(model):  # a model that was trained whole has no sets
             raise RunError(f"{folder}: knows the adapter set {missing[0]!r}, which no stage has trained")
 
     # -- the model -----------------------------------------------------------------------------------------------

@@ -195,7 +195,7 @@ def test_what_learn_refuses(settings, stream, folder):
         learn(folder, accept=True, retry=["training.learning_rate=1e-4"])
     for setting, message in (
         ("training.learning_rat=1", "unknown key"),
-        ("router.name=switch", "router: unknown key"),
+        ("adapter.r=8", "adapter: unknown key"),
         ("replay=on-polcy", "unknown name 'on-polcy'"),
         ("nonsense", "write it as key.path=value"),
     ):
