@@ -23,6 +23,7 @@ from cit_fast.models.growing_adapter import GrowingAdapter
 from cit_fast.models.osf import MergedModel, is_osf
 from cit_fast.models.parked_sets import (
     park_others,
+    parked,
     read_parked,
     set_names,
     set_parked,
@@ -188,6 +189,9 @@ def load_weights(base: Any, weights: Path | Mapping[str, Path], trainable: bool 
     model = load_adapter(model, weights[last], trainable)
     if sets is not None:
         set_parked(model, sets)
+    # Saving them again, PEFT looks up the base model's configuration: where it was loaded from, not on a hub.
+    for config in (*model.peft_config.values(), *parked(model).configs.values()):
+        config.base_model_name_or_path = base.name_or_path
     return model
 
 

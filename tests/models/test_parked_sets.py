@@ -113,6 +113,8 @@ def test_read_from_their_folders(make_model, tmp_path, adapter):
     again = load_weights(make_model("Llama"), folders, trainable=True)
     assert isinstance(again, PeftModel)
     assert set_names(again) == {"one", "bb", "ccc"}
+    configs = [*again.peft_config.values(), *parked(again).configs.values()]
+    assert {config.base_model_name_or_path for config in configs} == {again.get_base_model().name_or_path}
     for name, value in expected.items():
         torch.testing.assert_close(logits(again.eval(), name), value, atol=1e-5, rtol=1e-5)
 
