@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import threading
 from collections import Counter
@@ -16,6 +17,7 @@ from cit_fast.models.adapter_bank import BASE
 from cit_fast.models.generation import Answer, Sampling, generate_answers
 from cit_fast.models.prompts import ExampleTooLongError
 
+_log = logging.getLogger(__name__)
 WHOLE = "auto"
 """What answers where the model itself was trained, and there are no sets."""
 
@@ -108,6 +110,11 @@ class Engine:
         return tuple(name for name in self.model.sets if name not in self.model.unusable)
 
     @property
+    def working(self) -> bool:
+        """Whether questions are taken and answered."""
+        return self._thread.is_alive() and not self._stopping.is_set()
+
+    @property
     def waiting(self) -> int:
         """Questions that wait, about."""
         return self._queue.qsize()
@@ -163,7 +170,11 @@ class Engine:
             adapter = each.question.adapter
             if self.model.router is not None and adapter not in (None, BASE, *self.sets):
                 raise DataError(f"there is no adapter set {adapter!r}")
-        except Exception as error:  # noqa: BLE001  # whatever a prompt makes of a template
+        except CitFastError as error:
+            each.reply.set_exception(error)
+            return False
+        except Exception as error:  # noqa: BLE001  # whatever a prompt makes of a tokenizer; the worker must go on
+            _log.exception("a question could not be read")
             each.reply.set_exception(error)
             return False
         return True
@@ -175,6 +186,7 @@ class Engine:
         try:
             replies = self._replies([each.question for each in asked])
         except Exception as error:  # noqa: BLE001  # whatever it is, the client is told and the next one served
+            _log.exception("a batch of %d failed", len(asked))
             failure = error.with_traceback(None)  # whose frames hold what the batch had in memory
         if failure is not None and len(asked) > 1:
             for half in (asked[: len(asked) // 2], asked[len(asked) // 2 :]):

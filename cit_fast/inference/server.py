@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import secrets
 import signal
@@ -35,6 +36,7 @@ from cit_fast.inference.engine import BusyError, Engine, Question, Reply, Stoppi
 from cit_fast.models.adapter_bank import BASE
 from cit_fast.models.prompts import ExampleTooLongError
 
+_log = logging.getLogger(__name__)
 KEY = "CIT_FAST_API_KEY"
 """Environment variable: where it is set, a client must send it as its API key."""
 _LARGEST = 8 << 20  # bytes of a request
@@ -148,6 +150,7 @@ def _as_error(error: BaseException) -> tuple[int, dict[str, Any]]:
         if isinstance(error, kind):
             message = str(error) or "the answer took too long"
             return status, {"error": {"message": message, "type": name, "param": None, "code": code}}
+    _log.error("a request failed", exc_info=error)
     message = f"{type(error).__name__} while answering"  # nothing of its text: it may quote a path or a prompt
     return 500, {"error": {"message": message, "type": "server_error", "param": None, "code": None}}
 
@@ -179,7 +182,9 @@ class Server:
     # -- what it says of itself ----------------------------------------------------------------------------------
 
     async def _health(self, _request: Request) -> Response:
-        return JSONResponse({"status": "ok", "waiting": self.engine.waiting})
+        working = self.engine.working
+        body = {"status": "ok" if working else "stopped", "waiting": self.engine.waiting}
+        return JSONResponse(body, 200 if working else 503)
 
     async def _metrics(self, _request: Request) -> Response:
         lines = [f"cit_fast_{name}_total {count}" for name, count in sorted(self.engine.counts.items())]

@@ -42,7 +42,7 @@ from cit_fast.methods.updates import stream_wide
 from cit_fast.models.adapters import load_weights, loading_whole, prompt_encoder, save_weights, train_adapter
 from cit_fast.models.digests import model_identity
 from cit_fast.models.osf import of_stage
-from cit_fast.models.parked_sets import parked, set_names
+from cit_fast.models.parked_sets import parked
 from cit_fast.models.pretrained import cache_folder, load_model, load_tokenizer, resolve_model
 from cit_fast.run.answer import Evaluated
 from cit_fast.run.cached_scores import CachedScores
@@ -57,7 +57,8 @@ from cit_fast.run.pace import Paces, TimeLeft
 from cit_fast.run.parts import Parts
 from cit_fast.run.run_folder import RunFolder, of_one_date
 from cit_fast.run.stage_evaluation import StageEvaluation
-from cit_fast.run.stage_settings import method_at, settings_at, stages_of, training_at
+from cit_fast.run.stage_parts import StageParts
+from cit_fast.run.stage_settings import method_at, settings_at, stages_of
 from cit_fast.run.stage_training import StageTraining
 from cit_fast.run.task_memory import TaskMemory
 
@@ -96,7 +97,6 @@ class MethodRun:
             self.config = self.config.model_copy(update={"adapter": method.adapter})
         self.console = console
         self.state = PartialState()
-        self._parts_of, self._router_since = parts_of, 1
         self.parts = Parts(parts_of(method, config.training), self._say)
         with self.state.main_process_first():  # one process fetches or converts, the others find it done
             self.model_path = resolve_model(config.model)
@@ -104,6 +104,7 @@ class MethodRun:
         self.encoder = prompt_encoder(self.tokenizer, self.config.data)
         self.identity = model_identity(self.model_path, config.model.name)
         self.cached = CachedScores(self.config, method, self.encoder, self.identity)
+        self.stage_parts = StageParts(self.config, method, self.parts, parts_of, folder, self.encoder, self._say)
         joint = method.schedule == "joint"
         self.evaluation = StageEvaluation(
             *(self.config, joint, self.parts, self.stream, self.held_out, folder, self.encoder),
@@ -136,7 +137,7 @@ class MethodRun:
         refuse_candidate(self.folder.path)
         record = self._begin()
         self.config = self.config.model_copy(update={"stages": stages_of(record.config)})
-        self.training.config = self.config
+        self.training.config = self.stage_parts.config = self.config
         groups = [list(self.stream)] if self.method.schedule == "joint" else [[task] for task in self.stream]
         stages = self.folder.stages()
         self.state.wait_for_everyone()  # all have read the same stages before one of them commits another
@@ -167,8 +168,8 @@ class MethodRun:
                 continue
             if model is None:
                 model = self._load(self._checked(stages[:index]) if index > 1 else None)
-                self._take_up_router(index - 1, model)
-            self._take_up_settings(index, model)
+                self.stage_parts.take_up_router(index - 1, model)
+            self.stage_parts.take_up_settings(index, model, self.stream, self._seen)
             model = self._stage(model, index, len(groups), group, joined)
             joined = None
             self.training.trackers.stage(record, self.folder.stages())
@@ -249,44 +250,6 @@ class MethodRun:
         stage, _ = self.cached.untrained(self._load(None), tasks)
         self._say_scores("untrained", stage)
         return stage
-
-    def _take_up_settings(self, index: int, model: Any) -> None:
-        """The parts as they are from this stage on; another router gets to know the earlier tasks."""
-        if not any(entry.from_ <= index for entry in self.config.stages):
-            return
-        now, before = (method_at(self.method, self.config.stages, each).router for each in (index, max(1, index - 1)))
-        self.parts.change(self._parts_at(index), router=index == 1 or now != before)
-        if now != before:
-            self._say(f"  from here on: router {now.name}")
-            self._router_since = index
-            self._adopt(index, model)
-
-    def _parts_at(self, index: int) -> Mapping[str, Any]:
-        training = training_at(self.config.training, self.config.stages, index)
-        return self._parts_of(method_at(self.method, self.config.stages, index), training)
-
-    def _adopt(self, index: int, model: Any) -> None:
-        """Let a router that begins with stage ``index`` know the tasks before, each with the set that it trained."""
-        seen = {task.name: task for task in self._seen(index)}
-        known = {task.name: task for task in self.stream[: index - 1]} | seen
-        for stage in self.folder.stages()[1:index]:
-            for name in stage.trained:
-                if name not in seen and self.parts.router.adopts == "examples":
-                    raise RunError(
-                        f"{self.folder.path}: router {self.parts.router.name} needs examples of {name!r}, and none are "
-                        "left of it"
-                    )
-                self.parts.adopt(
-                    Stage(
-                        model,
-                        self.encoder,
-                        index,
-                        tasks=(known[name],),
-                        seed=f"{self.config.seed}/{index}/{name}",
-                        cache=cache_folder(),
-                    ),
-                    stage.adapter,
-                )
 
     # -- a stage, step by step -----------------------------------------------------------------------------------
 
@@ -446,29 +409,12 @@ class MethodRun:
             if model is not None:
                 save_weights(model, path, self.config.model.name, trained=stage.adapter)
                 save_live_weights(path, stage.adapter, live)
-                earlier = self.folder.stage_path(stage.index - 1) / "router"
-                same = earlier.is_dir() and stage.index > self._router_since
-                self.parts.save_router(path / "router", earlier if same else None)
+                self.stage_parts.save_router(path / "router", stage.index)
             write_stage_predictions(path, predictions)
 
         if self.state.is_main_process:
             self.folder.commit(stage, fill)
         self.state.wait_for_everyone()
-
-    # -- routing -------------------------------------------------------------------------------------------------
-
-    def _take_up_router(self, index: int, model: Any) -> None:
-        """What the router knew when stage ``index`` was committed."""
-        if index == 0:
-            return
-        folder = self.folder.stage_path(index) / "router"
-        router = self._parts_at(index)["router"] if self.config.stages else self.parts.router
-        if isinstance(router, SharedRouter) and not folder.is_dir():  # of an older run, in which it remembered nothing
-            return
-        self.parts.router = type(router).load(folder)
-        missing = sorted(set(self.parts.router.sets) - set_names(model))
-        if missing and set_names(model):  # a model that was trained whole has no sets
-            raise RunError(f"{folder}: knows the adapter set {missing[0]!r}, which no stage has trained")
 
     # -- the model -----------------------------------------------------------------------------------------------
 

@@ -43,10 +43,6 @@ class Parts:
         self.replay, self.objective, self.update = own["replay"], own["objective"], own["update"]
         self.router = own.get("router", self.router)
 
-    def adopt(self, stage: Stage, adapter: str) -> None:
-        """Let the router know a task that was trained, with its set, under another router."""
-        self.router.adopt(stage, adapter)
-
     def assign(self, stage: Stage) -> Assignment:
         """The adapter set that the new task trains."""
         return self._recorded("router", "assign", self.router.assign(stage), Assignment)

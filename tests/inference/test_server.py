@@ -264,6 +264,31 @@ def test_one_bad_question_takes_no_other_with_it(model, examples):
             futures[3].result()
 
 
+def test_what_fails_inside_is_told_and_logged(model, monkeypatch, caplog):
+    """The client learns the kind of the error alone; whoever runs the server finds where it comes from."""
+
+    def replies(engine, questions):
+        raise RuntimeError("a secret path")
+
+    monkeypatch.setattr(Engine, "_replies", replies)
+    with Engine(model) as engine, serving(engine) as url:
+        with pytest.raises(openai.InternalServerError, match="RuntimeError while answering") as told:
+            asked(url, "Say hello.")
+        said = {"messages": [{"role": "user", "content": "Say hello."}], "stream": True}
+        streamed = httpx.post(f"{url}/chat/completions", json=said).text
+        assert engine.working
+    assert "secret" not in str(told.value) + streamed
+    assert '"type": "server_error"' in streamed
+    assert "a secret path" in caplog.text
+    assert 'raise RuntimeError("a secret path")' in caplog.text
+
+
+def test_health_says_when_nobody_answers(model):
+    with serving(Engine(model)) as url:  # whose worker was never started
+        reply = httpx.get(url.removesuffix("/v1") + "/health")
+    assert (reply.status_code, reply.json()["status"]) == (503, "stopped")
+
+
 def test_a_batch_that_fails_is_tried_in_halves(model, monkeypatch, examples):
     sizes, plain = [], Engine._replies
 

@@ -178,22 +178,24 @@ def test_of_the_first_part_it_is_the_cross_entropy(base, tiny_tokenizer):
     assert torch.equal(objective(model, batch, None), plain(model, batch, None))
 
 
+def overlaps(model, tiny_tokenizer, first) -> None:
+    """The penalty is the overlap of the trained set "second" with the factors ``first`` of the other."""
+    objective, plain, batch = prepared(model, tiny_tokenizer, lambda_=2.0)
+    own = {name: a for name, a in model.named_parameters() if "lora_A.second" in name}
+    overlap = sum((first[name.replace("second", "first")] @ a.T).abs().sum() for name, a in own.items())
+    assert overlap > 0.1
+    expected = plain(model, batch, None) + 2 * overlap
+    torch.testing.assert_close(objective(model, batch, None), expected.float(), rtol=1e-6, atol=0)
+    (note,) = objective.notes
+    assert note.startswith("The sets first are not active beside the one in training")
+
+
 def test_other_sets_count_where_each_task_has_one(base, tiny_tokenizer):
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="first")
     model.add_adapter("second", LoraConfig(r=3, target_modules=["q_proj"]))
     model.set_adapter("second")
     randomised(model, 1)
-    objective, plain, batch = prepared(model, tiny_tokenizer, lambda_=2.0)
-    weights = dict(model.named_parameters())
-    overlap = sum(
-        (weights[name.replace("second", "first")] @ a.T).abs().sum()
-        for name, a in weights.items()
-        if "lora_A.second" in name
-    )
-    expected = plain(model, batch, None) + 2 * overlap
-    torch.testing.assert_close(objective(model, batch, None), expected.float(), rtol=1e-6, atol=1e-6)
-    (note,) = objective.notes
-    assert note.startswith("The sets first are not active beside the one in training")
+    overlaps(model, tiny_tokenizer, dict(model.named_parameters()))
 
 
 def test_other_sets_count_where_they_are_parked(base, tiny_tokenizer):
@@ -204,16 +206,7 @@ def test_other_sets_count_where_they_are_parked(base, tiny_tokenizer):
     model, _ = train_adapter(model, ADAPTER, "second", 1)
     assert list(model.peft_config) == ["second"]
     randomised(model, 2)
-    objective, plain, batch = prepared(model, tiny_tokenizer, lambda_=2.0)
-    overlap = sum(
-        (first[name.replace("second", "first")] @ a.T).abs().sum()
-        for name, a in model.named_parameters()
-        if "lora_A.second" in name
-    )
-    expected = plain(model, batch, None) + 2 * overlap
-    torch.testing.assert_close(objective(model, batch, None), expected.float(), rtol=1e-6, atol=1e-6)
-    (note,) = objective.notes
-    assert note.startswith("The sets first are not active beside the one in training")
+    overlaps(model, tiny_tokenizer, first)
 
 
 def test_without_an_adapter(base, tiny_tokenizer):

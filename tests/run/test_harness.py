@@ -25,27 +25,39 @@ from cit_fast.run.harness import _harness_model, _metrics, benchmarks, check_har
 
 pytest.importorskip("lm_eval")
 
-CHOICE = """
-task: colours
+DATA = """
 dataset_path: json
 dataset_kwargs: {data_files: {test: DATA}}
 test_split: test
-output_type: multiple_choice
-doc_to_text: "{{question}}"
-doc_to_target: "{{answer}}"
-doc_to_choice: [red, green, blue]
-metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 """
-ANSWER = """
+CHOICE = f"""
+task: colours
+{DATA}
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+doc_to_choice: [red, green, blue]
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+ANSWER = f"""
 task: echo
-dataset_path: json
-dataset_kwargs: {data_files: {test: DATA}}
-test_split: test
+{DATA}
 output_type: generate_until
-doc_to_text: "{{question}}"
-doc_to_target: "{{said}}"
-generation_kwargs: {until: ["\\n"], max_gen_toks: 4, do_sample: false}
-metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{said}}}}"
+generation_kwargs: {{until: ["\\n"], max_gen_toks: 4, do_sample: false}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+"""
+LINES = f"""
+task: lines
+{DATA}
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{question}}}}"
+tag: all-lines
+metric_list:
+  - {{metric: word_perplexity, aggregation: weighted_perplexity, higher_is_better: false}}
+  - {{metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}}
 """
 
 
@@ -129,23 +141,8 @@ def test_the_router_reads_what_the_user_says(make_model, encoder, folder):
     assert set(router.asked) == {f"Which colour has number {k}?" for k in range(9)}  # no template around it
 
 
-MORE = """
-task: lines
-dataset_path: json
-dataset_kwargs: {data_files: {test: DATA}}
-test_split: test
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{question}}"
-tag: all-lines
-metric_list:
-  - {metric: word_perplexity, aggregation: weighted_perplexity, higher_is_better: false}
-  - {metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}
-"""
-
-
 def test_tags_blank_contexts_and_metrics_of_which_less_is_better(make_model, encoder, folder):
-    (folder / "lines.yaml").write_text(MORE.replace("DATA", str(folder / "data.jsonl")))
+    (folder / "lines.yaml").write_text(LINES.replace("DATA", str(folder / "data.jsonl")))
     blank = CHOICE.replace("task: colours", "task: blank").replace("{{question}}", "")
     (folder / "blank.yaml").write_text(blank.replace("DATA", str(folder / "data.jsonl")))
     model = get_peft_model(make_model("Llama"), LoraConfig(r=4, task_type="CAUSAL_LM"), adapter_name="even")
