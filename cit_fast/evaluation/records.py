@@ -13,6 +13,7 @@ a stage's record those of its files: what has changed since is an error that nam
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -29,6 +30,8 @@ from cit_fast.files import damaged_files, read_checked_json, write_checked_json
 FORMAT_VERSION = 2
 _Record = TypeVar("_Record")
 _STRICT = ConfigDict(extra="forbid")
+MOVING = "moving.json"
+"""There while stages are put aside or back: which one is the last until then, and what is to be done."""
 
 
 @dataclass
@@ -440,6 +443,9 @@ def read_stages(
             names = sorted((entry.name for entry in entries if entry.name.isdigit() and entry.is_dir()), key=int)
     except (FileNotFoundError, NotADirectoryError):
         names = []
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        last = read_checked_json(Path(folder) / MOVING)["stage"]
+        names = [name for name in names if int(name) <= last]
     before = known or {}
     stages = [before.get(int(name)) or _read(place / name / "stage.json", StageRecord, check) for name in names]
     for name, stage in zip(names, stages, strict=True):

@@ -2,8 +2,8 @@
 
     <run>/retired/1/run.json, stages/NN ...   what the first rollback took back
 
-Every step is one rename, from the last stage down, and after each the folder is a run that was interrupted there: a
-process that is killed on the way loses nothing, and the same call goes on.
+One file decides it: once ``<run>/moving.json`` is there, its earlier stage is the current one for every reader, and
+whoever next works in the folder makes the renames that it lists (:meth:`cit_fast.run.run_folder.RunFolder.locked`).
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from typing import Any
 from cit_fast.data.builtin import builtin_task_names
 from cit_fast.errors import RunError
 from cit_fast.evaluation.records import RunRecord, StageRecord, read_run
-from cit_fast.files import tree_bytes, write_file
+from cit_fast.files import tree_bytes
 from cit_fast.run.run_folder import CANDIDATES, RunFolder
 from cit_fast.run.task_memory import FOLDER as MEMORY
-from cit_fast.run.trackers import another_course
 
 RETIRED = "retired"
 _UNDER_WAY = ("checkpoints", CANDIDATES)
@@ -52,19 +51,12 @@ def rollback(run: str | Path, to: int) -> list[str]:
             )
         if record.method.get("schedule") == "joint":
             raise RunError(f"{folder.path}: a joint run has one stage; there is none to roll back to")
-        aside = _aside(folder.path)
-        if not (aside / "run.json").exists():
-            write_file(aside / "run.json", (folder.path / "run.json").read_text(encoding="utf-8"))
-        for name in _UNDER_WAY:
-            _move(folder.path / name, aside / name)
+        aside = f"{RETIRED}/{max(_numbers(folder.path), default=0) + 1}"
         kept = _trained(stages[: to + 1])
-        for stage in reversed(stages[to + 1 :]):
-            _move(folder.stage_path(stage.index), aside / "stages" / f"{stage.index:02d}")
-        for task in record.tasks:
-            if task not in kept:
-                _move(folder.path / MEMORY / f"{task}.json", aside / MEMORY / f"{task}.json")
-        another_course(folder.path)
-        folder.write(_cut(record, kept, to))
+        later = (f"stages/{stage.index:02d}" for stage in stages[to + 1 :])
+        texts = (f"{MEMORY}/{task}.json" for task in record.tasks if task not in kept)
+        moves = {name: f"{aside}/{name}" for name in (*_UNDER_WAY, *later, *texts)}
+        folder.move(to, moves, {f"{aside}/run.json": record, "run.json": _cut(record, kept, to)})
         return [task for task in record.tasks if task not in kept]
 
 
@@ -90,16 +82,11 @@ def undo_rollback(run: str | Path) -> list[str]:
             raise RunError(
                 f"{folder.path}: has trained stage {len(stages) - 1} since the rollback; it cannot be taken back"
             )
-        folder.write(before)
-        for path in (aside / MEMORY).glob("*.json"):
-            _move(path, folder.path / MEMORY / path.name)
+        back = [*_UNDER_WAY, *(f"{MEMORY}/{path.name}" for path in (aside / MEMORY).glob("*.json"))]
         for path in retired:
-            _move(aside / "logs" / path.name, folder.path / "logs" / path.name)  # of before there was one log for all
-            _move(path, folder.stage_path(int(path.name)))
-        for name in _UNDER_WAY:
-            _move(aside / name, folder.path / name)
-        another_course(folder.path)
-        shutil.rmtree(aside)
+            back += [f"logs/{path.name}", f"stages/{path.name}"]  # of before there was one log for all
+        name = f"{RETIRED}/{aside.name}"
+        folder.move(len(stages) - 1, {f"{name}/{each}": each for each in back}, {"run.json": before}, remove=name)
         return [task for task in before.tasks if task not in current]
 
 
@@ -133,25 +120,6 @@ def _trained(stages: list[StageRecord]) -> list[str]:
 
 def _numbers(run: Path) -> list[int]:
     return sorted(int(path.name) for path in (run / RETIRED).glob("*") if path.name.isdigit())
-
-
-def _aside(run: Path) -> Path:
-    """A new folder for what is taken back, or that of a rollback that was interrupted."""
-    numbers = _numbers(run)
-    if numbers:
-        last = run / RETIRED / str(numbers[-1])
-        # One that has ended has written another run.json since.
-        if (last / "run.json").exists() and (last / "run.json").read_bytes() == (run / "run.json").read_bytes():
-            return last
-    aside = run / RETIRED / str(numbers[-1] + 1 if numbers else 1)
-    aside.mkdir(parents=True)
-    return aside
-
-
-def _move(path: Path, target: Path) -> None:
-    if path.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(target)
 
 
 def _cut(record: RunRecord, tasks: list[str], to: int) -> RunRecord:

@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from cit_fast.errors import RunError
-from cit_fast.evaluation.records import RunRecord, StageRecord, read_run, read_stages, write_record
+from cit_fast.evaluation.records import MOVING, RunRecord, StageRecord, read_run, read_stages, write_record
 from cit_fast.files import (
     commit_folder,
     damaged_files,
@@ -27,6 +27,7 @@ from cit_fast.processes import from_rank_zero
 from cit_fast.run.config import RunConfig
 from cit_fast.run.identity import digest, what_changed
 from cit_fast.run.trackers import FILE as TRACKERS
+from cit_fast.run.trackers import another_course
 
 _log = logging.getLogger(__name__)
 _MARKER = "complete.json"
@@ -105,6 +106,7 @@ class RunFolder:
                 f"{self.path}: another cit-fast run is working in this folder; wait for it or choose another output"
             ) from None
         try:
+            self._finish_moving()
             yield
         finally:
             lock.release()
@@ -210,6 +212,34 @@ class RunFolder:
             with contextlib.suppress(OSError):  # not there, or not empty
                 (self.path / name).rmdir()
 
+    def move(self, last: int, moves: dict[str, str], records: dict[str, RunRecord], remove: str | None = None) -> None:
+        """Put stages, and what belongs to them, aside or back. One file decides it (:data:`MOVING`); a process that is
+        killed afterwards leaves the rest to the next one that works in the folder.
+
+        Args:
+            last: the stage that is the last one until all is done.
+            moves: new place of every file and folder that moves, by its place; what is not there is left out.
+            records: that are written, by their place.
+            remove: a folder that is deleted in the end.
+        """
+        written = {name: dataclasses.asdict(record) for name, record in records.items()}
+        write_checked_json(self.path / MOVING, {"stage": last, "moves": moves, "records": written, "remove": remove})
+        self._finish_moving()
+
+    def _finish_moving(self) -> None:
+        try:
+            todo = read_checked_json(self.path / MOVING)
+        except FileNotFoundError:
+            return
+        for place, target in todo["moves"].items():
+            rename(self.path / place, self.path / target)
+        another_course(self.path)
+        for name, record in todo["records"].items():
+            write_checked_json(self.path / name, record)
+        if todo["remove"]:
+            shutil.rmtree(self.path / todo["remove"], ignore_errors=True)
+        (self.path / MOVING).unlink()
+
     def _has_trained(self) -> bool:
         """Whether a stage was trained, or some of its steps are in a checkpoint."""
         trained = any(path.parent.name.strip("0") for path in self.path.glob("stages/[0-9]*/stage.json"))
@@ -280,6 +310,13 @@ class RunFolder:
             elif found is None or step > found[0]:
                 found = step, folder, progress
         return None if found is None else found[1:]
+
+
+def rename(path: Path, target: Path) -> None:
+    """Give what is at ``path`` a new place; nothing happens where nothing is there."""
+    if path.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
 
 
 def of_one_date(config: RunConfig, folder: RunFolder) -> RunConfig:

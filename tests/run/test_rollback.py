@@ -14,7 +14,7 @@ from cit_fast.errors import RunError
 from cit_fast.evaluation import read_run, read_stages
 from cit_fast.files import write_file
 from cit_fast.report.status import status
-from cit_fast.run import rollback as rollbacks
+from cit_fast.run import run_folder as run_folders
 from cit_fast.run.rollback import prune, rollback, undo_rollback
 
 METHODS = ["switch-tokens", "ewc", {"preset": "random-replay", "replay": {"fraction": 0.2}}]
@@ -64,25 +64,35 @@ def test_a_rollback_is_taken_back_whole(settings, stream, tmp_path):
         undo_rollback(folder)
 
 
-def test_killed_at_any_rename_the_run_is_whole_and_the_same_call_goes_on(settings, stream, tmp_path, monkeypatch):
+def test_one_write_decides_and_whoever_comes_next_makes_the_renames(settings, stream, tmp_path):
+    """Killed before that write the run is as it was; after it, wherever, its earlier stage is the current one."""
     settings["training"] |= {"max_steps": 1}
     (folder,) = run(settings, stream, tmp_path, "switch-tokens").values()
-    before, record, moves = names(folder), read_run(folder), 0
-    while killed(lambda: rollback(folder, 1), at_call(moves + 1, rollbacks, "_move")):
-        stages = read_stages(folder)  # reads as a run that was interrupted there
-        assert [stage.index for stage in stages] == list(range(len(stages)))
-        assert status(folder)["stages"] == len(stages) - 1
+    before, record = names(folder), read_run(folder)
+
+    def whole() -> bool:
+        return (names(folder), read_run(folder), len(read_stages(folder))) == (before, record, 4)
+
+    assert killed(lambda: rollback(folder, 1), at_call(1, run_folders, "write_checked_json"))
+    assert whole()
+    moves = 0
+    while killed(lambda: rollback(folder, 1), at_call(moves + 1, run_folders, "rename")):
         moves += 1
-        if moves % 2:  # go on with it, or with what has not been moved yet
-            assert rollback(folder, 1) == ["beta", "gamma"]
-            undo_rollback(folder)
-            assert (names(folder), read_run(folder)) == (before, record)
+        assert [stage.index for stage in read_stages(folder)] == [0, 1]
+        assert status(folder)["stages"] == 1
+        if moves % 2:  # the same call finishes it, and finds nothing left to take back
+            with pytest.raises(RunError, match="has 1 trained stage"):
+                rollback(folder, 1)
+        assert undo_rollback(folder) == ["beta", "gamma"]
+        assert whole()
     assert moves > 3
-    for count in range(1, 4):
-        assert killed(lambda: undo_rollback(folder), at_call(count, rollbacks, "_move"))
-        read_stages(folder)
     undo_rollback(folder)
-    assert (names(folder), read_run(folder)) == (before, record)
+    for count in range(1, moves):
+        rollback(folder, 1)
+        assert killed(lambda: undo_rollback(folder), at_call(count, run_folders, "rename"))
+        assert [stage.index for stage in read_stages(folder)] == [0, 1]
+        run(settings, stream, tmp_path, "switch-tokens")  # has nothing to train, and ends what was begun
+        assert whole()
 
 
 def test_what_cannot_be_rolled_back_is_named(settings, stream, tmp_path):
