@@ -125,7 +125,7 @@ class Assignment:
 
     Args:
         adapter: name of the set; one not given before means a new set.
-        scores: earlier set -> its score for the new task; ``threshold``: from which a set is reused.
+        scores: earlier set -> its score for the new task, the highest ones; ``threshold``: from which a set is reused.
         start_from: the set whose weights a new set starts from; ``None``: as ``adapter`` configures it.
         grows: whether a set that is there stays what it is, and grows by a part that is trained.
         notes: sentences for whoever reads the report; ``details``: plain values of a router of one's own.

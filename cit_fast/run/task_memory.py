@@ -10,6 +10,7 @@ draws from follows from the committed stages alone, whenever a process was kille
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -118,14 +119,14 @@ class TaskMemory:
         Raises:
             RunError: the file is not there, damaged or of another version.
         """
-        path, known = self.path(task), self._read.get(task)
+        known = self._read.get(task)
         try:
-            found = path.stat()
+            found = os.stat(f"{self.folder}{os.sep}{task}.json")  # noqa: PTH116  # of every task, often: a Path is slow
         except OSError:
-            return read_kept(path)  # which says what is wrong
+            return read_kept(self.path(task))  # which says what is wrong
         stamp = found.st_mtime_ns, found.st_ino
         if known is None or known[0] != stamp:
-            known = self._read[task] = stamp, read_kept(path)
+            known = self._read[task] = stamp, read_kept(self.path(task))
         return known[1]
 
     def recall(self, tasks: Sequence[Task]) -> tuple[RecalledTask, ...]:
@@ -171,5 +172,5 @@ class TaskMemory:
     def shrink(self, tasks: Sequence[Task]) -> None:
         """Give up what the budget no longer allows when these tasks are learned, all of whose stages are committed."""
         for task in self.recall(tasks):
-            if len(self.kept(task.name).train) > len(task.train):
+            if task is not self._read[task.name][1]:  # it has been cut
                 write_kept(self.path(task.name), task)

@@ -32,6 +32,7 @@ from cit_fast.methods.routing.similarity import SIMILARITIES, Matrix
 from cit_fast.methods.stage import Assignment, Learned, Stage
 from cit_fast.models.adapter_bank import BASE
 
+_HIGHEST = 8  # scores that the record of an assignment has
 _BLOCK = 256  # prompts compared with the whole codebook at a time
 
 
@@ -128,7 +129,8 @@ class GroupingRouter(SavedRouter):
         self._store(name, instructions)
         start_from = None if reused else {"random": None, "previous": self._latest, "nearest": best}[self.start]
         self._latest = name
-        return Assignment(name, scores, self.threshold, start_from=start_from)
+        highest = dict(sorted(scores.items(), key=lambda each: -each[1])[:_HIGHEST])
+        return Assignment(name, highest, self.threshold, start_from=start_from)
 
     def _store(self, name: str, instructions: Sequence[str]) -> None:
         stored = self._codebook.setdefault(name, [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import re
@@ -11,11 +12,13 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from cit_fast.data.example import Example, Task
 from cit_fast.errors import ConfigError, DataError, RunError
+from cit_fast.evaluation.records import stages_until
 from cit_fast.files import write_json
+from cit_fast.methods.routing.changes import changed, changes
 from cit_fast.methods.stage import Assignment, Learned, Stage
 from cit_fast.models.adapter_bank import BASE
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 Reads = Literal["prompt", "instruction"]
 SetStart = Literal["random", "previous", "nearest"]
 """How a new set starts: as ``adapter`` configures it, from the set trained last, or from the most similar task's."""
@@ -73,6 +76,8 @@ class SavedRouter:
     name: ClassVar[str] = ""
     adopts: ClassVar[Literal["nothing", "names", "examples"]] = "nothing"
     """What :meth:`adopt` needs of a task; with ``"nothing"`` the router cannot begin in a later stage."""
+    _written: tuple[bytes, dict[str, Any]] | None = None
+    """The file that was written or read last, and the whole state as it was then."""
 
     def learn(self, stage: Stage) -> Learned:
         """Nothing to learn."""
@@ -93,11 +98,21 @@ class SavedRouter:
 
         Args:
             earlier: the router's folder of the stage before in the same run; what is there, or in the stages before
-                that, and never changes need not be written again.
+                that, need not be written again.
         """
         options = {key: getattr(self, key) for key in inspect.signature(type(self)).parameters}
-        saved = {"format_version": FORMAT_VERSION, "router": self.name, "options": options, "state": self.state()}
-        write_json(Path(folder) / "router.json", saved)
+        state = json.loads(json.dumps(self.state()))
+        known = None if earlier is None else self._state_in(earlier)
+        what = {"state": state} if known is None else {"changes": list(changes(known, state))}
+        path = Path(folder) / "router.json"
+        write_json(path, {"format_version": FORMAT_VERSION, "router": self.name, "options": options, **what})
+        self._written = path.read_bytes(), state
+
+    def _state_in(self, earlier: Path) -> dict[str, Any]:
+        """The whole state that was saved there; from memory, if this router has written or read it last."""
+        if self._written is None or (earlier / "router.json").read_bytes() != self._written[0]:
+            return dict(read_router(earlier)["state"])
+        return self._written[1]
 
     @classmethod
     def load(cls: type[_Self], folder: Path) -> _Self:
@@ -112,32 +127,51 @@ class SavedRouter:
             raise RunError(f"{path}: holds the router {saved['router']!r}, not {cls.name!r}")
         try:
             router = cls(**saved["options"])
-            router.restore(saved["state"], Path(folder))
+            router.restore(copy.deepcopy(saved["state"]), Path(folder))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise RunError(f"{path}: damaged ({error!r})") from None
+        router._written = path.read_bytes(), saved["state"]
         return router
 
 
 def read_router(folder: Path) -> dict[str, Any]:
-    """The content of a ``router.json``, checked for its shape.
+    """The content of a ``router.json``, checked for its shape; its state is whole, with what earlier stages have of it.
 
     Raises:
-        RunError: a missing or damaged file, or another format version.
+        RunError: a missing or damaged file, here or in an earlier stage that it builds on, or another format version.
     """
-    path = Path(folder) / "router.json"
+    latest = _read(folder / "router.json")
+    since = []  # what has changed, of each stage back to one that wrote its state whole
+    for place in reversed(stages_until(folder)):
+        found = latest if place == folder else _read(place / "router.json")
+        if "state" in found:
+            break
+        since.append(found["changes"])
+    else:
+        raise RunError(f"{folder / 'router.json'}: damaged (it tells changes, and there is no stage before it)")
+    state = found["state"]
+    for each in reversed(since):
+        try:
+            state = changed(state, each)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise RunError(f"{folder / 'router.json'}: damaged ({error!r})") from None
+    return {**latest, "state": state}
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise RunError(f"{path}: not there; it says which adapter set answers what, and belongs to a stage") from None
     except (OSError, ValueError) as error:
         raise RunError(f"{path}: damaged ({error})") from None
-    kinds = {"format_version": int, "router": str, "options": dict, "state": dict}
     if not isinstance(saved, dict):
         raise RunError(f"{path}: damaged (a JSON object was expected, not {type(saved).__name__})")
-    for key, kind in kinds.items():
+    what = ("changes", list) if "changes" in saved else ("state", dict)
+    for key, kind in (("format_version", int), ("router", str), ("options", dict), what):
         if not isinstance(saved.get(key), kind):
             raise RunError(f"{path}: damaged ({key} is missing or no {kind.__name__})")
-    if saved["format_version"] != FORMAT_VERSION:
+    if saved["format_version"] not in (2, FORMAT_VERSION):
         raise RunError(
             f"{path}: written in format version {saved['format_version']}; this cit-fast reads {FORMAT_VERSION}"
         )

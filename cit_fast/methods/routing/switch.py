@@ -33,7 +33,6 @@ from cit_fast.methods.routing.router import (
     SetStart,
     check_reads,
     check_start,
-    read_router,
     routing_text,
     set_name,
 )
@@ -395,7 +394,7 @@ class SwitchTokensRouter(SavedRouter):
         """
         if earlier is None:
             self._take_up()
-        before = 0 if earlier is None else int(read_router(earlier)["state"].get("apart", 0))
+        before = 0 if earlier is None else int(self._state_in(earlier).get("apart", 0))
         for n in range(before, len(self._kept)):
             own = {"kept": self._kept[n], "known": self._known[n]}
             write_file(Path(folder) / _PROMPTS.format(n), save(own))
@@ -403,7 +402,7 @@ class SwitchTokensRouter(SavedRouter):
         if self._network is not None:
             tensors.update({f"network.{key}": value for key, value in vars(self._network).items()})
         write_file(Path(folder) / _TENSORS, save(tensors))
-        super().save(folder)
+        super().save(folder, earlier)
 
     def restore(self, state: dict[str, Any], folder: Path) -> None:
         """Take them back.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -207,3 +208,29 @@ def test_a_router_without_its_memory_is_refused(settings, tasks, edit_record, tm
     ):
         with pytest.raises(RunError, match=message):
             resumed(change)
+
+
+@pytest.mark.parametrize("method", ["lcia", "switch-tokens"])
+def test_a_stage_writes_what_its_router_has_learned_anew(tasks, tmp_path, whole_runs, method):
+    """A stage's router is whole, made of what the stages until it have written, none of it twice."""
+    whole = whole_runs(method)
+    sets = [stage.adapter for stage in read_stages(whole)[1:]]
+    for stage in (1, 2, 3):
+        router = load_router(whole / f"stages/{stage:02d}/router")
+        assert router.sets == tuple(dict.fromkeys(sets[:stage]))
+        router.save(tmp_path / f"{stage}")
+        written = json.loads((whole / f"stages/{stage:02d}/router/router.json").read_text())
+        assert ("state" in written, "changes" in written) == (stage == 1, stage > 1)
+        again = load_router(tmp_path / f"{stage}")
+        assert again.state() == router.state() == json.loads((tmp_path / f"{stage}/router.json").read_text())["state"]
+    texts = [(whole / f"stages/{stage:02d}/router/router.json").read_text() for stage in (1, 2, 3)]
+    assert [text.count(f'"{sets[0]}"') for text in texts].count(0) >= 1
+
+    copied = tmp_path / "copied"
+    shutil.copytree(whole, copied)
+    (copied / "stages/01/router/router.json").write_text("{")
+    with pytest.raises(RunError, match=r"stages/01/router/router\.json: damaged"):
+        load_router(copied / "stages/03/router")
+    shutil.copytree(whole / "stages/03/router", tmp_path / "apart")
+    with pytest.raises(RunError, match="it tells changes, and there is no stage before it"):
+        load_router(tmp_path / "apart")
