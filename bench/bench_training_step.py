@@ -8,7 +8,8 @@ All sides take the same examples with the same model and optimizer settings:
 
 PEFT            PEFT's LoRA layers, a row for each example, torch's fused AdamW
 fused           the same with fuse_lora
-norms           and with fuse_norms
+apart           what "norms" is, with query, key and value, and gate and up, each computed alone
+norms           "fused" and with fuse_norms
 shared          and with what a batch's examples begin with computed once
 balance-ema     and with AdamWBalanceEMA: a step of the preset `ema`
 bare products   x W^T and g W of every adapted layer, for the tokens of PEFT's batch; no attention, no LoRA
@@ -34,6 +35,7 @@ from cit_fast.methods.objectives import CrossEntropy
 from cit_fast.methods.stage import Stage
 from cit_fast.models.adapters import prompt_encoder, train_adapter
 from cit_fast.models.config import DataConfig
+from cit_fast.models.fused_lora import FusedLoraLinear
 from cit_fast.models.pretrained import load_model, load_tokenizer, resolve_model
 from cit_fast.optim import AdamWBalanceEMA
 from cit_fast.run.config import load_config
@@ -86,10 +88,14 @@ def make_sides(folder: Path, config: Any, attention: str, compiled: bool) -> dic
     sides = {
         "PEFT": side(False, False, adamw),
         "fused": side(True, False, adamw, norms=False),
+        "apart": side(True, False, adamw),
         "norms": side(True, False, adamw),
         "shared": side(True, True, adamw),
         "balance-ema": side(True, True, lambda params: AdamWBalanceEMA(params, lr=1e-4)),
     }
+    for module in sides["apart"].model.modules():
+        if isinstance(module, FusedLoraLinear):
+            module.siblings = None
     if compiled:
         sides["PEFT, torch.compile"] = side(False, False, adamw, compile_it=True)
     return sides
@@ -130,15 +136,16 @@ def measure(
                 bare_seconds.append(time.perf_counter() - start)
     seconds = {name: side.seconds for name, side in sides.items()} | {"bare products": bare_seconds}
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    # Paired: the steps of one turn, which the machine's other work slows alike.
-    ratio = {
-        name: statistics.median([one / other for one, other in zip(values, seconds["PEFT"], strict=True)])
-        for name, values in seconds.items()
-    }
+
+    def paired(name: str, other: str) -> float:
+        """The median over turns, whose steps the machine's other work slows alike."""
+        return round(statistics.median(a / b for a, b in zip(seconds[name], seconds[other], strict=True)), 3)
+
     return {
         "median ms": {name: round(value * 1e3) for name, value in median.items()},
         "least ms": {name: round(min(values) * 1e3) for name, values in seconds.items()},
-        "of PEFT's step": {name: round(value, 3) for name, value in ratio.items()},
+        "of PEFT's step": {name: paired(name, "PEFT") for name in seconds},
+        "together, of apart": paired("norms", "apart"),
         "of the bare products": {name: round(value / median["bare products"], 2) for name, value in median.items()},
         "places a step": {name: round(side.places / len(side.seconds)) for name, side in sides.items()},
     }

@@ -3,13 +3,17 @@
 PEFT computes ``result + lora_B(lora_A(dropout(x))) * scaling``, with the input copied to the adapter's dtype and the
 sum copied back. The layers here are PEFT's own with another forward pass. What they do not compute themselves (DoRA, a
 quantised base, a merged or disabled adapter, a mixed batch) goes PEFT's way, call by call.
+
+Layers of one module that read the same input (:data:`SIBLINGS`) are computed together when the first of them is
+called; the others then give what is there, if they are called with that input.
 """
 
 from __future__ import annotations
 
 import logging
+import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,9 +21,12 @@ import torch
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
-from cit_fast.ops import lora_linear
+from cit_fast.ops import lora_linear, lora_linears
 
 logger = logging.getLogger(__name__)
+
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+"""Names of layers that read the same input, in the order in which models call them."""
 
 
 def fuse_lora(model: nn.Module) -> int:
@@ -45,6 +52,8 @@ def fuse_lora(model: nn.Module) -> int:
             fused += 1
         else:
             kept[reason] += 1
+    for module in model.modules():
+        _introduce(module)
     for reason, count in kept.items():
         logger.info("%d LoRA layers keep PEFT's path: %s", count, reason)
     return fused
@@ -55,6 +64,7 @@ def unfuse_lora(model: nn.Module) -> int:
     fused = [module for module in model.modules() if type(module) is FusedLoraLinear]
     for module in fused:
         module.__class__ = Linear
+        module.siblings = None
     return len(fused)
 
 
@@ -72,6 +82,8 @@ def adapters_cast_once(model: nn.Module) -> Iterator[None]:
     finally:
         for module in fused:
             module.cast = None
+            if module.siblings is not None:
+                module.siblings.forget()
 
 
 class FusedLoraLinear(Linear):  # type: ignore[misc]
@@ -79,31 +91,37 @@ class FusedLoraLinear(Linear):  # type: ignore[misc]
 
     cast: dict[tuple[str, torch.dtype], tuple[Tensor, Tensor]] | None = None
     """A and B of sets in dtypes, while they do not change; see :func:`adapters_cast_once`."""
+    siblings: Siblings | None = None
+    """The layers that read the same input as this one, itself among them."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's, up to rounding."""
         names = [] if args or kwargs or self.disable_adapters or self.merged else self._plain_adapters(x)
         if not names:
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
-        base = self.base_layer
+        if self.siblings is not None and not torch.compiler.is_compiling():
+            found = self.siblings.output(self, x)
+            if found is not None:
+                return found
         # Under autocast the base layer would cast its input as well.
-        x = x.to(base.weight.dtype)
-        bias = base.bias
+        x = x.to(self.base_layer.weight.dtype)
+        a, b, bias, scaling = self._update(names, x.dtype)
+        dropout = _dropout(self.lora_dropout[names[0]])
+        return lora_linear(x, self.base_layer.weight, a, b, bias, scaling=scaling, dropout=dropout)
+
+    def _update(self, names: Sequence[str], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None, float]:
+        """A, B, bias and scaling of these sets; several at once are one of their ranks' sum."""
+        bias = self.base_layer.bias
         for name in names:
             extra = self.lora_B[name].bias
             if extra is not None:
-                update = (extra * self.scaling[name]).to(x.dtype)
+                update = (extra * self.scaling[name]).to(dtype)
                 bias = update if bias is None else bias + update
-        first = names[0]
         if len(names) == 1:
-            (a, b), scaling = self._factors(first, x.dtype), self.scaling[first]
-        else:
-            # Several sets at once are one of their ranks' sum.
-            a = torch.cat([self.lora_A[name].weight for name in names])
-            b = torch.cat([self.lora_B[name].weight * self.scaling[name] for name in names], dim=1)
-            scaling = 1.0
-        dropout = _dropout(self.lora_dropout[first])
-        return lora_linear(x, base.weight, a, b, bias, scaling=scaling, dropout=dropout)
+            return *self._factors(names[0], dtype), bias, self.scaling[names[0]]
+        a = torch.cat([self.lora_A[name].weight for name in names])
+        b = torch.cat([self.lora_B[name].weight * self.scaling[name] for name in names], dim=1)
+        return a, b, bias, 1.0
 
     def _factors(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
@@ -130,6 +148,74 @@ class FusedLoraLinear(Linear):  # type: ignore[misc]
                 return []
         # Several sets draw one after the other, each its own dropout.
         return names if len(names) == 1 or not any(_dropout(self.lora_dropout[name]) for name in names) else []
+
+
+class Siblings:
+    """Layers of one module that read the same input, computed together.
+
+    Args:
+        layers: in the order in which they are called.
+    """
+
+    def __init__(self, layers: Sequence[FusedLoraLinear]) -> None:
+        self.layers = tuple(layers)
+        self.forget()
+        self._apart = False
+
+    def forget(self) -> None:
+        """Let go of what nobody has asked for."""
+        self._input: weakref.ref[Tensor] | None = None
+        self._outputs: dict[int, Tensor] = {}
+
+    def output(self, layer: FusedLoraLinear, x: Tensor) -> Tensor | None:
+        """What a layer gives for ``x``; ``None`` where it has to compute it alone."""
+        at = next((k for k, each in enumerate(self.layers) if each is layer), None)  # none: a replica of it
+        if self._apart or at is None:
+            return None
+        if at == 0:
+            self.forget()
+            found = self._together(x)
+            if found is None:
+                return None
+            self._input, self._outputs = weakref.ref(x), dict(enumerate(found))
+        elif self._input is not None and self._input() is not x:
+            self._apart = True  # they do not read the same input after all
+            self.forget()
+        return self._outputs.pop(at, None)
+
+    def _together(self, x: Tensor) -> tuple[Tensor, ...] | None:
+        first = self.layers[0]
+        of_each = []
+        for layer in self.layers:
+            if layer is not first and (_watched(layer) or layer.disable_adapters or layer.merged):
+                return None
+            names = layer._plain_adapters(x)
+            dtype = first.base_layer.weight.dtype
+            if not names or any(_dropout(layer.lora_dropout[name]) for name in names):
+                return None  # each has a dropout of its own
+            of_each.append((layer.base_layer.weight, *layer._update(names, dtype)))
+        weights, a, b, biases, scalings = zip(*of_each, strict=True)
+        if len({each.dtype for each in (*a, *b)}) > 1 or len({each.device for each in (*weights, *a, x)}) > 1:
+            return None
+        return lora_linears(x.to(weights[0].dtype), weights, a, b, biases, scalings=scalings)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layers": self.layers, "_apart": self._apart, "_input": None, "_outputs": {}}
+
+
+def _introduce(module: nn.Module) -> None:
+    """Let the fused layers of a module know those that read the same input."""
+    layers = {name: child for name, child in module.named_children() if isinstance(child, FusedLoraLinear)}
+    for layer in layers.values():
+        layer.siblings = None
+    if getattr(module, "is_kv_shared_layer", False):
+        return  # it takes keys and values from another layer, and does not call its own
+    for names in SIBLINGS:
+        found = [layers[name] for name in names if name in layers]
+        if len(found) > 1 and len({layer.in_features for layer in found}) == 1:
+            siblings = Siblings(found)
+            for layer in found:
+                layer.siblings = siblings
 
 
 def _never(layer: Linear) -> str | None:

@@ -23,7 +23,7 @@ from cit_fast.ops.information_gain import (
     token_gain_from_statistics,
     token_gain_statistics,
 )
-from cit_fast.ops.lora import lora_linear
+from cit_fast.ops.lora import lora_linear, lora_linears
 from cit_fast.ops.rms_norm import rms_norm
 from cit_fast.ops.wasserstein import Wasserstein, wasserstein_matrix
 
@@ -43,6 +43,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_kl_divergence",
     "lora_linear",
+    "lora_linears",
     "masked_jsd",
     "rms_norm",
     "token_gain",

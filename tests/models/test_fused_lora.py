@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import pickle
 
 import pytest
 import torch
@@ -61,15 +62,20 @@ def compare(model, other, **tolerance):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How many layers went through the op."""
+    """An item for each layer that went through the ops: with how many others at a time."""
     count = []
 
     def counting(*args, **kwargs):
         count.append(1)
-        return original(*args, **kwargs)
+        return one(*args, **kwargs)
 
-    original = fused_lora.lora_linear
+    def counting_siblings(x, weights, *args, **kwargs):
+        count.extend([len(weights)] * len(weights))
+        return several(x, weights, *args, **kwargs)
+
+    one, several = fused_lora.lora_linear, fused_lora.lora_linears
     monkeypatch.setattr(fused_lora, "lora_linear", counting)
+    monkeypatch.setattr(fused_lora, "lora_linears", counting_siblings)
     return count
 
 
@@ -94,6 +100,69 @@ def test_every_option_of_lora_gives_what_peft_gives(options, calls):
     assert fused == sum(isinstance(module, Linear) for module in other.modules()) > 0
     compare(model, other)
     assert len(calls) == fused
+
+
+def test_layers_that_read_the_same_input_are_computed_together(calls):
+    model = adapted(rank_pattern={"k_proj": 5})
+    other = copy.deepcopy(model)
+    fuse_lora(model)
+    compare(model, other)
+    assert calls == [3, 3, 3, 1, 2, 2, 1] * 2
+    calls.clear()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301
+        compare(twin, other)
+        with torch.no_grad():
+            twin.base_model.model.model.layers[0].self_attn.k_proj.lora_B["default"].weight.zero_()
+        assert not torch.equal(twin(input_ids=IDS).logits, other(input_ids=IDS).logits)
+    compare(model, other)
+    assert set(calls) == {1, 2, 3}
+    unfuse_lora(model)
+    calls.clear()
+    compare(model, other)
+    assert not calls
+
+
+def test_layers_that_turn_out_to_read_other_inputs_are_computed_apart(calls):
+    """Named like siblings, called like those of cross-attention."""
+    model = adapted()
+    fuse_lora(model)
+    layer, x = model.base_model.model.model.layers[0].self_attn, torch.randn(2, 5, 32, dtype=torch.float64)
+    right = [unfused(x + k) for k, unfused in enumerate((layer.q_proj, layer.k_proj, layer.v_proj))]
+    calls.clear()
+    for _ in range(2):
+        found = [each(x + k) for k, each in enumerate((layer.q_proj, layer.k_proj, layer.v_proj))]
+        for one, two in zip(found, right, strict=True):
+            torch.testing.assert_close(one, two)
+    assert calls == [1] * 6
+    other = model.base_model.model.model.layers[1].self_attn
+    found = other.q_proj(x), other.k_proj(x)  # and the value is not asked for
+    calls.clear()
+    again = other.q_proj(x), other.k_proj(x), other.v_proj(x)
+    assert calls == [3] * 3
+    assert torch.equal(found[1], again[1])
+
+
+@pytest.mark.parametrize("what", ["hook", "disabled", "dropout", "dtype"])
+def test_a_layer_that_stands_apart_leaves_its_siblings_alone(calls, what):
+    model = adapted()
+    fuse_lora(model)
+    other = copy.deepcopy(model)
+    unfuse_lora(other)
+    layers = [each.base_model.model.model.layers[0].self_attn.k_proj for each in (model, other)]
+    seen = []
+    for layer in layers:
+        if what == "hook":
+            layer.register_forward_pre_hook(lambda module, inputs: seen.append(1))
+        elif what == "disabled":
+            layer.enable_adapters(False)
+        elif what == "dropout":
+            layer.lora_dropout["default"] = torch.nn.Dropout(1e-12)
+        else:
+            layer.lora_A["default"].float()
+            layer.lora_B["default"].float()
+    compare(model, other, **({"rtol": 1e-3, "atol": 1e-5} if what == "dtype" else {}))
+    assert calls == [1] * (3 if what != "disabled" else 2) + [1, 2, 2, 1] + [3, 3, 3, 1, 2, 2, 1]
+    assert len(seen) == (2 if what == "hook" else 0)
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")

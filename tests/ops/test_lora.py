@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from cit_fast.errors import ConfigError, DataError
-from cit_fast.ops import lora_linear
+from cit_fast.ops import lora_linear, lora_linears
 from cit_fast.ops.lora import reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -185,3 +185,121 @@ def test_bad_input_is_named(change, error, message):
     arguments = {"x": x, "weight": weight, "a": a, "b": b, "bias": bias, **change}
     with pytest.raises(error, match=message):
         lora_linear(**arguments)
+
+
+# -- layers that read the same input -----------------------------------------------------------------------------------
+
+
+def several(dtype=torch.float64, adapter=None, bias=True, shape=(4, 9), features=33):
+    """x, and of three layers W, A, B and bias, of other widths and ranks."""
+    layers = [
+        make((1,), features, out, rank, dtype=dtype, adapter=adapter, bias=bias, seed=out)[1:]
+        for out, rank in ((17, 3), (40, 1), (5, 7))
+    ]
+    x = make(shape, features, dtype=dtype, seed=1)[0]
+    return x, *(list(each) for each in zip(*layers, strict=True))
+
+
+SCALINGS = (0.5, 2.0, 1.25)
+
+
+def together_and_apart(x, weights, a, b, biases, used=(0, 1, 2)):
+    """Outputs and gradients of :func:`lora_linears`, and of the definition for one layer after the other."""
+    wanted = [x, *a, *b, *(each for each in biases if each is not None)]
+    generator = torch.Generator().manual_seed(2)
+    ups = [torch.randn(*x.shape[:-1], len(weight), generator=generator).to(x.dtype) for weight in weights]
+
+    def results(ys, x, wanted, dtype):
+        pairs = [(ys[k], ups[k].to(dtype)) for k in used]
+        found = torch.autograd.grad([y for y, _ in pairs], wanted, [up for _, up in pairs], allow_unused=True)
+        return [*(y.detach() for y in ys), *found]
+
+    ours = results(lora_linears(x, weights, a, b, biases, scalings=SCALINGS), x, wanted, x.dtype)
+    exact = [in_float64(each) for each in ([x], weights, a, b, biases)]
+    ys = [
+        definition(exact[0][0], *layer, scaling=scaling) for *layer, scaling in zip(*exact[1:], SCALINGS, strict=True)
+    ]
+    wanted = [exact[0][0], *exact[2], *exact[3], *(each for each in exact[4] if each is not None)]
+    return ours, results(ys, exact[0][0], wanted, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_layers_together_give_what_the_definition_gives_of_each(dtype, bias):
+    ours, right = together_and_apart(*several(dtype, bias=bias))
+    sums = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps / 2 * 200**0.5
+    bound = 4 * torch.finfo(dtype).eps / 2 + sums  # the sum over the layers rounds as often as autograd's
+    for one, other in zip(ours, right, strict=True):
+        assert one.dtype == dtype
+        assert distance(one, other) <= bound
+
+
+@pytest.mark.parametrize("used", [(0,), (2,), (0, 2), (1, 2)])
+def test_a_layer_whose_output_nobody_uses_gets_no_gradient(used):
+    ours, right = together_and_apart(*several(), used=used)
+    for one, other in zip(ours, right, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other)
+
+
+@given(wanted=st.lists(st.booleans(), min_size=10, max_size=10), rows=st.integers(0, 3))
+def test_any_choice_of_gradients_of_layers_together(wanted, rows):
+    x, weights, a, b, biases = several(shape=(rows,), features=4)
+    tensors = [x, *a, *b, *biases]
+    for tensor, needs in zip(tensors, wanted, strict=True):
+        tensor.requires_grad_(needs)
+    ys = lora_linears(x, weights, a, b, biases, scalings=SCALINGS)
+    right = [lora_linear(x, *layer, scaling=s) for *layer, s in zip(weights, a, b, biases, SCALINGS, strict=True)]
+    if any(wanted):
+        chosen = [tensor for tensor in tensors if tensor.requires_grad]
+        sums = [sum(y.square().sum() for y in some) for some in (ys, right)]
+        found, expected = (torch.autograd.grad(total, chosen, allow_unused=True) for total in sums)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
+    for one, other in zip(ys, right, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_gradcheck_of_layers_together():
+    x, weights, a, b, biases = several(shape=(3,), features=4)
+
+    def function(x, *tensors):
+        return lora_linears(x, weights, tensors[:3], tensors[3:6], tensors[6:], scalings=SCALINGS)
+
+    assert torch.autograd.gradcheck(function, (x, *a, *b, *biases))
+
+
+def test_layers_together_err_no_more_than_pefts_arithmetic_one_after_the_other():
+    errors = {"together": torch.zeros(3), "peft": torch.zeros(3)}
+    for seed in range(6):
+        torch.manual_seed(seed)
+        x, weights, a, b, biases = several(torch.bfloat16, bias=False, shape=(64,), features=64 + seed)
+        gradients = [torch.randn(64, len(weight)).bfloat16() for weight in weights]
+
+        def found(ys, x, a, b, gradients=gradients):
+            """Gradients of x, of every A and of every B."""
+            grads = torch.autograd.grad(ys, [x, *a, *b], [each.to(x.dtype) for each in gradients])
+            return [torch.cat([each.flatten() for each in some]) for some in (grads[:1], grads[1:4], grads[4:])]
+
+        exact_x, exact = in_float64([x])[0], [in_float64(each) for each in (weights, a, b)]
+        layers = zip(*exact, SCALINGS, strict=True)
+        right = found([definition(exact_x, *each, None, scaling=s) for *each, s in layers], exact_x, *exact[1:])
+        ours = lora_linears(x, weights, a, b, scalings=SCALINGS)
+        layers = zip(weights, a, b, biases, SCALINGS, strict=True)
+        theirs = [peft_arithmetic(x, *layer, scaling=s) for *layer, s in layers]
+        for name, ys in (("together", ours), ("peft", theirs)):
+            errors[name] += torch.tensor([distance(*pair) for pair in zip(found(ys, x, a, b), right, strict=True)])
+    assert (errors["together"] <= 1.02 * errors["peft"]).all(), errors
+
+
+def test_layers_that_do_not_fit_each_other_are_named():
+    x, weights, a, b, biases = several()
+    with pytest.raises(DataError, match="3, 3, 3, 3, 2 weights, A, B, biases, scalings; expected as many of each"):
+        lora_linears(x, weights, a, b, biases, scalings=(1.0, 2.0))
+    with pytest.raises(DataError, match="at least 1"):
+        lora_linears(x, [], [], [], scalings=())
+    with pytest.raises(DataError, match=r"A and B are torch.float32, torch.float64; expected one dtype"):
+        lora_linears(x, weights, [a[0].detach().float(), *a[1:]], b, scalings=SCALINGS)
+    with pytest.raises(DataError, match=r"expected x \[..., in\]"):
+        lora_linears(x, weights, [a[1], a[0], a[2]], b, scalings=SCALINGS)
