@@ -392,6 +392,10 @@ def _read(path: Path, kind: type[_Record], check: bool = True) -> _Record:
             "the stage is damaged" if path.name == "stage.json" else f"is {path.parent} the folder of a cit-fast run?"
         )
         raise RunError(f"{path}: not there; {what}") from None
+    return _record(path, raw, kind)
+
+
+def _record(path: Path, raw: dict[str, Any], kind: type[_Record]) -> _Record:
     if isinstance(raw.get("routing"), dict):
         raw["routing"].pop("trained_by", None)  # older records repeat which set each task has trained
     version = raw.get("format_version", FORMAT_VERSION)
@@ -413,6 +417,10 @@ def read_run(folder: Path) -> RunRecord:
     Raises:
         RunError: no run there, a damaged file, or another format version.
     """
+    path = Path(folder) / MOVING
+    if path.is_file():
+        with contextlib.suppress(FileNotFoundError):  # it has been done in between
+            return _record(path, read_checked_json(path)["records"]["run.json"], RunRecord)
     return _read(Path(folder) / "run.json", RunRecord)
 
 
@@ -443,8 +451,8 @@ def read_stages(
             names = sorted((entry.name for entry in entries if entry.name.isdigit() and entry.is_dir()), key=int)
     except (FileNotFoundError, NotADirectoryError):
         names = []
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        last = read_checked_json(Path(folder) / MOVING)["stage"]
+    with contextlib.suppress(FileNotFoundError):
+        last = read_checked_json(Path(folder) / MOVING)["stage"] if names else 0
         names = [name for name in names if int(name) <= last]
     before = known or {}
     stages = [before.get(int(name)) or _read(place / name / "stage.json", StageRecord, check) for name in names]

@@ -11,6 +11,7 @@ called; the others then give what is there, if they are called with that input.
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -52,8 +53,7 @@ def fuse_lora(model: nn.Module) -> int:
             fused += 1
         else:
             kept[reason] += 1
-    for module in model.modules():
-        _introduce(module)
+    _introduce(model)
     for reason, count in kept.items():
         logger.info("%d LoRA layers keep PEFT's path: %s", count, reason)
     return fused
@@ -153,69 +153,92 @@ class FusedLoraLinear(Linear):  # type: ignore[misc]
 class Siblings:
     """Layers of one module that read the same input, computed together.
 
+    What is computed and not yet asked for belongs to the thread that computed it. The layers are known weakly: they
+    live as long as their module does.
+
     Args:
         layers: in the order in which they are called.
     """
 
     def __init__(self, layers: Sequence[FusedLoraLinear]) -> None:
-        self.layers = tuple(layers)
-        self.forget()
-        self._apart = False
+        self.__setstate__({"layers": layers, "apart": False})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layers": [layer() for layer in self._layers], "apart": self._apart}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._layers = tuple(map(weakref.ref, state["layers"]))
+        self._apart: bool = state["apart"]
+        self._pending = _Pending()
 
     def forget(self) -> None:
         """Let go of what nobody has asked for."""
-        self._input: weakref.ref[Tensor] | None = None
-        self._outputs: dict[int, Tensor] = {}
+        self._pending.input, self._pending.outputs = None, {}
 
     def output(self, layer: FusedLoraLinear, x: Tensor) -> Tensor | None:
         """What a layer gives for ``x``; ``None`` where it has to compute it alone."""
-        at = next((k for k, each in enumerate(self.layers) if each is layer), None)  # none: a replica of it
+        layers = [each() for each in self._layers]
+        at = next((k for k, each in enumerate(layers) if each is layer), None)  # none: a replica of it
         if self._apart or at is None:
             return None
+        pending = self._pending
         if at == 0:
             self.forget()
-            found = self._together(x)
+            found = self._together([each for each in layers if each is not None], x)
             if found is None:
                 return None
-            self._input, self._outputs = weakref.ref(x), dict(enumerate(found))
-        elif self._input is not None and self._input() is not x:
+            pending.input, pending.outputs = weakref.ref(x), dict(enumerate(found))
+            pending.recording = torch.is_grad_enabled()
+        elif pending.input is not None and pending.input() is not x:
             self._apart = True  # they do not read the same input after all
             self.forget()
-        return self._outputs.pop(at, None)
+        elif pending.recording != torch.is_grad_enabled():
+            return None
+        return pending.outputs.pop(at, None)
 
-    def _together(self, x: Tensor) -> tuple[Tensor, ...] | None:
-        first = self.layers[0]
-        of_each = []
-        for layer in self.layers:
-            if layer is not first and (_watched(layer) or layer.disable_adapters or layer.merged):
+    def _together(self, layers: Sequence[FusedLoraLinear], x: Tensor) -> tuple[Tensor, ...] | None:
+        if len(layers) < len(self._layers):
+            return None
+        of_each, dtype = [], layers[0].base_layer.weight.dtype
+        for layer in layers:
+            if layer is not layers[0] and (_watched(layer) or layer.disable_adapters or layer.merged):
                 return None
             names = layer._plain_adapters(x)
-            dtype = first.base_layer.weight.dtype
             if not names or any(_dropout(layer.lora_dropout[name]) for name in names):
                 return None  # each has a dropout of its own
             of_each.append((layer.base_layer.weight, *layer._update(names, dtype)))
         weights, a, b, biases, scalings = zip(*of_each, strict=True)
         if len({each.dtype for each in (*a, *b)}) > 1 or len({each.device for each in (*weights, *a, x)}) > 1:
             return None
-        return lora_linears(x.to(weights[0].dtype), weights, a, b, biases, scalings=scalings)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"layers": self.layers, "_apart": self._apart, "_input": None, "_outputs": {}}
+        return lora_linears(x.to(dtype), weights, a, b, biases, scalings=scalings)
 
 
-def _introduce(module: nn.Module) -> None:
-    """Let the fused layers of a module know those that read the same input."""
-    layers = {name: child for name, child in module.named_children() if isinstance(child, FusedLoraLinear)}
-    for layer in layers.values():
-        layer.siblings = None
-    if getattr(module, "is_kv_shared_layer", False):
-        return  # it takes keys and values from another layer, and does not call its own
-    for names in SIBLINGS:
-        found = [layers[name] for name in names if name in layers]
-        if len(found) > 1 and len({layer.in_features for layer in found}) == 1:
-            siblings = Siblings(found)
-            for layer in found:
-                layer.siblings = siblings
+class _Pending(threading.local):
+    """The input of the last call of the first layer, and the outputs that the others have not asked for."""
+
+    def __init__(self) -> None:
+        self.input: weakref.ref[Tensor] | None = None
+        self.outputs: dict[int, Tensor] = {}
+        self.recording = False
+
+
+def _introduce(model: nn.Module) -> None:
+    """Let the fused layers of each module know those that read the same input."""
+    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+    apart = any(getattr(config, "is_encoder_decoder", False) for config in configs)
+    for path, module in model.named_modules():
+        layers = {name: child for name, child in module.named_children() if isinstance(child, FusedLoraLinear)}
+        for layer in layers.values():
+            layer.siblings = None
+        # Cross-attention reads two inputs; a layer that takes keys and values from another does not call its own.
+        if apart or "cross" in path.lower() or getattr(module, "is_kv_shared_layer", False):
+            continue
+        for names in SIBLINGS:
+            found = [layers[name] for name in names if name in layers]
+            if len(found) > 1 and len({layer.in_features for layer in found}) == 1:
+                siblings = Siblings(found)
+                for layer in found:
+                    layer.siblings = siblings
 
 
 def _never(layer: Linear) -> str | None:

@@ -21,6 +21,7 @@ from cit_fast.run.run_folder import CANDIDATES, RunFolder
 from cit_fast.run.stage_settings import method_at, stages_of
 from cit_fast.run.task_memory import FOLDER
 
+_NAMES = ("set_of", "set", "latest")  # of a router's state: names of tasks and sets alone
 _DROPPED = "[dropped {}]"
 
 
@@ -187,12 +188,36 @@ def _scrubbed(path: Path, texts: Collection[str]) -> str | None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         return None
-    plain = _replaced(content, texts)
+    plain = _of_router(content, texts) if path.name == "router.json" else _replaced(content, texts)
     if plain == content:
         return None
     if isinstance(plain, dict):
         plain.pop("checksum", None)
     return json.dumps(plain, indent=1, ensure_ascii=False) + "\n"
+
+
+def _of_router(content: Any, texts: Collection[str]) -> Any:
+    """The content of a ``router.json``: its own words (names of what is remembered, and where) are nobody's texts, even
+    if an answer of the task is the same word.
+    """
+    if not isinstance(content, dict):
+        return content
+    found = dict(content)
+    if isinstance(content.get("state"), dict):
+        state = content["state"].items()
+        found["state"] = {name: value if name in _NAMES else _replaced(value, texts) for name, value in state}
+    if isinstance(content.get("changes"), list):
+        found["changes"] = [
+            change if change["at"][:1] and change["at"][0] in _NAMES else _of_change(change, texts)
+            for change in content["changes"]
+        ]
+    return found
+
+
+def _of_change(change: dict[str, Any], texts: Collection[str]) -> dict[str, Any]:
+    """A change with its texts replaced; the first of the keys that lead to it is a name of the state."""
+    found = {what: _replaced(value, texts) for what, value in change.items()}
+    return {**found, "at": [*change["at"][:1], *found["at"][1:]]}
 
 
 def _replaced(value: Any, texts: Collection[str]) -> Any:

@@ -86,6 +86,12 @@ def undo_rollback(run: str | Path) -> list[str]:
         for path in retired:
             back += [f"logs/{path.name}", f"stages/{path.name}"]  # of before there was one log for all
         name = f"{RETIRED}/{aside.name}"
+        for each in back:
+            if (aside / each).exists() and (folder.path / each).exists():
+                raise RunError(
+                    f"{folder.path}: {each} is there again, of a stage that was begun since the rollback, which cannot "
+                    "be taken back"
+                )
         folder.move(len(stages) - 1, {f"{name}/{each}": each for each in back}, {"run.json": before}, remove=name)
         return [task for task in before.tasks if task not in current]
 

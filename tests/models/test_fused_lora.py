@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import pickle
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 
 from cit_fast import fuse_lora, unfuse_lora
 from cit_fast.models import fused_lora
@@ -140,6 +143,65 @@ def test_layers_that_turn_out_to_read_other_inputs_are_computed_apart(calls):
     again = other.q_proj(x), other.k_proj(x), other.v_proj(x)
     assert calls == [3] * 3
     assert torch.equal(found[1], again[1])
+
+
+def test_threads_do_not_share_what_is_not_asked_for_yet(calls):
+    model = adapted()
+    fuse_lora(model)
+    layer = model.base_model.model.model.layers[0].self_attn
+    one, two = torch.randn(2, 2, 5, 32, dtype=torch.float64)
+    right = layer.k_proj(two)
+    layer.q_proj(one)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(layer.q_proj, two).result()
+        torch.testing.assert_close(pool.submit(layer.k_proj, two).result(), right)
+    calls.clear()
+    mine = layer.k_proj(one)
+    assert not calls  # it was there
+    torch.testing.assert_close(mine, layer.k_proj(one))
+    with torch.no_grad():
+        layer.q_proj(one)
+    assert layer.k_proj(one).requires_grad
+
+
+def test_a_model_is_freed_with_its_last_reference():
+    model = adapted()
+    fuse_lora(model)
+    logits_and_gradients(model)
+    found = weakref.ref(model.base_model.model.model.layers[0].self_attn.k_proj.base_layer.weight)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert found() is None
+    finally:
+        gc.enable()
+
+
+def test_an_encoder_and_a_decoder_compute_their_layers_apart(calls):
+    """Cross-attention reads two inputs."""
+    config = BartConfig(
+        vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, dropout=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    options = LoraConfig(
+        task_type="SEQ_2_SEQ_LM", target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False
+    )
+    model = get_peft_model(BartForConditionalGeneration(config).double(), options, autocast_adapter_dtype=False).train()
+    other = copy.deepcopy(model)
+    fuse_lora(model)
+    found = []
+    for each in (model, other):
+        each.gradient_checkpointing_enable({"use_reentrant": False})
+        each.enable_input_require_grads()
+        for _ in range(2):
+            each.zero_grad()
+            each(input_ids=IDS, labels=IDS).loss.backward()
+        found.append([p.grad for p in each.parameters() if p.grad is not None])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two)
+    assert set(calls) == {1}
 
 
 @pytest.mark.parametrize("what", ["hook", "disabled", "dropout", "dtype"])

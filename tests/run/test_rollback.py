@@ -79,7 +79,7 @@ def test_one_write_decides_and_whoever_comes_next_makes_the_renames(settings, st
     while killed(lambda: rollback(folder, 1), at_call(moves + 1, run_folders, "rename")):
         moves += 1
         assert [stage.index for stage in read_stages(folder)] == [0, 1]
-        assert status(folder)["stages"] == 1
+        assert (status(folder)["stages"], read_run(folder).tasks) == (1, ["alpha"])
         if moves % 2:  # the same call finishes it, and finds nothing left to take back
             with pytest.raises(RunError, match="has 1 trained stage"):
                 rollback(folder, 1)
@@ -93,6 +93,23 @@ def test_one_write_decides_and_whoever_comes_next_makes_the_renames(settings, st
         assert [stage.index for stage in read_stages(folder)] == [0, 1]
         run(settings, stream, tmp_path, "switch-tokens")  # has nothing to train, and ends what was begun
         assert whole()
+
+
+def test_what_has_begun_since_a_rollback_keeps_it_from_being_taken_back(settings, stream, tmp_path):
+    """A stage that was begun under the number of one that was taken back, whatever there is of it."""
+    settings["training"] |= {"max_steps": 1}
+    (folder,) = run(settings, stream, tmp_path, "switch-tokens").values()
+    (folder / "candidates/04").mkdir(parents=True)
+    write_file(folder / "candidates/04/stage.json", "{}")
+    rollback(folder, 2)
+    (folder / "candidates/03").mkdir(parents=True)
+    write_file(folder / "candidates/03/stage.json", "{}")
+    before = names(folder)
+    for _ in range(2):
+        with pytest.raises(RunError, match="candidates is there again, of a stage that was begun since the rollback"):
+            undo_rollback(folder)
+    assert (names(folder), read_run(folder).tasks) == (before, ["alpha", "beta"])
+    assert rollback(folder, 1) == ["beta"]
 
 
 def test_what_cannot_be_rolled_back_is_named(settings, stream, tmp_path):

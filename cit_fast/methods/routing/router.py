@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar
 from cit_fast.data.example import Example, Task
 from cit_fast.errors import ConfigError, DataError, RunError
 from cit_fast.evaluation.records import stages_until
-from cit_fast.files import write_json
+from cit_fast.files import read_checked_json, write_checked_json
 from cit_fast.methods.routing.changes import changed, changes
 from cit_fast.methods.stage import Assignment, Learned, Stage
 from cit_fast.models.adapter_bank import BASE
@@ -105,7 +105,7 @@ class SavedRouter:
         known = None if earlier is None else self._state_in(earlier)
         what = {"state": state} if known is None else {"changes": list(changes(known, state))}
         path = Path(folder) / "router.json"
-        write_json(path, {"format_version": FORMAT_VERSION, "router": self.name, "options": options, **what})
+        write_checked_json(path, {"format_version": FORMAT_VERSION, "router": self.name, "options": options, **what})
         self._written = path.read_bytes(), state
 
     def _state_in(self, earlier: Path) -> dict[str, Any]:
@@ -160,13 +160,9 @@ def read_router(folder: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = read_checked_json(path)
     except (FileNotFoundError, NotADirectoryError):
         raise RunError(f"{path}: not there; it says which adapter set answers what, and belongs to a stage") from None
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: damaged ({error})") from None
-    if not isinstance(saved, dict):
-        raise RunError(f"{path}: damaged (a JSON object was expected, not {type(saved).__name__})")
     what = ("changes", list) if "changes" in saved else ("state", dict)
     for key, kind in (("format_version", int), ("router", str), ("options", dict), what):
         if not isinstance(saved.get(key), kind):

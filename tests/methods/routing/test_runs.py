@@ -17,11 +17,13 @@ from rich.console import Console
 
 from cit_fast import ContinualTrainer
 from cit_fast.data import TaskStream
+from cit_fast.data.kept_task import hash_of
 from cit_fast.errors import ConfigError, RunError
 from cit_fast.evaluation import predictions_path, read_stages, rescore
 from cit_fast.methods.routing import load_router
 from cit_fast.models.adapter_bank import BASE
 from cit_fast.run import run_folder, stage_evaluation, stage_trainer
+from cit_fast.run.forget import _scrubbed
 
 PRESETS = ["lcia", "grouping-ema", "switchcit", "switch-tokens", "oracle", "cit-fast-switch"]
 
@@ -231,6 +233,32 @@ def test_a_stage_writes_what_its_router_has_learned_anew(tasks, tmp_path, whole_
     (copied / "stages/01/router/router.json").write_text("{")
     with pytest.raises(RunError, match=r"stages/01/router/router\.json: damaged"):
         load_router(copied / "stages/03/router")
+    path = copied / "stages/01/router/router.json"
+    path.write_text((whole / "stages/01/router/router.json").read_text().replace(f'"{sets[0]}"', f'"{sets[1]}"'))
+    with pytest.raises(RunError, match=r"stages/01/router/router\.json: damaged \(its checksum is that of another"):
+        load_router(copied / "stages/03/router")
     shutil.copytree(whole / "stages/03/router", tmp_path / "apart")
     with pytest.raises(RunError, match="it tells changes, and there is no stage before it"):
         load_router(tmp_path / "apart")
+
+
+@pytest.mark.parametrize("method", ["lcia", "switch-tokens"])
+def test_a_routers_own_words_are_nobodys_texts(tasks, tmp_path, whole_runs, method):
+    """A task may answer with words that router.json is made of, and with names of tasks."""
+    shutil.copytree(whole_runs(method), tmp_path / "run")
+    instruction = tasks.tasks[1].train[0].instruction
+    words = "changes at is more state set_of set latest codebook known reworded learned apart reject_below options"
+    texts = {hash_of(word) for word in [*words.split(), *tasks.names, instruction]}
+    before = {k: load_router(tmp_path / f"run/stages/0{k}/router").state() for k in (1, 2, 3)}
+    found = 0
+    for path in sorted((tmp_path / "run").glob("stages/*/router/router.json")):
+        text = _scrubbed(path, texts)
+        if text is not None:
+            found += 1
+            path.write_text(text)
+            assert instruction not in text
+    assert found == (method == "lcia")
+    for k, state in before.items():
+        after = load_router(tmp_path / f"run/stages/0{k}/router").state()
+        assert after.keys() == state.keys()
+        assert {**after, "codebook": None} == {**state, "codebook": None}
