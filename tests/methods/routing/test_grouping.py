@@ -99,6 +99,7 @@ def test_damage_is_named(tasks, stage, tmp_path):
     learn(router, tasks, stage)
     router.save(tmp_path)
     whole = json.loads((tmp_path / "router.json").read_text())
+    del whole["checksum"]  # what is wrong in what somebody wrote by hand
     for change, message in (
         ({"state": {**whole["state"], "codebook": {"set-01": []}}}, "damaged .*a set without instructions"),
         ({"state": {**whole["state"], "codebook": [1]}}, "damaged"),
