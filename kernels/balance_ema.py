@@ -36,37 +36,38 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
-from cit_fast.kernels.elements import ABSENT, GROUP, MIXED, load, random_key, store, store_state
+from cit_fast.kernels.balance_ema_tables import (
+    ALIGNED_BIT,
+    AVERAGE,
+    CHUNK,
+    CODES,
+    EXP_AVG,
+    EXP_AVG_SQ,
+    FIRST_CHUNK,
+    GRAD,
+    LOG_GROUPS,
+    PARAM,
+    PREVIOUS_GRAD,
+    SIZE,
+    common_dtype,
+    current_stream,
+    layout,
+    stream_table,
+    table_on,
+)
+from cit_fast.kernels.elements import ABSENT, GROUP, load, pairwise, random_key, store, store_state, sum_neighbours
 from torch import Tensor
 
-from cit_fast.errors import BackendError
-from cit_fast.ops.balance_ema.native import DTYPES, RULES, empty_weights
+from cit_fast.ops.balance_ema.native import RULES, empty_weights
 from cit_fast.ops.balance_ema.reference import AdamWLists, AdamWOptions, BalanceOptions, BalanceWeights
 
 PAPER = tl.constexpr(RULES["paper"])
 FIXED = tl.constexpr(RULES["fixed"])
-
-# Columns of `sizes` [tensors, 2], int64.
-SIZE = tl.constexpr(0)  # elements
-FIRST_CHUNK = tl.constexpr(1)  # an empty tensor has one too: it must get its zeros from somewhere
-
-# Columns of `streams` [tensors, 8], int64: six addresses, 0 where there is none, then the codes: four bits of dtype for
-# each, and one that says that all streams start at a multiple of 16 bytes.
-PARAM = tl.constexpr(0)
-AVERAGE = tl.constexpr(1)
-GRAD = tl.constexpr(2)
-PREVIOUS_GRAD = tl.constexpr(3)
-EXP_AVG = tl.constexpr(4)
-EXP_AVG_SQ = tl.constexpr(5)
-CODES = tl.constexpr(6)
-ALIGNED_BIT = tl.constexpr(24)
 
 
 # A seed of its own for each step must not be compiled for.
@@ -113,9 +114,9 @@ def sweep_kernel(
             more_a, more_b, more_c = _step(
                 addresses, codes, begin, offs, mask, alpha, keys, adamw, DTYPES, ADAMW, STORE_GRADS, NEAREST, True
             )
-            a += _sum_neighbours(more_a, 3)
-            b += _sum_neighbours(more_b, 3)
-            c += _sum_neighbours(more_c, 3)
+            a += sum_neighbours(more_a, 3)
+            b += sum_neighbours(more_b, 3)
+            c += sum_neighbours(more_c, 3)
     else:
         for left in range(0, count, GROUP << LOG_GROUPS):
             sums_a = (a, a, a)
@@ -127,16 +128,16 @@ def sweep_kernel(
                 more_a, more_b, more_c = _step(
                     addresses, codes, begin, offs, mask, alpha, keys, adamw, DTYPES, ADAMW, STORE_GRADS, NEAREST, False
                 )
-                sums_a = _pairwise(sums_a, more_a, place)
-                sums_b = _pairwise(sums_b, more_b, place)
-                sums_c = _pairwise(sums_c, more_c, place)
+                sums_a = pairwise(sums_a, more_a, place)
+                sums_b = pairwise(sums_b, more_b, place)
+                sums_c = pairwise(sums_c, more_c, place)
             a += sums_a[2]
             b += sums_b[2]
             c += sums_c[2]
     slot = slots + 3 * chunk + tl.arange(0, 1)
-    tl.store(slot, _sum_neighbours(a, LOG_GROUPS))
-    tl.store(slot + 1, _sum_neighbours(b, LOG_GROUPS))
-    tl.store(slot + 2, _sum_neighbours(c, LOG_GROUPS))
+    tl.store(slot, sum_neighbours(a, LOG_GROUPS))
+    tl.store(slot + 1, sum_neighbours(b, LOG_GROUPS))
+    tl.store(slot + 2, sum_neighbours(c, LOG_GROUPS))
 
 
 @triton.jit
@@ -219,9 +220,9 @@ def weights_kernel(
         distance += tl.load(at, mask, other=0.0).to(tl.float64)
         gradient += tl.load(at + 1, mask, other=0.0).to(tl.float64)
         change += tl.load(at + 2, mask, other=0.0).to(tl.float64)
-    distance = _sum_neighbours(distance, LOG_TILE)
-    gradient = _sum_neighbours(gradient, LOG_TILE)
-    change = _sum_neighbours(change, LOG_TILE)
+    distance = sum_neighbours(distance, LOG_TILE)
+    gradient = sum_neighbours(gradient, LOG_TILE)
+    change = sum_neighbours(change, LOG_TILE)
     one = tl.arange(0, 1)
     tl.store(norms + 3 * tensor + one, distance)
     tl.store(norms + 3 * tensor + 1 + one, gradient)
@@ -342,35 +343,11 @@ def _move(e, p, alpha):
     return tl.where(alpha == 0.0, e, e + alpha * (p - e))
 
 
-@triton.jit
-def _sum_neighbours(x, TIMES: tl.constexpr):
-    """[n / 2^TIMES]: sums of neighbours, then of neighbouring sums, ...
-
-    The order is the same in every layout, which tl.sum over more than two does not promise.
-    """
-    for _ in tl.static_range(TIMES):
-        x = tl.sum(tl.reshape(x, (x.numel // 2, 2)), axis=1)
-    return x
-
-
-@triton.jit
-def _pairwise(sums, x, place):
-    """Take in element ``place`` of each group: after the last, sums[2] is what _sum_neighbours gives, bit for bit."""
-    two, four, eight = sums
-    two = tl.where(place % 2 == 0, x, two + x)
-    four = tl.where(place % 4 == 1, two, tl.where(place % 4 == 3, four + two, four))
-    eight = tl.where(place == 3, four, tl.where(place == 7, eight + four, eight))
-    return two, four, eight
-
-
 # Launches
 
-_LOG_GROUPS = 7
-_CHUNK = 16 * (GROUP.value << _LOG_GROUPS)
 _LOG_SLOTS = 10  # of a program of weights_kernel
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
-_TILING = {"LOG_GROUPS": _LOG_GROUPS, "CHUNK": _CHUNK, **_OPTIONS}
-_CACHED = 16
+_TILING = {"LOG_GROUPS": LOG_GROUPS, "CHUNK": CHUNK, **_OPTIONS}
 _NO_STEP = dict.fromkeys(("beta1_rest", "beta2", "beta2_rest", "decayed", "step_size", "root_scale", "eps"), 0.0)
 
 
@@ -436,10 +413,10 @@ class _Call:
         """``streams`` in the order of the columns; an empty list is a stream that is not there."""
         self.params = streams[0]
         self.device = self.params[0].device
-        stream = _current_stream(self.device)
-        self.layout = _layout(tuple(param.numel() for param in self.params), self.device, stream)
-        self.streams = _table_on(_stream_table(streams).tobytes(), self.device, stream)
-        self.dtypes = tuple(_common_dtype(tensors) for tensors in streams)
+        stream = current_stream(self.device)
+        self.layout = layout(tuple(param.numel() for param in self.params), self.device, stream)
+        self.streams = table_on(stream_table(streams).tobytes(), self.device, stream)
+        self.dtypes = tuple(common_dtype(tensors) for tensors in streams)
 
     def sweep(
         self,
@@ -490,7 +467,7 @@ class _Call:
             scale,
             HAS_REMAINING=remaining is not None,
             RULE=ABSENT.value if options is None else RULES[options.rule],
-            CHUNK=_CHUNK,
+            CHUNK=CHUNK,
             LOG_TILE=_LOG_SLOTS,
             **_OPTIONS,
         )
@@ -516,68 +493,6 @@ def _device_of(params: Sequence[Tensor]) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _current_stream(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 0
-    if torch.cuda.is_current_stream_capturing():
-        raise BackendError(
-            "the triton backend of the balance-weight EMA cannot be captured in a CUDA graph: its tables are copied "
-            "from host memory that is gone when the graph runs"
-        )
-    return torch.cuda.current_stream(device).cuda_stream
-
-
 def _as_int32(seed: int) -> int:
     """The same 32 bits; a value that would not fit makes Triton compile the kernel again for 64 bits."""
     return seed - (1 << 32) if seed >= 1 << 31 else seed
-
-
-def _common_dtype(tensors: Sequence[Tensor]) -> int:
-    dtypes = {tensor.dtype for tensor in tensors}
-    if not dtypes:
-        return ABSENT.value
-    return DTYPES[dtypes.pop()] if len(dtypes) == 1 else MIXED.value
-
-
-# Tables. Cached on the device by what they are built from, so that a list that stays the same costs no copy. A copy is
-# in order with its own stream only, which is why the stream is part of the key.
-
-
-class _Layout(NamedTuple):
-    """How a list of tensors is cut into chunks."""
-
-    sizes: Tensor
-    """[tensors, 2]; the columns are at the top of the file."""
-    chunks: Tensor
-    """[chunks]: the tensor of each."""
-
-
-@lru_cache(maxsize=_CACHED)
-def _layout(numels: tuple[int, ...], device: torch.device, stream: int) -> _Layout:
-    counts = np.array([max(1, -(-numel // _CHUNK)) for numel in numels])
-    sizes = np.stack([np.array(numels, np.int64), np.cumsum(counts) - counts], axis=1)
-    chunks = np.repeat(np.arange(len(numels), dtype=np.int32), counts)
-    return _Layout(_to_device(sizes, device), _to_device(chunks, device))
-
-
-def _stream_table(streams: Sequence[Sequence[Tensor]]) -> np.ndarray:
-    table = np.zeros((len(streams[0]), 8), np.int64)
-    for column, tensors in enumerate(streams):
-        if tensors:
-            table[:, column] = [tensor.data_ptr() for tensor in tensors]
-            table[:, CODES.value] |= np.array([DTYPES[tensor.dtype] for tensor in tensors]) << 4 * column
-    aligned = (table[:, : CODES.value] % 16 == 0).all(axis=1)
-    table[:, CODES.value] |= aligned.astype(np.int64) << ALIGNED_BIT.value
-    return table
-
-
-@lru_cache(maxsize=_CACHED)
-def _table_on(table: bytes, device: torch.device, stream: int) -> Tensor:
-    return _to_device(np.frombuffer(table, np.int64).reshape(-1, 8).copy(), device)
-
-
-def _to_device(table: np.ndarray, device: torch.device) -> Tensor:
-    if device.type != "cuda":
-        return torch.from_numpy(table)
-    # Pinned, so that the copy waits for nothing; torch keeps both sides alive until the stream is done with them.
-    return torch.from_numpy(table).pin_memory().to(device, non_blocking=True)

@@ -156,3 +156,24 @@ def _mix(x):
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
+
+
+@triton.jit
+def sum_neighbours(x, TIMES: tl.constexpr):
+    """[n / 2^TIMES]: sums of neighbours, then of neighbouring sums, ...
+
+    The order is the same in every layout, which tl.sum over more than two does not promise.
+    """
+    for _ in tl.static_range(TIMES):
+        x = tl.sum(tl.reshape(x, (x.numel // 2, 2)), axis=1)
+    return x
+
+
+@triton.jit
+def pairwise(sums, x, place):
+    """Take in element ``place`` of each group: after the last, sums[2] is what sum_neighbours gives, bit for bit."""
+    two, four, eight = sums
+    two = tl.where(place % 2 == 0, x, two + x)
+    four = tl.where(place % 4 == 1, two, tl.where(place % 4 == 3, four + two, four))
+    eight = tl.where(place == 3, four, tl.where(place == 7, eight + four, eight))
+    return two, four, eight

@@ -2,7 +2,8 @@
 
 from cit_fast.data.example import MASK, Example, Task, TaskStream
 from cit_fast.data.readers import read_dataset, read_file
-from cit_fast.data.records import FORMATS, ReadOptions, read_records
+from cit_fast.data.record_fields import FORMATS, ReadOptions
+from cit_fast.data.records import read_records
 from cit_fast.data.sources import TaskSource, find_tasks, load_stream, load_task
 
 __all__ = [

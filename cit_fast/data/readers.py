@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from cit_fast.data.example import Example
-from cit_fast.data.records import FIELDS, ReadOptions, read_records
+from cit_fast.data.record_fields import FIELDS, ReadOptions
+from cit_fast.data.records import read_records
 from cit_fast.errors import DataError
 
 _DELIMITERS = (",", ";", "\t")

@@ -22,18 +22,24 @@ arrays.
 
 from __future__ import annotations
 
-import datetime
-import decimal
-import hashlib
 import logging
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from cit_fast.data.example import Example
-from cit_fast.errors import ConfigError, DataError
+from cit_fast.data.record_fields import (
+    ANSWER_OF,
+    FIELDS_OF,
+    FORMATS,
+    IMAGES,
+    OTHER_MEDIA,
+    Fields,
+    ReadOptions,
+    kind_of,
+)
+from cit_fast.errors import DataError
 
 _log = logging.getLogger(__name__)
 
@@ -44,85 +50,6 @@ _ROLES = {
     "assistant": "assistant",
     "gpt": "assistant",
 }
-_FIELDS = {
-    "super_ni": ("Definition", "Instances"),
-    "alpaca": ("instruction", "input", "output"),
-    "prompt_completion": ("prompt", "completion"),
-    "trace": ("prompt", "answer"),
-    "messages": ("messages",),
-    "conversations": ("conversations", "system"),
-}
-_IMAGES = ("image", "images")
-_OTHER_MEDIA = ("video", "videos", "audio", "audios")
-_COMMON_FIELDS = ("key_parts", *_IMAGES, *_OTHER_MEDIA)
-_ANSWER = {"super_ni": "output", "alpaca": "output", "prompt_completion": "completion", "trace": "answer"}
-FORMATS = tuple(_FIELDS)
-FIELDS = frozenset(_COMMON_FIELDS).union(*_FIELDS.values())
-
-
-@dataclass(frozen=True)
-class ReadOptions:
-    """Options that say how records are read.
-
-    Args:
-        task: task name given to every example.
-        format: one of :data:`FORMATS`, or ``None`` to tell it from the first record.
-        columns: field of the format -> the records' own name for it, dots for nested fields
-            (``{"input": "sentence", "output": "answers.text"}``).
-        instruction: the instruction of every record, for data that has inputs and labels only.
-        instruction_part: where in a turn that holds more the instruction stands: ``"first-line"``, ``"last-line"`` (of
-            those that are not blank), or ``{"regex": ...}``, whose first group, or else whole first match, it is.
-            Nothing is cut from what is trained: grouping and distances read this part alone.
-        key_parts: texts that are key parts of every instruction whose record gives no ``key_parts`` itself.
-        key_part_markers: an opening and a closing mark, e.g. ``("[[", "]]")``. Text between them becomes a
-            key part and the marks are removed. Without this option marks are ordinary text.
-        positive_examples: how many of a Super-NI file's ``Positive Examples`` to append to its definition.
-        skip_unanswered: leave out records without an answer (absent, null, NaN, blank, or a class label of -1), with a
-            warning that counts them, instead of raising an error. (Published data has such records.)
-
-    Raises:
-        ConfigError: an unknown format, a column the format does not have, or unusable markers.
-    """
-
-    task: str = ""
-    format: str | None = None
-    columns: Mapping[str, str] = field(default_factory=dict)
-    instruction: str | None = None
-    instruction_part: str | dict[str, str] | None = None
-    key_parts: tuple[str, ...] = ()
-    key_part_markers: tuple[str, str] | None = None
-    positive_examples: int = 0
-    skip_unanswered: bool = False
-
-    def __post_init__(self) -> None:
-        if self.format is not None and self.format not in FORMATS:
-            raise ConfigError(f"format {self.format!r} is unknown; choose one of {', '.join(FORMATS)}")
-        fields = [_FIELDS[self.format]] if self.format else _FIELDS.values()
-        known = {name for names in fields for name in names}.union(_COMMON_FIELDS)
-        for name in self.columns:
-            if name not in known:
-                raise ConfigError(
-                    f"columns: {name!r} is no field of {self.format or 'any format'}; "
-                    f"map from one of {', '.join(sorted(known))} to the data's own name"
-                )
-        if self.key_part_markers is not None and not all(self.key_part_markers):
-            raise ConfigError(f"key_part_markers: both marks must be non-empty, not {self.key_part_markers}")
-        self._check_instruction_part()
-        if self.positive_examples < 0:
-            raise ConfigError(f"positive_examples must be 0 or more, not {self.positive_examples}")
-
-    def _check_instruction_part(self) -> None:
-        part = self.instruction_part
-        if part is None or part in ("whole", "first-line", "last-line"):
-            return
-        if not isinstance(part, dict) or set(part) != {"regex"}:
-            raise ConfigError(
-                f"instruction_part: {part!r} is unknown; expected whole, first-line, last-line or {{regex: ...}}"
-            )
-        try:
-            re.compile(part["regex"])
-        except re.error as error:
-            raise ConfigError(f"instruction_part.regex: {part['regex']!r}: {error}") from None
 
 
 def read_records(records: Iterable[tuple[str, Any]], options: ReadOptions, *, where: str = "records") -> list[Example]:
@@ -137,12 +64,12 @@ def read_records(records: Iterable[tuple[str, Any]], options: ReadOptions, *, wh
         DataError: no records, or one that cannot be read.
     """
     examples: list[Example] = []
-    skipped: list[_Fields] = []
+    skipped: list[Fields] = []
     data_format = options.format
     for source, record in records:
         if not isinstance(record, Mapping):
-            raise DataError(f"{source}: a record must be an object, not {_kind(record)}")
-        fields = _Fields(record, options, source)
+            raise DataError(f"{source}: a record must be an object, not {kind_of(record)}")
+        fields = Fields(record, options, source)
         data_format = data_format or _detect(fields)
         normalise = _NORMALISERS[data_format]
         # A Super-NI file is one record that holds all instances of its task.
@@ -165,105 +92,15 @@ def read_records(records: Iterable[tuple[str, Any]], options: ReadOptions, *, wh
     return examples
 
 
-def _no_answer(fields: _Fields, data_format: str) -> str:
+def _no_answer(fields: Fields, data_format: str) -> str:
     """Why a record has no answer: the field is missing, or has nothing in it."""
-    name = _ANSWER.get(data_format)
+    name = ANSWER_OF.get(data_format)
     if name is not None and not fields.has(name):
         return fields.missing(name)
     return (
         "no reference answer; every record needs at least one that is not empty (skip_unanswered leaves such records "
         "out)"
     )
-
-
-class _Fields:
-    """A record under the format's field names, with errors that say where it is."""
-
-    def __init__(self, record: Mapping[str, Any], options: ReadOptions, source: str) -> None:
-        self.record, self.options, self.source = record, options, source
-
-    def get(self, name: str) -> Any:
-        """The field's value; ``None`` where it is absent or a missing value (null, NaN)."""
-        value = self._value(name)
-        return None if isinstance(value, float) and math.isnan(value) else value
-
-    def has(self, name: str) -> bool:
-        """Whether the record has such a field at all."""
-        return self._value(name) is not None or self._column(name).partition(".")[0] in self.record
-
-    def _column(self, name: str) -> str:
-        return self.options.columns.get(name, name)
-
-    def _value(self, name: str) -> Any:
-        value: Any = self.record
-        column = self._column(name)
-        if column in self.record:
-            return self.record[column]
-        for part in column.split("."):
-            if not isinstance(value, Mapping) or part not in value:
-                return None
-            value = value[part]
-        return value
-
-    def required(self, name: str) -> Any:
-        value = self.get(name)
-        if value is None:
-            raise self.error(self.missing(name))
-        return value
-
-    def missing(self, name: str) -> str:
-        there = ", ".join(map(repr, self.record)) or "none"
-        empty = " with a value" if self.has(name) else ""
-        return f"missing field {self._column(name)!r}{empty}; the record has {there}"
-
-    def text(self, name: str) -> str:
-        return self.as_text(self.required(name), name)
-
-    def as_text(self, value: Any, name: str) -> str:
-        if isinstance(value, str):
-            return value
-        if isinstance(value, bool):  # as JSON writes it
-            return "true" if value else "false"
-        if isinstance(value, float) and not math.isfinite(value):
-            raise self.error(f"{name!r} is {value}, which is no text; write what is meant in quotes")
-        if isinstance(value, (int, float, decimal.Decimal, datetime.date, datetime.time)):
-            return str(value)
-        raise self.error(f"{name!r} must be a text, not {_kind(value)}")
-
-    def texts(self, name: str) -> tuple[str, ...]:
-        value = self.required(name)
-        values = value if isinstance(value, list) else [value]
-        return tuple(self.as_text(one, name) for one in values)
-
-    def answers(self, name: str) -> tuple[str, ...]:
-        """The answers that say something; none where the field is absent or empty."""
-        value = self.get(name)
-        values = value if isinstance(value, list) else [value]
-        there = (one for one in values if one is not None and not (isinstance(one, float) and math.isnan(one)))
-        return tuple(text for one in there if (text := self.as_text(one, name)).strip())
-
-    def media(self, names: Iterable[str]) -> tuple[str, ...]:
-        """The names of the images, or of other media, in these fields."""
-        found: list[str] = []
-        for name in names:
-            value = self.get(name)
-            values = value if isinstance(value, list) else [value]
-            found += [self.medium(one, name) for one in values if one is not None and one != ""]
-        return tuple(found)
-
-    def medium(self, value: Any, name: str) -> str:
-        """Path or address of an image, a video or a recording; of one without, a digest of its bytes."""
-        if not isinstance(value, Mapping):
-            return self.as_text(value, name)
-        place = next((value[key] for key in ("path", "url", name) if isinstance(value.get(key), str)), None)
-        if place is None and isinstance(value.get("bytes"), bytes):
-            place = f"sha256:{hashlib.sha256(value['bytes']).hexdigest()[:32]}"
-        if place is None:
-            raise self.error(f"{name!r} must be a path, or an object with 'path' or 'bytes'")
-        return str(place)
-
-    def error(self, message: str) -> DataError:
-        return DataError(f"{self.source}: {message}")
 
 
 @dataclass(frozen=True)
@@ -278,8 +115,8 @@ class _Parts:
     other_media: tuple[str, ...] = ()
 
 
-def _detect(fields: _Fields) -> str:
-    has = {name for names in _FIELDS.values() for name in names if fields.get(name) is not None}
+def _detect(fields: Fields) -> str:
+    has = {name for names in FIELDS_OF.values() for name in names if fields.get(name) is not None}
     if "Instances" in has or "Definition" in has:
         return "super_ni"
     if "messages" in has or "conversations" in has:
@@ -295,20 +132,20 @@ def _detect(fields: _Fields) -> str:
     )
 
 
-def _instances(fields: _Fields) -> Iterator[_Fields]:
+def _instances(fields: Fields) -> Iterator[Fields]:
     """The instances of one Super-NI task file as Alpaca records."""
     options = fields.options
     instruction = "\n".join(fields.texts("Definition")) + _shown_examples(fields, options.positive_examples)
     instances = fields.required("Instances")
     if not isinstance(instances, list):
-        raise fields.error(f"'Instances' must be a list, not {_kind(instances)}")
+        raise fields.error(f"'Instances' must be a list, not {kind_of(instances)}")
     path = fields.source.removesuffix(": record 1")
     for number, instance in enumerate(instances, 1):
         source = f"{path}: record {number}"
         if not isinstance(instance, Mapping):
-            raise DataError(f"{source}: an instance must be an object, not {_kind(instance)}")
+            raise DataError(f"{source}: an instance must be an object, not {kind_of(instance)}")
         key_parts = instance.get("key_parts", fields.get("key_parts"))
-        yield _Fields(
+        yield Fields(
             {**instance, "instruction": instruction, "key_parts": key_parts},
             ReadOptions(
                 task=options.task,
@@ -320,17 +157,17 @@ def _instances(fields: _Fields) -> Iterator[_Fields]:
         )
 
 
-def _shown_examples(fields: _Fields, count: int) -> str:
+def _shown_examples(fields: Fields, count: int) -> str:
     """The first ``count`` of a Super-NI task's ``Positive Examples`` as text."""
     shown = (fields.get("Positive Examples") or []) if count else []
     if not isinstance(shown, list):
-        raise fields.error(f"'Positive Examples' must be a list, not {_kind(shown)}")
+        raise fields.error(f"'Positive Examples' must be a list, not {kind_of(shown)}")
     text = ""
     for number, shot in enumerate(shown[:count], 1):
         source = f"{fields.source}, positive example {number}"
         if not isinstance(shot, Mapping):
-            raise DataError(f"{source}: must be an object with 'input' and 'output', not {_kind(shot)}")
-        example = _Fields(shot, ReadOptions(), source)
+            raise DataError(f"{source}: must be an object with 'input' and 'output', not {kind_of(shot)}")
+        example = Fields(shot, ReadOptions(), source)
         answers = example.answers("output")
         if not answers:
             raise example.error(example.missing("output"))
@@ -338,7 +175,7 @@ def _shown_examples(fields: _Fields, count: int) -> str:
     return text
 
 
-def _alpaca(fields: _Fields) -> _Parts:
+def _alpaca(fields: Fields) -> _Parts:
     fixed = fields.options.instruction
     instruction = fields.text("instruction") if fixed is None or fields.get("instruction") else fixed
     value = fields.get("input")
@@ -349,11 +186,11 @@ def _alpaca(fields: _Fields) -> _Parts:
     )
 
 
-def _trace(fields: _Fields) -> _Parts:
+def _trace(fields: Fields) -> _Parts:
     return _Parts(fields.text("prompt"), fields.answers("answer"))
 
 
-def _prompt_completion(fields: _Fields) -> _Parts:
+def _prompt_completion(fields: Fields) -> _Parts:
     prompt, completion = fields.required("prompt"), fields.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
         return _conversation(fields, prompt + completion, "role", "content")
@@ -363,21 +200,21 @@ def _prompt_completion(fields: _Fields) -> _Parts:
     return _Parts(fields.text("prompt"), fields.answers("completion"))
 
 
-def _messages(fields: _Fields) -> _Parts:
+def _messages(fields: Fields) -> _Parts:
     return _conversation(fields, fields.required("messages"), "role", "content")
 
 
-def _conversations(fields: _Fields) -> _Parts:
+def _conversations(fields: Fields) -> _Parts:
     turns, system = fields.required("conversations"), fields.get("system")
     if isinstance(turns, list) and system:
         turns = [{"from": "system", "value": system}, *turns]
     return _conversation(fields, turns, "from", "value")
 
 
-def _conversation(fields: _Fields, turns: Any, role_key: str, content_key: str) -> _Parts:
+def _conversation(fields: Fields, turns: Any, role_key: str, content_key: str) -> _Parts:
     """A conversation; one question with one answer becomes a plain instruction."""
     if not isinstance(turns, list) or not turns:
-        raise fields.error(f"a conversation must be a non-empty list of turns, not {_kind(turns)}")
+        raise fields.error(f"a conversation must be a non-empty list of turns, not {kind_of(turns)}")
     messages: list[tuple[str, str]] = []
     images: list[str] = []
     other_media: list[str] = []
@@ -407,7 +244,7 @@ def _conversation(fields: _Fields, turns: Any, role_key: str, content_key: str) 
     )
 
 
-def _content(fields: _Fields, content: Any, number: int, images: list[str], other_media: list[str]) -> str:
+def _content(fields: Fields, content: Any, number: int, images: list[str], other_media: list[str]) -> str:
     """The text of one turn; the names of images go to ``images``, those of videos and recordings to ``other_media``."""
     if not isinstance(content, list):
         return fields.as_text(content, f"content of turn {number}")
@@ -428,7 +265,7 @@ def _content(fields: _Fields, content: Any, number: int, images: list[str], othe
     return "\n".join(texts)
 
 
-_NORMALISERS: dict[str, Callable[[_Fields], _Parts]] = {
+_NORMALISERS: dict[str, Callable[[Fields], _Parts]] = {
     "super_ni": _alpaca,  # of each instance
     "alpaca": _alpaca,
     "prompt_completion": _prompt_completion,
@@ -441,7 +278,7 @@ _NORMALISERS: dict[str, Callable[[_Fields], _Parts]] = {
 # ---------------------------------------------------------------------------------------------- to an Example
 
 
-def _example(parts: _Parts, fields: _Fields) -> Example:
+def _example(parts: _Parts, fields: Fields) -> Example:
     instruction = parts.instruction
     spans: list[tuple[int, int]] = []
     markers = fields.options.key_part_markers
@@ -458,14 +295,14 @@ def _example(parts: _Parts, fields: _Fields) -> Example:
         task=fields.options.task,
         key_parts=tuple(sorted(spans)),
         messages=parts.messages,
-        images=(*fields.media(_IMAGES), *parts.images),
-        other_media=(*fields.media(_OTHER_MEDIA), *parts.other_media),
+        images=(*fields.media(IMAGES), *parts.images),
+        other_media=(*fields.media(OTHER_MEDIA), *parts.other_media),
         instruction_span=_instruction_span(fields, instruction),
         source=fields.source,
     )
 
 
-def _instruction_span(fields: _Fields, text: str) -> tuple[int, int] | None:
+def _instruction_span(fields: Fields, text: str) -> tuple[int, int] | None:
     """Where the instruction stands in a text that may hold more."""
     part = fields.options.instruction_part
     if part is None or part == "whole":
@@ -480,13 +317,13 @@ def _instruction_span(fields: _Fields, text: str) -> tuple[int, int] | None:
     return lines[0 if part == "first-line" else -1]
 
 
-def _key_parts(fields: _Fields, instruction: str) -> list[tuple[int, int]]:
+def _key_parts(fields: Fields, instruction: str) -> list[tuple[int, int]]:
     """Spans of the record's key parts; a text stands for its first occurrence that is not taken yet."""
     wanted = fields.get("key_parts")
     if wanted is None or wanted == "":  # an empty cell of a table
         wanted = list(fields.options.key_parts)
     if not isinstance(wanted, list):
-        raise fields.error(f"'key_parts' must be a list of texts or [start, end] spans, not {_kind(wanted)}")
+        raise fields.error(f"'key_parts' must be a list of texts or [start, end] spans, not {kind_of(wanted)}")
     spans: list[tuple[int, int]] = []
     for part in wanted:
         if isinstance(part, str) and part:
@@ -503,7 +340,7 @@ def _key_parts(fields: _Fields, instruction: str) -> list[tuple[int, int]]:
     return spans
 
 
-def _unmark(fields: _Fields, text: str, opening: str, closing: str) -> tuple[str, list[tuple[int, int]]]:
+def _unmark(fields: Fields, text: str, opening: str, closing: str) -> tuple[str, list[tuple[int, int]]]:
     """The text without its marks, and the spans that were between them."""
     plain, spans, rest = "", [], text
     while opening in rest:
@@ -514,11 +351,6 @@ def _unmark(fields: _Fields, text: str, opening: str, closing: str) -> tuple[str
         spans.append((len(plain) + len(before), len(plain) + len(before) + len(part)))
         plain += before + part
     return plain + rest, spans
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)
 
 
 def _shorten(text: str) -> str:

@@ -24,7 +24,7 @@ from cit_fast.data.folders import (
 )
 from cit_fast.data.inferred_labels import inferred_labels
 from cit_fast.data.readers import class_names, kind, read_dataset, read_file, stem
-from cit_fast.data.records import ReadOptions
+from cit_fast.data.record_fields import ReadOptions
 from cit_fast.errors import ConfigError, DataError
 from cit_fast.text import file_name, normalise_label
 from cit_fast.values import choices

@@ -14,7 +14,8 @@ from cit_fast.evaluation.predictions import (
     rescore,
     write_predictions,
 )
-from cit_fast.evaluation.records import RunRecord, StageRecord, read_run, read_stages
+from cit_fast.evaluation.records import RunRecord, StageRecord
+from cit_fast.evaluation.run_files import read_run, read_stages
 from cit_fast.evaluation.violations import TaskSetScores, task_set_scores, violation_rates
 
 __all__ = [

@@ -11,7 +11,8 @@ from pathlib import Path
 from cit_fast.data.constraints import Constraints
 from cit_fast.errors import DataError, RunError
 from cit_fast.evaluation.metrics import JUDGE, METRICS, Score, score
-from cit_fast.evaluation.records import RunRecord, StageRecord, read_run, read_stages, write_record
+from cit_fast.evaluation.records import RunRecord, StageRecord
+from cit_fast.evaluation.run_files import read_run, read_stages, write_record
 from cit_fast.evaluation.violations import task_v_score, violation_rates
 from cit_fast.files import damaged_files, file_checksum, write_file
 

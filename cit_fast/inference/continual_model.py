@@ -13,16 +13,8 @@ from pydantic import ValidationError
 
 from cit_fast.data.example import Example
 from cit_fast.errors import DataError, LeftOutWarning, RunError
-from cit_fast.evaluation.records import (
-    RunRecord,
-    StageRecord,
-    adapter_sets,
-    check_files,
-    read_run,
-    read_stages,
-    set_folder,
-    stage_folder,
-)
+from cit_fast.evaluation.records import RunRecord, StageRecord
+from cit_fast.evaluation.run_files import adapter_sets, check_files, read_run, read_stages, set_folder, stage_folder
 from cit_fast.files import damaged_files
 from cit_fast.methods.routing import Router, SharedRouter, load_router
 from cit_fast.methods.stage import Stage

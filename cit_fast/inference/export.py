@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cit_fast.errors import ConfigError, LeftOutWarning, RunError
-from cit_fast.evaluation.records import check_files, stage_folder
+from cit_fast.evaluation.run_files import check_files, stage_folder
 from cit_fast.files import new_folder, write_json
 from cit_fast.inference.continual_model import adapter_folders, damaged_sets, read_trained
 from cit_fast.models.adapter_bank import (

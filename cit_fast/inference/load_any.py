@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cit_fast.errors import ConfigError
-from cit_fast.evaluation.records import read_stages
+from cit_fast.evaluation.run_files import read_stages
 from cit_fast.inference.continual_model import ContinualModel
 from cit_fast.models.adapters import load_adapter
 from cit_fast.models.config import ModelConfig

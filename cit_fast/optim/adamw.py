@@ -25,7 +25,8 @@ from cit_fast.ops.balance_ema import (
     flush_balance_ema_,
 )
 from cit_fast.ops.balance_ema.checks import check_adamw
-from cit_fast.optim.averaging import AverageOptions, AveragingOptimizer, check_dtype
+from cit_fast.optim.average_options import AverageOptions, check_dtype
+from cit_fast.optim.averaging import AveragingOptimizer
 from cit_fast.optim.partitions import Partition
 from cit_fast.optim.saving import StateLoading
 from cit_fast.optim.sharding import Reduction, local

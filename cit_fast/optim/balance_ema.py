@@ -23,7 +23,8 @@ from cit_fast.ops.balance_ema import (
     balance_weights,
     flush_balance_ema_,
 )
-from cit_fast.optim.averaging import AverageOptions, AveragingOptimizer, BalanceSummary
+from cit_fast.optim.average_options import AverageOptions
+from cit_fast.optim.averaging import AveragingOptimizer, BalanceSummary
 from cit_fast.optim.engines import is_engine, refuse_partitions, steps_in_backward
 from cit_fast.optim.partitions import Partition
 from cit_fast.optim.saving import StateLoading, decoded, encode

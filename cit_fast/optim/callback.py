@@ -14,7 +14,8 @@ from transformers import TrainerCallback
 
 from cit_fast.errors import CitFastError, ConfigError
 from cit_fast.files import commit_folder
-from cit_fast.optim.averaging import AverageOptions, AveragingOptimizer
+from cit_fast.optim.average_options import AverageOptions
+from cit_fast.optim.averaging import AveragingOptimizer
 from cit_fast.optim.balance_ema import BalanceEMA, find_balance_ema
 from cit_fast.optim.partitions import gather_state
 from cit_fast.optim.sharding import is_sharded

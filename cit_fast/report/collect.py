@@ -17,7 +17,8 @@ from cit_fast.evaluation.continual import (
     first_trained,
     score_matrix,
 )
-from cit_fast.evaluation.records import GeneralRecord, RunRecord, StageRecord, read_run, read_stages
+from cit_fast.evaluation.records import GeneralRecord, RunRecord, StageRecord
+from cit_fast.evaluation.run_files import read_run, read_stages
 from cit_fast.evaluation.violations import TaskSetScores, task_set_scores
 
 

@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from cit_fast.data.constraints import KINDS
 from cit_fast.errors import RunError
 from cit_fast.evaluation.predictions import Prediction, predictions_after, read_predictions
-from cit_fast.evaluation.records import StageRecord, check_files
+from cit_fast.evaluation.records import StageRecord
+from cit_fast.evaluation.run_files import check_files
 from cit_fast.evaluation.violations import TaskSetScores
 from cit_fast.files import write_file, write_json
 from cit_fast.methods.config import descriptions

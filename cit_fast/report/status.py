@@ -9,7 +9,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from cit_fast.evaluation.continual import continual_metrics, first_trained
-from cit_fast.evaluation.records import GeneralRecord, read_run, read_stage, read_stages
+from cit_fast.evaluation.records import GeneralRecord
+from cit_fast.evaluation.run_files import read_run, read_stage, read_stages
 from cit_fast.files import tree_bytes
 from cit_fast.report.table import plain_table
 from cit_fast.run.gate import said

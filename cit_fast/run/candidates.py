@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cit_fast.errors import GateError, RunError
-from cit_fast.evaluation.records import StageRecord, read_run, read_stage
+from cit_fast.evaluation.records import StageRecord
+from cit_fast.evaluation.run_files import read_run, read_stage
 from cit_fast.run.gate import said
 from cit_fast.run.run_folder import CANDIDATES, RunFolder
 from cit_fast.run.trackers import another_course

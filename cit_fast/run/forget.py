@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -12,16 +13,16 @@ from typing import Any
 from cit_fast.data.kept_task import RecalledTask, bytes_of, hash_of, read_kept, write_kept
 from cit_fast.data.sources import TaskSource, possible_names
 from cit_fast.errors import ConfigError, RunError
-from cit_fast.evaluation.records import RunRecord, StageRecord, read_run, read_stage, write_record
+from cit_fast.evaluation.records import RunRecord, StageRecord
+from cit_fast.evaluation.run_files import read_run, read_stage, write_record
 from cit_fast.files import write_file
 from cit_fast.methods.config import MethodConfig
-from cit_fast.methods.routing.router import routing_text
+from cit_fast.methods.routing.router import read_router_file, routing_text, without_texts
 from cit_fast.run.rollback import RETIRED
 from cit_fast.run.run_folder import CANDIDATES, RunFolder
 from cit_fast.run.stage_settings import method_at, stages_of
 from cit_fast.run.task_memory import FOLDER
 
-_NAMES = ("set_of", "set", "latest")  # of a router's state: names of tasks and sets alone
 _DROPPED = "[dropped {}]"
 
 
@@ -188,36 +189,15 @@ def _scrubbed(path: Path, texts: Collection[str]) -> str | None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         return None
-    plain = _of_router(content, texts) if path.name == "router.json" else _replaced(content, texts)
+    if isinstance(content, dict):
+        content.pop("checksum", None)
+    plain: Any = _replaced(content, texts)
+    if path.name == "router.json":
+        with contextlib.suppress(RunError):  # of a router of one's own, all of whose words may be texts
+            plain = without_texts(read_router_file(path), lambda value: _replaced(value, texts))
     if plain == content:
         return None
-    if isinstance(plain, dict):
-        plain.pop("checksum", None)
     return json.dumps(plain, indent=1, ensure_ascii=False) + "\n"
-
-
-def _of_router(content: Any, texts: Collection[str]) -> Any:
-    """The content of a ``router.json``: its own words (names of what is remembered, and where) are nobody's texts, even
-    if an answer of the task is the same word.
-    """
-    if not isinstance(content, dict):
-        return content
-    found = dict(content)
-    if isinstance(content.get("state"), dict):
-        state = content["state"].items()
-        found["state"] = {name: value if name in _NAMES else _replaced(value, texts) for name, value in state}
-    if isinstance(content.get("changes"), list):
-        found["changes"] = [
-            change if change["at"][:1] and change["at"][0] in _NAMES else _of_change(change, texts)
-            for change in content["changes"]
-        ]
-    return found
-
-
-def _of_change(change: dict[str, Any], texts: Collection[str]) -> dict[str, Any]:
-    """A change with its texts replaced; the first of the keys that lead to it is a name of the state."""
-    found = {what: _replaced(value, texts) for what, value in change.items()}
-    return {**found, "at": [*change["at"][:1], *found["at"][1:]]}
 
 
 def _replaced(value: Any, texts: Collection[str]) -> Any:

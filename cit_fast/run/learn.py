@@ -14,7 +14,8 @@ from cit_fast.data.builtin import builtin_task_names
 from cit_fast.data.kept_task import read_kept
 from cit_fast.data.sources import TaskSource
 from cit_fast.errors import ConfigError, RunError
-from cit_fast.evaluation.records import RunRecord, read_run, read_stages
+from cit_fast.evaluation.records import RunRecord
+from cit_fast.evaluation.run_files import read_run, read_stages
 from cit_fast.processes import from_rank_zero
 from cit_fast.run.candidates import accept as accept_candidate
 from cit_fast.run.candidates import discard, has_candidate

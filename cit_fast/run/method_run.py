@@ -22,18 +22,8 @@ from cit_fast.data.example import Task
 from cit_fast.data.kept_task import RecalledTask
 from cit_fast.errors import ConfigError, RunError
 from cit_fast.evaluation.predictions import Prediction, write_stage_predictions
-from cit_fast.evaluation.records import (
-    Assignment,
-    Learned,
-    RoutingRecord,
-    RunRecord,
-    StageRecord,
-    adapter_sets,
-    check_files,
-    read_run,
-    set_folder,
-    stage_folder,
-)
+from cit_fast.evaluation.records import Assignment, Learned, RoutingRecord, RunRecord, StageRecord
+from cit_fast.evaluation.run_files import adapter_sets, check_files, read_run, set_folder, stage_folder
 from cit_fast.methods.config import MethodConfig
 from cit_fast.methods.registry import PARTS, build_parts, part_name
 from cit_fast.methods.routing import SharedRouter, routing_record

@@ -14,7 +14,8 @@ from typing import Any
 
 from cit_fast.data.builtin import builtin_task_names
 from cit_fast.errors import RunError
-from cit_fast.evaluation.records import RunRecord, StageRecord, read_run
+from cit_fast.evaluation.records import RunRecord, StageRecord
+from cit_fast.evaluation.run_files import read_run
 from cit_fast.files import tree_bytes
 from cit_fast.run.run_folder import CANDIDATES, RunFolder
 from cit_fast.run.task_memory import FOLDER as MEMORY

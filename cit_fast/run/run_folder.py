@@ -14,7 +14,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from cit_fast.errors import RunError
-from cit_fast.evaluation.records import MOVING, RunRecord, StageRecord, read_run, read_stages, write_record
+from cit_fast.evaluation.records import RunRecord, StageRecord
+from cit_fast.evaluation.run_files import MOVING, read_run, read_stages, write_record
 from cit_fast.files import (
     commit_folder,
     damaged_files,
@@ -231,14 +232,28 @@ class RunFolder:
             todo = read_checked_json(self.path / MOVING)
         except FileNotFoundError:
             return
-        for place, target in todo["moves"].items():
-            rename(self.path / place, self.path / target)
+        moves = [(self._inside(place), self._inside(target)) for place, target in todo["moves"].items()]
+        records = [(self._inside(place), record) for place, record in todo["records"].items()]
+        removed = todo["remove"] and self._inside(todo["remove"])
+        for place, target in moves:
+            rename(place, target)
         another_course(self.path)
-        for name, record in todo["records"].items():
-            write_checked_json(self.path / name, record)
-        if todo["remove"]:
-            shutil.rmtree(self.path / todo["remove"], ignore_errors=True)
+        for place, record in records:
+            write_checked_json(place, record)
+        if removed:
+            shutil.rmtree(removed, ignore_errors=True)
         (self.path / MOVING).unlink()
+
+    def _inside(self, name: str) -> Path:
+        """A place below the folder; a run folder may come from somebody else.
+
+        Raises:
+            RunError: it is not below it.
+        """
+        path = self.path / name
+        if path.resolve() == self.path.resolve() or not path.resolve().is_relative_to(self.path.resolve()):
+            raise RunError(f"{self.path / MOVING}: damaged ({name!r} is not below the run's folder)")
+        return path
 
     def _has_trained(self) -> bool:
         """Whether a stage was trained, or some of its steps are in a checkpoint."""

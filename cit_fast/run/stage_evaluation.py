@@ -10,7 +10,8 @@ from cit_fast.data import TaskStream
 from cit_fast.data.example import Task
 from cit_fast.data.kept_task import RecalledTask
 from cit_fast.evaluation.predictions import predictions_after, read_predictions
-from cit_fast.evaluation.records import GateRecord, GeneralRecord, check_files
+from cit_fast.evaluation.records import GateRecord, GeneralRecord
+from cit_fast.evaluation.run_files import check_files
 from cit_fast.methods.routing import SharedRouter
 from cit_fast.models.prompts import PromptEncoder
 from cit_fast.run.answer import Before, Evaluated, evaluate

@@ -15,7 +15,8 @@ from rich.markup import escape
 
 from cit_fast.data.example import unseen_media
 from cit_fast.errors import CitFastError, ConfigError, DataError, RunError
-from cit_fast.evaluation.records import RunRecord, StageRecord, adapter_sets, set_folder, stage_folder
+from cit_fast.evaluation.records import RunRecord, StageRecord
+from cit_fast.evaluation.run_files import adapter_sets, set_folder, stage_folder
 from cit_fast.methods.stage import Finished, Stage, StageInputs
 from cit_fast.methods.updates import stream_wide
 from cit_fast.models.adapters import save_weights, train_adapter

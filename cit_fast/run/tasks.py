@@ -13,7 +13,7 @@ from cit_fast.data.kept_task import RecalledTask, read_kept
 from cit_fast.data.sources import TaskSource, is_gone, origin, possible_names
 from cit_fast.errors import CitFastError, ConfigError, DataError
 from cit_fast.evaluation.metrics import JUDGE, score
-from cit_fast.evaluation.records import read_run, read_stage, read_stages
+from cit_fast.evaluation.run_files import read_run, read_stage, read_stages
 from cit_fast.evaluation.violations import violation_rates
 from cit_fast.run.config import EvaluationConfig, RunConfig
 from cit_fast.run.run_folder import CANDIDATES

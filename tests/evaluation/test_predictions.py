@@ -15,7 +15,8 @@ from cit_fast.evaluation.predictions import (
     rescore,
     write_predictions,
 )
-from cit_fast.evaluation.records import RunRecord, StageRecord, read_stages
+from cit_fast.evaluation.records import RunRecord, StageRecord
+from cit_fast.evaluation.run_files import read_stages
 from cit_fast.files import write_json
 
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cit_fast.data import TaskSource, find_tasks, load_task
-from cit_fast.data.records import FORMATS
+from cit_fast.data.record_fields import FORMATS
 from cit_fast.models.prompts import PromptEncoder
 from tests.fuzz.values import value
 from tests.support.toy_folders import bpe_tokenizer

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import triton
 from cit_fast.kernels import balance_ema as kernels
+from cit_fast.kernels import balance_ema_tables as tables
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -44,10 +45,10 @@ TYPES = {
 def build(name: str, architecture: int, **options: object) -> tuple[str, str]:
     """PTX as it is at run time, and what the machine code made of it uses."""
     kernel = getattr(kernels, name)
-    options["CHUNK"] = kernels._CHUNK
+    options["CHUNK"] = tables.CHUNK
     if name != "weights_kernel":
         options.setdefault("NEAREST", False)
-        options["LOG_GROUPS"] = kernels._LOG_GROUPS
+        options["LOG_GROUPS"] = tables.LOG_GROUPS
     signature = {arg: "constexpr" if arg in options else TYPES.get(arg, "fp32") for arg in kernel.arg_names}
     # As the launcher does: memory that torch allocates is aligned.
     attributes = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}

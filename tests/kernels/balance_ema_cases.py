@@ -321,9 +321,10 @@ def test_values_that_are_not_finite_stay_out_of_the_average() -> None:
 def test_offsets_beyond_2_31() -> None:
     """The last chunk of a tensor of more than 2^31 elements, alone: the rest of its memory is never touched."""
     from cit_fast.kernels import balance_ema as kernels
+    from cit_fast.kernels import balance_ema_tables as tables
 
     chunk = 1 << 17
-    numel = chunk * kernels._CHUNK + 24
+    numel = chunk * tables.CHUNK + 24
     p, e = (torch.empty(numel, dtype=BF16, device=DEVICE) for _ in range(2))
     start, alphas = torch.arange(24, dtype=BF16, device=DEVICE), torch.full((1,), 0.5, device=DEVICE)
     p[-24:], e[-24:] = start, start * 3

@@ -16,6 +16,7 @@ from cit_fast.ops.backends import Backend, backend
 
 pytest.importorskip("triton")
 from cit_fast.kernels import balance_ema as kernels
+from cit_fast.kernels import balance_ema_tables as tables
 
 HERE = Path(__file__).parent
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -82,13 +83,13 @@ def test_a_gpu_takes_it_only_when_forced(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @given(st.lists(st.one_of(st.integers(0, 40), st.sampled_from([16384, 16385, 40_000])), min_size=1, max_size=4))
 def test_every_element_is_in_one_chunk(numels: list[int]) -> None:
-    layout = kernels._layout(tuple(numels), CPU, 0)
+    layout = tables.layout(tuple(numels), CPU, 0)
     covered = [torch.zeros(numel, dtype=torch.int8) for numel in numels]
     seen = set()
     for chunk, tensor in enumerate(layout.chunks.tolist()):
         size, first = layout.sizes[tensor].tolist()
         assert size == numels[tensor]
-        covered[tensor][(chunk - first) * kernels._CHUNK : (chunk - first + 1) * kernels._CHUNK] += 1
+        covered[tensor][(chunk - first) * tables.CHUNK : (chunk - first + 1) * tables.CHUNK] += 1
         seen.add(tensor)
     assert all((each == 1).all() for each in covered)
     assert len(seen) == len(numels)  # an empty tensor too
@@ -98,7 +99,7 @@ def test_streams_table() -> None:
     p, e = torch.zeros(16, 24, dtype=torch.bfloat16), torch.zeros(16, 24)
     odd = torch.zeros(4, 9)
     shifted = odd.view(-1)[1:]
-    table = kernels._stream_table([[p, odd, shifted], [e, odd, odd], [], [], [], []])
+    table = tables.stream_table([[p, odd, shifted], [e, odd, odd], [], [], [], []])
     assert table[:, 0].tolist() == [p.data_ptr(), odd.data_ptr(), shifted.data_ptr()]
     assert not table[:, [2, 3, 4, 5, 7]].any()
     assert (table[:, 6] & 0xFF).tolist() == [0x01, 0, 0]

@@ -10,7 +10,8 @@ import yaml
 from rich.console import Console
 
 from cit_fast.cli import main
-from cit_fast.evaluation.records import StageRecord, read_stages
+from cit_fast.evaluation.records import StageRecord
+from cit_fast.evaluation.run_files import read_stages
 from cit_fast.run import stage_trainer
 from cit_fast.run.config import load_config
 from cit_fast.run.loop import ContinualTrainer

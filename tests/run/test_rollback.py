@@ -12,10 +12,11 @@ from killed import at_call, killed
 from cit_fast.data import TaskStream
 from cit_fast.errors import RunError
 from cit_fast.evaluation import read_run, read_stages
-from cit_fast.files import write_file
+from cit_fast.files import write_file, write_json
 from cit_fast.report.status import status
 from cit_fast.run import run_folder as run_folders
 from cit_fast.run.rollback import prune, rollback, undo_rollback
+from cit_fast.run.run_folder import RunFolder
 
 METHODS = ["switch-tokens", "ewc", {"preset": "random-replay", "replay": {"fraction": 0.2}}]
 
@@ -110,6 +111,22 @@ def test_what_has_begun_since_a_rollback_keeps_it_from_being_taken_back(settings
             undo_rollback(folder)
     assert (names(folder), read_run(folder).tasks) == (before, ["alpha", "beta"])
     assert rollback(folder, 1) == ["beta"]
+
+
+@pytest.mark.parametrize("place", ["../elsewhere", "/elsewhere", ".", "stages/../.."])
+@pytest.mark.parametrize("part", ["moves", "records", "remove"])
+def test_nothing_outside_the_folder_is_moved_written_or_deleted(tmp_path, place, part):
+    """A run folder may come from somebody else."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").mkdir()
+    todo = {"moves": {place: "a"}, "records": {place: {}}, "remove": place}
+    todo = {"stage": 1, "moves": {}, "records": {}, "remove": None, part: todo[part]}
+    write_json(tmp_path / "run/moving.json", todo)
+    with pytest.raises(RunError, match=r"moving.json: damaged \(.* is not below the run's folder\)"):  # noqa: SIM117
+        with RunFolder(tmp_path / "run").locked():
+            raise AssertionError("nobody may work there")
+    assert (tmp_path / "elsewhere").is_dir()
+    assert (tmp_path / "run/moving.json").is_file()
 
 
 def test_what_cannot_be_rolled_back_is_named(settings, stream, tmp_path):

@@ -13,7 +13,7 @@ from cit_fast.methods.routing.router import (
     SavedRouter,
     SharedRouter,
     StackedRouter,
-    read_router,
+    read_router_file,
 )
 from cit_fast.methods.routing.switch import SwitchRouter, SwitchTokensRouter
 
@@ -39,7 +39,7 @@ def load_router(folder: str | Path) -> Router:
         RunError: a missing or damaged file, or a router of the user's own, whose class only they can name.
     """
     folder = Path(folder)
-    kind = read_router(folder)["router"]
+    kind = read_router_file(folder / "router.json")["router"]
     if kind not in _ROUTERS:
         raise RunError(
             f"{folder / 'router.json'}: the router {kind!r} is not one of {', '.join(sorted(_ROUTERS))}; "

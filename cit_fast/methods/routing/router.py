@@ -6,19 +6,20 @@ import copy
 import inspect
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from cit_fast.data.example import Example, Task
 from cit_fast.errors import ConfigError, DataError, RunError
-from cit_fast.evaluation.records import stages_until
+from cit_fast.evaluation.run_files import stages_until
 from cit_fast.files import read_checked_json, write_checked_json
 from cit_fast.methods.routing.changes import changed, changes
 from cit_fast.methods.stage import Assignment, Learned, Stage
 from cit_fast.models.adapter_bank import BASE
 
 FORMAT_VERSION = 3
+_NAMES = ("set_of", "set", "latest")  # of what routers remember: names of tasks and sets alone
 Reads = Literal["prompt", "instruction"]
 SetStart = Literal["random", "previous", "nearest"]
 """How a new set starts: as ``adapter`` configures it, from the set trained last, or from the most similar task's."""
@@ -140,10 +141,10 @@ def read_router(folder: Path) -> dict[str, Any]:
     Raises:
         RunError: a missing or damaged file, here or in an earlier stage that it builds on, or another format version.
     """
-    latest = _read(folder / "router.json")
+    latest = read_router_file(folder / "router.json")
     since = []  # what has changed, of each stage back to one that wrote its state whole
     for place in reversed(stages_until(folder)):
-        found = latest if place == folder else _read(place / "router.json")
+        found = latest if place == folder else read_router_file(place / "router.json")
         if "state" in found:
             break
         since.append(found["changes"])
@@ -158,7 +159,33 @@ def read_router(folder: Path) -> dict[str, Any]:
     return {**latest, "state": state}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def without_texts(content: dict[str, Any], replaced: Callable[[Any], Any]) -> dict[str, Any]:
+    """The content of a ``router.json`` with its texts replaced: its own words, and names of tasks and sets, are none,
+    even if an answer of a task is the same word.
+    """
+
+    def in_state(state: dict[str, Any]) -> dict[str, Any]:
+        return {name: value if name in _NAMES else replaced(value) for name, value in state.items()}
+
+    def in_change(change: dict[str, Any]) -> dict[str, Any]:
+        if not change["at"]:
+            return {**change, "is": in_state(change["is"])}
+        first, *rest = change["at"]
+        if first in _NAMES:
+            return change
+        return {**{what: replaced(value) for what, value in change.items()}, "at": [first, *replaced(rest)]}
+
+    if "changes" in content:
+        return {**content, "changes": list(map(in_change, content["changes"]))}
+    return {**content, "state": in_state(content["state"])}
+
+
+def read_router_file(path: Path) -> dict[str, Any]:
+    """The content of a ``router.json``, checked for its shape: a whole state, or changes.
+
+    Raises:
+        RunError: a missing or damaged file, or another format version.
+    """
     try:
         saved = read_checked_json(path)
     except (FileNotFoundError, NotADirectoryError):

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from cit_fast.data.example import Example
 from cit_fast.embeddings.embedder import Embedder
 from cit_fast.errors import ConfigError, RunError
-from cit_fast.evaluation.records import stages_until
+from cit_fast.evaluation.run_files import stages_until
 from cit_fast.files import write_file
 from cit_fast.methods.routing.familiarity import Familiarity
 from cit_fast.methods.routing.features import build_features

@@ -14,7 +14,7 @@ from cit_fast.methods.stage import Finished, Stage
 from cit_fast.methods.updates.update import When, due, when_checked
 from cit_fast.ops.balance_ema import BalanceRule, Rounding
 from cit_fast.optim import AdamWBalanceEMA, AveragingOptimizer, BalanceEMA, BalanceSummary, find_balance_ema
-from cit_fast.optim.averaging import AverageOptions
+from cit_fast.optim.average_options import AverageOptions
 
 _LAG = 10  # rho of BEMA
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

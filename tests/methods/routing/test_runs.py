@@ -262,3 +262,12 @@ def test_a_routers_own_words_are_nobodys_texts(tasks, tmp_path, whole_runs, meth
         after = load_router(tmp_path / f"run/stages/0{k}/router").state()
         assert after.keys() == state.keys()
         assert {**after, "codebook": None} == {**state, "codebook": None}
+
+
+def test_the_file_of_a_router_of_ones_own_is_all_texts(tmp_path):
+    path = tmp_path / "router.json"
+    for content in ('{"more": ["is"]}', '["more", {"a": "is"}]'):
+        path.write_text(content)
+        assert '"is"' not in (_scrubbed(path, {hash_of("is")}) or '"is"')
+    path.write_text('{"more": "a"}')
+    assert _scrubbed(path, {hash_of("is")}) is None
