@@ -15,8 +15,10 @@ from cit_fast import ContinualModel, ContinualTrainer
 from cit_fast.data import TaskStream
 from cit_fast.errors import ConfigError, RunError
 from cit_fast.evaluation import read_run, read_stages, rescore
+from cit_fast.evaluation.run_files import write_record
 from cit_fast.inference.load_any import load_any_model
 from cit_fast.run import stage_evaluation, stage_trainer
+from cit_fast.run.identity import digest
 from cit_fast.run.learn import learn
 
 METHODS = [
@@ -168,9 +170,6 @@ def test_what_learn_refuses(settings, stream, tmp_path):
 
 def test_a_run_of_before_there_were_growing_streams_goes_on(settings, stream, tmp_path):
     """Its record has one digest of all tasks."""
-    from cit_fast.evaluation.records import write_record
-    from cit_fast.run.identity import digest
-
     settings["training"] |= {"max_steps": 1}
     (folder,) = run(settings, TaskStream(stream[:2]), tmp_path, "sequential").values()
     record = read_run(folder)
