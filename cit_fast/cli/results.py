@@ -6,7 +6,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -121,19 +121,27 @@ def serve(
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time, whatever their adapter sets.")] = 16,
     waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are refused.")] = 256,
     timeout: Annotated[float, typer.Option(min=1.0, help="Seconds that a request may take.")] = 300.0,
+    upstream: Annotated[
+        str | None,
+        typer.Option(help="Address of a vLLM or SGLang server that holds the sets; then only the router runs here."),
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Serve the last stage also when learning or a rollback makes it another.")
+    ] = False,
     stage: OfStage = None,
 ) -> None:
     """Serve RUN to OpenAI-compatible clients: the model `auto` is, for each prompt, the set that the router chooses.
-    Where CIT_FAST_API_KEY is set, clients must send it.
+    Where CIT_FAST_API_KEY is set, clients must send it; CIT_FAST_UPSTREAM_API_KEY is sent to the server of --upstream.
     """
-    if importlib.util.find_spec("uvicorn") is None or importlib.util.find_spec("starlette") is None:
-        raise ConfigError("serve: starlette or uvicorn is not installed; pip install 'cit-fast[serve]'")
+    missing = [name for name in ("starlette", "uvicorn", "httpx") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"serve: {', '.join(missing)} not installed; pip install 'cit-fast[serve]'")
     from cit_fast.inference.server import serve as serve_run
 
     with warnings_as_lines():
         serve_run(
             run_folder, host=host, port=port, stage=stage, batch_size=batch_size, most_waiting=waiting, timeout=timeout,
-            say=typer.echo,
+            upstream=upstream, follow=follow, say=typer.echo,
         )  # fmt: skip
 
 
@@ -174,16 +182,25 @@ def export(
     merge: Annotated[
         str | None, typer.Option(metavar="SET", help="Merge this adapter set into the base model's weights.")
     ] = None,
+    engine: Annotated[
+        Literal["vllm"] | None, typer.Option("--for", help="Write a script beside the sets that serves them.")
+    ] = None,
     stage: OfStage = None,
 ) -> None:
     """Write RUN's adapter sets as PEFT folders OUT/SET or, merged, as the transformers model OUT."""
     from cit_fast.inference.export import export_adapters, export_merged
 
+    if engine is not None and merge is not None:
+        raise ConfigError("export: --merge writes one model, which any engine serves; leave out --for")
+
     console = Console(soft_wrap=True)
     with warnings_as_lines():
         if merge is None:
-            names = export_adapters(run_folder, out, stage)
+            names = export_adapters(run_folder, out, stage, engine)
             console.print(f"PEFT adapters in {out}: {', '.join(names)}", highlight=False, markup=False)
+            if engine is not None:
+                start = f"Serve them: {out / 'start-vllm.sh'}; their router: cit-fast serve {run_folder} --upstream URL"
+                console.print(start, highlight=False, markup=False)
         else:
             export_merged(run_folder, out, merge, stage=stage)
             console.print(f"Model and tokenizer with {merge} merged: {out}", highlight=False, markup=False)

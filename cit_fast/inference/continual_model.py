@@ -62,6 +62,7 @@ class ContinualModel:
         trust_remote_code: bool = False,
         router: Router | None = None,
         stage: int | None = None,
+        like: ContinualModel | None = None,
     ) -> ContinualModel:
         """Load the base model, once, and the adapter sets and the router of a committed stage, by default the last.
 
@@ -74,6 +75,8 @@ class ContinualModel:
             trust_remote_code: run code that comes with the base model; what the run's own record says does not count.
             router: instead of the run's; one of a class of your own must be given, from its ``load``.
             stage: its number, from 1.
+            like: a model of another stage of this run, which is not answering meanwhile; its base model is taken over
+                where that has been left as it was.
 
         Raises:
             RunError: no run there, no such stage or none trained yet, a damaged router, or not one set that can answer.
@@ -82,18 +85,19 @@ class ContinualModel:
         again = {"device": device, "trust_remote_code": trust_remote_code, "router": router}
         record, config, stages = read_trained(run, stage)
         base = config.model.model_copy(update={"trust_remote_code": trust_remote_code})
+        shared = like if like is not None and like.bank is not None and like.run == run else None
         folder = resolve_model(base)
-        tokenizer = load_tokenizer(folder, trust_remote_code)
+        tokenizer = load_tokenizer(folder, trust_remote_code) if shared is None else shared.encoder.tokenizer
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         encoder = prompt_encoder(tokenizer, config.data)
         weights = stage_folder(run, stages[-1])
-        model = load_model(folder, base)
+        model = load_model(folder, base) if shared is None else shared.model
         encoder.fit_to(model)
         if (weights / "model").is_dir():
             check_files(weights, stages[-1], "model/")
             return cls(load_weights(model, weights / "model").to(device), encoder)._of(run, again)
         check_files(weights, stages[-1], "router/")
-        router = router or _router_of(record, weights)
+        router = router or router_of(record, weights)
         folders = adapter_folders(run, stages, router.sets)
         # A damaged set is left out by name; one base model serves the others.
         damaged = damaged_sets(run, stages)
@@ -230,7 +234,12 @@ def damaged_sets(run: Path, stages: Sequence[StageRecord]) -> dict[str, str]:
     return found
 
 
-def _router_of(record: RunRecord, weights: Path) -> Router:
+def router_of(record: RunRecord, weights: Path) -> Router:
+    """The router in a stage's folder.
+
+    Raises:
+        RunError: it is damaged, or of a class of the user's own.
+    """
     if not (weights / "router").exists() and record.method.get("router", {}).get("name") == "shared":
         return SharedRouter()  # a run older than the folder, which for this router says nothing
     return load_router(weights / "router")

@@ -1,4 +1,4 @@
-"""A worker that answers what many clients ask, in mixed batches."""
+"""A worker that answers what many clients ask, in one batch that questions join and leave."""
 
 from __future__ import annotations
 
@@ -7,68 +7,65 @@ import logging
 import queue
 import threading
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from cit_fast.data.example import Example
+from transformers import GenerationConfig
+
 from cit_fast.errors import CitFastError, DataError
 from cit_fast.inference.continual_model import ContinualModel
-from cit_fast.models.adapter_bank import BASE
-from cit_fast.models.generation import Answer, Sampling, generate_answers
+from cit_fast.inference.questions import WHOLE, BusyError, Heard, Question, Reply, Said, StoppingError
+from cit_fast.models.adapter_bank import BASE, RowsLostError
+from cit_fast.models.generation import Answer, Sampling, can_run_on, decoded, generate_answers, generating
+from cit_fast.models.prefix_cache import PromptReader
 from cit_fast.models.prompts import ExampleTooLongError
+from cit_fast.models.running_batch import Chance, Row, RunningBatch
 
 _log = logging.getLogger(__name__)
-WHOLE = "auto"
-"""What answers where the model itself was trained, and there are no sets."""
+_AT_A_TIME = 4
+"""New tokens after which others may join; each such round costs some milliseconds beside the tokens."""
 
 
-class BusyError(CitFastError):
-    """As many questions wait as may wait."""
-
-
-class StoppingError(CitFastError):
-    """The server is being stopped."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """What one client asks.
-
-    Args:
-        example: the prompt. ``adapter``: the set that answers, :data:`BASE` for none; ``None``: the router chooses.
-        max_new_tokens: of the answer. ``temperature``: 0 for the most likely token at every step; ``seed``: of the
-            draws otherwise.
-    """
-
-    example: Example
-    adapter: str | None = None
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What a client is told: the answer, the set that gave it, and how many tokens the prompt has."""
-
-    answer: Answer
-    adapter: str
-    prompt_tokens: int
-
-
-@dataclass
+@dataclass(eq=False)
 class _Waiting:
     question: Question
+    heard: Heard | None = None
     reply: Future[Reply] = field(default_factory=Future)
+    tokens: Sequence[int] = ()
+    adapter: str = WHOLE
+    said: Said = field(default_factory=Said)
+
+    def new_said(self) -> Said:
+        """For an answer from the start."""
+        return Said(self.question.stop, None if self.heard is None else self._tell)
+
+    def _tell(self, text: str) -> None:
+        try:
+            if self.heard is not None:
+                self.heard(text, self.adapter)
+        except Exception:  # noqa: BLE001  # a listener's fault must not take the others' answers
+            _log.exception("a listener failed; its answer is given up")
+            self.heard = None
+            self.reply.cancel()
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the client, if there is still one, that there is no answer."""
+        if self.reply.set_running_or_notify_cancel():
+            self.reply.set_exception(error)
 
 
 class Engine:
-    """Answers questions in one thread, as many at a time as wait, up to ``batch_size``, whatever their adapter sets.
+    """Answers questions in one thread, up to ``batch_size`` at a time, whatever their adapter sets.
+
+    A question joins those that are being answered as soon as there is room, and leaves when its answer ends. A model
+    whose keys and values cannot be joined (sliding windows, states) answers batch after batch.
 
     Args:
         model: that answers. ``batch_size``: prompts at a time.
         most_waiting: questions that may wait; the next one is refused.
-        grace: seconds that a batch has to end when the engine is left; then the process may end without it.
+        grace: seconds that what is being answered has to end when the engine is left; then the process may end
+            without it.
 
     Example::
 
@@ -79,27 +76,36 @@ class Engine:
     def __init__(
         self, model: ContinualModel, batch_size: int = 16, most_waiting: int = 256, grace: float = 30.0
     ) -> None:
-        self.model, self.batch_size, self.grace = model, batch_size, grace
-        known = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
-        self.context: int | None = known or model.encoder.max_length
-        self._encoder = model.encoder.with_limit(None, "error")
+        self.batch_size, self.grace = batch_size, grace
         self._queue: queue.Queue[_Waiting | None] = queue.Queue(most_waiting)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._work, name="cit-fast-engine", daemon=True)
+        self._running: dict[Row, _Waiting] = {}
+        self._replacement: Callable[[ContinualModel], ContinualModel] | None = None
         self.counts: Counter[str] = Counter()
+        self._take(model)
+
+    def _take(self, model: ContinualModel) -> None:
+        self.model = model
+        known = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
+        self.context: int | None = known or model.encoder.max_length
+        self._encoder = model.encoder.with_limit(None, "error")
+        self._reader = PromptReader(model.model, None if model.bank is None else model.bank.answering)
+        self._batch = self._empty_batch()
+        self._mixes = model.router is None or model.bank is not None
 
     def __enter__(self) -> Engine:
         self._thread.start()
         return self
 
     def __exit__(self, *_error: object) -> None:
-        """Stop, and give the batch that has begun ``grace`` seconds to end."""
+        """Stop, and give what is being answered ``grace`` seconds to end."""
         self.stop()
         self._thread.join(self.grace)
         self._refuse()
 
     def stop(self) -> None:
-        """Take no more questions; what is in the batch is answered, what waits is refused."""
+        """Take no more questions; what is being answered is answered, what waits is refused."""
         self._stopping.set()
         with contextlib.suppress(queue.Full):
             self._queue.put_nowait(None)  # wakes the worker where nothing waits
@@ -119,39 +125,90 @@ class Engine:
         """Questions that wait, about."""
         return self._queue.qsize()
 
-    def ask(self, question: Question) -> Future[Reply]:
-        """Put a question into the queue; a reply that is cancelled before its batch begins is not computed.
+    def ask(self, question: Question, heard: Heard | None = None) -> Future[Reply]:
+        """Put a question into the queue; one whose reply is cancelled is computed no further.
+
+        Args:
+            heard: is told the answer's text as it comes, in this engine's thread.
 
         Raises:
             BusyError: the queue is full. StoppingError: no more questions are taken.
         """
         if self._stopping.is_set():
             raise StoppingError("the server is being stopped")
-        waiting = _Waiting(question)
+        waiting = _Waiting(question, heard)
         try:
             self._queue.put_nowait(waiting)
         except queue.Full:
             raise BusyError(f"{self._queue.maxsize} requests are waiting; try again later") from None
         return waiting.reply
 
+    def replace(self, load: Callable[[ContinualModel], ContinualModel]) -> None:
+        """Answer with another model, once what is being answered has ended; what waits waits for it.
+
+        Args:
+            load: called in this engine's thread with the model so far, for the next one; where it fails, that is
+                logged, and the model stays.
+        """
+        self._replacement = load
+        with contextlib.suppress(queue.Full):
+            self._queue.put_nowait(None)  # wakes the worker where nothing waits
+
     # -- the worker ------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        while not self._stopping.is_set():
-            first = self._queue.get()
-            batch = [] if first is None else [first]
-            while len(batch) < self.batch_size:
-                try:
-                    more = self._queue.get_nowait()
-                except queue.Empty:
-                    break
-                batch += [] if more is None else [more]
-            asked = [each for each in batch if each.reply.set_running_or_notify_cancel()]
-            asked = [each for each in asked if self._fits(each)]
-            if asked:
-                self.counts["batches"] += 1
-                self._answer(asked)
+        while self._running or not self._stopping.is_set():
+            failure: Exception | None = None
+            try:
+                self._round()
+            except Exception as error:  # noqa: BLE001  # whatever it is, the clients are told and the next one served
+                _log.exception("%d answers failed", len(self._running))
+                failure = error
+            if failure is not None:
+                self._again(self._lost(), failure)
         self._refuse()
+
+    def _round(self) -> None:
+        """Let in what waits, and answer some tokens of all."""
+        load, new = self._replacement, list[_Waiting]()
+        if load is None:
+            new = self._let_in()
+        elif not self._running:
+            self._replacement = None
+            self._replace(load)
+        gone = [row for row, each in self._running.items() if each.reply.cancelled()]
+        if not new and not self._running:
+            return
+        with self._generating():
+            self._leave(gone)
+            if new:
+                self._join(new)
+            if self._running:
+                self._step()
+
+    def _replace(self, load: Callable[[ContinualModel], ContinualModel]) -> None:
+        try:
+            self._take(load(self.model))
+        except Exception:  # noqa: BLE001  # whatever it is, what answers so far goes on answering
+            _log.exception("the next model cannot be loaded; this one stays")
+        else:
+            self.counts["replaced"] += 1
+
+    def _let_in(self) -> list[_Waiting]:
+        """Questions that there is room for; waits for one where nothing is being answered."""
+        found: list[_Waiting] = []
+        while len(self._running) + len(found) < self.batch_size and not (self._stopping.is_set() and self._running):
+            try:
+                each = self._queue.get(block=not self._running and not found)
+            except queue.Empty:
+                break
+            if each is None or self._stopping.is_set():
+                if each is not None:
+                    each.fail(StoppingError("the server is being stopped"))
+                break
+            if not each.reply.cancelled() and self._fits(each):
+                found.append(each)
+        return found
 
     def _refuse(self) -> None:
         """Tell what waits that nobody will answer it."""
@@ -160,67 +217,24 @@ class Engine:
                 left = self._queue.get_nowait()
             except queue.Empty:
                 return
-            if left is not None and left.reply.set_running_or_notify_cancel():
-                left.reply.set_exception(StoppingError("the server is being stopped"))
+            if left is not None:
+                left.fail(StoppingError("the server is being stopped"))
 
     def _fits(self, each: _Waiting) -> bool:
-        """Whether a question can be answered; where it cannot, the client is told, and the batch goes on without it."""
+        """Whether a question can be answered; where it cannot, the client is told, and the others go on without it."""
         try:
-            self._prompt(each.question)
+            each.tokens = self._prompt(each.question)
             adapter = each.question.adapter
             if self.model.router is not None and adapter not in (None, BASE, *self.sets):
                 raise DataError(f"there is no adapter set {adapter!r}")
         except CitFastError as error:
-            each.reply.set_exception(error)
+            each.fail(error)
             return False
         except Exception as error:  # noqa: BLE001  # whatever a prompt makes of a tokenizer; the worker must go on
             _log.exception("a question could not be read")
-            each.reply.set_exception(error)
+            each.fail(error)
             return False
         return True
-
-    def _answer(self, asked: list[_Waiting]) -> None:
-        """Answer a batch; where that fails, in halves, so that no question takes others with it."""
-        failure: Exception | None = None
-        replies: list[Reply] = []
-        try:
-            replies = self._replies([each.question for each in asked])
-        except Exception as error:  # noqa: BLE001  # whatever it is, the client is told and the next one served
-            _log.exception("a batch of %d failed", len(asked))
-            failure = error.with_traceback(None)  # whose frames hold what the batch had in memory
-        if failure is not None and len(asked) > 1:
-            for half in (asked[: len(asked) // 2], asked[len(asked) // 2 :]):
-                self._answer(half)
-        elif failure is not None:
-            asked[0].reply.set_exception(failure)
-        for each, reply in zip(asked, replies, strict=False):
-            self.counts["answers"] += 1
-            self.counts["prompt_tokens"] += reply.prompt_tokens
-            self.counts["answer_tokens"] += reply.answer.tokens
-            each.reply.set_result(reply)
-
-    def _replies(self, questions: list[Question]) -> list[Reply]:
-        prompts = [self._prompt(question) for question in questions]
-        sets = self._sets(questions)
-        found: list[Reply | None] = [None] * len(questions)
-        kinds = Counter((question.max_new_tokens, question.temperature) for question in questions)
-        for longest, temperature in kinds:
-            own = [k for k, q in enumerate(questions) if (q.max_new_tokens, q.temperature) == (longest, temperature)]
-            answers = generate_answers(
-                self.model.model,
-                [prompts[k] for k in own],
-                tokenizer=self._encoder.tokenizer,
-                pad_token_id=self._encoder.pad_token_id,
-                eos_token_ids=self._encoder.stop_token_ids,
-                max_new_tokens=longest,
-                batch_size=self.batch_size,
-                adapters=None if self.model.router is None else [sets[k] for k in own],
-                bank=self.model.bank,
-                sampling=Sampling(temperature, [questions[k].seed for k in own]) if temperature else None,
-            )
-            for k, answer in zip(own, answers, strict=True):
-                found[k] = Reply(answer, sets[k], len(prompts[k]))
-        return [reply for reply in found if reply is not None]
 
     def _prompt(self, question: Question) -> list[int]:
         ids = self._encoder.prompt(question.example)
@@ -231,11 +245,150 @@ class Engine:
             )
         return ids
 
-    def _sets(self, questions: list[Question]) -> list[str]:
-        if self.model.router is None:
-            return [WHOLE] * len(questions)
-        open_questions = [k for k, question in enumerate(questions) if question.adapter is None]
-        chosen = dict(
-            zip(open_questions, self.model.route([questions[k].example for k in open_questions]), strict=True)
+    # -- one batch that runs on ------------------------------------------------------------------------------------
+
+    def _empty_batch(self) -> RunningBatch:
+        return RunningBatch(self._reader, self._encoder.pad_token_id, self._encoder.stop_token_ids)
+
+    @contextlib.contextmanager
+    def _generating(self) -> Iterator[None]:
+        config = GenerationConfig(
+            do_sample=False, pad_token_id=self._encoder.pad_token_id, eos_token_id=list(self._encoder.stop_token_ids)
         )
-        return [chosen[k] if question.adapter is None else question.adapter for k, question in enumerate(questions)]
+        with generating(self.model.model, config):
+            yield
+
+    def _join(self, new: Sequence[_Waiting]) -> None:
+        """Read the prompts of some questions; where that fails, in halves, so that none takes others with it."""
+        failure: Exception | None = None
+        try:
+            self._route(new)
+            if self._mixes and can_run_on(self.model.model, new[0].tokens, self._encoder.pad_token_id):
+                rows = {self._row(each): each for each in new}
+                self._batch.join(list(rows))
+                self._running |= rows
+                self.counts["joined"] += len(rows)
+                return
+        except RowsLostError:  # e.g. experts, each given the tokens that are routed to it
+            self._mixes = False
+        except Exception as error:  # noqa: BLE001  # whatever it is, the client is told and the next one served
+            _log.exception("%d prompts could not be read", len(new))
+            failure = error
+        self._again(new, failure)
+
+    def _step(self) -> None:
+        """Some tokens of every answer that is running, and the end of those that end."""
+        with contextlib.suppress(RowsLostError):
+            self._batch.step(_AT_A_TIME)
+            self._told()
+            return
+        self._mixes = False
+        self._again(self._lost())
+
+    def _told(self) -> None:
+        """Tell the clients what has come, and end the answers that have ended."""
+        self.counts["steps"] += 1
+        self.counts["rows"] += len(self._running)
+        done = []
+        for row, each in self._running.items():
+            last = row.ended or not row.left
+            each.said.grow(decoded(self._encoder.tokenizer, row.tokens), last)
+            if last or each.said.stopped:
+                done.append(row)
+                self._finish(each, Answer(each.said.text, row.ended or each.said.stopped, len(row.tokens)))
+        self._leave(done)
+
+    def _row(self, each: _Waiting) -> Row:
+        question = each.question
+        each.said = each.new_said()
+        chance = Chance(question.temperature, question.seed) if question.temperature else None
+        return Row(each.tokens, question.max_new_tokens, each.adapter if self.model.router else None, chance)
+
+    def _leave(self, rows: Sequence[Row]) -> None:
+        self._batch.leave(rows)
+        for row in rows:
+            del self._running[row]
+
+    def _lost(self) -> list[_Waiting]:
+        """What was being answered; from then on nothing is."""
+        lost, self._running, self._batch = list(self._running.values()), {}, self._empty_batch()
+        return lost
+
+    def _finish(self, each: _Waiting, answer: Answer) -> None:
+        if each.reply.set_running_or_notify_cancel():
+            self.counts["answers"] += 1
+            self.counts["prompt_tokens"] += len(each.tokens)
+            self.counts["answer_tokens"] += answer.tokens
+            each.reply.set_result(Reply(answer, each.adapter, len(each.tokens)))
+
+    def _route(self, asked: Sequence[_Waiting]) -> None:
+        if self.model.router is None:
+            return
+        open_ones = [each for each in asked if each.question.adapter is None]
+        chosen = self.model.route([each.question.example for each in open_ones]) if open_ones else []
+        for each, name in zip(open_ones, chosen, strict=True):
+            each.adapter = name
+        for each in asked:
+            each.adapter = each.adapter if each.question.adapter is None else each.question.adapter
+
+    # -- batch after batch -----------------------------------------------------------------------------------------
+
+    def _again(self, lost: Sequence[_Waiting], error: Exception | None = None) -> None:
+        """Answer questions apart from the running batch, from the start.
+
+        Args:
+            error: that they have met together, no longer being handled, for its frames hold what the batch had in
+                memory; one question alone is told, and one that has been told a part already.
+        """
+        left = [each for each in lost if not each.reply.done()]
+        if error is not None:
+            error = error.with_traceback(None)
+            told = [each for each in left if len(left) == 1 or each.said.told]
+            for each in told:
+                each.fail(error)
+            left = [each for each in left if each not in told]
+        middle = len(left) if error is None else len(left) // 2
+        for half in (left[:middle], left[middle:]):
+            if half:
+                self._answer(half)
+
+    def _answer(self, asked: Sequence[_Waiting]) -> None:
+        """Answer a batch; where that fails, in halves, so that no question takes others with it."""
+        failure: Exception | None = None
+        answers: list[Answer] = []
+        try:
+            self._route(asked)
+            answers = self._answers(asked)
+        except Exception as error:  # noqa: BLE001  # whatever it is, the client is told and the next one served
+            _log.exception("a batch of %d failed", len(asked))
+            failure = error
+        if failure is not None:
+            self._again(asked, failure)
+            return
+        for each, answer in zip(asked, answers, strict=True):
+            each.said = each.new_said()
+            each.said.grow(answer.text, last=True)
+            self._finish(each, Answer(each.said.text, answer.ended or each.said.stopped, answer.tokens))
+
+    def _answers(self, asked: Sequence[_Waiting]) -> list[Answer]:
+        found = [Answer("", False)] * len(asked)
+        kinds = Counter((each.question.max_new_tokens, each.question.temperature) for each in asked)
+        for kind in kinds:
+            own = [
+                k for k, q in enumerate(each.question for each in asked) if (q.max_new_tokens, q.temperature) == kind
+            ]
+            answers = generate_answers(
+                self.model.model,
+                [asked[k].tokens for k in own],
+                tokenizer=self._encoder.tokenizer,
+                pad_token_id=self._encoder.pad_token_id,
+                eos_token_ids=self._encoder.stop_token_ids,
+                max_new_tokens=kind[0],
+                batch_size=self.batch_size,
+                adapters=None if self.model.router is None else [asked[k].adapter for k in own],
+                bank=self.model.bank,
+                sampling=Sampling(kind[1], [asked[k].question.seed for k in own]) if kind[1] else None,
+            )
+            for k, answer in zip(own, answers, strict=True):
+                found[k] = answer
+        return found

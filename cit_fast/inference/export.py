@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from cit_fast.inference.continual_model import adapter_folders, damaged_sets, re
 from cit_fast.models.adapter_bank import (
     AdapterBank,
     NotPlainLoraError,
+    is_plain_lora,
     read_adapter_config,
     read_adapter_weights,
 )
@@ -29,7 +31,9 @@ from cit_fast.models.pretrained import load_model, load_tokenizer, resolve_model
 from cit_fast.text import first_line
 
 
-def export_adapters(run: str | Path, out: str | Path, stage: int | None = None) -> list[str]:
+def export_adapters(
+    run: str | Path, out: str | Path, stage: int | None = None, engine: Literal["vllm"] | None = None
+) -> list[str]:
     """Write each adapter set of a run's stage, by default the last, as the PEFT folder ``out/<set>``.
 
     ``PeftModel.from_pretrained(base, "out/<set>")`` loads it, which is tried before anything appears: one set of each
@@ -39,12 +43,14 @@ def export_adapters(run: str | Path, out: str | Path, stage: int | None = None) 
         run: a run folder.
         out: a folder that does not exist yet, or is empty; it appears whole or not at all.
         stage: its number, from 1.
+        engine: that will serve them: ``out/start-vllm.sh`` starts it with all sets.
 
     Returns:
         Names of the sets written.
 
     Raises:
-        RunError: no trained stage, not one readable set, a run that trained the whole model, or ``out`` is in use.
+        RunError: no trained stage, not one readable set, a run that trained the whole model, a set that the engine
+            cannot serve, or ``out`` is in use.
     """
     run, out = Path(run), Path(out)
     _, config, stages = read_trained(run, stage)
@@ -63,13 +69,19 @@ def export_adapters(run: str | Path, out: str | Path, stage: int | None = None) 
     names = [name for name in folders if name not in unusable]
     if not names:
         raise RunError(f"{run}: no adapter set can be exported: {next(iter(unusable.values()))}")
+    # A folder's name must find it from anywhere; a hub's name does already.
+    base = str(Path(config.model.name).resolve()) if Path(config.model.name).is_dir() else config.model.name
+    script = ""
+    if engine == "vllm":
+        script = start_vllm(base, config.model.revision, {name: read_adapter_config(folders[name]) for name in names})
 
     def fill(target: Path) -> None:
+        if script:
+            (target / "start-vllm.sh").write_text(script, encoding="utf-8")
+            (target / "start-vllm.sh").chmod(0o755)
         for name in names:
             shutil.copytree(folders[name], target / name)
             path = target / name / "adapter_config.json"
-            # A folder's name must find it from anywhere; a hub's name does already.
-            base = str(Path(config.model.name).resolve()) if Path(config.model.name).is_dir() else config.model.name
             settings = json.loads(path.read_text(encoding="utf-8"))
             write_json(path, {**settings, "base_model_name_or_path": base, "revision": config.model.revision})
 
@@ -79,6 +91,40 @@ def export_adapters(run: str | Path, out: str | Path, stage: int | None = None) 
     for reason in unusable.values():
         warnings.warn(f"left out: {reason}", LeftOutWarning, stacklevel=2)
     return names
+
+
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank may be
+_VLLM_PORT = 8001
+_SETS_A_BATCH = 8  # each takes memory of the GPU
+
+
+def start_vllm(base: str, revision: str | None, adapters: Mapping[str, Any]) -> str:
+    """A shell script, to lie beside the sets' folders, that serves them with vLLM.
+
+    Args:
+        base: folder or hub name of the base model. ``adapters``: each set's PEFT configuration.
+
+    Raises:
+        RunError: a set that vLLM refuses, or would serve otherwise than it was trained.
+    """
+    for name, adapter in adapters.items():
+        # vLLM knows one rank and one alpha a set, and reads over what it does not know.
+        plain = is_plain_lora(adapter) and adapter.bias == "none" and not adapter.lora_bias
+        if not plain or adapter.rank_pattern or adapter.alpha_pattern or adapter.r > _VLLM_RANKS[-1]:
+            raise RunError(
+                f"adapter set {name!r}: vLLM serves LoRA of one rank up to {_VLLM_RANKS[-1]} and one alpha, without "
+                f"biases; merge it instead: cit-fast export RUN OUT --merge {name}"
+            )
+    rank = next(rank for rank in _VLLM_RANKS if rank >= max(adapter.r for adapter in adapters.values()))
+    words = ["vllm", "serve", base, *(["--revision", revision] if revision else []), "--served-model-name", "base"]
+    words += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(min(len(adapters), _SETS_A_BATCH))]
+    words += ["--max-cpu-loras", str(len(adapters)), "--lora-modules", *(f"{name}=./{name}" for name in adapters)]
+    return (
+        "#!/bin/sh\n"
+        f"# Then, anywhere: cit-fast serve RUN --upstream http://HOST:{_VLLM_PORT}/v1\n"
+        'cd "$(dirname "$0")" || exit\n'
+        f'exec {shlex.join(words)} --port "${{PORT:-{_VLLM_PORT}}}" "$@"\n'
+    )
 
 
 def export_merged(

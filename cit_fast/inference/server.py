@@ -16,23 +16,33 @@ import os
 import secrets
 import signal
 import socket
+import threading
 import time
-import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import uvicorn
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from cit_fast.data.example import Example
-from cit_fast.errors import CitFastError, DataError, RunError
-from cit_fast.inference.engine import BusyError, Engine, Question, Reply, StoppingError
+from cit_fast.errors import CitFastError, ConfigError, DataError, RunError
+from cit_fast.evaluation.run_files import MOVING
+from cit_fast.inference.engine import Engine
+from cit_fast.inference.openai_format import (
+    BASE_NAME,
+    ChatRequest,
+    Chunks,
+    CompletionRequest,
+    TextRequest,
+    UnknownModelError,
+    completion,
+    parsed,
+)
+from cit_fast.inference.questions import Answerer, BusyError, Reply, StoppingError, UpstreamError
 from cit_fast.models.adapter_bank import BASE
 from cit_fast.models.prompts import ExampleTooLongError
 
@@ -41,92 +51,6 @@ KEY = "CIT_FAST_API_KEY"
 """Environment variable: where it is set, a client must send it as its API key."""
 _LARGEST = 8 << 20  # bytes of a request
 _ALIVE = 10.0  # seconds between signs of life in a stream
-_BASE_NAME = "base"
-
-
-class _Message(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[dict[str, Any]]
-
-    @property
-    def text(self) -> str:
-        """The parts that are text, joined.
-
-        Raises:
-            DataError: a part of another kind.
-        """
-        if isinstance(self.content, str):
-            return self.content
-        for part in self.content:
-            if part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise DataError(f"messages: this model reads text alone, and a part is {part.get('type')!r}")
-        return "".join(part["text"] for part in self.content)
-
-
-class _Asked(BaseModel):
-    """What both kinds of request have; what is not known here changes nothing."""
-
-    model_config = ConfigDict(extra="ignore")
-    model: str = "auto"
-    max_tokens: int | None = Field(default=None, ge=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
-    temperature: float = Field(default=0.0, ge=0.0, le=2.0)
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    stream: bool = False
-    stream_options: dict[str, Any] | None = None
-    # What would change the answer and is not there.
-    n: Literal[1] | None = None
-    logprobs: Literal[False, 0] | None = None
-    tools: list[Any] | None = Field(default=None, max_length=0)
-    response_format: dict[str, Any] | None = None
-
-    def question(self, example: Example, names: Mapping[str, str | None]) -> Question:
-        """For the engine.
-
-        Args:
-            names: that a client may ask for -> the set.
-
-        Raises:
-            _UnknownModelError: no such set.
-        """
-        if self.model not in names:
-            raise _UnknownModelError(f"the model {self.model!r} does not exist; there are {', '.join(names)}")
-        if self.response_format not in (None, {"type": "text"}):
-            raise DataError("response_format: only text is given")
-        longest = self.max_completion_tokens or self.max_tokens or 256
-        seed = secrets.randbits(62) if self.seed is None else self.seed
-        return Question(example, names[self.model], longest, self.temperature, seed)
-
-
-class _ChatAsked(_Asked):
-    messages: list[_Message] = Field(min_length=1)
-
-    @property
-    def example(self) -> Example:
-        """The conversation, as one whose answer is still to come."""
-        turns = [("system" if one.role == "developer" else one.role, one.text) for one in self.messages]
-        if turns[-1][0] != "user" or not turns[-1][1].strip():
-            raise DataError("messages: the last one must be the user's, and say something")
-        if len(turns) == 1:
-            return Example(turns[0][1], references=("-",))
-        return Example("", references=("-",), messages=(*turns, ("assistant", "-")))
-
-
-class _TextAsked(_Asked):
-    prompt: str
-
-    @property
-    def example(self) -> Example:
-        """The prompt, as ``cit-fast generate`` reads one."""
-        if not self.prompt.strip():
-            raise DataError("prompt: it is empty")
-        return Example(self.prompt, references=("-",))
-
-
-class _UnknownModelError(CitFastError):
-    """A set that is not there."""
 
 
 class _TooLargeError(CitFastError):
@@ -134,11 +58,12 @@ class _TooLargeError(CitFastError):
 
 
 _STATUS: dict[type[BaseException], tuple[int, str, str | None]] = {
-    _UnknownModelError: (404, "invalid_request_error", "model_not_found"),
+    UnknownModelError: (404, "invalid_request_error", "model_not_found"),
     _TooLargeError: (413, "invalid_request_error", None),
     ExampleTooLongError: (400, "invalid_request_error", "context_length_exceeded"),
     BusyError: (429, "rate_limit_error", "rate_limit_exceeded"),
     StoppingError: (503, "server_error", None),
+    UpstreamError: (502, "server_error", "upstream"),
     asyncio.TimeoutError: (504, "server_error", "timeout"),
     CitFastError: (400, "invalid_request_error", None),
 }
@@ -156,19 +81,17 @@ def _as_error(error: BaseException) -> tuple[int, dict[str, Any]]:
 
 
 class Server:
-    """The application over an engine.
+    """The application over what answers.
 
     Args:
-        engine: answers. ``key``: that a client must send; ``None``: none is asked for.
+        engine: answers: an :class:`Engine` or an :class:`~cit_fast.inference.upstream.Upstream`.
+        key: that a client must send; ``None``: none is asked for.
         timeout: seconds that a request may take, its wait included.
     """
 
-    def __init__(self, engine: Engine, key: str | None = None, timeout: float = 300.0) -> None:
+    def __init__(self, engine: Answerer, key: str | None = None, timeout: float = 300.0) -> None:
         self.engine, self.key, self.timeout = engine, key, timeout
         self._started, self._statuses = time.time(), dict[int, int]()
-        self.names: dict[str, str | None] = {"auto": None}
-        if engine.model.router is not None:
-            self.names |= {_BASE_NAME: BASE, **{name: name for name in engine.sets}}
         self.app = Starlette(
             routes=[
                 Route("/health", self._health),
@@ -178,6 +101,12 @@ class Server:
                 Route("/v1/completions", self._checked(self._text), methods=["POST"]),
             ]
         )
+
+    @property
+    def names(self) -> dict[str, str | None]:
+        """What a client may ask for -> the set; ``None``: the router chooses."""
+        sets = self.engine.sets
+        return {"auto": None, **({BASE_NAME: BASE} if sets else {}), **{name: name for name in sets}}
 
     # -- what it says of itself ----------------------------------------------------------------------------------
 
@@ -203,42 +132,60 @@ class Server:
     # -- answers -------------------------------------------------------------------------------------------------
 
     async def _chat(self, request: Request) -> Response:
-        return await self._answered(request, _ChatAsked)
+        return await self._answered(request, ChatRequest)
 
     async def _text(self, request: Request) -> Response:
-        return await self._answered(request, _TextAsked)
+        return await self._answered(request, TextRequest)
 
-    async def _answered(self, request: Request, kind: type[_ChatAsked] | type[_TextAsked]) -> Response:
-        asked = _parsed(await _body(request), kind)
-        reply = asyncio.wrap_future(self.engine.ask(asked.question(asked.example, self.names)))
+    async def _answered(self, request: Request, kind: type[ChatRequest] | type[TextRequest]) -> Response:
+        asked = parsed(await _body(request), kind)
+        question = asked.question(asked.example, self.names)
         if asked.stream:
-            return StreamingResponse(self._streamed(asked, reply), media_type="text/event-stream")
+            pieces: asyncio.Queue[_Piece] = asyncio.Queue()
+            loop = asyncio.get_running_loop()
+
+            def heard(text: str, adapter: str) -> None:
+                with contextlib.suppress(RuntimeError):  # the loop has ended, and with it the client's connection
+                    loop.call_soon_threadsafe(pieces.put_nowait, (text, adapter))
+
+            reply = asyncio.wrap_future(self.engine.ask(question, heard))
+            reply.add_done_callback(lambda _: pieces.put_nowait(None))
+            return StreamingResponse(self._streamed(asked, reply, pieces), media_type="text/event-stream")
+        reply = asyncio.wrap_future(self.engine.ask(question))
         gone = asyncio.create_task(_gone(request))
         try:
             both: set[asyncio.Future[Any]] = {reply, gone}
             await asyncio.wait(both, timeout=self.timeout, return_when=asyncio.FIRST_COMPLETED)
             if not reply.done():
-                reply.cancel()  # its batch may have begun; then the answer is nobody's
                 raise ClientDisconnect if gone.done() else asyncio.TimeoutError
-            return JSONResponse(_completion(asked, reply.result()))
+            return JSONResponse(completion(asked, reply.result()))
         finally:
+            reply.cancel()  # an answer that nobody waits for is computed no further
             gone.cancel()
 
-    async def _streamed(self, asked: _Asked, reply: asyncio.Future[Reply]) -> AsyncIterator[str]:
-        """Server-sent events; the answer comes in one piece, for a batch is answered together."""
-        began = time.monotonic()
+    async def _streamed(
+        self, asked: CompletionRequest, reply: asyncio.Future[Reply], pieces: asyncio.Queue[_Piece]
+    ) -> AsyncIterator[str]:
+        """Server-sent events, one for each piece of the answer as it comes."""
+        ends = time.monotonic() + self.timeout
+        chunks = Chunks(asked)
         try:
-            while not reply.done():
-                left = self.timeout - (time.monotonic() - began)
+            while True:
+                left = ends - time.monotonic()
                 if left <= 0:
                     raise asyncio.TimeoutError
-                await asyncio.wait({reply}, timeout=min(_ALIVE, left))
-                if not reply.done():
+                try:
+                    piece = await asyncio.wait_for(pieces.get(), min(_ALIVE, left))
+                except asyncio.TimeoutError:
                     yield ": still at it\n\n"
-            for chunk in _chunks(asked, reply.result()):
-                yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+                    continue
+                if piece is None:
+                    break
+                yield _event(chunks.of_piece(*piece))
+            for chunk in chunks.of_end(reply.result()):
+                yield _event(chunk)
         except Exception as error:  # noqa: BLE001  # the status has been sent; the client is told in the stream
-            yield f"data: {json.dumps(_as_error(error)[1])}\n\n"
+            yield _event(_as_error(error)[1])
         finally:
             reply.cancel()
         yield "data: [DONE]\n\n"
@@ -285,67 +232,18 @@ async def _body(request: Request) -> Any:
         raise DataError("the request is no JSON") from None
 
 
-def _parsed(body: Any, kind: type[Any]) -> Any:
-    try:
-        return kind.model_validate(body)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise DataError(f"{'.'.join(map(str, first['loc'])) or 'the request'}: {first['msg']}") from None
-
-
 async def _gone(request: Request) -> None:
     """Returns when the client has hung up."""
     while not await request.is_disconnected():
         await asyncio.sleep(0.2)
 
 
-def _cut(asked: _Asked, reply: Reply) -> tuple[str, str]:
-    """The answer up to the first of the texts that stop it, and why it ends."""
-    text, stops = reply.answer.text, [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
-    places = [text.find(stop) for stop in stops if stop and stop in text]
-    if places:
-        return text[: min(places)], "stop"
-    return text, "stop" if reply.answer.ended else "length"
+_Piece = tuple[str, str] | None
+"""Further text of an answer and its set; ``None`` at its end."""
 
 
-def _common(asked: _Asked, reply: Reply, chunk: bool) -> dict[str, Any]:
-    chat = isinstance(asked, _ChatAsked)
-    return {
-        "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
-        "object": ("chat.completion" if chat else "text_completion") + (".chunk" if chunk and chat else ""),
-        "created": int(time.time()),
-        "model": _BASE_NAME if reply.adapter == BASE else reply.adapter,
-    }
-
-
-def _usage(reply: Reply) -> dict[str, int]:
-    asked, answered = reply.prompt_tokens, reply.answer.tokens
-    return {"prompt_tokens": asked, "completion_tokens": answered, "total_tokens": asked + answered}
-
-
-def _completion(asked: _Asked, reply: Reply) -> dict[str, Any]:
-    text, reason = _cut(asked, reply)
-    said: Mapping[str, Any] = {"text": text}
-    if isinstance(asked, _ChatAsked):
-        said = {"message": {"role": "assistant", "content": text}}
-    choice = {"index": 0, **said, "logprobs": None, "finish_reason": reason}
-    return {**_common(asked, reply, False), "choices": [choice], "usage": _usage(reply)}
-
-
-def _chunks(asked: _Asked, reply: Reply) -> list[dict[str, Any]]:
-    text, reason = _cut(asked, reply)
-    common = _common(asked, reply, True)
-
-    def chunk(said: Mapping[str, Any], reason: str | None) -> dict[str, Any]:
-        return {**common, "choices": [{"index": 0, **said, "logprobs": None, "finish_reason": reason}]}
-
-    if isinstance(asked, _ChatAsked):
-        found = [chunk({"delta": {"role": "assistant", "content": text}}, None), chunk({"delta": {}}, reason)]
-    else:
-        found = [chunk({"text": text}, reason)]
-    if (asked.stream_options or {}).get("include_usage"):
-        found.append({**common, "choices": [], "usage": _usage(reply)})
-    return found
+def _event(content: Mapping[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -370,6 +268,8 @@ def serve(
     batch_size: int = 16,
     most_waiting: int = 256,
     timeout: float = 300.0,
+    upstream: str | None = None,
+    follow: bool = False,
     say: Callable[[str], None] = print,
 ) -> None:
     """Serve a run until the process is told to stop; what is being answered then is answered, what waits is refused.
@@ -378,27 +278,84 @@ def serve(
         run: a run folder. ``stage``: of it, by default the last.
         host, port: where. ``batch_size``, ``most_waiting``: of the :class:`Engine`.
         timeout: seconds that a request may take.
+        upstream: address of a server that holds the run's sets and answers; only the router runs here.
+        follow: serve the run's last stage also when that becomes another one.
         say: prints a line when it is ready.
 
     Raises:
         RunError: the address cannot be had; and as :meth:`ContinualModel.from_run`.
+        ConfigError: ``upstream`` is no URL, or ``follow`` with a stage or an upstream.
     """
+    if follow and (stage is not None or upstream is not None):
+        raise ConfigError("serve: --follow serves the last stage from here; leave out --stage and --upstream")
     from cit_fast.inference.continual_model import ContinualModel
+    from cit_fast.inference.upstream import KEY as UPSTREAM_KEY
+    from cit_fast.inference.upstream import Upstream, routing_model
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_ending_when_told())
         listening = stack.enter_context(bound(host, port))
-        engine = stack.enter_context(Engine(ContinualModel.from_run(run, stage=stage), batch_size, most_waiting))
+        engine: Engine | Upstream
+        if upstream is None:
+            since = looks(run)
+            engine = Engine(ContinualModel.from_run(run, stage=stage), batch_size, most_waiting)
+            if follow:
+                stack.enter_context(following(run, engine, since))
+        else:
+            key = os.environ.get(UPSTREAM_KEY) or None
+            engine = Upstream(routing_model(run, stage), upstream, key, most_waiting)
+        stack.enter_context(engine)
         server = Server(engine, os.environ.get(KEY) or None, timeout)
         config = uvicorn.Config(server.app, log_level="warning", access_log=False, timeout_graceful_shutdown=30)
         say(f"{run}: serving {', '.join(server.names)} at http://{host}:{listening.getsockname()[1]}/v1")
         _Uvicorn(config, engine).run(sockets=[listening])
 
 
+_LOOK = 1.0  # seconds
+
+
+@contextlib.contextmanager
+def following(run: Path, engine: Engine, since: Sequence[int]) -> Iterator[None]:
+    """Inside, the engine answers with the run's last stage, whichever that is: after `learn`, after `rollback`.
+
+    Args:
+        since: what :func:`looks` said before the engine's model was loaded.
+    """
+    from cit_fast.inference.continual_model import ContinualModel
+
+    def load(before: ContinualModel) -> ContinualModel:
+        return ContinualModel.from_run(run, before.model.device.type, like=before)
+
+    def watch() -> None:
+        known = since
+        while not ended.wait(_LOOK):
+            if (now := looks(run)) != known:
+                known = now
+                engine.replace(load)
+
+    ended = threading.Event()
+    thread = threading.Thread(target=watch, name="cit-fast-follow", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def looks(run: Path) -> list[int]:
+    """What changes when another stage becomes the last one."""
+    found = []
+    for path in (run / "stages", run / MOVING):
+        with contextlib.suppress(OSError):
+            found.append(path.stat().st_mtime_ns)
+    return found
+
+
 class _Uvicorn(uvicorn.Server):
     """Tells the engine first when it is told to stop: what waits need not be waited for."""
 
-    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+    def __init__(self, config: uvicorn.Config, engine: Answerer) -> None:
         super().__init__(config)
         self._engine = engine
 

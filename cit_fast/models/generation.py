@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 import math
-import random
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from peft import PeftModel
-from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig
 
 from cit_fast.errors import DataError, RunError
 from cit_fast.models.adapter_bank import BASE, AdapterBank, RowsLostError
@@ -23,7 +20,6 @@ from cit_fast.models.fused_lora import adapters_cast_once
 from cit_fast.models.growing_adapter import activate
 from cit_fast.models.parked_sets import bank_of, parked, set_names
 from cit_fast.models.prefix_cache import (
-    CACHE,
     PASS,
     AtWork,
     PromptReader,
@@ -33,6 +29,7 @@ from cit_fast.models.prefix_cache import (
     padded,
     same_logits,
 )
+from cit_fast.models.running_batch import Chance, Row, RunningBatch, drawing, until_end
 
 
 class Sampling(NamedTuple):
@@ -58,6 +55,12 @@ class Answer(NamedTuple):
 def generate(model: Any, prompts: Sequence[Sequence[int]], **options: Any) -> list[str]:
     """The texts of :func:`generate_answers`."""
     return [answer.text for answer in generate_answers(model, prompts, **options)]
+
+
+def decoded(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """An answer's text, without special tokens."""
+    text: str = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text
 
 
 def generate_answers(
@@ -127,21 +130,22 @@ def generate_answers(
     answers = [Answer("", False)] * len(prompts)
     done: set[int] = set()
 
-    def answered(batch: Sequence[int], new_tokens: Sequence[Sequence[int]]) -> None:
-        for index, tokens in zip(batch, new_tokens, strict=True):
-            end = next((k for k, token in enumerate(tokens) if token in end_tokens), len(tokens))
-            text = tokenizer.decode(tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            answers[index] = Answer(text.strip(), end < len(tokens), end)
+    def chance(index: int) -> Chance | None:
+        """From its start: a batch may be tried twice."""
+        return None if sampling is None else Chance(sampling.temperature, sampling.seeds[index])
+
+    def answered(batch: Sequence[int], found: Sequence[tuple[Sequence[int], bool]]) -> None:
+        for index, (tokens, ended) in zip(batch, found, strict=True):
+            answers[index] = Answer(decoded(tokenizer, tokens).strip(), ended, len(tokens))
             done.add(index)
         if progress is not None:
             progress(len(batch))
 
     longest_first = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    cast = adapters_cast_once(model)
-    with evaluating(model), _only_defaults(model, config), whole_rows(model), cast, torch.inference_mode():
+    with generating(model, config):
         several = batch_size > 1 and len(prompts) > 1
         together = _batched_together(model, prompts[0], pad_token_id) if several else "any"
-        apart = several and together == "any" and can_continue(model, prompts[longest_first[0]], pad_token_id)
+        apart = several and can_run_on(model, prompts[longest_first[0]], pad_token_id)
 
         def answer(indices: Sequence[int], at_work: AtWork | None = None) -> None:
             sets = adapters if at_work is not None else None
@@ -149,62 +153,32 @@ def generate_answers(
             if apart:
                 for pieces in batches_of_pieces(prompts, indices, batch_size, sets):
                     batch = [index for piece in pieces for index in piece.indices]
-                    own, names = [prompts[i] for i in batch], None if sets is None else [sets[i] for i in batch]
-                    cache = reader.read(prompts, pieces, 1 + max_new_tokens, sets)
-                    answered(batch, _continued(reader, own, config, cache, names, _draws(sampling, batch)))
+                    rows = [
+                        Row(prompts[i], max_new_tokens, None if sets is None else sets[i], chance(i)) for i in batch
+                    ]
+                    running = RunningBatch(reader, pad_token_id, end_tokens)
+                    running.join_read(rows, reader.read(prompts, pieces, 1 + max_new_tokens, sets))
+                    while running.rows:
+                        running.step()
+                    answered(batch, [(row.tokens, row.ended) for row in rows])
                 return
             for batch in _batches(prompts, indices, batch_size, together):
                 own, names = [prompts[i] for i in batch], None if sets is None else [sets[i] for i in batch]
                 input_ids, mask = padded(own, pad_token_id, model.device)
-                drawn = _draws(sampling, batch)
                 with reader.having(names):
                     output = model.generate(
                         input_ids=input_ids,
                         attention_mask=mask,
                         generation_config=config,
-                        logits_processor=_used(drawn),
+                        logits_processor=drawing([chance(i) for i in batch]),
                     )
-                answered(batch, output[:, input_ids.shape[1] :].tolist())
+                answered(batch, [until_end(new, end_tokens) for new in output[:, input_ids.shape[1] :].tolist()])
 
         if adapters is None:
             answer(longest_first)
         else:
             _answer_with_sets(model, bank, adapters, longest_first, answer, done.__contains__)
     return answers
-
-
-class _Draw(LogitsProcessor):  # type: ignore[misc]
-    """Leaves greedy search one token to choose: the one that the row's own chance draws.
-
-    Args:
-        temperature: divides the logits.
-        chances: of the rows.
-    """
-
-    def __init__(self, temperature: float, chances: Sequence[random.Random]) -> None:
-        self.temperature, self.chances = temperature, list(chances)
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Only these rows are left in the batch."""
-        self.chances = [self.chances[row] for row in rows]
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """[rows, V]: 0 where the cumulated probability first exceeds the row's uniform draw, -inf elsewhere."""
-        cumulated = (scores.double() / self.temperature).softmax(1).cumsum(1)
-        uniform = torch.tensor([[chance.random()] for chance in self.chances], dtype=torch.float64)
-        place = torch.searchsorted(cumulated, uniform.to(scores.device) * cumulated[:, -1:], right=True)
-        return torch.full_like(scores, -math.inf).scatter_(1, place.clamp_(max=scores.shape[1] - 1), 0.0)
-
-
-def _draws(sampling: Sampling | None, batch: Sequence[int]) -> _Draw | None:
-    """What draws the tokens of a batch's rows, if tokens are drawn."""
-    if sampling is None:
-        return None
-    return _Draw(sampling.temperature, [random.Random(sampling.seeds[index]) for index in batch])  # noqa: S311
-
-
-def _used(drawn: _Draw | None) -> LogitsProcessorList | None:
-    return None if drawn is None else LogitsProcessorList([drawn])
 
 
 def _batches(
@@ -333,56 +307,17 @@ def one_set(model: Any, name: str, bank: AdapterBank | None = None) -> Iterator[
             parameter.requires_grad_(True)
 
 
-_AT_A_TIME = 8
-"""New tokens after which rows that have ended leave the batch."""
+@contextlib.contextmanager
+def generating(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """Inside, the model generates as ``config`` says, without gradients; afterwards it is as it was."""
+    cast = adapters_cast_once(model)
+    with evaluating(model), _only_defaults(model, config), whole_rows(model), cast, torch.inference_mode():
+        yield
 
 
-def _continued(
-    reader: PromptReader,
-    prompts: Sequence[Sequence[int]],
-    config: GenerationConfig,
-    cache: DynamicCache,
-    names: Sequence[str] | None,
-    drawn: _Draw | None,
-) -> list[list[int]]:
-    """Generated tokens ``[batch][at most max_new_tokens]`` of prompts that are in the cache but for their last token.
-
-    Args:
-        names: the rows' adapter sets.
-        drawn: draws their tokens; ``None``: the most likely ones.
-    """
-    model = reader.model
-    answers: list[list[int]] = [[] for _ in prompts]
-    there = list(range(len(prompts)))
-    input_ids, attention_mask = padded(prompts, config.pad_token_id, model.device)
-    ends = torch.tensor(config.eos_token_id, device=model.device)
-    left = config.max_new_tokens
-    while True:
-        some = copy.copy(config)
-        some.max_new_tokens = min(left, _AT_A_TIME)
-        with reader.having(None if names is None else [names[row] for row in there]):
-            output = model.generate(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                generation_config=some,
-                logits_processor=_used(drawn),
-                **{CACHE: cache},
-            )
-        new = output[:, input_ids.shape[1] :]
-        for index, tokens in zip(there, new.tolist(), strict=True):
-            answers[index] += tokens
-        left -= new.shape[1]
-        rows = (~torch.isin(new, ends).any(1)).nonzero()[:, 0]
-        if not left or not len(rows):
-            return answers
-        there = [there[row] for row in rows.tolist()]
-        if drawn is not None:
-            drawn.keep(rows.tolist())
-        input_ids = output[rows]
-        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(new.shape)], 1)[rows]
-        if len(rows) < len(new):
-            for layer in cache.layers:
-                layer.keep(rows)
+def can_run_on(model: Any, prompt: Sequence[int], pad_token_id: int) -> bool:
+    """Whether a :class:`RunningBatch` gives what the model gives; tried once per model, on the start of a prompt."""
+    return _batched_together(model, prompt, pad_token_id) == "any" and can_continue(model, prompt, pad_token_id)
 
 
 @contextlib.contextmanager

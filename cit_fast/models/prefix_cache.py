@@ -12,6 +12,7 @@ with the one read before it, across batches too.
 
 from __future__ import annotations
 
+import copy
 import logging
 import weakref
 from collections.abc import Callable, Sequence
@@ -259,6 +260,7 @@ class PromptReader:
         if known < len(tokens):
             if known < self._cache.get_seq_length():
                 self._cache = _start_of(self._cache, known, self.model)
+            self._tokens, self._set = [], None  # of a pass that fails nothing may be taken for read
             self._forward(torch.tensor([tokens[known:]]), self._cache)
             self._tokens, self._set = tokens, name
         return [(layer.keys, layer.values) for layer in self._cache.layers]
@@ -266,6 +268,35 @@ class PromptReader:
     def _forward(self, tokens: Tensor, cache: DynamicCache) -> None:
         with head_input(self.model, lambda hidden: hidden[:, :0]):  # no logits
             self.model(input_ids=tokens.to(self.model.device), use_cache=True, **{CACHE: cache})
+
+
+def joined_caches(caches: Sequence[DynamicCache], masks: Sequence[Tensor], room: int) -> DynamicCache:
+    """The rows of several caches of :meth:`PromptReader.read` in one, padded on the left.
+
+    Args:
+        masks: of each cache [rows, tokens], 0 where it is padding; columns that are padding in all rows are left out.
+        room: further tokens to leave room for.
+    """
+    used = [used_columns(mask) for mask in masks]
+    rows, width = [len(mask) for mask in masks], max(used)
+    found = copy.copy(caches[0])
+    found.layers = []
+    for layers in zip(*(cache.layers for cache in caches), strict=True):
+        layer = RoomyLayer(room)
+        found.layers.append(layer)
+        there = next((each for each in layers if each.is_initialized), None)
+        if there is None:
+            continue
+        buffers = layer.begin(there.keys, there.values, sum(rows), width)
+        first = 0
+        for one, count, tokens in zip(layers, rows, used, strict=True):
+            own = slice(first, first + count)
+            for into, x in zip(buffers, (one.keys, one.values), strict=True):
+                into[own, :, : width - tokens] = 0  # padding is masked, and has to be finite
+                if tokens:
+                    into[own, :, width - tokens : width] = x[:, :, -tokens:]
+            first += count
+    return found
 
 
 def _empty(model: Any) -> DynamicCache:
@@ -277,6 +308,11 @@ def _start_of(cache: DynamicCache, tokens: int, model: Any) -> DynamicCache:
     for number, layer in enumerate(cache.layers):
         start.update(layer.keys[:, :, :tokens], layer.values[:, :, :tokens], number)
     return start
+
+
+def used_columns(mask: Tensor) -> int:
+    """Columns of a mask [rows, columns] from the first one on that is not padding in all rows."""
+    return mask.shape[1] - int(mask.any(0).int().argmax()) if mask.any() else 0
 
 
 def padded(prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 
 import httpx
@@ -25,10 +26,12 @@ from cit_fast.data import Example, TaskStream
 from cit_fast.errors import DataError, RunError
 from cit_fast.evaluation import read_stages
 from cit_fast.inference import engine as engine_module
-from cit_fast.inference.engine import Engine, Question, StoppingError
-from cit_fast.inference.server import Server, bound
-from cit_fast.models.adapter_bank import BASE
-from cit_fast.models.generation import Answer
+from cit_fast.inference.engine import Engine
+from cit_fast.inference.questions import Question, StoppingError
+from cit_fast.inference.server import Server, bound, following, looks
+from cit_fast.models.adapter_bank import BASE, RowsLostError
+from cit_fast.models.running_batch import RunningBatch
+from cit_fast.run.rollback import rollback, undo_rollback
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +89,7 @@ def test_many_clients_each_get_their_own_answer(model, address, examples):
     every = [prompts[k % len(prompts)] for k in range(160)]
     with ThreadPoolExecutor(32) as pool:
         replies = list(pool.map(lambda prompt: asked(address, prompt), every))
+    assert len(set(expected.values())) >= 3
     for prompt, reply in zip(every, replies, strict=True):
         assert reply.choices[0].message.content == expected[prompt]
         assert reply.model == sets[prompt]
@@ -96,7 +100,7 @@ def test_many_clients_each_get_their_own_answer(model, address, examples):
     metrics = httpx.get(address.removesuffix("/v1") + "/metrics").text
     counts = dict(line.rsplit(" ", 1) for line in metrics.splitlines())
     assert int(counts["cit_fast_answers_total"]) >= 160
-    assert int(counts["cit_fast_batches_total"]) < int(counts["cit_fast_answers_total"])  # some were answered together
+    assert int(counts["cit_fast_rows_total"]) > int(counts["cit_fast_steps_total"])  # some were answered together
     assert httpx.get(address.removesuffix("/v1") + "/health").json()["status"] == "ok"
 
 
@@ -140,19 +144,34 @@ def test_conversations_completions_and_streams(model, address, examples):
     assert drawn[0] == drawn[1]
 
 
-@pytest.mark.parametrize(
-    ("answer", "stop", "expected"),
-    [
-        (Answer("one two three", False), ["three", "two"], ("one ", "stop")),
-        (Answer("one two three", True), "four", ("one two three", "stop")),
-        (Answer("one two three", False), None, ("one two three", "length")),
-        (Answer("one", False), [""], ("one", "length")),
-    ],
-)
-def test_an_answer_ends_before_what_stops_it(address, monkeypatch, answer, stop, expected):
-    monkeypatch.setattr(engine_module, "generate_answers", lambda *_, **__: [answer])
-    choice = asked(address, "Say something.", stop=stop).choices[0]
-    assert (choice.message.content, choice.finish_reason) == expected
+def test_an_answer_ends_before_what_stops_it(model, address, examples):
+    prompt = text(examples[0])
+    answer = model.generate([prompt], 12)[0]
+    stop = answer[len(answer) // 2 :][:3]
+    assert len(stop) == 3
+    said, options = [{"role": "user", "content": prompt}], {"model": "auto", "max_tokens": 12, "stop": [stop, ""]}
+    with client(address) as one:
+        choice = one.chat.completions.create(messages=said, **options).choices[0]
+        chunks = list(one.chat.completions.create(messages=said, stream=True, **options))
+    assert (choice.message.content, choice.finish_reason) == (answer[: answer.index(stop)], "stop")
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == choice.message.content
+    assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_a_stream_comes_as_the_answer_is_made(model, address, examples):
+    prompt = text(examples[0])
+    expected = model.generate([prompt], 24)[0]
+    with client(address) as one:
+        said = [{"role": "user", "content": prompt}]
+        chunks = list(one.chat.completions.create(model="auto", messages=said, max_tokens=24, stream=True))
+        plain = list(one.completions.create(model="auto", prompt=prompt, max_tokens=24, stream=True))
+    pieces = [c.choices[0].delta.content for c in chunks if c.choices[0].delta.content]
+    assert len(pieces) > 2
+    assert "".join(pieces) == expected == "".join(c.choices[0].text for c in plain)
+    assert {c.model for c in chunks} == set(model.route([prompt]))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert len({c.id for c in chunks}) == 1
+    assert [c.choices[0].finish_reason for c in chunks[:-1]] == [None] * (len(chunks) - 1)
 
 
 @pytest.mark.parametrize(
@@ -199,22 +218,22 @@ def test_a_key_is_asked_for(model, examples):
 
 
 class Slow:
-    """A model whose batches wait until they may go on."""
+    """An engine whose answers wait until they may go on."""
 
-    def __init__(self, model: ContinualModel, monkeypatch) -> None:
+    def __init__(self, monkeypatch) -> None:
         self.go, self.begun = threading.Event(), threading.Event()
-        plain = Engine._replies
+        plain = RunningBatch.step
 
-        def replies(engine, questions):
+        def step(batch, tokens=8):
             self.begun.set()
             assert self.go.wait(30)
-            return plain(engine, questions)
+            return plain(batch, tokens)
 
-        monkeypatch.setattr(Engine, "_replies", replies)
+        monkeypatch.setattr(RunningBatch, "step", step)
 
 
 def test_a_full_queue_refuses_and_a_slow_answer_times_out(model, monkeypatch, examples):
-    slow = Slow(model, monkeypatch)
+    slow = Slow(monkeypatch)
     with Engine(model, batch_size=1, most_waiting=1) as engine, serving(engine, timeout=1.0) as url:
         with ThreadPoolExecutor(2) as pool:
             first = pool.submit(asked, url, text(examples[0]))
@@ -232,11 +251,11 @@ def test_a_full_queue_refuses_and_a_slow_answer_times_out(model, monkeypatch, ex
             time.sleep(0.01)
         monkeypatch.undo()
         assert asked(url, text(examples[0])).choices[0].message.content is not None  # and it goes on
-        assert engine.counts["answers"] == 2  # the second was given up before its batch began
+        assert engine.counts["answers"] == 1  # what was given up was computed no further
 
 
 def test_a_client_that_hangs_up_costs_nothing_more(model, monkeypatch, examples):
-    slow = Slow(model, monkeypatch)
+    slow = Slow(monkeypatch)
     with Engine(model, batch_size=1) as engine, serving(engine) as url:
         body = {"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 4}
         with ThreadPoolExecutor(1) as pool:
@@ -252,7 +271,7 @@ def test_a_client_that_hangs_up_costs_nothing_more(model, monkeypatch, examples)
             while engine.waiting and time.monotonic() < deadline:
                 time.sleep(0.01)
         assert asked(url, text(examples[1])).choices[0].message.content is not None
-        assert engine.counts["answers"] <= 3
+        assert engine.counts["answers"] == 2
 
 
 def test_one_bad_question_takes_no_other_with_it(model, examples):
@@ -267,10 +286,10 @@ def test_one_bad_question_takes_no_other_with_it(model, examples):
 def test_what_fails_inside_is_told_and_logged(model, monkeypatch, caplog):
     """The client learns the kind of the error alone; whoever runs the server finds where it comes from."""
 
-    def replies(engine, questions):
+    def step(batch, tokens):
         raise RuntimeError("a secret path")
 
-    monkeypatch.setattr(Engine, "_replies", replies)
+    monkeypatch.setattr(RunningBatch, "step", step)
     with Engine(model) as engine, serving(engine) as url:
         with pytest.raises(openai.InternalServerError, match="RuntimeError while answering") as told:
             asked(url, "Say hello.")
@@ -289,28 +308,119 @@ def test_health_says_when_nobody_answers(model):
     assert (reply.status_code, reply.json()["status"]) == (503, "stopped")
 
 
-def test_a_batch_that_fails_is_tried_in_halves(model, monkeypatch, examples):
-    sizes, plain = [], Engine._replies
+def failing(monkeypatch, longest: int) -> list[int]:
+    """Any batch with a question of so many tokens fails; the sizes of batches that are tried apart."""
+    sizes, join, answers = [], RunningBatch.join, Engine._answers
 
-    def replies(engine, questions):
-        sizes.append(len(questions))
-        if any(question.seed == 13 for question in questions):
+    def join_or_fail(batch, rows):
+        if any(row.longest == longest for row in rows):
             raise MemoryError("no room")
-        return plain(engine, questions)
+        join(batch, rows)
 
-    slow = Slow(model, monkeypatch)
-    with Engine(model, batch_size=4) as engine:
+    def answers_or_fail(engine, asked):
+        sizes.append(len(asked))
+        if any(each.question.max_new_tokens == longest for each in asked):
+            raise MemoryError("no room")
+        return answers(engine, asked)
+
+    monkeypatch.setattr(RunningBatch, "join", join_or_fail)
+    monkeypatch.setattr(Engine, "_answers", answers_or_fail)
+    return sizes
+
+
+def test_prompts_that_cannot_be_read_are_tried_in_halves(model, monkeypatch, examples):
+    slow, sizes = Slow(monkeypatch), failing(monkeypatch, 5)
+    with Engine(model, batch_size=5) as engine:
         first = engine.ask(Question(examples[0], max_new_tokens=4))
         assert slow.begun.wait(30)
-        monkeypatch.setattr(Engine, "_replies", replies)
-        futures = [engine.ask(Question(examples[k], max_new_tokens=4, seed=12 + k)) for k in range(4)]
+        futures = [engine.ask(Question(examples[k], max_new_tokens=5 if k == 1 else 4)) for k in range(4)]
         slow.go.set()
-        first.result(30)
         with pytest.raises(MemoryError):
             futures[1].result(30)
-        answers = [futures[k].result(30).answer.text for k in (0, 2, 3)]
-    assert answers == model.generate([examples[k] for k in (0, 2, 3)], 4)
-    assert sizes == [4, 2, 1, 1, 2]
+        answers = [each.result(30).answer.text for each in (first, futures[0], *futures[2:])]
+    assert answers == model.generate([examples[k] for k in (0, 0, 2, 3)], 4)
+    assert sizes == [2, 1, 1, 2]
+
+
+def test_answers_that_fail_together_are_tried_apart(model, monkeypatch, examples):
+    """But one that was told a part of its answer is told that it broke off."""
+    plain, calls = RunningBatch.step, []
+
+    def step(batch, tokens):
+        calls.append(len(batch.rows))
+        if len(calls) == 2:
+            raise MemoryError("no room")
+        return plain(batch, tokens)
+
+    expected = model.generate(examples[:3], 24)
+    monkeypatch.setattr(RunningBatch, "step", step)
+    heard: list[str] = []
+    with Engine(model, batch_size=4) as engine:
+        engine._round, held = (lambda: None), engine._round
+        asked = [engine.ask(Question(examples[k], max_new_tokens=24)) for k in range(2)]
+        told = engine.ask(Question(examples[2], max_new_tokens=24), lambda text, _: heard.append(text))
+        engine._round = held
+        with pytest.raises(MemoryError):
+            told.result(30)
+        assert [each.result(30).answer.text for each in asked] == expected[:2]
+        later = engine.ask(Question(examples[2], max_new_tokens=24))
+        assert later.result(30).answer.text == expected[2]
+    assert calls[0] == calls[1] == 3
+    assert expected[2].startswith("".join(heard))
+    assert heard
+
+
+def test_a_question_joins_answers_that_are_under_way(model, monkeypatch, examples):
+    """It does not wait for a long one, and neither changes the other."""
+    slow = Slow(monkeypatch)
+    order: list[str] = []
+    with Engine(model, batch_size=4) as engine:
+        long = engine.ask(Question(examples[0], max_new_tokens=40))
+        assert slow.begun.wait(30)
+        short = engine.ask(Question(examples[4], max_new_tokens=3))
+        for name, each in (("long", long), ("short", short)):
+            each.add_done_callback(lambda _, name=name: order.append(name))
+        slow.go.set()
+        texts = [long.result(30).answer.text, short.result(30).answer.text]
+        assert engine.counts["joined"] == 2
+    assert order == ["short", "long"]
+    assert texts == [model.generate([examples[0]], 40)[0], model.generate([examples[4]], 3)[0]]
+
+
+def test_a_listener_that_fails_loses_its_own_answer_alone(model, examples):
+    with Engine(model, batch_size=4) as engine:
+        bad = engine.ask(Question(examples[0], max_new_tokens=24), lambda *_: 1 / 0)
+        good = engine.ask(Question(examples[1], max_new_tokens=24))
+        with pytest.raises(CancelledError):
+            bad.result(30)
+        assert good.result(30).answer.text == model.generate([examples[1]], 24)[0]
+        assert engine.working
+
+
+def test_where_rows_cannot_be_mixed_batches_are_answered(model, monkeypatch, examples):
+    """Experts lose the batch's rows; models of states keep no keys and values at all."""
+    expected = model.generate(examples[:3], 4)
+
+    def lost(batch, tokens):
+        raise RowsLostError
+
+    for name, replaced in (("step", lost), ("join", lost)):
+        with monkeypatch.context() as patch, Engine(model) as engine:
+            patch.setattr(RunningBatch, name, replaced)
+            for _ in range(2):
+                asked = [engine.ask(Question(each, max_new_tokens=4)) for each in examples[:3]]
+                assert [each.result(30).answer.text for each in asked] == expected
+            assert not engine.counts["steps"]
+    monkeypatch.setattr(engine_module, "can_run_on", lambda *_: False)
+    with Engine(model) as engine, serving(engine) as url:
+        assert asked_streaming(url, text(examples[0])) == model.generate([text(examples[0])], 6)[0]
+
+
+def asked_streaming(url: str, prompt: str) -> str:
+    with client(url) as one:
+        said = [{"role": "user", "content": prompt}]
+        chunks = one.chat.completions.create(model="auto", messages=said, max_tokens=6, stream=True)
+        return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
 
 
 def test_a_model_that_was_trained_whole(tiny_model_folder, stream, tmp_path):
@@ -333,7 +443,7 @@ def test_a_model_that_was_trained_whole(tiny_model_folder, stream, tmp_path):
 
 
 def test_stopping_answers_the_batch_and_refuses_the_rest(model, monkeypatch, examples):
-    slow = Slow(model, monkeypatch)
+    slow = Slow(monkeypatch)
     with Engine(model, batch_size=1, most_waiting=4) as engine:
         running = engine.ask(Question(examples[0], max_new_tokens=4))
         assert slow.begun.wait(30)
@@ -344,6 +454,60 @@ def test_stopping_answers_the_batch_and_refuses_the_rest(model, monkeypatch, exa
         waiting.result(1)
     with pytest.raises(StoppingError):
         engine.ask(Question(examples[2]))
+
+
+def test_a_set_that_goes_and_comes_back_loses_nobody(finished, examples, tmp_path, monkeypatch):
+    """Thirty-two clients while the run is rolled back and forth beneath: every answer is that of one of its stages."""
+    monkeypatch.setattr("cit_fast.inference.server._LOOK", 0.01)
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    prompts = [text(example) for example in examples]
+    loaded = [ContinualModel.from_run(folder, device="cpu", stage=stage) for stage in (2, None)]
+    expected = [dict(zip(prompts, one.generate(prompts, 6), strict=True)) for one in loaded]
+    gone = (set(loaded[1].sets) - set(loaded[0].sets)).pop()
+    assert expected[0] != expected[1]
+    since = looks(folder)
+    model, later = ContinualModel.from_run(folder, device="cpu"), []
+    before = model.model
+    with Engine(model, batch_size=8) as engine, following(folder, engine, since), serving(engine) as url:
+
+        def ask(number):
+            reply = asked(url, prompts[number % len(prompts)])
+            return prompts[number % len(prompts)], reply.choices[0].message.content
+
+        def wait_for(count):
+            deadline = time.monotonic() + 30
+            while engine.counts["replaced"] < count or engine._replacement is not None:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+
+        with ThreadPoolExecutor(32) as pool:
+            replies = pool.map(ask, range(320))
+            rollback(folder, 2)
+            wait_for(1)
+            with client(url) as one:
+                assert gone not in [each.id for each in one.models.list()]
+            later = [asked(url, prompt).choices[0].message.content for prompt in prompts]
+            undo_rollback(folder)
+            wait_for(2)
+            assert asked(url, prompts[0], gone).model == gone
+            answers = list(replies)
+        assert engine.model.model is before  # one base model for all of them
+    assert len(answers) == 320
+    assert all(answer in (expected[0][prompt], expected[1][prompt]) for prompt, answer in answers)
+    assert later == [expected[0][prompt] for prompt in prompts]
+
+
+def test_a_stage_that_cannot_be_loaded_leaves_the_one_before(model, examples, caplog):
+    def load(_before):
+        raise RunError("damaged")
+
+    with Engine(model) as engine:
+        engine.replace(load)
+        answer = engine.ask(Question(examples[0], max_new_tokens=4)).result(30)
+        assert answer.answer.text == model.generate([examples[0]], 4)[0]
+    assert "the next model cannot be loaded; this one stays" in caplog.text
+    assert engine.counts["replaced"] == 0
 
 
 def test_the_command_serves_a_stage_and_stops_when_told(finished, examples, tmp_path):

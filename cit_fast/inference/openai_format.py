@@ -1,0 +1,184 @@
+"""Requests and replies as OpenAI's clients send and expect them."""
+
+from __future__ import annotations
+
+import secrets
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cit_fast.data.example import Example
+from cit_fast.errors import CitFastError, DataError
+from cit_fast.inference.questions import Question, Reply
+from cit_fast.models.adapter_bank import BASE
+
+BASE_NAME = "base"
+"""What clients call the base model alone."""
+
+
+class UnknownModelError(CitFastError):
+    """A set that is not there."""
+
+
+class Message(BaseModel):
+    """A turn of a conversation."""
+
+    model_config = ConfigDict(extra="ignore")
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[dict[str, Any]]
+
+    @property
+    def text(self) -> str:
+        """The parts that are text, joined.
+
+        Raises:
+            DataError: a part of another kind.
+        """
+        if isinstance(self.content, str):
+            return self.content
+        for part in self.content:
+            if part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise DataError(f"messages: this model reads text alone, and a part is {part.get('type')!r}")
+        return "".join(part["text"] for part in self.content)
+
+
+class CompletionRequest(BaseModel):
+    """What both kinds of request have; what is not known here changes nothing."""
+
+    model_config = ConfigDict(extra="ignore")
+    model: str = "auto"
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    temperature: float = Field(default=0.0, ge=0.0, le=2.0)
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stream: bool = False
+    stream_options: dict[str, Any] | None = None
+    # What would change the answer and is not there.
+    n: Literal[1] | None = None
+    logprobs: Literal[False, 0] | None = None
+    tools: list[Any] | None = Field(default=None, max_length=0)
+    response_format: dict[str, Any] | None = None
+
+    def question(self, example: Example, names: Mapping[str, str | None]) -> Question:
+        """For the engine.
+
+        Args:
+            names: that a client may ask for -> the set.
+
+        Raises:
+            UnknownModelError: no such set.
+        """
+        if self.model not in names:
+            raise UnknownModelError(f"the model {self.model!r} does not exist; there are {', '.join(names)}")
+        if self.response_format not in (None, {"type": "text"}):
+            raise DataError("response_format: only text is given")
+        longest = self.max_completion_tokens or self.max_tokens or 256
+        seed = secrets.randbits(62) if self.seed is None else self.seed
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return Question(example, names[self.model], longest, self.temperature, seed, stop)
+
+
+class ChatRequest(CompletionRequest):
+    """A conversation to go on with."""
+
+    messages: list[Message] = Field(min_length=1)
+
+    @property
+    def example(self) -> Example:
+        """The conversation, as one whose answer is still to come."""
+        turns = [("system" if one.role == "developer" else one.role, one.text) for one in self.messages]
+        if turns[-1][0] != "user" or not turns[-1][1].strip():
+            raise DataError("messages: the last one must be the user's, and say something")
+        if len(turns) == 1:
+            return Example(turns[0][1], references=("-",))
+        return Example("", references=("-",), messages=(*turns, ("assistant", "-")))
+
+
+class TextRequest(CompletionRequest):
+    """A prompt without turns."""
+
+    prompt: str
+
+    @property
+    def example(self) -> Example:
+        """The prompt, as ``cit-fast generate`` reads one."""
+        if not self.prompt.strip():
+            raise DataError("prompt: it is empty")
+        return Example(self.prompt, references=("-",))
+
+
+_Kind = TypeVar("_Kind", bound=CompletionRequest)
+
+
+def parsed(body: Any, kind: type[_Kind]) -> _Kind:
+    """A request, checked.
+
+    Raises:
+        DataError: what is wrong with it, and where.
+    """
+    try:
+        return kind.model_validate(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise DataError(f"{'.'.join(map(str, first['loc'])) or 'the request'}: {first['msg']}") from None
+
+
+def _of_chat(asked: CompletionRequest) -> bool:
+    return isinstance(asked, ChatRequest)
+
+
+def _common(asked: CompletionRequest, adapter: str, chunk: bool) -> dict[str, Any]:
+    chat = _of_chat(asked)
+    return {
+        "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+        "object": ("chat.completion" if chat else "text_completion") + (".chunk" if chunk and chat else ""),
+        "created": int(time.time()),
+        "model": BASE_NAME if adapter == BASE else adapter,
+    }
+
+
+def _reason(reply: Reply) -> str:
+    return "stop" if reply.answer.ended else "length"
+
+
+def _usage(reply: Reply) -> dict[str, int]:
+    asked, answered = reply.prompt_tokens, reply.answer.tokens
+    return {"prompt_tokens": asked, "completion_tokens": answered, "total_tokens": asked + answered}
+
+
+def completion(asked: CompletionRequest, reply: Reply) -> dict[str, Any]:
+    """The whole reply, as one object."""
+    text = reply.answer.text
+    said = {"message": {"role": "assistant", "content": text}} if _of_chat(asked) else {"text": text}
+    choice = {"index": 0, **said, "logprobs": None, "finish_reason": _reason(reply)}
+    return {**_common(asked, reply.adapter, False), "choices": [choice], "usage": _usage(reply)}
+
+
+class Chunks:
+    """The events of one streamed answer, as OpenAI's clients expect them."""
+
+    def __init__(self, asked: CompletionRequest) -> None:
+        self._asked, self._common = asked, dict[str, Any]()
+
+    def of_piece(self, text: str, adapter: str) -> dict[str, Any]:
+        """Further text."""
+        first = not self._common
+        self._common = self._common or _common(self._asked, adapter, True)
+        if not _of_chat(self._asked):
+            return self._chunk({"text": text}, None)
+        return self._chunk({"delta": {**({"role": "assistant"} if first else {}), "content": text}}, None)
+
+    def of_end(self, reply: Reply) -> list[dict[str, Any]]:
+        """What comes when the answer is complete."""
+        found = [] if self._common else [self.of_piece("", reply.adapter)]  # an empty answer
+        found.append(self._chunk({"delta": {}} if _of_chat(self._asked) else {"text": ""}, _reason(reply)))
+        if (self._asked.stream_options or {}).get("include_usage"):
+            found.append({**self._common, "choices": [], "usage": _usage(reply)})
+        return found
+
+    def _chunk(self, said: Mapping[str, Any], reason: str | None) -> dict[str, Any]:
+        return {**self._common, "choices": [{"index": 0, **said, "logprobs": None, "finish_reason": reason}]}

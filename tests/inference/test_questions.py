@@ -1,0 +1,58 @@
+"""An answer's text as it grows."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cit_fast.inference.questions import Said
+
+
+@pytest.mark.parametrize(
+    ("answer", "stop", "expected"),
+    [
+        ("one two three", ("three", "two"), ("one ", True)),
+        ("one two three", ("four",), ("one two three", False)),
+        ("one two three", (), ("one two three", False)),
+        ("  one \n", ("",), ("one", False)),
+        ("\none\ntwo", ("\n",), ("one", True)),  # white space before an answer is no part of it
+    ],
+)
+def test_an_answer_ends_before_what_stops_it(answer, stop, expected):
+    said = Said(stop)
+    said.grow(answer, last=True)
+    assert (said.text, said.stopped) == expected
+
+
+@given(
+    st.text(st.sampled_from("ab \n\N{REPLACEMENT CHARACTER}"), max_size=12),
+    st.lists(st.text(st.sampled_from("ab "), max_size=3), max_size=2),
+    st.sets(st.integers(0, 12)),
+)
+def test_the_pieces_are_the_answer(answer, stop, places):
+    """However it grows: nothing is told that is not in the answer, and nothing is left out."""
+    whole = Said(stop)
+    whole.grow(answer, last=True)
+    told: list[str] = []
+    said = Said(stop, told.append)
+    for place in sorted(places):
+        # What ends in half a character ends otherwise when the rest of it has come.
+        said.grow(answer[:place] + ("\N{REPLACEMENT CHARACTER}" if place < len(answer) else ""))
+        assert whole.text.startswith("".join(told))
+        if said.stopped:
+            break
+    if not said.stopped:
+        said.grow(answer, last=True)
+    assert "".join(told) == said.text == whole.text
+    assert said.stopped == whole.stopped
+    assert said.told == bool(whole.text)
+
+
+def test_no_half_of_a_stop_text_is_told():
+    told: list[str] = []
+    said = Said(("</end>",), told.append)
+    for text in ("a <", "a </e", "a </eX", "a </eX </", "a </eX </end> b"):
+        said.grow(text)
+    assert told == ["a", " </eX", " "]
+    assert said.text == "a </eX "

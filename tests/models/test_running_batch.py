@@ -1,0 +1,184 @@
+"""A batch that prompts join and leave: every answer is the one that its prompt has alone."""
+
+from __future__ import annotations
+
+import random
+from contextlib import contextmanager
+
+import pytest
+import torch
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from cit_fast.models.adapter_bank import BASE, AdapterBank, LowRank, _Layer
+from cit_fast.models.generation import generating
+from cit_fast.models.prefix_cache import PromptReader
+from cit_fast.models.running_batch import Chance, Row, RunningBatch
+
+PAD, EOS, VOCABULARY = 0, 2, 32
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.4,  # far from ties between the two likeliest tokens
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def bank(model):
+    """Two sets on every linear layer of the decoder, of different ranks."""
+    generator = torch.Generator().manual_seed(3)
+    found = AdapterBank()
+    found.names = {"one", "two"}
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and path != "lm_head":
+            layer = found._layers[path] = _Layer(module, module.forward)
+            for name, rank in (("one", 2), ("two", 5)):
+                a, b = (
+                    torch.randn(shape, generator=generator) * 0.4
+                    for shape in ((rank, module.in_features), (module.out_features, rank))
+                )
+                layer.updates[name] = LowRank(a, b, 0.7)
+    return found
+
+
+@contextmanager
+def batch_of(model, bank=None, ends=(EOS,)):
+    with generating(model, GenerationConfig(do_sample=False, pad_token_id=PAD, eos_token_id=list(ends))):
+        yield RunningBatch(PromptReader(model, None if bank is None else bank.answering), PAD, ends)
+
+
+def copy_of(row: Row) -> Row:
+    chance = row.chance and Chance(row.chance.temperature, seed_of[row.chance])
+    return Row(row.prompt, row.longest, row.adapter, chance)
+
+
+seed_of: dict[Chance, int] = {}
+
+
+def chance_of(temperature: float, seed: int) -> Chance:
+    chance = Chance(temperature, seed)
+    seed_of[chance] = seed
+    return chance
+
+
+def alone(model, row: Row, bank=None, ends=(EOS,)) -> tuple[list[int], bool]:
+    row = copy_of(row)
+    with batch_of(model, bank, ends) as batch:
+        batch.join([row])
+        while batch.rows:
+            batch.step(100)
+    return row.tokens, row.ended
+
+
+def random_row(rng: random.Random, sets) -> Row:
+    prompt = [rng.randrange(3, VOCABULARY) for _ in range(rng.choice([1, 2, 3, 8, 17]))]
+    chance = chance_of(rng.choice([0.5, 1.5]), rng.randrange(100)) if rng.random() < 0.3 else None
+    return Row(prompt, rng.choice([1, 2, 7, 20]), rng.choice(sets) if sets else None, chance)
+
+
+def test_alone_is_the_definition(model):
+    """The whole sequence through the model for every token."""
+    row = Row([5, 9, 3, 30], 12)
+    tokens = list(row.prompt)
+    with torch.no_grad():
+        for _ in range(12):
+            token = int(model(torch.tensor([tokens])).logits[0, -1].argmax())
+            if token == EOS:
+                break
+            tokens.append(token)
+    assert alone(model, row)[0] == tokens[4:]
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("seed", range(8))
+def test_whoever_joins_and_leaves(model, bank, seed, mixed):
+    """Rows of all lengths come at any time, end, or are taken out before they do."""
+    rng = random.Random(seed)
+    ends = (EOS, 4, 7, 11, 19, 25)
+    sets = ["one", "two", BASE] if mixed else []
+    own = bank if mixed else None
+    done, gone, there = [], [], []
+    with batch_of(model, own, ends) as batch:
+        for _ in range(12):
+            new = [random_row(rng, sets) for _ in range(rng.randrange(4))]
+            if new:
+                batch.join(new)
+                there += new
+            if batch.rows and rng.random() < 0.2:
+                row = rng.choice(batch.rows)
+                batch.leave([row])
+                gone.append(row)
+            if batch.rows:
+                done += batch.step(rng.choice([1, 3, 8]))
+        while batch.rows:
+            done += batch.step()
+    assert len(done) + len(gone) == len(there) > 10
+    for row in done:
+        assert (row.tokens, row.ended) == alone(model, row, own, ends)
+        assert row.ended or len(row.tokens) == row.longest
+    for row in gone:
+        assert row.tokens == alone(model, row, own, ends)[0][: len(row.tokens)]
+    assert any(row.ended for row in done)
+    assert any(row.chance for row in done)
+
+
+def test_padding_of_those_that_left_goes_with_them(model):
+    """A batch that never empties does not grow wider than its longest row."""
+    with batch_of(model, ends=()) as batch:
+        widths = []
+        for start in range(3, 30):
+            batch.join([Row([start] * 4, 6)])
+            batch.step(3)
+            widths.append(batch._ids.shape[1])
+    assert max(widths) <= 4 + 6 + 3
+    assert len(batch.rows) == 1
+
+
+def test_a_prompt_that_cannot_be_read_changes_nothing(model, monkeypatch):
+    first, expected = Row([5, 9, 3], 9), alone(model, Row([5, 9, 3], 9), ends=())
+    with batch_of(model, ends=()) as batch:
+        batch.join([first])
+        batch.step(2)
+        with monkeypatch.context() as patch:
+            patch.setattr(PromptReader, "_forward", lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
+            with pytest.raises(MemoryError):
+                batch.join([Row([8, 8, 8], 4)])
+        assert batch.rows == [first]
+        while batch.rows:
+            batch.step()
+    assert (first.tokens, first.ended) == expected
+
+
+def test_a_beginning_whose_reading_failed_is_not_taken_for_read(model, monkeypatch):
+    prompts = [[*range(3, 25), last, 9] for last in (26, 27, 28)]
+    rows = [Row(prompt, 8) for prompt in prompts]
+    expected = [alone(model, row, ends=())[0] for row in rows]
+    plain, calls = PromptReader._forward, []
+
+    def fails_once(reader, tokens, cache):
+        calls.append(tokens.shape)
+        if len(calls) == 1:
+            raise MemoryError("no room")
+        plain(reader, tokens, cache)
+
+    monkeypatch.setattr("cit_fast.models.prefix_cache.PASS", 1)  # so that a beginning is worth a pass
+    monkeypatch.setattr(PromptReader, "_forward", fails_once)
+    with batch_of(model, ends=()) as batch:
+        with pytest.raises(MemoryError):
+            batch.join([copy_of(row) for row in rows])
+        again = [copy_of(row) for row in rows]
+        batch.join(again)
+        while batch.rows:
+            batch.step()
+    assert calls[0] == calls[1] == (1, 22)
+    assert [row.tokens for row in again] == expected
