@@ -182,6 +182,10 @@ def export(
     merge: Annotated[
         str | None, typer.Option(metavar="SET", help="Merge this adapter set into the base model's weights.")
     ] = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="Of merged weights; auto: the base model's. float32 loses nothing of a small update."),
+    ] = "auto",
     engine: Annotated[
         Literal["vllm"] | None, typer.Option("--for", help="Write a script beside the sets that serves them.")
     ] = None,
@@ -202,5 +206,5 @@ def export(
                 start = f"Serve them: {out / 'start-vllm.sh'}; their router: cit-fast serve {run_folder} --upstream URL"
                 console.print(start, highlight=False, markup=False)
         else:
-            export_merged(run_folder, out, merge, stage=stage)
+            export_merged(run_folder, out, merge, stage=stage, dtype=dtype)
             console.print(f"Model and tokenizer with {merge} merged: {out}", highlight=False, markup=False)

@@ -156,6 +156,28 @@ def test_embeddings_stay_tied_where_no_adapter_is_on_them(settings, stream, tmp_
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config.tie_word_embeddings
 
 
+def test_a_merge_into_half_precision_is_rounded_once(loud, stream, tmp_path, monkeypatch):
+    loud["model"]["dtype"] = "bfloat16"
+    folder = run(loud, stream, "sequential")
+    for dtype in ("auto", "float32"):
+        export_merged(folder, tmp_path / dtype, "shared", dtype=dtype)
+    half, full = (AutoModelForCausalLM.from_pretrained(tmp_path / each, dtype="auto") for each in ("auto", "float32"))
+    assert (half.dtype, full.dtype) == (torch.bfloat16, torch.float32)
+    for name, weight in full.state_dict().items():
+        assert torch.equal(half.state_dict()[name], weight.bfloat16()), name
+    base = AutoModelForCausalLM.from_pretrained(loud["model"]["name"], dtype=torch.bfloat16).float()
+    adapted = PeftModel.from_pretrained(base, folder / "stages/03/adapters/shared")
+    ids = torch.tensor([ContinualModel.from_run(folder).encoder.prompt(stream[2].test[0])])
+    with torch.no_grad():
+        torch.testing.assert_close(full(ids).logits, adapted(ids).logits, atol=1e-3, rtol=1e-3)
+    logits = export._few_logits
+    monkeypatch.setattr(
+        export, "_few_logits", lambda model: logits(model) * (1.2 if model.dtype != torch.float32 else 1)
+    )
+    with pytest.warns(UserWarning, match=r"rounded to bfloat16, logits of up to .* dtype float32 keeps them"):
+        export_merged(folder, tmp_path / "again", "shared")
+
+
 @pytest.mark.parametrize("what", ["merged", "adapters"])
 def test_an_export_that_answers_otherwise_does_not_appear(loud, stream, tmp_path, monkeypatch, what):
     folder = run(loud, stream, "sequential")
