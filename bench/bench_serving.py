@@ -1,240 +1,216 @@
-"""The server under load, beside ``transformers serve`` with the same model: does it lose anybody, and how fast is it?
+"""Serving many adapter sets from one base model: throughput, memory, loading and routing, against one PEFT adapter.
 
-    python -m bench.bench_serving --results bench/results/serving.json
+    python -m bench.bench_serving [--rounds 3] [--dtype auto]      prints, and records in bench/results/serving.json
 
-A short run of SmolLM2-135M-Instruct over three built-in tasks, a set each, is served by ``cit-fast serve --follow``.
-
-1. ``--clients`` clients ask ``--requests`` each, of all tasks, while the run is rolled back beneath the server (its
-   last set is gone) and forward again, twice. Every request must have an answer. Answers are compared with those of
-   the two stages in batches of the engine's size: in bfloat16 another batch may round otherwise, so it is a share.
-2. The same clients ask both servers prompts of one task, ``--compared`` requests, in turns, ``--rounds`` times.
-   transformers serves one model: that task's set merged into the base model. Ours chooses among three sets and the base
-   for every prompt. ``transformers serve`` as it comes, and with its continuous batching where this machine can do it.
-
-Each server is a process of its own with all cores; the clients, threads of this one, share them.
+SmolLM2-135M with LoRA of rank 16 on every linear layer; a hundred sets with random weights. Prompts of the built-in
+tasks in batches of 16, all of one number of new tokens, contenders in turns. "sets N": rows of a batch go round N sets.
+PEFT's own mixing has only the sets of one batch loaded, as many more take it minutes to load.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
-import os
-import socket
+import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
-import openai
-from rich.console import Console
+import peft
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
-from cit_fast import ContinualModel, ContinualTrainer
-from cit_fast.files import write_file
-from cit_fast.inference.export import export_merged
-from cit_fast.run.environment import describe_environment
-from cit_fast.run.rollback import rollback, undo_rollback
+from bench.ceilings import record
+from cit_fast.data import Example, Task
+from cit_fast.data.builtin import builtin_stream
+from cit_fast.methods.routing import GroupingRouter, SwitchTokensRouter
+from cit_fast.methods.routing.features import LastTokenFeatures
+from cit_fast.methods.stage import Stage
+from cit_fast.models.adapter_bank import AdapterBank
+from cit_fast.models.adapters import prompt_encoder
+from cit_fast.models.config import ModelConfig
+from cit_fast.models.pretrained import load_model, load_tokenizer, resolve_model
+from cit_fast.run.config import RunConfig
 
-NEW = 24
-TASKS = ["units", "records", "amounts"]
-BATCH = 16
-
-
-def trained(scratch: Path, steps: int) -> tuple[Path, list[str]]:
-    """A run with a set for each task, and test prompts of all tasks in turns."""
-    trainer = ContinualTrainer(
-        {
-            "methods": ["grouping-ema"],
-            "output": str(scratch / "runs"),
-            "model": {"name": "HuggingFaceTB/SmolLM2-135M-Instruct"},
-            "data": {"tasks": TASKS, "train": 128, "test": 32},
-            "training": {"per_device_train_batch_size": 8, "learning_rate": 1e-3, "max_steps": steps, "use_cpu": True},
-            "evaluation": {"untrained": False, "tasks": {"sample": 1}, "max_new_tokens": NEW},
-        },
-        console=Console(quiet=True),
-    )
-    (folder,) = trainer.run()
-    tasks = [[f"{each.instruction}\n\n{each.input}" for each in task.test] for task in trainer.stream]
-    return folder, [prompt for prompts in zip(*tasks, strict=True) for prompt in prompts]
+SETS, BATCH, PEFT_SETS = 100, 16, 16
 
 
-@contextlib.contextmanager
-def served(command: Sequence[str], port: int) -> Iterator[str]:
-    """A server in a process of its own; its address, once it answers."""
-    with contextlib.ExitStack() as stack:
-        log = stack.enter_context(tempfile.TemporaryFile("w+"))
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        stack.callback(_ended, process)
-        deadline = time.monotonic() + 120
-        while True:
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200:
-                    break
-            if process.poll() is not None or time.monotonic() > deadline:
-                log.seek(0)
-                raise RuntimeError(f"{' '.join(command)}: does not serve\n{log.read()[-2000:]}")
-            time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}/v1"
+def resident() -> float:
+    """GB of memory that is this process's own; pages of mapped files, which the system can drop, are not."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")) / 1e6
 
 
-def _ended(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(60)
-    except subprocess.TimeoutExpired:
-        process.kill()
+def make_sets(base: Any, folder: Path) -> None:
+    options = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(base, options, adapter_name="set-000")
+    model.save_pretrained(folder)
+    weights = load_file(folder / "set-000" / "adapter_model.safetensors")
+    model.unload()
+    generator = torch.Generator().manual_seed(0)
+    for number in range(SETS):
+        own = folder / f"set-{number:03d}"
+        if number:
+            shutil.copytree(folder / "set-000", own)
+        drawn = {key: torch.randn(value.shape, generator=generator) * 0.02 for key, value in weights.items()}
+        save_file(drawn, own / "adapter_model.safetensors")
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        return int(listening.getsockname()[1])
-
-
-def asked(url: str, model: str, prompts: Sequence[str], clients: int) -> tuple[float, list[Any], int]:
-    """Seconds, replies in order (``None`` for one that was lost), and answer tokens."""
-    found: list[Any] = [None] * len(prompts)
-    places = iter(range(len(prompts)))
-    lock = threading.Lock()
-
-    def work(_: int) -> None:
-        with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=600) as client:
-            while True:
-                with lock:
-                    place = next(places, None)
-                if place is None:
-                    return
-                said: Any = [{"role": "user", "content": prompts[place]}]
-                with contextlib.suppress(openai.OpenAIError):
-                    found[place] = client.chat.completions.create(
-                        model=model, messages=said, max_tokens=NEW, temperature=0
-                    )
-
-    begun = time.perf_counter()
-    with ThreadPoolExecutor(clients) as pool:
-        list(pool.map(work, range(clients)))
-    seconds = time.perf_counter() - begun
-    return seconds, found, sum(each.usage.completion_tokens for each in found if each is not None)
-
-
-def under_load(folder: Path, prompts: Sequence[str], clients: int, requests: int) -> dict[str, Any]:
-    """Many requests while a set goes and comes back."""
-    right = []
-    for stage in (2, None):
-        model = ContinualModel.from_run(folder, device="cpu", stage=stage)
-        right.append(dict(zip(prompts, model.generate(list(prompts), NEW, BATCH), strict=True)))
-    every = [prompts[k % len(prompts)] for k in range(clients * requests)]
-    port = free_port()
-    command = [sys.executable, "-m", "cit_fast.cli", "serve", str(folder), "--port", str(port), "--follow"]
-    with served([*command, "--batch-size", str(BATCH)], port) as url:
-        ended, changes = threading.Event(), []
-
-        def change() -> None:
-            for step in range(4):
-                if ended.wait(20):
-                    return
-                changes.append("rolled back" if step % 2 == 0 else "forward again")
-                if step % 2 == 0:
-                    rollback(folder, 2)
-                else:
-                    undo_rollback(folder)
-
-        thread = threading.Thread(target=change)
-        thread.start()
-        seconds, replies, tokens = asked(url, "auto", every, clients)
-        ended.set()
-        thread.join()
-        metrics = httpx.get(url.removesuffix("/v1") + "/metrics").text
-    if len(changes) % 2:
-        undo_rollback(folder)
-    texts = ["" if each is None else each.choices[0].message.content for each in replies]
-    alike = sum(text in (right[0][prompt], right[1][prompt]) for prompt, text in zip(every, texts, strict=True))
-    counts = dict(line.rsplit(" ", 1) for line in metrics.splitlines())
-    return {
-        "clients": clients,
-        "requests": len(every),
-        "lost": sum(each is None for each in replies),
-        "changes beneath": changes,
-        "models taken over": int(counts.get("cit_fast_replaced_total", 0)),
-        "answers as the run's own": alike / len(every),
-        "rows a step": int(counts["cit_fast_rows_total"]) / int(counts["cit_fast_steps_total"]),
-        "seconds": seconds,
-        "requests a second": len(every) / seconds,
-        "answer tokens a second": tokens / seconds,
-    }
-
-
-def beside(
-    folder: Path, prompts: Sequence[str], clients: int, count: int, rounds: int, scratch: Path
-) -> dict[str, Any]:
-    """Requests and answer tokens a second of every server, by turns."""
-    model = ContinualModel.from_run(folder, device="cpu")
-    name = model.route(prompts[:1])[0]
-    own = [prompt for prompt, chosen in zip(prompts, model.route(list(prompts)), strict=True) if chosen == name]
-    export_merged(folder, scratch / "merged", name)
-    port = free_port()
-    peer = [str(Path(sys.executable).with_name("transformers")), "serve", str(scratch / "merged"), "--port", str(port)]
-    peer += ["--device", "cpu"]
-    servers = {
-        "cit-fast serve": [sys.executable, "-m", "cit_fast.cli", "serve", str(folder), "--port", str(port)],
-        "transformers serve": peer,
-        "transformers serve, continuous batching": [*peer, "--continuous-batching"],
-    }
-    servers["cit-fast serve"] += ["--batch-size", str(BATCH)]
-    found: dict[str, Any] = {each: [] for each in servers}
-    every = [own[k % len(own)] for k in range(count)]
-    for _ in range(rounds):
-        for server, command in servers.items():
-            if isinstance(found[server], str):
-                continue
-            try:
-                with served(command, port) as url:
-                    asked_for = "auto" if server == "cit-fast serve" else str(scratch / "merged")
-                    asked(url, asked_for, every[:clients], clients)  # warm
-                    seconds, replies, tokens = asked(url, asked_for, every, clients)
-            except RuntimeError as error:
-                found[server] = str(error)[-300:]
-                continue
-            lost = sum(each is None for each in replies)
-            if lost == len(every):
-                found[server] = "every request failed"
-                continue
-            found[server].append({"requests": len(every) / seconds, "tokens": tokens / seconds, "lost": lost})
-            print(f"{server}: {len(every) / seconds:.1f} requests/s, {tokens / seconds:.0f} tokens/s", flush=True)
-    return found
+def tokens_of(model: Any, rows: list[list[int]], pad: int, new: int, **options: Any) -> None:
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    with torch.inference_mode():
+        model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=new,
+            min_new_tokens=new,
+            pad_token_id=pad,
+            **options,
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--requests", type=int, default=200, help="of each client")
-    parser.add_argument("--compared", type=int, default=256, help="requests that the servers are compared by")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=12, help="of training, a task")
-    parser.add_argument("--results", type=Path)
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--dtype", default="auto")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        scratch = Path(folder)
-        run, prompts = trained(scratch, options.steps)
-        found: dict[str, Any] = {
-            "beside": beside(run, prompts, options.clients, options.compared, options.rounds, scratch),
-            "under load": under_load(run, prompts, options.clients, options.requests),
+    config = RunConfig.model_validate({"model": {"dtype": options.dtype}})
+    folder = resolve_model(ModelConfig())
+    encoder = prompt_encoder(load_tokenizer(folder), config.data)
+    stream = builtin_stream(seed=0, train=160, dev=0, test=8)
+    examples = [example for task in stream for example in task.test]
+    examples = examples[:: max(1, len(examples) // options.prompts)][: options.prompts]
+    prompts = sorted((encoder.prompt(example) for example in examples), key=len, reverse=True)
+    pad = encoder.pad_token_id
+    with tempfile.TemporaryDirectory() as scratch:
+        adapters = Path(scratch)
+        make_sets(load_model(folder, config.model), adapters)
+        base = load_model(folder, config.model).eval()
+        before, start = resident(), time.perf_counter()
+        bank = AdapterBank()
+        for number in range(SETS):
+            bank.read(base, f"set-{number:03d}", adapters / f"set-{number:03d}")
+        loading, memory = time.perf_counter() - start, resident() - before
+        with_peft, start, before = load_model(folder, config.model), time.perf_counter(), resident()
+        with_peft = PeftModel.from_pretrained(with_peft, adapters / "set-000", adapter_name="set-000")
+        for number in range(1, PEFT_SETS):
+            with_peft.load_adapter(adapters / f"set-{number:03d}", f"set-{number:03d}")
+        peft_loading, peft_memory = time.perf_counter() - start, resident() - before
+        with_peft.eval()
+        with_peft.set_adapter("set-000")
+
+        def single(rows: list[list[int]], first: int) -> None:
+            tokens_of(with_peft, rows, pad, options.new_tokens)
+
+        def mixed(sets: int) -> Callable[[list[list[int]], int], None]:
+            def answer(rows: list[list[int]], first: int) -> None:
+                with bank.answering([f"set-{(first + k) % sets:03d}" for k in range(len(rows))]):
+                    tokens_of(base, rows, pad, options.new_tokens)
+
+            return answer
+
+        def mixed_by_peft(sets: int) -> Callable[[list[list[int]], int], None]:
+            def answer(rows: list[list[int]], first: int) -> None:
+                names = [f"set-{k % sets:03d}" for k in range(len(rows))]
+                tokens_of(with_peft, rows, pad, options.new_tokens, adapter_names=names)
+
+            return answer
+
+        contenders: dict[str, Callable[[list[list[int]], int], None]] = {
+            "one PEFT adapter": single,
+            "base model": lambda rows, first: tokens_of(base, rows, pad, options.new_tokens),
+            **{f"sets {n}": mixed(n) for n in (1, 10, SETS)},
+            **{f"PEFT adapter_names, sets {n}": mixed_by_peft(n) for n in (1, 10, PEFT_SETS)},
         }
-    for server, of_server in found["beside"].items():
-        if isinstance(of_server, str):
-            print(f"{server}: {of_server}")
-        else:
-            print(f"{server}: median {statistics.median(each['requests'] for each in of_server):.1f} requests/s")
-    print(json.dumps(found["under load"], indent=1))
-    if options.results:
-        write_file(options.results, json.dumps({**found, "environment": describe_environment()}, indent=1) + "\n")
+        times: dict[str, list[float]] = {name: [] for name in contenders}
+        for turn in range(options.rounds + 1):
+            for name, answer in contenders.items():
+                start = time.perf_counter()
+                for first in range(0, len(prompts), BATCH):
+                    answer(prompts[first : first + BATCH], first)
+                    if turn == 0:
+                        break
+                if turn:
+                    times[name].append(time.perf_counter() - start)
+                print(f"turn {turn}, {name}: {time.perf_counter() - start:.2f} s", flush=True)
+        seconds = {name: statistics.median(each) for name, each in times.items()}
+        start = time.perf_counter()
+        for number in range(20):
+            with bank.answering([f"set-{(number + k) % SETS:03d}" for k in range(BATCH)]):
+                pass
+        switching = (time.perf_counter() - start) / 20
+
+    lcia, switch = GroupingRouter(threshold=2.0), SwitchTokensRouter(epochs=1)
+    pool: list[Example] = [example for task in stream for example in task.train]
+    for number in range(SETS):
+        own = tuple(pool[number::SETS])
+        task = Task(f"{number:03d}", own, (), own[:1], metric="exact_match")
+        for router in (lcia, switch):
+            router.assign(Stage(base, encoder, tasks=(task,)))
+        switch.learn(Stage(base, encoder, tasks=(task,)))
+    features = LastTokenFeatures(base, encoder.tokenizer)
+    texts = [f"{example.instruction}\n\n{example.input}" for example in examples]
+    routing: dict[str, Any] = {}
+    for name, route in {
+        "lcia, TF-IDF": lambda: lcia.answer(examples, Stage(base, encoder)),
+        "switch, mean token embeddings": lambda: switch.answer(examples, Stage(base, encoder)),
+        "switch, last-token states of the base model (features alone)": lambda: features.embed(texts),
+    }.items():
+        route()
+        took = []
+        for _ in range(5):
+            start = time.perf_counter()
+            route()
+            took.append(time.perf_counter() - start)
+        share = statistics.median(took) / (statistics.median(took) + seconds[f"sets {SETS}"])
+        routing[name] = {
+            "ms per prompt": round(statistics.median(took) / len(examples) * 1e3, 2),
+            "share": round(share, 4),
+        }
+    new = options.new_tokens * len(prompts)
+    result = {
+        "versions": {"peft": peft.__version__, "transformers": transformers.__version__},
+        "setting": {
+            "model": config.model.name,
+            "dtype": str(base.dtype),
+            "rank": 16,
+            "sets": SETS,
+            "batch": BATCH,
+            "prompts": len(prompts),
+            "prompt tokens": [min(map(len, prompts)), max(map(len, prompts))],
+            "new tokens": options.new_tokens,
+            "rounds": options.rounds,
+        },
+        "throughput": {
+            name: {
+                "tokens per second": round(new / each, 1),
+                "of one PEFT adapter": round(seconds["one PEFT adapter"] / each, 3),
+                "seconds": [round(value, 3) for value in times[name]],
+            }
+            for name, each in seconds.items()
+        },
+        "stacking the sets of a batch, ms": round(switching * 1e3, 1),
+        "loading": {
+            f"{SETS} sets": {
+                "seconds": round(loading, 2),
+                "GB mapped": round(bank.memory() / 1e9, 3),
+                "GB own": round(memory, 3),
+            },
+            f"PEFT, {PEFT_SETS} sets": {"seconds": round(peft_loading, 2), "GB own": round(peft_memory, 3)},
+        },
+        "routing": routing,
+    }  # fmt: skip
+    print(result)
+    print(f"recorded in {record('serving', result)}")
 
 
 if __name__ == "__main__":

@@ -279,7 +279,8 @@ class Engine:
     def _step(self) -> None:
         """Some tokens of every answer that is running, and the end of those that end."""
         with contextlib.suppress(RowsLostError):
-            self._batch.step(_AT_A_TIME)
+            if self._batch.rows:  # those that have just joined may have ended with it
+                self._batch.step(_AT_A_TIME)
             self._told()
             return
         self._mixes = False

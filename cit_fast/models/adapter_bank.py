@@ -1,10 +1,17 @@
 """Mixed-adapter batches: every row of a batch uses its own adapter set, over one base model.
 
 With LoRA (Hu et al., 2021, equation 3), row ``i`` and its set ``s`` give ``y_i = W x_i + c_s B_s A_s x_i``. PEFT's own
-mixing of adapters runs a loop over the sets of a batch in each of the model's layers. Here the matrices of the batch's
-rows are stacked once per batch, ``A [rows, in, r]`` and ``B [rows, r, out]``, and each layer is the base model's
-product and two batched ones. Two batched products touch each set once per row and nothing of any other row's, so an
-answer does not depend on what else is in the batch.
+mixing of adapters runs a loop over the sets of a batch in each of the model's layers. Here each layer is the base
+model's product and two more, in one of two forms:
+
+* *side by side*: the matrices of the batch's K sets stand side by side, ``A [K r, in]`` and ``B [out, K r]``, and in
+  between a row keeps the columns of its own set alone. Each set is read once, however many rows have it: this is for
+  new tokens, where reading is what costs, and for few sets.
+* *row by row*: ``A [rows, in, r]`` and ``B [rows, r, out]``, batched products. This is for the prompts of many sets.
+
+An answer does not depend on what else is in the batch: what a row has nothing to do with is multiplied by zero, or is
+not touched where it is not finite. Products are in the base layer's dtype, as in training
+(:func:`~cit_fast.ops.lora_linear`), their sums in float32.
 """
 
 from __future__ import annotations
@@ -26,6 +33,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.functional import linear
 
 from cit_fast.errors import DataError, RunError
 from cit_fast.text import first_line
@@ -75,63 +83,97 @@ class LowRank:
     bias: Tensor | None = None
 
 
+_SIDE_BY_SIDE = 4
+"""Sets of a batch up to which prompts are multiplied with all of them."""
+
+
 class _Layer:
-    """A linear layer of the base model with the updates of all sets, and the stacked ones of the batch at work."""
+    """A linear layer of the base model with the updates of all sets, and those of the batch at work."""
 
     def __init__(self, module: torch.nn.Module, base: Callable[..., Tensor]) -> None:
         self.module, self.base = module, base
         self.updates: MutableMapping[str, LowRank] = {}
-        self.a: Tensor | None = None  # [rows, in, r], or [r, in] where all rows have one set
-        self.b: Tensor | None = None  # [rows, r, out], or [out, r]
-        self.bias: Tensor | None = None  # [rows, 1, out], or [out]
-        self.scaling = 1.0
+        self._sets: tuple[str, ...] | None = None
+        self._names: Sequence[str] = ()
+        self._a = self._b = torch.empty(0)  # of the sets side by side [K r, in], and scaled [out, K r]
+        self._ranks: list[int] = []
+        self._finite = True
+        self._own: Tensor | None = None  # [rows, K r] 1 where a column is of the row's set; None: all are
+        self._bias: Tensor | None = None  # [rows, out], scaled
+        self._rows: tuple[Tensor, Tensor] | None = None  # row by row: [rows, in, r], and scaled [rows, r, out]
 
     def prepare(self, names: Sequence[str]) -> None:
-        """Stack the updates of a batch's rows; smaller ranks are filled up with zeros."""
-        found = [self.updates.get(name) for name in names]
-        there = [update for update in found if update is not None]
-        self.a = self.b = self.bias = None
-        if not there:
+        """Lay out the updates of a batch's rows; those of the sets stay for the next batch with the same sets."""
+        sets = tuple(name for name in dict.fromkeys(sorted(names)) if name in self.updates)
+        if sets != self._sets:
+            there = [self.updates[name] for name in sets]
+            self._sets, self._ranks = sets, [len(each.a) for each in there]
+            if there:
+                dtype = self._dtype(there[0].a.dtype)
+                self._a = torch.cat([each.a.to(dtype) for each in there])
+                self._b = torch.cat([(each.b * each.scaling).to(dtype) for each in there], 1)
+                self._finite = math.isfinite(self._a.sum()) and math.isfinite(self._b.sum())
+        self._names, self._own, self._bias, self._rows = names, None, None, None
+        if not sets:
             return
-        first = there[0]
-        if len(set(names)) == 1:
-            self.a, self.b, self.scaling = first.a, first.b, first.scaling
-            self.bias = None if first.bias is None else first.bias * first.scaling
-            return
-        rows, rank = len(names), max(len(update.a) for update in there)
-        # A row's [r, in] is copied in one piece; turned over, it is the layout that the batched product reads.
-        a = first.a.new_zeros(rows, rank, first.a.shape[1])
-        b = first.b.new_zeros(rows, rank, first.b.shape[0])
-        biased = any(update.bias is not None for update in there)
-        bias = first.b.new_zeros(rows, 1, first.b.shape[0]) if biased else None
-        for row, update in enumerate(found):
-            if update is None:
-                continue
-            r = len(update.a)
-            a[row, :r] = update.a
-            torch.mul(update.b.T, update.scaling, out=b[row, :r])
-            if bias is not None and update.bias is not None:
-                bias[row, 0] = update.bias * update.scaling
-        self.a, self.b, self.bias = a.transpose(1, 2), b, bias
+        if len(set(names)) > 1:
+            place = {name: k for k, name in enumerate(sets)}
+            of_row = torch.tensor([place.get(name, len(sets)) for name in names], device=self._a.device)
+            of_column = torch.repeat_interleave(torch.tensor(self._ranks)).to(self._a.device)
+            self._own = (of_row[:, None] == of_column).to(self._a.dtype)
+        if any(self.updates[name].bias is not None for name in sets):
+            none = self._b.new_zeros(len(self._b))
+            biases = {name: none if (of := self.updates[name]).bias is None else of.bias * of.scaling for name in sets}
+            of_rows = names if self._own is not None else names[:1]
+            self._bias = torch.stack([biases.get(name, none) for name in of_rows])
+
+    def forget(self) -> None:
+        """Of the batch, not of its sets."""
+        self._own = self._bias = self._rows = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output with each row's update."""
         y = self.base(x, *args, **kwargs)
-        a, b = self.a, self.b
-        if a is None or b is None:
+        if not self._sets:
             return y
-        inputs = x.to(a.dtype)
-        if a.dim() == 2:
-            update = torch.nn.functional.linear(torch.nn.functional.linear(inputs, a), b)
-            update = update * self.scaling if self.bias is None else update * self.scaling + self.bias
+        own, bias = self._own, self._bias
+        if own is None:
+            y = _add(y, linear(x.to(self._a.dtype), self._a), self._b)
+            return y if bias is None else y.add_(bias[0])
+        if x.dim() < 2 or len(x) != len(own):
+            raise RowsLostError
+        rows = x.to(self._a.dtype).reshape(len(own), -1, x.shape[-1])
+        if self._finite and (rows.shape[1] == 1 or len(self._sets) <= _SIDE_BY_SIDE):
+            y = _add(y, linear(rows, self._a).mul_(own[:, None]), self._b)
         else:
-            if x.dim() < 2 or len(x) != len(a):
-                raise RowsLostError
-            rows = inputs.reshape(len(a), -1, x.shape[-1])
-            low = torch.bmm(rows, a)
-            update = torch.bmm(low, b) if self.bias is None else torch.baddbmm(self.bias, low, b)
-            update = update.view(y.shape)
-        return (y + update).to(y.dtype)
+            a, b = self._rows = self._rows or self._row_by_row()
+            y.add_(torch.bmm(torch.bmm(rows, a), b).view(y.shape))
+        return y if bias is None else y.view(len(own), -1, y.shape[-1]).add_(bias[:, None]).view(y.shape)
+
+    def _dtype(self, of_sets: torch.dtype) -> torch.dtype:
+        """That of the base layer, unless it is quantised."""
+        weight = getattr(getattr(self.module, "base_layer", self.module), "weight", None)
+        return weight.dtype if weight is not None and weight.is_floating_point() else of_sets
+
+    def _row_by_row(self) -> tuple[Tensor, Tensor]:
+        """Smaller ranks are filled up with zeros."""
+        found = [self.updates.get(name) for name in self._names]
+        a = self._a.new_zeros(len(found), max(self._ranks), self._a.shape[1])
+        b = self._a.new_zeros(len(found), max(self._ranks), len(self._b))
+        for row, update in enumerate(found):
+            if update is not None:
+                # A row's [r, in] is copied in one piece; turned over, it is the layout that the product reads.
+                a[row, : len(update.a)] = update.a
+                torch.mul(update.b.T, update.scaling, out=b[row, : len(update.a)])
+        return a.transpose(1, 2), b
+
+
+def _add(y: Tensor, low: Tensor, b: Tensor) -> Tensor:
+    """``y += low b^T``, in one product where the dtypes allow; ``low`` [..., K r], ``b`` [out, K r]."""
+    if y.dtype == b.dtype and y.is_contiguous():
+        y.view(-1, y.shape[-1]).addmm_(low.view(-1, low.shape[-1]), b.T)
+        return y
+    return y.add_(linear(low, b).view(y.shape))
 
 
 class AdapterBank:
@@ -257,7 +299,7 @@ class AdapterBank:
             yield
         finally:
             for path, layer in self._layers.items():
-                layer.a = layer.b = layer.bias = None
+                layer.forget()
                 layer.module.__dict__.pop("forward", None)
                 if own[path] is not None:
                     layer.module.forward = own[path]

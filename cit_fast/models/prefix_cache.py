@@ -270,6 +270,55 @@ class PromptReader:
             self.model(input_ids=tokens.to(self.model.device), use_cache=True, **{CACHE: cache})
 
 
+class Beginnings:
+    """Keys and values of prompts that were read before, for prompts that begin alike and have the same adapter set.
+
+    Args:
+        most: bytes that are kept; the oldest go first.
+    """
+
+    def __init__(self, most: int = 256 << 20) -> None:
+        self._most = most
+        self._kept: list[tuple[str | None, list[int], _Cached]] = []
+
+    def find(self, name: str | None, tokens: Sequence[int]) -> tuple[int, _Cached]:
+        """How many tokens are there at most, and keys and values [heads, tokens or more, d] of each layer."""
+        own = ((common_beginning(tokens, known), cached) for set_, known, cached in self._kept if set_ == name)
+        return max(own, key=lambda each: each[0], default=(0, []))
+
+    def keep(self, name: str | None, tokens: Sequence[int], cached: _Cached) -> None:
+        """Keep a prompt's, instead of those that it begins with."""
+        self._kept = [
+            (set_, known, old)
+            for set_, known, old in self._kept
+            if set_ != name or common_beginning(tokens, known) < len(known)
+        ]
+        self._kept.append((name, list(tokens), [(k.clone(), v.clone()) for k, v in cached]))
+        sizes = [sum(k.nbytes + v.nbytes for k, v in cached) for *_, cached in self._kept]
+        while sum(sizes) > self._most:
+            self._kept.pop(0), sizes.pop(0)
+
+
+def with_beginnings(model: Any, found: Sequence[_Cached], counts: Sequence[int], room: int) -> DynamicCache:
+    """A cache in which each row begins with its first ``counts[row]`` keys and values, padded on the left.
+
+    Args:
+        found: of each row, as :meth:`Beginnings.find` gives them.
+        room: further tokens to leave room for.
+    """
+    cache, width = _empty(model), max(counts)
+    cache.layers = [RoomyLayer(room) for _ in cache.layers]
+    there = next((each for each, count in zip(found, counts, strict=True) if count), [])
+    for number, kv in enumerate(there):
+        buffers = cache.layers[number].begin(*(x[None] for x in kv), rows=len(found), tokens=width)
+        for side, into in enumerate(buffers):
+            into[:, :, :width] = 0  # padding is masked, and has to be finite
+            for row, count in enumerate(counts):
+                if count:
+                    into[row, :, width - count : width] = found[row][number][side][:, :count]
+    return cache
+
+
 def joined_caches(caches: Sequence[DynamicCache], masks: Sequence[Tensor], room: int) -> DynamicCache:
     """The rows of several caches of :meth:`PromptReader.read` in one, padded on the left.
 

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from cit_fast.models.prefix_cache import CACHE, PromptReader, batches_of_pieces, joined_caches, padded, used_columns
+from cit_fast.models.prefix_cache import (
+    CACHE,
+    Beginnings,
+    PromptReader,
+    joined_caches,
+    padded,
+    used_columns,
+    with_beginnings,
+)
 
 AT_A_TIME = 8
 """New tokens after which rows that have ended leave the batch."""
@@ -98,32 +106,50 @@ class RunningBatch:
 
     Example::
 
-        batch.join(rows)
+        done = batch.join(rows)
         while batch.rows:
-            for row in batch.step():
-                print(row.tokens)
+            done += batch.step()
     """
 
     def __init__(self, reader: PromptReader, pad_token_id: int, eos_token_ids: Sequence[int]) -> None:
         self.rows: list[Row] = []
         self._reader, self._pad, self._ends = reader, pad_token_id, list(eos_token_ids)
-        self._cache: DynamicCache | None = None
+        self._beginnings = Beginnings()
+        self._cache: DynamicCache | None = None  # of all tokens but the last
         self._ids = self._mask = torch.empty(0, 0, dtype=torch.long)  # [rows, columns], padded on the left
 
-    def join(self, rows: Sequence[Row]) -> None:
-        """Read the prompts of some rows; from then on they are answered with the others.
+    def join(self, rows: Sequence[Row]) -> list[Row]:
+        """Read the prompts of some rows, in one pass that leaves out what is known of their beginnings, and answer a
+        first token of each; from then on they are answered with the others.
 
         Where that fails, the batch is as it was.
+
+        Returns:
+            Those that have ended with it.
         """
-        prompts = [row.prompt for row in rows]
-        sets = None if rows[0].adapter is None else [str(row.adapter) for row in rows]
-        (pieces,) = batches_of_pieces(prompts, range(len(rows)), len(rows), sets)
-        cache = self._reader.read(prompts, pieces, 1 + max(row.left for row in rows), sets)
-        self.join_read([rows[index] for piece in pieces for index in piece.indices], cache)
+        found = [self._beginnings.find(row.adapter, row.prompt) for row in rows]
+        # All are read from as many tokens before their end as the one of which least is known.
+        rest = max(max(1, len(row.prompt) - known) for row, (known, _) in zip(rows, found, strict=True))
+        counts = [max(0, len(row.prompt) - rest) for row in rows]
+        room = rest + max(row.longest for row in rows)
+        cache = with_beginnings(self._reader.model, [kv for _, kv in found], counts, room)
+        fresh = RunningBatch(self._reader, self._pad, self._ends)
+        fresh.join_read(rows, cache)
+        new = fresh._generate(1)
+        for index, row in enumerate(rows):
+            own = slice(fresh._ids.shape[1] - 1 - len(row.prompt), None)
+            kept = [(layer.keys[index, :, own], layer.values[index, :, own]) for layer in cache.layers]
+            self._beginnings.keep(row.adapter, row.prompt, kept)
+        done = fresh._note(new)
+        if fresh.rows and fresh._cache is not None:
+            self._take(fresh.rows, fresh._cache, fresh._ids, fresh._mask)
+        return done
 
     def join_read(self, rows: Sequence[Row], cache: DynamicCache) -> None:
-        """The same with prompts that have been read, all but their last token, in the order of ``rows``."""
-        ids, mask = padded([row.prompt for row in rows], self._pad, self._reader.model.device)
+        """Answer prompts that have been read, all but their last token, in the order of ``rows``."""
+        self._take(rows, cache, *padded([row.prompt for row in rows], self._pad, self._reader.model.device))
+
+    def _take(self, rows: Sequence[Row], cache: DynamicCache, ids: Tensor, mask: Tensor) -> None:
         if self._cache is not None:
             both = [*self.rows, *rows]
             cache = joined_caches(
@@ -149,6 +175,10 @@ class RunningBatch:
 
     def step(self, tokens: int = AT_A_TIME) -> list[Row]:
         """At most so many further tokens for every row; returns the rows that have ended, which leave."""
+        return self._note(self._generate(tokens))
+
+    def _generate(self, tokens: int) -> Tensor:
+        """[rows, new tokens]."""
         config = GenerationConfig(
             do_sample=False, num_beams=1, use_cache=True, pad_token_id=self._pad, eos_token_id=self._ends,
             max_new_tokens=min(tokens, *(row.left for row in self.rows)),
@@ -156,7 +186,7 @@ class RunningBatch:
         sets = None if self.rows[0].adapter is None else [str(row.adapter) for row in self.rows]
         options: dict[str, Any] = {CACHE: self._cache}
         with self._reader.having(sets):
-            output = self._reader.model.generate(
+            output: Tensor = self._reader.model.generate(
                 input_ids=self._ids,
                 attention_mask=self._mask,
                 generation_config=config,
@@ -164,12 +194,14 @@ class RunningBatch:
                 **options,
             )
         new = output[:, self._ids.shape[1] :]
-        self._ids = output
-        self._mask = torch.cat([self._mask, self._mask.new_ones(new.shape)], 1)
+        self._ids, self._mask = output, torch.cat([self._mask, self._mask.new_ones(new.shape)], 1)
+        return new
+
+    def _note(self, new: Tensor) -> list[Row]:
         done = []
         for row, found in zip(self.rows, new.tolist(), strict=True):
-            tokens_of_it, row.ended = until_end(found, self._ends)
-            row.tokens += tokens_of_it
+            tokens, row.ended = until_end(found, self._ends)
+            row.tokens += tokens
             if row.ended or not row.left:
                 done.append(row)
         self.leave(done)

@@ -208,25 +208,30 @@ def test_rows_that_a_layer_does_not_see_are_answered_by_sets(model, monkeypatch)
     assert answers(model, SETS) == expected
 
 
-def test_half_precision_is_as_exact_as_peft(model, folder):
-    """y = W x + c B A x: W x and the sum are rounded, and A x, c and B A x on the way (products are summed in fp32)."""
+@pytest.mark.parametrize("sets", [["large"] * 2, ["large", "small"], ["large", *"abcde"]])
+def test_half_precision_is_rounded_as_in_training(model, folder, sets):
+    """y = W x + c B A x: W x, the sum, A and c B are rounded, and A x on the way (products are summed in fp32)."""
     reference = PeftModel.from_pretrained(base_model().bfloat16(), folder / "large", adapter_name="large").eval()
     base, unit = base_model().bfloat16(), 2.0**-8
     layers = {name: layer for name, layer in reference.named_modules() if hasattr(layer, "lora_A")}
     assert len(layers) == 14
-    with torch.no_grad(), read_all(base, folder).answering(["large", "small"]):
+    bank = read_all(base, folder)
+    for name in sets:  # more sets than stand side by side
+        if name not in bank.names:
+            bank.read(base, name, folder / "small")
+    with torch.no_grad(), bank.answering(sets):
         for name, layer in layers.items():
-            x = torch.randn(2, 6, layer.in_features).bfloat16()
+            x = torch.randn(len(sets), 6, layer.in_features).bfloat16()
             weights = layer.base_layer.weight, layer.lora_A["large"].weight, layer.lora_B["large"].weight
             W, A, B = (weight.double() for weight in weights)
             plain, low, scaling = x[:1].double() @ W.T, x[:1].double() @ A.T, layer.scaling["large"]
             exact = plain + scaling * low @ B.T
-            bound = unit * (plain.abs() + exact.abs() + 3 * scaling * low.abs() @ B.abs().T)
+            of_a = x[:1].double().abs() @ A.abs().T  # what rounding A can do to A x
+            bound = unit / 2 * (plain.abs() + exact.abs() + scaling * (2 * low.abs() + of_a) @ B.abs().T)
             bound *= 1 + 4 * unit  # roundings of what is rounded already
             ours = base.get_submodule(name.removeprefix("base_model.model."))(x)[:1]
-            for found in (ours, layer(x[:1])):
-                assert found.dtype == torch.bfloat16
-                assert ((found - exact).abs() <= bound).all(), name
+            assert ours.dtype == torch.bfloat16
+            assert ((ours - exact).abs() <= bound).all(), name
             assert (scaling * low @ B.T).abs().max() > 8 * bound.max()  # what the set adds is no rounding
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from contextlib import contextmanager
 
@@ -11,7 +12,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from cit_fast.models.adapter_bank import BASE, AdapterBank, LowRank, _Layer
 from cit_fast.models.generation import generating
-from cit_fast.models.prefix_cache import PromptReader
+from cit_fast.models.prefix_cache import Beginnings, PromptReader
 from cit_fast.models.running_batch import Chance, Row, RunningBatch
 
 PAD, EOS, VOCABULARY = 0, 2, 32
@@ -112,7 +113,7 @@ def test_whoever_joins_and_leaves(model, bank, seed, mixed):
         for _ in range(12):
             new = [random_row(rng, sets) for _ in range(rng.randrange(4))]
             if new:
-                batch.join(new)
+                done += batch.join(new)
                 there += new
             if batch.rows and rng.random() < 0.2:
                 row = rng.choice(batch.rows)
@@ -150,7 +151,7 @@ def test_a_prompt_that_cannot_be_read_changes_nothing(model, monkeypatch):
         batch.join([first])
         batch.step(2)
         with monkeypatch.context() as patch:
-            patch.setattr(PromptReader, "_forward", lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
+            patch.setattr(model, "generate", lambda **_: (_ for _ in ()).throw(MemoryError("no room")))
             with pytest.raises(MemoryError):
                 batch.join([Row([8, 8, 8], 4)])
         assert batch.rows == [first]
@@ -159,26 +160,45 @@ def test_a_prompt_that_cannot_be_read_changes_nothing(model, monkeypatch):
     assert (first.tokens, first.ended) == expected
 
 
-def test_a_beginning_whose_reading_failed_is_not_taken_for_read(model, monkeypatch):
-    prompts = [[*range(3, 25), last, 9] for last in (26, 27, 28)]
-    rows = [Row(prompt, 8) for prompt in prompts]
-    expected = [alone(model, row, ends=())[0] for row in rows]
-    plain, calls = PromptReader._forward, []
+def test_what_prompts_begin_with_is_read_once(model, bank, monkeypatch):
+    """By prompts of the same set, from the second join on; of the others all is read in the same pass."""
+    passes, plain = [], model.forward
 
-    def fails_once(reader, tokens, cache):
-        calls.append(tokens.shape)
-        if len(calls) == 1:
-            raise MemoryError("no room")
-        plain(reader, tokens, cache)
+    @functools.wraps(plain)  # transformers looks at its arguments
+    def forward(*args, **kwargs):
+        passes.append(tuple(kwargs["input_ids"].shape))
+        return plain(*args, **kwargs)
 
-    monkeypatch.setattr("cit_fast.models.prefix_cache.PASS", 1)  # so that a beginning is worth a pass
-    monkeypatch.setattr(PromptReader, "_forward", fails_once)
-    with batch_of(model, ends=()) as batch:
-        with pytest.raises(MemoryError):
-            batch.join([copy_of(row) for row in rows])
-        again = [copy_of(row) for row in rows]
-        batch.join(again)
-        while batch.rows:
-            batch.step()
-    assert calls[0] == calls[1] == (1, 22)
-    assert [row.tokens for row in again] == expected
+    monkeypatch.setattr(model, "forward", forward)
+    beginning = list(range(3, 25))
+    with batch_of(model, bank, ends=()) as batch:
+
+        def joined(*prompts) -> list[tuple[int, ...]]:
+            passes.clear()
+            rows = [Row(prompt, 3, name) for name, prompt in prompts]
+            batch.join(rows)
+            found = list(passes)
+            while batch.rows:
+                batch.step()
+            for row in rows:
+                assert row.tokens == alone(model, row, bank, ends=())[0]
+            return found
+
+        assert joined(("one", [*beginning, 26, 9]), ("one", [*beginning, 27])) == [(2, 24)]
+        assert joined(("one", [*beginning, 28, 9])) == [(1, 2)]
+        assert joined(("one", [*beginning, 28, 9])) == [(1, 1)]  # a prompt that is known
+        assert joined(("one", [*beginning, 28, 9, 4, 4])) == [(1, 2)]
+        assert joined(("two", [*beginning, 28])) == [(1, 23)]  # the same prompt is another to another set
+        assert joined(("two", [*beginning, 5]), ("one", [*beginning, 6, 7, 8, 9])) == [(2, 4)]
+        assert joined(("two", [*beginning, 5]), ("one", [9, 9, 9])) == [(2, 3)]
+
+
+def test_only_so_much_is_kept():
+    kept = Beginnings(most=1000)
+    for number in range(20):
+        kv = [(torch.ones(2, 5, 4), torch.ones(2, 5, 4))]  # 320 bytes
+        kept.keep("a", [number] * 5, kv)
+    assert [kept.find("a", [number] * 3)[0] for number in range(20)] == [0] * 17 + [3] * 3
+    kept.keep("a", [19] * 7, [(torch.ones(2, 7, 4), torch.ones(2, 7, 4))])  # in place of what it begins with
+    assert [kept.find("a", [number] * 6)[0] for number in (17, 18, 19)] == [0, 5, 6]
+    assert kept.find("b", [19] * 6) == (0, [])
