@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.numpy import save
+from safetensors.torch import load
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -122,6 +123,11 @@ def train_switch(
             loss.backward()  # type: ignore[no-untyped-call]
             stepper.step()
     return SwitchNetwork(mean, scale, *(each.detach() for each in parameters))
+
+
+def _as_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """A safetensors file; by way of numpy, for safetensors' own way from torch keeps three types for every new size."""
+    return save({name: tensor.numpy(force=True) for name, tensor in tensors.items()})
 
 
 class SwitchTokensRouter(SavedRouter):
@@ -397,11 +403,11 @@ class SwitchTokensRouter(SavedRouter):
         before = 0 if earlier is None else int(self._state_in(earlier).get("apart", 0))
         for n in range(before, len(self._kept)):
             own = {"kept": self._kept[n], "known": self._known[n]}
-            write_file(Path(folder) / _PROMPTS.format(n), save(own))
+            write_file(Path(folder) / _PROMPTS.format(n), _as_bytes(own))
         tensors = {f"familiarity.{key}": value for key, value in self._familiarity.tensors().items()}
         if self._network is not None:
             tensors.update({f"network.{key}": value for key, value in vars(self._network).items()})
-        write_file(Path(folder) / _TENSORS, save(tensors))
+        write_file(Path(folder) / _TENSORS, _as_bytes(tensors))
         super().save(folder, earlier)
 
     def restore(self, state: dict[str, Any], folder: Path) -> None:
