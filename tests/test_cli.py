@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import signal
 import sys
 
 import pytest
+import typer
 import yaml
 
 from cit_fast import cli
@@ -280,3 +282,13 @@ def test_pool_is_made_once_and_can_be_used(monkeypatch, capsys, tmp_path, serve)
     assert read_pools(output)["numbers"][1].instruction == "Wording 1: in one word."
     assert call(monkeypatch, "pool", "numbers", "--chat", "stub") == 2
     assert "--chat: 'stub'; expected options" in capsys.readouterr().err
+
+
+def test_every_command_has_an_example_that_it_takes():
+    """Parsed, which must not fail, and not run; what stands behind a ``>`` is the shell's."""
+    commands = typer.main.get_command(cli.app).commands
+    assert len(commands) > 15
+    for name, command in commands.items():
+        program, called, *arguments = shlex.split(command.epilog.removeprefix("Example: ").partition(" > ")[0])
+        assert (program, called) == ("cit-fast", name)
+        command.make_context(name, arguments)

@@ -17,7 +17,7 @@ from cit_fast.cli.app import app, gate_table
 from cit_fast.errors import CitFastError, GateError
 
 # Each puts its commands into app, in this order.
-from cit_fast.cli import runs, results, data  # noqa: F401  # isort: skip
+from cit_fast.cli import setup, runs, results, data  # noqa: F401  # isort: skip
 
 _debug = False
 

@@ -23,7 +23,7 @@ DataPlaces = Annotated[
 ]
 
 
-@app.command()
+@app.command(epilog="Example: cit-fast streams --root data")
 def streams(
     root: Annotated[
         Path | None, typer.Option(help="A folder with data: say which parts of each stream are there.")
@@ -48,7 +48,7 @@ def streams(
                 console.print(f"    {problem}", highlight=False, markup=False, soft_wrap=True)
 
 
-@app.command()
+@app.command(epilog="Example: cit-fast presets")
 def presets() -> None:
     """List the methods that a configuration can name: what each does, and whose it is."""
     from cit_fast.methods.config import descriptions, sources
@@ -59,7 +59,7 @@ def presets() -> None:
     Console().print(table)
 
 
-@app.command()
+@app.command(epilog="Example: cit-fast distances units dates data/mine --out distances")
 def distances(
     data: DataPlaces,
     embedder: Annotated[
@@ -100,7 +100,9 @@ def distances(
     console.print(f"Page: {write_distances(result, out)}", highlight=False, markup=False, soft_wrap=True)
 
 
-@app.command()
+@app.command(
+    epilog="Example: cit-fast pool data/mine --chat '{base_url: http://localhost:8000/v1, model: m}' --output pool.json"
+)
 def pool(
     data: DataPlaces,
     chat: Annotated[
@@ -141,7 +143,7 @@ def pool(
     console.print(f"Pool: {output}", highlight=False, markup=False, soft_wrap=True)
 
 
-@app.command()
+@app.command(epilog="Example: cit-fast score HuggingFaceTB/SmolLM2-135M-Instruct units intents")
 def score(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A model folder, a hub name, an adapter folder, or a run folder.")
@@ -198,7 +200,7 @@ def score(
     console.print(f"Picture: {write_scores(result, out)}", highlight=False, markup=False, soft_wrap=True)
 
 
-@app.command()
+@app.command(epilog="Example: cit-fast doctor")
 def doctor() -> None:
     """Say which backends exist on this machine, and why the others do not."""
     from cit_fast.ops.backends import available_backends

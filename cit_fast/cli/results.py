@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cit_fast.evaluation import Rescored
 
 
-@app.command()
+@app.command(epilog="Example: cit-fast report runs/quickstart --output report.html")
 def report(
     runs: Runs,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The HTML file to write.")] = None,
@@ -35,7 +35,7 @@ def report(
     console.print(f"Report: {path}", highlight=False, markup=False, soft_wrap=True)
 
 
-@app.command(name="eval")
+@app.command(name="eval", epilog="Example: cit-fast eval runs/quickstart/ema --stage 2")
 def evaluate(
     runs: Runs,
     write: Annotated[bool, typer.Option("--write", help="Store the recomputed scores in the runs.")] = False,
@@ -78,7 +78,7 @@ def _v_of(entry: Rescored) -> str:
     return was if entry.violations_agree else f"{was} ≠ {again}"
 
 
-@app.command()
+@app.command(epilog="Example: cit-fast generate runs/quickstart/ema --prompts prompts.txt --show-adapter")
 def generate(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     prompts: Annotated[
@@ -113,7 +113,7 @@ def generate(
             typer.echo((f"{name}\t" if show_adapter else "") + answer.replace("\n", "\\n"))
 
 
-@app.command()
+@app.command(epilog="Example: cit-fast serve runs/quickstart/ema --port 8000 --follow")
 def serve(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -175,7 +175,7 @@ def _prompt_of_record(line: str, where: str) -> str:
     return prompt
 
 
-@app.command()
+@app.command(epilog="Example: cit-fast export runs/quickstart/ema exported --for vllm")
 def export(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that is not there yet.")],

@@ -14,7 +14,7 @@ from cit_fast.cli.app import Run, app
 from cit_fast.errors import ConfigError
 
 
-@app.command()
+@app.command(epilog="Example: cit-fast run my.yaml --set training.learning_rate=1e-3 --plan")
 def run(
     config: Annotated[Path, typer.Argument(help="The YAML configuration.")],
     overrides: Annotated[
@@ -46,7 +46,7 @@ def run(
     trainer.console.print(f"Report: {report_path}", highlight=False, markup=False, soft_wrap=True)
 
 
-@app.command()
+@app.command(epilog="Example: cit-fast learn runs/support/random-replay data/refunds --set replay.fraction=0.2")
 def learn(
     run: Run,
     tasks: Annotated[
@@ -75,7 +75,7 @@ def learn(
         console.print(comparison_table(collect([folder])))
 
 
-@app.command()
+@app.command(epilog="Example: cit-fast status runs/support/random-replay")
 def status(
     run: Run,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
@@ -91,7 +91,7 @@ def status(
         Console().print(status_table(found))
 
 
-@app.command()
+@app.command(epilog="Example: cit-fast memory runs/support/random-replay --drop refunds")
 def memory(
     run: Run,
     drop: Annotated[str | None, typer.Option("--drop", metavar="TASK", help="Remove this task's texts.")] = None,
@@ -120,7 +120,7 @@ def memory(
     console.print(table)
 
 
-@app.command()
+@app.command(epilog="Example: cit-fast rollback runs/support/random-replay --to 3")
 def rollback(
     run: Run,
     to: Annotated[int | None, typer.Option("--to", min=1, help="The stage to go back to.")] = None,
@@ -136,7 +136,7 @@ def rollback(
     typer.echo(f"{run}: {'back are' if undo else f'stage {to} is the current one; taken back:'} {', '.join(tasks)}")
 
 
-@app.command()
+@app.command(epilog="Example: cit-fast prune runs/support/random-replay")
 def prune(run: Run) -> None:
     """Delete what rollbacks of RUN have kept aside."""
     from cit_fast.run.rollback import prune as delete

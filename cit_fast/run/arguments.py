@@ -16,7 +16,7 @@ from cit_fast.text import first_line
 from cit_fast.values import checked_value, choices
 
 # Set by cit-fast itself, from the key given here; a second value would silently disagree with the first.
-_RESERVED_TRAINING = {
+RESERVED_TRAINING = {
     "output_dir": "output",
     "seed": "seed",
     "data_seed": "seed",
@@ -83,7 +83,7 @@ _TRAINING_DEFAULTS: dict[str, Any] = {
     "disable_tqdm": True,
     "log_level": "error",
 }
-_RESERVED_ADAPTER = {
+RESERVED_ADAPTER = {
     "inference_mode": "cit-fast (an adapter is trained)",
     "base_model_name_or_path": "cit-fast, from model.name",
     "revision": "cit-fast, from model.revision",
@@ -115,8 +115,8 @@ def checked_training(value: Mapping[str, Any]) -> dict[str, Any]:
     from transformers import TrainingArguments
 
     for key in value:
-        if key in _RESERVED_TRAINING:
-            raise ValueError(f"{key}: set by cit-fast; use {_RESERVED_TRAINING[key]} instead")
+        if key in RESERVED_TRAINING:
+            raise ValueError(f"{key}: set by cit-fast; use {RESERVED_TRAINING[key]} instead")
     # fsdp is declared as text and meant to be true or false.
     switches = {key: given for key, given in value.items() if key == "fsdp" and isinstance(given, bool)}
     others = {key: given for key, given in value.items() if key not in switches}
@@ -156,8 +156,8 @@ def checked_adapter(value: Mapping[str, Any]) -> dict[str, Any]:
     if kind in _LEFT_OUT_KINDS:
         raise ValueError(f"peft_type: {kind} {_LEFT_OUT_KINDS[kind]}")
     for key in value:
-        if key in _RESERVED_ADAPTER:
-            raise ValueError(f"{key}: set by {_RESERVED_ADAPTER[key]}")
+        if key in RESERVED_ADAPTER:
+            raise ValueError(f"{key}: set by {RESERVED_ADAPTER[key]}")
     if value.get("task_type", "CAUSAL_LM") != "CAUSAL_LM":
         raise ValueError(f"task_type: {value['task_type']!r}; only CAUSAL_LM is trained here")
     if str(value.get("init_lora_weights")).lower() in _LEFT_OUT_INITS:
