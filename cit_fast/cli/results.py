@@ -186,6 +186,13 @@ def export(
         Literal["auto", "float32", "bfloat16", "float16"],
         typer.Option(help="Of merged weights; auto: the base model's. float32 loses nothing of a small update."),
     ] = "auto",
+    license_: Annotated[
+        str, typer.Option("--license", help="The weights' licence, for the model cards: apache-2.0, mit, ...")
+    ] = "unknown",
+    push: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Upload OUT to the model hub, as `hf auth login` says.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="A repository that --push makes is private.")] = False,
     engine: Annotated[
         Literal["vllm"] | None, typer.Option("--for", help="Write a script beside the sets that serves them.")
     ] = None,
@@ -200,11 +207,15 @@ def export(
     console = Console(soft_wrap=True)
     with warnings_as_lines():
         if merge is None:
-            names = export_adapters(run_folder, out, stage, engine)
+            names = export_adapters(run_folder, out, stage, engine, license_)
             console.print(f"PEFT adapters in {out}: {', '.join(names)}", highlight=False, markup=False)
             if engine is not None:
                 start = f"Serve them: {out / 'start-vllm.sh'}; their router: cit-fast serve {run_folder} --upstream URL"
                 console.print(start, highlight=False, markup=False)
         else:
-            export_merged(run_folder, out, merge, stage=stage, dtype=dtype)
+            export_merged(run_folder, out, merge, stage=stage, dtype=dtype, license_=license_)
             console.print(f"Model and tokenizer with {merge} merged: {out}", highlight=False, markup=False)
+        if push is not None:
+            from cit_fast.inference.model_card import push as upload
+
+            console.print(f"Pushed: {upload(out, push, private)}", highlight=False, markup=False)

@@ -18,6 +18,7 @@ from cit_fast.errors import ConfigError, LeftOutWarning, RunError
 from cit_fast.evaluation.run_files import check_files, stage_folder
 from cit_fast.files import new_folder, write_json
 from cit_fast.inference.continual_model import adapter_folders, damaged_sets, read_trained
+from cit_fast.inference.model_card import UNKNOWN, adapter_card, merged_card, sets_card
 from cit_fast.models.adapter_bank import (
     AdapterBank,
     NotPlainLoraError,
@@ -32,7 +33,11 @@ from cit_fast.text import first_line
 
 
 def export_adapters(
-    run: str | Path, out: str | Path, stage: int | None = None, engine: Literal["vllm"] | None = None
+    run: str | Path,
+    out: str | Path,
+    stage: int | None = None,
+    engine: Literal["vllm"] | None = None,
+    license_: str = UNKNOWN,
 ) -> list[str]:
     """Write each adapter set of a run's stage, by default the last, as the PEFT folder ``out/<set>``.
 
@@ -44,6 +49,7 @@ def export_adapters(
         out: a folder that does not exist yet, or is empty; it appears whole or not at all.
         stage: its number, from 1.
         engine: that will serve them: ``out/start-vllm.sh`` starts it with all sets.
+        license_: the hub's identifier of the weights' licence, for the model cards.
 
     Returns:
         Names of the sets written.
@@ -53,7 +59,7 @@ def export_adapters(
             cannot serve, or ``out`` is in use.
     """
     run, out = Path(run), Path(out)
-    _, config, stages = read_trained(run, stage)
+    record, config, stages = read_trained(run, stage)
     weights = stage_folder(run, stages[-1])
     if (weights / "model").is_dir():
         raise RunError(f"{run}: trained the whole model, so it has no adapters; {weights / 'model'} is the model")
@@ -84,6 +90,8 @@ def export_adapters(
             path = target / name / "adapter_config.json"
             settings = json.loads(path.read_text(encoding="utf-8"))
             write_json(path, {**settings, "base_model_name_or_path": base, "revision": config.model.revision})
+            _write_card(target / name, adapter_card(record, config, stages, name, license_))
+        _write_card(target, sets_card(record, config, names, license_))
 
         _check_exported(target, folders, names, config.model.model_copy(update={"trust_remote_code": False}))
 
@@ -134,6 +142,7 @@ def export_merged(
     trust_remote_code: bool = False,
     stage: int | None = None,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    license_: str = UNKNOWN,
 ) -> None:
     """Write the base model with adapter set ``name`` merged into its weights, and the tokenizer, as ``out``.
 
@@ -148,13 +157,14 @@ def export_merged(
         name: one of the run's sets; of a run that trained the whole model, anything.
         trust_remote_code: run code that comes with the base model.
         dtype: of the weights; ``"auto"``: the base model's.
+        license_: as in :func:`export_adapters`.
 
     Raises:
         RunError: as :func:`export_adapters`, no such set, a damaged one, or a kind that cannot be merged.
     """
     run, out = Path(run), Path(out)
     _check_free(out)
-    _, config, stages = read_trained(run, stage)
+    record, config, stages = read_trained(run, stage)
     weights = stage_folder(run, stages[-1])
     base = config.model.model_copy(update={"trust_remote_code": trust_remote_code})
     whole = (weights / "model").is_dir()
@@ -198,6 +208,7 @@ def export_merged(
             tokenizer.save_pretrained(target)
         except ValueError as error:  # a generation configuration that transformers itself refuses to write
             raise ConfigError(f"{folder}: cannot be saved again: {first_line(error)}") from None
+        _write_card(target, merged_card(record, config, stages, "" if whole else name, license_))
         again = load_model(target, base.model_copy(update={"dtype": str(own).removeprefix("torch.")}))
         _check_alike(rounded, _few_logits(again), f"{out}: the merged model, loaded again")
 
@@ -276,6 +287,10 @@ def _check_exported(target: Path, folders: Mapping[str, Path], names: Sequence[s
         model.set_adapter(name)
         logits = _few_logits(model)
         _check_alike(expected.get(name, logits), logits, f"{target / name}: the adapter, loaded by PEFT")
+
+
+def _write_card(folder: Path, text: str) -> None:
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def _check_free(out: Path) -> None:

@@ -199,7 +199,7 @@ def test_exports_load_without_this_package(run, tiny_model_folder, tmp_path, mon
     assert call(monkeypatch, "export", run, tmp_path / "out") == 0
     assert name in capsys.readouterr().out
     assert call(monkeypatch, "export", run, tmp_path / "merged", "--merge", name) == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(sets_of(run).values())
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"README.md", *sets_of(run).values()}
     script = [sys.executable, "-c", textwrap.dedent(OUTSIDE)]
     places = [tiny_model_folder.resolve(), tmp_path / "out" / name, tmp_path / "merged"]
     done = subprocess.run([*script, *map(str, places)], capture_output=True, text=True, cwd=tmp_path, check=False)

@@ -18,8 +18,8 @@ from contextlib import contextmanager
 import httpx
 import openai
 import pytest
-import uvicorn
 from rich.console import Console
+from served import served
 
 from cit_fast import ContinualModel, ContinualTrainer, cli
 from cit_fast.data import Example, TaskStream
@@ -51,17 +51,8 @@ def text(example: Example) -> str:
 @contextmanager
 def serving(engine: Engine, **options) -> Iterator[str]:
     """A server in a thread; its address."""
-    listening = bound("127.0.0.1", 0)
-    config = uvicorn.Config(Server(engine, **options).app, log_level="error", timeout_graceful_shutdown=5)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
-    finally:
-        server.should_exit = True
-        thread.join()
-        listening.close()
+    with served(Server(engine, **options).app) as url:
+        yield f"{url}/v1"
 
 
 @pytest.fixture(scope="module")

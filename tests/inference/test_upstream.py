@@ -9,16 +9,14 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import pairwise
 
 import httpx
 import openai
 import pytest
-import uvicorn
 from peft import LoraConfig
+from served import served
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
@@ -131,20 +129,6 @@ class StandIn:
             self.ended += 1
 
 
-@contextmanager
-def running(app) -> Iterator[str]:
-    listening = bound("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=5))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
-    finally:
-        server.should_exit = True
-        thread.join()
-        listening.close()
-
-
 @pytest.fixture
 def there(model):
     return StandIn(model)
@@ -153,7 +137,7 @@ def there(model):
 @pytest.fixture
 def upstream(there, finished, monkeypatch):
     monkeypatch.setattr("cit_fast.inference.upstream._WAIT", 0.01)
-    with running(there.app) as url, Upstream(routing_model(finished), url, key="there") as found:
+    with served(there.app) as url, Upstream(routing_model(finished), f"{url}/v1", key="there") as found:
         yield found
 
 
@@ -168,7 +152,7 @@ def test_many_clients_get_the_answers_of_their_sets(model, there, upstream, exam
     sets = dict(zip(prompts, model.route(prompts), strict=True))
     assert len(set(sets.values())) == 3
     there.failures = ["503", "429", "500"]  # of some of them
-    with running(Server(upstream).app) as url, openai.OpenAI(base_url=url, api_key="any", max_retries=0) as one:
+    with served(Server(upstream).app) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as one:
 
         def ask(prompt, stream):
             said = [{"role": "user", "content": prompt}]
@@ -186,7 +170,7 @@ def test_many_clients_get_the_answers_of_their_sets(model, there, upstream, exam
         assert replies == [(expected[prompt], sets[prompt]) for prompt in every]
         base = one.completions.create(model="base", prompt=prompts[0], max_tokens=12)
         assert base.choices[0].text == model.generate(prompts[:1], 12, adapters=[BASE])[0]
-        metrics = httpx.get(url.removesuffix("/v1") + "/metrics").text
+        metrics = httpx.get(f"{url}/metrics").text
     assert "cit_fast_answers_total 65" in metrics
     assert "cit_fast_retries_total 3" in metrics
     assert set(there.keys) == {"Bearer there"}
@@ -211,7 +195,7 @@ def test_what_is_asked_goes_with_it(model, there, upstream, examples):
 def test_sglang_is_told_base_and_set(model, finished, examples):
     """There a set's name alone would be taken for the base model's, and the base model would answer."""
     there = StandIn(model, "sglang")
-    with running(there.app) as url, Upstream(routing_model(finished), url) as upstream:
+    with served(there.app) as url, Upstream(routing_model(finished), f"{url}/v1") as upstream:
         replies = [upstream.ask(Question(each, max_new_tokens=6)).result(30) for each in examples[:2]]
         upstream.ask(Question(examples[0], BASE, 6)).result(30)
     assert [reply.answer.text for reply in replies] == model.generate(examples[:2], 6)
@@ -246,9 +230,9 @@ def test_an_upstream_that_stays_away(model, there, upstream, examples, finished)
     with bound("127.0.0.1", 0) as listening:
         port = listening.getsockname()[1]
     gone = Upstream(routing_model(finished), f"http://me:secret@127.0.0.1:{port}/v1")
-    with gone, running(Server(gone).app) as url:
+    with gone, served(Server(gone).app) as url:
         said = {"messages": [{"role": "user", "content": "Say hello."}]}
-        reply = httpx.post(f"{url}/chat/completions", json=said, timeout=60)
+        reply = httpx.post(f"{url}/v1/chat/completions", json=said, timeout=60)
     assert reply.status_code == 502
     assert f"http://127.0.0.1:{port}/v1: cannot be reached (ConnectError)" in reply.json()["error"]["message"]
     assert "secret" not in reply.text
@@ -257,7 +241,7 @@ def test_an_upstream_that_stays_away(model, there, upstream, examples, finished)
 def test_a_set_that_is_not_there_and_requests_that_are_refused(model, finished, examples, monkeypatch):
     monkeypatch.setattr("cit_fast.inference.upstream._WAIT", 0.01)
     there = StandIn(model, sets=model.sets[:1])
-    with running(there.app) as url, Upstream(routing_model(finished), url, most_waiting=1) as upstream:
+    with served(there.app) as url, Upstream(routing_model(finished), f"{url}/v1", most_waiting=1) as upstream:
         with pytest.raises(UpstreamError, match=f"does not serve the adapter set '{model.sets[1]}'"):
             upstream.ask(Question(examples[0], model.sets[1])).result(30)
         there.failures = ["401"]
