@@ -22,6 +22,7 @@ from cit_fast.models.parked_sets import bank_of, parked, set_names
 from cit_fast.models.prefix_cache import (
     PASS,
     AtWork,
+    BatchLimit,
     PromptReader,
     batches_of_pieces,
     can_continue,
@@ -72,6 +73,7 @@ def generate_answers(
     tokenizer: Any,
     max_new_tokens: int = 64,
     batch_size: int = 16,
+    batch_tokens: int | None = None,
     progress: Callable[[int], None] | None = None,
     adapters: Sequence[str] | None = None,
     bank: AdapterBank | None = None,
@@ -91,7 +93,8 @@ def generate_answers(
         prompts: N token sequences, each of one token or more, template and all.
         pad_token_id: any token; padded places are masked. ``eos_token_ids``: the tokens that end an answer.
         tokenizer: turns the new tokens into text.
-        max_new_tokens: tokens per answer, >= 1. ``batch_size``: prompts per batch, >= 1.
+        max_new_tokens: tokens per answer, >= 1. ``batch_size``: prompts per batch, >= 1; ``batch_tokens``: and no more
+            of them than have so many tokens, padding and the longest answers counted.
         progress: called after each batch with the number of prompts it answered.
         adapters: N names of adapter sets, prompt i is answered by ``adapters[i]``, ``BASE`` for the base
             model alone. Sets of plain LoRA are mixed in the same batch, others answer one after another.
@@ -106,8 +109,9 @@ def generate_answers(
         DataError: a prompt without tokens, a size or temperature out of range, another number of sets or seeds than
             of prompts, or a set that the model does not have.
     """
-    for name, size in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if size < 1:
+    limit = BatchLimit(batch_size, batch_tokens, max_new_tokens)
+    for name, size in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size), ("batch_tokens", batch_tokens)):
+        if size is not None and size < 1:
             raise DataError(f"generate: {name} is {size}; it must be at least 1")
     for index, prompt in enumerate(prompts):
         if not len(prompt):
@@ -151,7 +155,7 @@ def generate_answers(
             sets = adapters if at_work is not None else None
             reader = PromptReader(model, at_work)
             if apart:
-                for pieces in batches_of_pieces(prompts, indices, batch_size, sets):
+                for pieces in batches_of_pieces(prompts, indices, limit, sets):
                     batch = [index for piece in pieces for index in piece.indices]
                     rows = [
                         Row(prompts[i], max_new_tokens, None if sets is None else sets[i], chance(i)) for i in batch
@@ -162,7 +166,7 @@ def generate_answers(
                         running.step()
                     answered(batch, [(row.tokens, row.ended) for row in rows])
                 return
-            for batch in _batches(prompts, indices, batch_size, together):
+            for batch in _batches(prompts, indices, limit, together):
                 own, names = [prompts[i] for i in batch], None if sets is None else [sets[i] for i in batch]
                 input_ids, mask = padded(own, pad_token_id, model.device)
                 with reader.having(names):
@@ -182,30 +186,32 @@ def generate_answers(
 
 
 def _batches(
-    prompts: Sequence[Sequence[int]], indices: Sequence[int], size: int, together: _Together
+    prompts: Sequence[Sequence[int]], indices: Sequence[int], limit: BatchLimit, together: _Together
 ) -> list[list[int]]:
-    """Batches of at most ``size`` of the indices, whose prompts get shorter; the largest first."""
+    """Batches of the indices within the limit, whose prompts get shorter; the largest first."""
     if together == "any":
-        cuts = _cuts([len(prompts[index]) for index in indices], size)
+        cuts = _cuts([len(prompts[index]) for index in indices], limit)
         batches = [list(indices[start:stop]) for start, stop in cuts]
         return sorted(batches, key=lambda batch: -len(batch) * len(prompts[batch[0]]))
-    alike = itertools.groupby(indices, key=lambda index: len(prompts[index]))
-    size = size if together == "equal" else 1
-    groups = [list(group) for _, group in alike]
-    return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
+    found = []
+    for longest, alike in itertools.groupby(indices, key=lambda index: len(prompts[index])):
+        group, size = list(alike), limit.of(longest) if together == "equal" else 1
+        found += [group[start : start + size] for start in range(0, len(group), size)]
+    return found
 
 
 _STEPS = 8
 """Tokens of an answer, a pass each; how many is not known before."""
 
 
-def _cuts(widths: Sequence[int], size: int) -> list[tuple[int, int]]:
-    """Where to cut descending widths into batches of at most ``size``, each padded to its first, for the least work."""
+def _cuts(widths: Sequence[int], limit: BatchLimit) -> list[tuple[int, int]]:
+    """Where to cut descending widths into batches within the limit, each padded to its first, for the least work."""
     least, first = [0], [0]
     for stop in range(1, len(widths) + 1):
         work, start = min(
             (least[start] + (stop - start) * widths[start] + (1 + _STEPS) * PASS, start)
-            for start in range(max(0, stop - size), stop)
+            for start in range(max(0, stop - limit.rows), stop)
+            if stop - start <= limit.of(widths[start])
         )
         least.append(work)
         first.append(start)

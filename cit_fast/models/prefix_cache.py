@@ -47,6 +47,23 @@ class Piece(NamedTuple):
     """Tokens that all of them begin with and that are read once; 0 where that is not worth a pass."""
 
 
+class BatchLimit(NamedTuple):
+    """How much goes into a batch."""
+
+    rows: int
+    """Prompts at most."""
+    tokens: int | None = None
+    """Of all rows together, padding and answers counted; a prompt longer than that goes alone."""
+    new: int = 0
+    """Tokens of an answer at most."""
+
+    def of(self, longest: int) -> int:
+        """Rows of a batch whose longest prompt has so many tokens."""
+        if self.tokens is None:
+            return self.rows
+        return max(1, min(self.rows, self.tokens // (longest + self.new)))
+
+
 def common_beginning(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens both begin with."""
     shorter = min(len(one), len(other))
@@ -54,15 +71,15 @@ def common_beginning(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def batches_of_pieces(
-    prompts: Sequence[Sequence[int]], indices: Sequence[int], size: int, sets: Sequence[str] | None = None
+    prompts: Sequence[Sequence[int]], indices: Sequence[int], limit: BatchLimit, sets: Sequence[str] | None = None
 ) -> list[list[Piece]]:
-    """Batches of at most ``size`` prompts, in pieces of least work; the longest first.
+    """Batches within ``limit``, in pieces of least work; the longest first.
 
     Args:
         indices: of the prompts to batch.
         sets: of every prompt its adapter set; prompts of several sets share no beginning.
     """
-    pieces = _pieces(prompts, indices, size, sets)
+    pieces = _pieces(prompts, indices, limit, sets)
     # A batch's prompts are of much the same length; pieces with one beginning stay neighbours.
     pieces.sort(key=lambda piece: -max(len(prompts[index]) for index in piece.indices))
     batches: list[list[Piece]] = []
@@ -72,7 +89,7 @@ def batches_of_pieces(
         while left:
             if not room:
                 batches.append([])
-                room = size
+                room = limit.of(max(len(prompts[index]) for index in left))
             some, left = left[:room], left[room:]
             batches[-1].append(Piece(some, piece.beginning))
             room -= len(some)
@@ -80,9 +97,9 @@ def batches_of_pieces(
 
 
 def _pieces(
-    prompts: Sequence[Sequence[int]], indices: Sequence[int], size: int, sets: Sequence[str] | None
+    prompts: Sequence[Sequence[int]], indices: Sequence[int], limit: BatchLimit, sets: Sequence[str] | None
 ) -> list[Piece]:
-    """The prompts in pieces of at most ``size`` neighbours, for the least work."""
+    """The prompts in pieces of neighbours, each within the limit, for the least work."""
     names = sets or [""] * len(prompts)
     order = sorted(indices, key=lambda index: (names[index], list(prompts[index])))
     alike = [common_beginning(prompts[a], prompts[b]) if names[a] == names[b] else 0 for a, b in pairwise(order)]
@@ -91,10 +108,12 @@ def _pieces(
     for stop in range(1, len(order) + 1):
         longest = shortest = common = tokens[stop - 1]
         choices = []
-        for start in range(stop - 1, max(0, stop - size) - 1, -1):
+        for start in range(stop - 1, max(0, stop - limit.rows) - 1, -1):
             if start < stop - 1:
                 common = min(common, alike[start])
             longest, shortest = max(longest, tokens[start]), min(shortest, tokens[start])
+            if stop - start > limit.of(longest + 1):
+                break
             shared = min(common, shortest)
             work, beginning = min(
                 (_work(stop - start, longest, 0), 0), (shared + PASS + _work(stop - start, longest, shared), shared)

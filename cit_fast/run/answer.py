@@ -227,6 +227,7 @@ def _answers(
             tokenizer=encoder.tokenizer,
             eos_token_ids=encoder.stop_token_ids,
             max_new_tokens=config.max_new_tokens,
+            batch_tokens=config.batch_tokens,
         )
         labels = [[encoder.answer(each.example, label) for label in each.task.labels] for each in closed]
         chosen = most_likely(model, choices=labels, **asked(closed))

@@ -54,9 +54,10 @@ class EvaluationConfig(Section):
     stage trained and K of the earlier ones, and all after the last stage. Tasks of ``held_out`` are answered but never
     trained: by the untrained model and after the last stage, or after every one (``held_out_after: all``). With
     ``decode: labels`` the answer to a task that has labels is the one of them which the model finds most likely, so it
-    never breaks their format; other tasks are answered greedily. ``judge`` marks the answers of tasks whose metric is
-    ``judge``. ``general``: whether general abilities are measured, too, on the untrained model and after every stage;
-    ``{lm_eval: [...]}``: with benchmarks beside.
+    never breaks their format; other tasks are answered greedily. ``batch_size`` prompts are answered together, and with
+    ``batch_tokens`` no more of them than have so many tokens, padding and the longest answers counted. ``judge`` marks
+    the answers of tasks whose metric is ``judge``. ``general``: whether general abilities are measured, too, on the
+    untrained model and after every stage; ``{lm_eval: [...]}``: with benchmarks beside.
     """
 
     split: Literal["test", "dev"] = "test"
@@ -68,6 +69,7 @@ class EvaluationConfig(Section):
     decode: Literal["greedy", "labels"] = "greedy"
     max_new_tokens: PositiveInt = 64
     batch_size: PositiveInt = 16
+    batch_tokens: PositiveInt | None = None
     judge: JudgeConfig | None = None
     general: bool | HarnessConfig = False
 
@@ -200,8 +202,9 @@ class RunConfig(Section):
         plain = self.model_dump(mode="json", exclude={"output", "methods", "name"})
         plain["method"] = method.model_dump(mode="json")
         plain["stages"] = [entry.plain() for entry in self.stages]
-        if not plain["evaluation"]["general"]:
-            del plain["evaluation"]["general"]
+        for name in ("general", "batch_tokens"):
+            if not plain["evaluation"][name]:
+                del plain["evaluation"][name]
         for name in ("memory", "stages", "gate"):  # as it was before there was such a section
             if not plain[name]:
                 del plain[name]

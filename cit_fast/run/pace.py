@@ -19,6 +19,9 @@ from cit_fast.run.config import RunConfig
 from cit_fast.run.environment import describe_environment
 from cit_fast.run.plan import StagePlan
 
+_ANSWERING = {"max_new_tokens", "batch_size", "batch_tokens", "decode"}
+"""What decides how fast prompts are answered."""
+
 
 @dataclass(frozen=True)
 class Pace:
@@ -59,7 +62,7 @@ class Paces:
             "model": config.model.model_dump(mode="json"),
             "adapter": config.adapter,
             "training": config.training,
-            "evaluation": config.evaluation.model_dump(mode="json", include={"max_new_tokens", "batch_size", "decode"}),
+            "evaluation": config.evaluation.model_dump(mode="json", include=_ANSWERING, exclude_none=True),
         }
         setting = json.loads(json.dumps({"pace": environment, **sections}, default=str))
         self._cache = JsonCache(cache_folder() / "pace", setting)

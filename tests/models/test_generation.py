@@ -73,6 +73,15 @@ def test_an_answer_does_not_depend_on_its_batch(model, batch_size):
     assert answer(model, PROMPTS, max_new_tokens=10, batch_size=batch_size) == alone
 
 
+def test_an_answer_does_not_depend_on_how_many_tokens_a_batch_may_have(model):
+    alone = [answer(model, [prompt], max_new_tokens=10)[0] for prompt in PROMPTS]
+    sizes = []
+    assert answer(model, PROMPTS, max_new_tokens=10, batch_size=7, batch_tokens=40, progress=sizes.append) == alone
+    assert sum(sizes) == len(PROMPTS)
+    assert 1 < max(sizes) <= 40 // (1 + 10)
+    assert min(sizes) == 1  # 17 and 10: two would be 54
+
+
 def test_stops_at_any_end_token_in_some_rows_only(model):
     free = [[int(t) for t in text.split()] for text in answer(model, PROMPTS, max_new_tokens=10, eos_token_ids=[])]
     ends = [free[0][4], free[3][6]]

@@ -23,7 +23,14 @@ from transformers import (
 
 from cit_fast.models import generation, prefix_cache
 from cit_fast.models.generation import generate
-from cit_fast.models.prefix_cache import Piece, PromptReader, batches_of_pieces, can_continue, common_beginning
+from cit_fast.models.prefix_cache import (
+    BatchLimit,
+    Piece,
+    PromptReader,
+    batches_of_pieces,
+    can_continue,
+    common_beginning,
+)
 
 VOCABULARY = 32
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -217,7 +224,7 @@ def test_every_prompt_is_in_one_piece_with_what_it_begins_with(prompts, size, a_
     sets = sets and [sets[sum(prompt) % 2] for prompt in prompts]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prefix_cache, "PASS", a_pass)
-        batches = batches_of_pieces(prompts, range(len(prompts)), size, sets)
+        batches = batches_of_pieces(prompts, range(len(prompts)), BatchLimit(size), sets)
     assert sorted(i for batch in batches for piece in batch for i in piece.indices) == list(range(len(prompts)))
     for batch in batches:
         assert sum(len(piece.indices) for piece in batch) <= size
@@ -228,6 +235,19 @@ def test_every_prompt_is_in_one_piece_with_what_it_begins_with(prompts, size, a_
             assert not (piece.beginning and sets) or len({sets[index] for index in piece.indices}) == 1
     # All but the last are full, and prompts get shorter.
     assert len(batches) == -(-len(prompts) // size)
+
+
+@given(prompts=st.lists(tokens, min_size=1, max_size=12), budget=st.integers(1, 60), new=st.integers(0, 5))
+def test_a_batch_has_no_more_tokens_than_it_may(prompts, budget, new):
+    limit = BatchLimit(5, budget, new)
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    pieces = batches_of_pieces(prompts, range(len(prompts)), limit)
+    batches = [[index for piece in batch for index in piece.indices] for batch in pieces]
+    for found in (batches, *(generation._batches(prompts, order, limit, how) for how in ("any", "equal", "none"))):
+        assert sorted(index for batch in found for index in batch) == list(range(len(prompts)))
+        for batch in found:
+            longest = max(len(prompts[index]) for index in batch)
+            assert len(batch) == 1 or (len(batch) <= 5 and len(batch) * (longest + new) <= budget)
 
 
 @given(prompts=st.lists(tokens, min_size=1, max_size=6), a_pass=st.integers(0, 6))
@@ -246,7 +266,7 @@ def test_pieces_are_of_least_work(prompts, a_pass):
     least = min(sum(work(order[a:b]) for a, b in itertools.pairwise([0, *cut, len(order)])) for cut in cuts)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prefix_cache, "PASS", a_pass)
-        (batch,) = batches_of_pieces(prompts, range(len(prompts)), 6)
+        (batch,) = batches_of_pieces(prompts, range(len(prompts)), BatchLimit(6))
         found = 0
         for piece in batch:
             longest = max(len(prompts[index]) for index in piece.indices) - 1
@@ -258,15 +278,15 @@ def test_pieces_are_of_least_work(prompts, a_pass):
 def test_long_prompts_do_not_pad_many_short_ones(monkeypatch):
     monkeypatch.setattr(prefix_cache, "PASS", 50)
     prompts = [random_tokens(length, length) for length in (500, 490, *range(20, 50))]
-    (batch,) = batches_of_pieces(prompts, range(len(prompts)), 32)
+    (batch,) = batches_of_pieces(prompts, range(len(prompts)), BatchLimit(32))
     assert sum(len(piece.indices) for piece in batch if 0 in piece.indices or 1 in piece.indices) == 2
-    assert [sorted(map(len, generation._batches(prompts, range(32), 32, "any")))] == [[2, 30]]
+    assert [sorted(map(len, generation._batches(prompts, range(32), BatchLimit(32), "any")))] == [[2, 30]]
 
 
 def test_many_sets_of_one_prompt_each_are_read_together(monkeypatch):
     monkeypatch.setattr(prefix_cache, "PASS", 200)
     prompts = [random_tokens(20, 1) for _ in range(64)]
-    batches = batches_of_pieces(prompts, range(64), 64, [str(n) for n in range(64)])
+    batches = batches_of_pieces(prompts, range(64), BatchLimit(64), [str(n) for n in range(64)])
     assert [[(len(piece.indices), piece.beginning) for piece in batch] for batch in batches] == [[(64, 0)]]
 
 
