@@ -104,6 +104,8 @@ class ContinualModel:
         whole = {name: folder for name, folder in folders.items() if name not in damaged}
         bank, unusable = _read_bank(model.to(device), whole)
         if bank is None:
+            if shared is not None:
+                model = load_model(folder, base)  # PEFT changes the model that it is given
             model, unusable = _load_with_peft(model, whole)
             model.to(device)
         unusable = {name: reason for name in folders if (reason := (damaged | unusable).get(name))}

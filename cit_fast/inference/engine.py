@@ -76,11 +76,14 @@ class Engine:
     def __init__(
         self, model: ContinualModel, batch_size: int = 16, most_waiting: int = 256, grace: float = 30.0
     ) -> None:
-        self.batch_size, self.grace = batch_size, grace
-        self._queue: queue.Queue[_Waiting | None] = queue.Queue(most_waiting)
-        self._stopping = threading.Event()
+        self.batch_size, self.most_waiting, self.grace = batch_size, most_waiting, grace
+        # Reentrant, for a signal's handler stops the engine; None wakes the worker.
+        self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
+        self._lock, self._waiting = threading.Lock(), 0
+        self._stopping, self._ended = False, threading.Event()
         self._thread = threading.Thread(target=self._work, name="cit-fast-engine", daemon=True)
         self._running: dict[Row, _Waiting] = {}
+        self._joining: list[_Waiting] = []
         self._replacement: Callable[[ContinualModel], ContinualModel] | None = None
         self.counts: Counter[str] = Counter()
         self._take(model)
@@ -106,9 +109,8 @@ class Engine:
 
     def stop(self) -> None:
         """Take no more questions; what is being answered is answered, what waits is refused."""
-        self._stopping.set()
-        with contextlib.suppress(queue.Full):
-            self._queue.put_nowait(None)  # wakes the worker where nothing waits
+        self._stopping = True
+        self._queue.put(None)
 
     @property
     def sets(self) -> tuple[str, ...]:
@@ -118,15 +120,15 @@ class Engine:
     @property
     def working(self) -> bool:
         """Whether questions are taken and answered."""
-        return self._thread.is_alive() and not self._stopping.is_set()
+        return self._thread.is_alive() and not self._stopping
 
     @property
     def waiting(self) -> int:
-        """Questions that wait, about."""
-        return self._queue.qsize()
+        """Questions that wait."""
+        return self._waiting
 
     def ask(self, question: Question, heard: Heard | None = None) -> Future[Reply]:
-        """Put a question into the queue; one whose reply is cancelled is computed no further.
+        """Put a question into the queue; one whose reply is cancelled leaves the running batch.
 
         Args:
             heard: is told the answer's text as it comes, in this engine's thread.
@@ -134,13 +136,16 @@ class Engine:
         Raises:
             BusyError: the queue is full. StoppingError: no more questions are taken.
         """
-        if self._stopping.is_set():
+        if self._stopping or self._ended.is_set():
             raise StoppingError("the server is being stopped")
+        with self._lock:
+            if self._waiting >= self.most_waiting:
+                raise BusyError(f"{self.most_waiting} requests are waiting; try again later")
+            self._waiting += 1
         waiting = _Waiting(question, heard)
-        try:
-            self._queue.put_nowait(waiting)
-        except queue.Full:
-            raise BusyError(f"{self._queue.maxsize} requests are waiting; try again later") from None
+        self._queue.put(waiting)
+        if self._ended.is_set():  # in between
+            self._refuse()
         return waiting.reply
 
     def replace(self, load: Callable[[ContinualModel], ContinualModel]) -> None:
@@ -150,39 +155,51 @@ class Engine:
             load: called in this engine's thread with the model so far, for the next one; where it fails, that is
                 logged, and the model stays.
         """
-        self._replacement = load
-        with contextlib.suppress(queue.Full):
-            self._queue.put_nowait(None)  # wakes the worker where nothing waits
+        with self._lock:
+            self._replacement = load
+        self._queue.put(None)
+
+    @property
+    def replacing(self) -> bool:
+        """Whether another model is about to answer."""
+        return self._replacement is not None
 
     # -- the worker ------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        while self._running or not self._stopping.is_set():
-            failure: Exception | None = None
-            try:
-                self._round()
-            except Exception as error:  # noqa: BLE001  # whatever it is, the clients are told and the next one served
-                _log.exception("%d answers failed", len(self._running))
-                failure = error
-            if failure is not None:
-                self._again(self._lost(), failure)
-        self._refuse()
+        try:
+            while self._running or not self._stopping:
+                failure: Exception | None = None
+                try:
+                    self._round()
+                except Exception as error:  # noqa: BLE001  # whatever it is, the clients are told, the next one served
+                    _log.exception("%d answers failed", len(self._running) + len(self._joining))
+                    failure = error
+                if failure is not None:
+                    self._again(self._lost(), failure)
+        finally:  # what is no Exception, too: nobody is left to wait
+            self._ended.set()
+            for each in self._lost():
+                each.fail(StoppingError("the server has ended"))
+            self._refuse()
 
     def _round(self) -> None:
         """Let in what waits, and answer some tokens of all."""
-        load, new = self._replacement, list[_Waiting]()
+        load = self._replacement
         if load is None:
-            new = self._let_in()
+            self._let_in()
         elif not self._running:
-            self._replacement = None
             self._replace(load)
+            with self._lock:
+                if self._replacement is load:
+                    self._replacement = None
         gone = [row for row, each in self._running.items() if each.reply.cancelled()]
-        if not new and not self._running:
+        if not self._joining and not self._running:
             return
         with self._generating():
             self._leave(gone)
-            if new:
-                self._join(new)
+            if self._joining:
+                self._join()
             if self._running:
                 self._step()
 
@@ -194,27 +211,30 @@ class Engine:
         else:
             self.counts["replaced"] += 1
 
-    def _let_in(self) -> list[_Waiting]:
+    def _let_in(self) -> None:
         """Questions that there is room for; waits for one where nothing is being answered."""
-        found: list[_Waiting] = []
-        while len(self._running) + len(found) < self.batch_size and not (self._stopping.is_set() and self._running):
+        while len(self._running) + len(self._joining) < self.batch_size and not self._stopping:
             try:
-                each = self._queue.get(block=not self._running and not found)
+                each = self._taken(wait=not self._running and not self._joining)
             except queue.Empty:
-                break
-            if each is None or self._stopping.is_set():
-                if each is not None:
-                    each.fail(StoppingError("the server is being stopped"))
-                break
+                return
+            if each is None:  # somebody wants something else
+                return
             if not each.reply.cancelled() and self._fits(each):
-                found.append(each)
-        return found
+                self._joining.append(each)
+
+    def _taken(self, wait: bool) -> _Waiting | None:
+        each = self._queue.get(block=wait)
+        if each is not None:
+            with self._lock:
+                self._waiting -= 1
+        return each
 
     def _refuse(self) -> None:
         """Tell what waits that nobody will answer it."""
         while True:
             try:
-                left = self._queue.get_nowait()
+                left = self._taken(wait=False)
             except queue.Empty:
                 return
             if left is not None:
@@ -230,7 +250,7 @@ class Engine:
         except CitFastError as error:
             each.fail(error)
             return False
-        except Exception as error:  # noqa: BLE001  # whatever a prompt makes of a tokenizer; the worker must go on
+        except BaseException as error:  # noqa: BLE001  # a tokenizer's panic is no Exception; the worker must go on
             _log.exception("a question could not be read")
             each.fail(error)
             return False
@@ -258,15 +278,16 @@ class Engine:
         with generating(self.model.model, config):
             yield
 
-    def _join(self, new: Sequence[_Waiting]) -> None:
-        """Read the prompts of some questions; where that fails, in halves, so that none takes others with it."""
-        failure: Exception | None = None
+    def _join(self) -> None:
+        """Read the prompts of what was let in; where that fails, they are answered apart."""
+        new, failure = self._joining, None
         try:
             self._route(new)
             if self._mixes and can_run_on(self.model.model, new[0].tokens, self._encoder.pad_token_id):
                 rows = {self._row(each): each for each in new}
                 self._batch.join(list(rows))
                 self._running |= rows
+                self._joining = []
                 self.counts["joined"] += len(rows)
                 return
         except RowsLostError:  # e.g. experts, each given the tokens that are routed to it
@@ -274,6 +295,7 @@ class Engine:
         except Exception as error:  # noqa: BLE001  # whatever it is, the client is told and the next one served
             _log.exception("%d prompts could not be read", len(new))
             failure = error
+        self._joining = []
         self._again(new, failure)
 
     def _step(self) -> None:
@@ -311,8 +333,9 @@ class Engine:
             del self._running[row]
 
     def _lost(self) -> list[_Waiting]:
-        """What was being answered; from then on nothing is."""
-        lost, self._running, self._batch = list(self._running.values()), {}, self._empty_batch()
+        """What was being answered or let in; from then on nothing is."""
+        lost = [*self._running.values(), *self._joining]
+        self._running, self._joining, self._batch = {}, [], self._empty_batch()
         return lost
 
     def _finish(self, each: _Waiting, answer: Answer) -> None:
@@ -339,15 +362,11 @@ class Engine:
 
         Args:
             error: that they have met together, no longer being handled, for its frames hold what the batch had in
-                memory; one question alone is told, and one that has been told a part already.
+                memory; one question alone is told.
         """
         left = [each for each in lost if not each.reply.done()]
-        if error is not None:
-            error = error.with_traceback(None)
-            told = [each for each in left if len(left) == 1 or each.said.told]
-            for each in told:
-                each.fail(error)
-            left = [each for each in left if each not in told]
+        if error is not None and len(left) == 1:
+            left.pop().fail(error.with_traceback(None))
         middle = len(left) if error is None else len(left) // 2
         for half in (left[:middle], left[middle:]):
             if half:
@@ -367,9 +386,13 @@ class Engine:
             self._again(asked, failure)
             return
         for each, answer in zip(asked, answers, strict=True):
-            each.said = each.new_said()
-            each.said.grow(answer.text, last=True)
-            self._finish(each, Answer(each.said.text, answer.ended or each.said.stopped, answer.tokens))
+            if not each.said.told:
+                each.said = each.new_said()
+            if each.said.go_on(answer.text):
+                ended = answer.ended or each.said.stopped
+                self._finish(each, Answer(each.said.text, ended, answer.tokens))
+            else:  # rounding has made another answer of it
+                each.fail(RuntimeError("the answer broke off"))
 
     def _answers(self, asked: Sequence[_Waiting]) -> list[Answer]:
         found = [Answer("", False)] * len(asked)

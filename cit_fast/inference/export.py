@@ -180,6 +180,8 @@ def export_merged(
     folder = resolve_model(base)
     tokenizer, model = load_tokenizer(folder, trust_remote_code), load_model(folder, base)
     own = model.dtype if dtype == "auto" else getattr(torch, dtype)
+    # Some tensors are kept in float32 whatever the model's dtype is.
+    apart = {name: tensor.dtype for name, tensor in _floats(model) if tensor.dtype != model.dtype}
     if whole:
         model = load_weights(model, weights / "model")
         expected = _few_logits(model)
@@ -199,7 +201,8 @@ def export_merged(
         except (NotImplementedError, ValueError) as error:  # a layer that PEFT cannot merge, or not without NaN
             raise RunError(f"{folders[name]}: cannot be merged: {first_line(error)}") from error
         _check_alike(expected, _few_logits(model), f"{folders[name]}: the merged model")
-    model = model.to(own)
+    for tensor_name, tensor in _floats(model):
+        tensor.data = tensor.data.to(apart.get(tensor_name, own))
     rounded = _few_logits(model)
 
     def fill(target: Path) -> None:
@@ -213,14 +216,18 @@ def export_merged(
         _check_alike(rounded, _few_logits(again), f"{out}: the merged model, loaded again")
 
     _write(out, fill)
-    size, apart = expected.abs().amax().float(), (expected.float() - rounded.float()).abs().amax()
-    if apart > size / 20:
+    size, moved = expected.abs().amax().float(), (expected.float() - rounded.float()).abs().amax()
+    if moved > size / 20:
         warnings.warn(
             f"{out}: rounded to {str(own).removeprefix('torch.')}, logits of up to {size:.3g} differ by up to "
-            f"{apart:.3g} from the adapter's; dtype float32 keeps them",
+            f"{moved:.3g} from the adapter's; dtype float32 keeps them",
             LeftOutWarning,
             stacklevel=2,
         )
+
+
+def _floats(model: Any) -> list[tuple[str, Tensor]]:
+    return [(name, x) for name, x in (*model.named_parameters(), *model.named_buffers()) if x.is_floating_point()]
 
 
 def _untie(model: Any, adapter: Mapping[str, Tensor]) -> None:

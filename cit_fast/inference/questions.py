@@ -111,9 +111,20 @@ class Said:
         self._told = 0
 
     @property
-    def told(self) -> bool:
-        """Whether anything has been handed out."""
-        return self._heard is not None and self._told > 0
+    def told(self) -> str:
+        """What has been handed out."""
+        return self.text[: self._told] if self._heard is not None else ""
+
+    def go_on(self, text: str) -> bool:
+        """Take the whole answer, made anew; whether it begins as what has been handed out."""
+        told, again = self.told, Said(self._stop)
+        again.grow(text, last=True)
+        if not again.text.startswith(told):
+            return False
+        self.text, self.stopped, self._told = again.text, again.stopped, len(again.text)
+        if self._heard is not None and again.text != told:
+            self._heard(again.text[len(told) :])
+        return True
 
     def grow(self, text: str, last: bool = False) -> None:
         """Take the answer's text so far.

@@ -18,7 +18,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -243,7 +243,7 @@ _Piece = tuple[str, str] | None
 
 
 def _event(content: Mapping[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+    return f"data: {json.dumps(content)}\n\n"
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -297,9 +297,9 @@ def serve(
         listening = stack.enter_context(bound(host, port))
         engine: Engine | Upstream
         if upstream is None:
-            since = looks(run)
+            since = looks(run) if follow else None
             engine = Engine(ContinualModel.from_run(run, stage=stage), batch_size, most_waiting)
-            if follow:
+            if since is not None:
                 stack.enter_context(following(run, engine, since))
         else:
             key = os.environ.get(UPSTREAM_KEY) or None
@@ -311,11 +311,11 @@ def serve(
         _Uvicorn(config, engine).run(sockets=[listening])
 
 
-_LOOK = 1.0  # seconds
+_LOOK, _LONGEST = 1.0, 60.0  # seconds between looks, and between attempts to load
 
 
 @contextlib.contextmanager
-def following(run: Path, engine: Engine, since: Sequence[int]) -> Iterator[None]:
+def following(run: Path, engine: Engine, since: object) -> Iterator[None]:
     """Inside, the engine answers with the run's last stage, whichever that is: after `learn`, after `rollback`.
 
     Args:
@@ -323,14 +323,23 @@ def following(run: Path, engine: Engine, since: Sequence[int]) -> Iterator[None]
     """
     from cit_fast.inference.continual_model import ContinualModel
 
+    served = [since]
+
     def load(before: ContinualModel) -> ContinualModel:
-        return ContinualModel.from_run(run, before.model.device.type, like=before)
+        now = looks(run)
+        model = ContinualModel.from_run(run, before.model.device.type, like=before)
+        served[0] = now
+        return model
 
     def watch() -> None:
-        known = since
+        tried, pause = 0.0, _LOOK
         while not ended.wait(_LOOK):
-            if (now := looks(run)) != known:
-                known = now
+            if engine.replacing:
+                continue
+            if looks(run) == served[0]:
+                pause = _LOOK
+            elif time.monotonic() - tried >= pause:  # a load that failed is tried again, less and less often
+                tried, pause = time.monotonic(), min(2 * pause, _LONGEST)
                 engine.replace(load)
 
     ended = threading.Event()
@@ -343,12 +352,13 @@ def following(run: Path, engine: Engine, since: Sequence[int]) -> Iterator[None]
         thread.join()
 
 
-def looks(run: Path) -> list[int]:
-    """What changes when another stage becomes the last one."""
-    found = []
-    for path in (run / "stages", run / MOVING):
+def looks(run: Path) -> object:
+    """What differs when another stage is the last one: the committed stages, when the last was written, a move."""
+    names = sorted((path.name for path in (run / "stages").glob("*") if path.name.isdigit()), key=int)
+    found: list[object] = [names]
+    for path in (run / "stages" / names[-1] / "stage.json" if names else run, run / MOVING):
         with contextlib.suppress(OSError):
-            found.append(path.stat().st_mtime_ns)
+            found.append((path.name, path.stat().st_mtime_ns, path.stat().st_ino))
     return found
 
 

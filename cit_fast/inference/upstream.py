@@ -13,20 +13,23 @@ import json
 import logging
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import torch
 
+from cit_fast.embeddings.weights import read_input_embeddings
 from cit_fast.errors import ConfigError, DataError, RunError
 from cit_fast.evaluation.run_files import check_files, stage_folder
 from cit_fast.inference.continual_model import ContinualModel, adapter_folders, read_trained, router_of
 from cit_fast.inference.questions import BusyError, Heard, Question, Reply, Said, StoppingError, UpstreamError
 from cit_fast.models.adapter_bank import BASE
 from cit_fast.models.adapters import prompt_encoder
+from cit_fast.models.config import ModelConfig
 from cit_fast.models.generation import Answer
 from cit_fast.models.pretrained import load_model, load_tokenizer, resolve_model
 
@@ -37,18 +40,30 @@ _RETRIES, _WAIT = 3, 0.25  # the waits double
 _CONNECT = 5.0  # seconds
 
 
-class _LateModel:
-    """The base model, read when a router first looks into it: most never do."""
+class LateModel:
+    """The base model, read when a router first looks into more of it than its token embeddings.
 
-    device = torch.device("cpu")
+    Args:
+        folder: of the model. ``config``: how it is loaded.
+    """
 
-    def __init__(self, read: Callable[[], Any]) -> None:
-        self._read, self._lock = read, threading.Lock()
+    def __init__(self, folder: Path, config: ModelConfig) -> None:
+        self._folder, self._config, self._lock = folder, config, threading.Lock()
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def get_input_embeddings(self) -> Any:
+        """The token embeddings alone, of the file; the model's, where that cannot be read so."""
+        try:
+            weight = read_input_embeddings(self._folder)
+        except ConfigError:
+            return self.__getattr__("get_input_embeddings")()
+        dtype = self._config.dtype
+        return SimpleNamespace(weight=weight if dtype == "auto" else weight.to(getattr(torch, dtype)))
 
     def __getattr__(self, name: str) -> Any:
         with self._lock:
             if "_model" not in self.__dict__:
-                self._model = self._read()
+                self._model = load_model(self._folder, self._config).to(self.device)
         return getattr(self._model, name)
 
 
@@ -75,7 +90,7 @@ def routing_model(run: str | Path, stage: int | None = None) -> ContinualModel:
     folder = resolve_model(base)
     encoder = prompt_encoder(load_tokenizer(folder, trust_remote_code=False), config.data)
     sets = tuple(adapter_folders(run, stages, router.sets))
-    return ContinualModel(_LateModel(lambda: load_model(folder, base)), encoder, None, router, sets)
+    return ContinualModel(LateModel(folder, base), encoder, None, router, sets)
 
 
 class Upstream:
@@ -97,14 +112,16 @@ class Upstream:
     """
 
     def __init__(self, model: ContinualModel, url: str, key: str | None = None, most_waiting: int = 256) -> None:
-        self.model, self.url, self.most_waiting = model, url.rstrip("/"), most_waiting
+        self.model, self.most_waiting = model, most_waiting
         try:
             place = httpx.URL(url)
         except httpx.InvalidURL as error:
             raise ConfigError(f"upstream: no URL ({error}); expected one like http://gpu:8001/v1") from None
         if place.scheme not in ("http", "https") or not place.host:
             raise ConfigError("upstream: no URL of a server; expected one like http://gpu:8001/v1")
-        self._shown = str(place.copy_with(userinfo=b"")).rstrip("/")
+        # A password in it is for the other server alone: httpx logs addresses.
+        self.url = self._shown = str(place.copy_with(userinfo=b"")).rstrip("/")
+        self._auth = (place.username, place.password) if place.userinfo and not key else None
         self._encoder = model.encoder.with_limit(None, "error")
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._stopping, self._routing = threading.Event(), threading.Lock()
@@ -119,6 +136,7 @@ class Upstream:
         # Without a limit in time for what comes: an answer may have to wait for its turn there.
         self._client = httpx.AsyncClient(
             headers=self._headers,
+            auth=self._auth,
             timeout=httpx.Timeout(None, connect=_CONNECT),
             limits=httpx.Limits(max_connections=None),
         )
@@ -174,23 +192,20 @@ class Upstream:
     # -- in its own thread -----------------------------------------------------------------------------------------
 
     async def _reply(self, question: Question, heard: Heard | None) -> Reply:
-        tokens = self._encoder.prompt(question.example)
-        adapter = await asyncio.to_thread(self._set_for, question)
+        tokens, adapter = await asyncio.to_thread(self._routed, question)
         said = Said(question.stop, None if heard is None else lambda text: heard(text, adapter))
         body = {
-            "model": await self._name_there(adapter),
             "prompt": tokens,
             "max_tokens": question.max_new_tokens,
             "temperature": question.temperature,
             "seed": question.seed,
-            "stop": list(question.stop) or None,
             "stop_token_ids": list(self._encoder.stop_token_ids),
             "stream": True,
             "stream_options": {"include_usage": True},
         }
         for attempt in range(1 + _RETRIES):
             try:
-                answer = await self._answer(body, said)
+                answer = await self._answer({"model": await self._name_there(adapter), **body}, said)
             except (httpx.TransportError, _TryAgainError) as error:
                 # What has been told cannot be taken back.
                 if said.told or attempt == _RETRIES:
@@ -205,11 +220,11 @@ class Upstream:
         self.counts["answer_tokens"] += answer.tokens
         return Reply(answer, adapter, len(tokens))
 
-    def _set_for(self, question: Question) -> str:
-        if question.adapter is not None:
-            return question.adapter
-        with self._routing:  # a router may use a model
-            return self.model.route([question.example])[0]
+    def _routed(self, question: Question) -> tuple[list[int], str]:
+        """The prompt's tokens and its set."""
+        with self._routing:  # a router may use a model, and a tokenizer is not for two at once
+            tokens = self._encoder.prompt(question.example)
+            return tokens, question.adapter or self.model.route([question.example])[0]
 
     async def _name_there(self, adapter: str) -> str:
         """What the other server calls a set, or the base model.
@@ -261,7 +276,10 @@ class Upstream:
                     reason = choice.get("finish_reason") or reason
                     said.grow(text)
                 tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
-        if reason is None:
+                if said.stopped:  # stop texts are cut here, as they are without another server; there it may end
+                    own = self._encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+                    return Answer(said.text, True, len(own))
+        if reason not in ("stop", "length"):
             raise _TryAgainError("the answer broke off")
         said.grow(text, last=True)
         return Answer(said.text, reason == "stop" or said.stopped, tokens)
@@ -273,17 +291,20 @@ class _TryAgainError(Exception):
 
 async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
     """The JSON objects of a stream of server-sent events."""
-    async for line in response.aiter_lines():
-        data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
-        if data == "[DONE]":
-            return
-        if data:
-            try:
-                event = json.loads(data)
-            except ValueError:
-                raise _TryAgainError("an event is no JSON") from None
-            if isinstance(event, dict):
-                yield event
+    rest = b""
+    async for piece in response.aiter_bytes():
+        *lines, rest = (rest + piece).split(b"\n")  # at no other end of a line: a text may hold those
+        for line in lines:
+            data = line.removeprefix(b"data:").strip() if line.startswith(b"data:") else b""
+            if data == b"[DONE]":
+                return
+            if data:
+                try:
+                    event = json.loads(data)
+                except ValueError:
+                    raise _TryAgainError("an event is no JSON") from None
+                if isinstance(event, dict):
+                    yield event
 
 
 def _check(status: int, body: str) -> None:

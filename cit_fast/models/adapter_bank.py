@@ -9,8 +9,8 @@ model's product and two more, in one of two forms:
   new tokens, where reading is what costs, and for few sets.
 * *row by row*: ``A [rows, in, r]`` and ``B [rows, r, out]``, batched products. This is for the prompts of many sets.
 
-An answer does not depend on what else is in the batch: what a row has nothing to do with is multiplied by zero, or is
-not touched where it is not finite. Products are in the base layer's dtype, as in training
+An answer does not depend on what else is in the batch: in a row's own sum, what other sets have made of it is zero, and
+matrices that are not finite do not stand beside others. Products are in the base layer's dtype, as in training
 (:func:`~cit_fast.ops.lora_linear`), their sums in float32.
 """
 
@@ -83,6 +83,7 @@ class LowRank:
     bias: Tensor | None = None
 
 
+_COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SIDE_BY_SIDE = 4
 """Sets of a batch up to which prompts are multiplied with all of them."""
 
@@ -98,7 +99,9 @@ class _Layer:
         self._a = self._b = torch.empty(0)  # of the sets side by side [K r, in], and scaled [out, K r]
         self._ranks: list[int] = []
         self._finite = True
-        self._own: Tensor | None = None  # [rows, K r] 1 where a column is of the row's set; None: all are
+        self._foreign: Tensor | None = (
+            None  # [rows, K r] where a column is of another set than the row's; None: nowhere
+        )
         self._bias: Tensor | None = None  # [rows, out], scaled
         self._rows: tuple[Tensor, Tensor] | None = None  # row by row: [rows, in, r], and scaled [rows, r, out]
 
@@ -106,54 +109,56 @@ class _Layer:
         """Lay out the updates of a batch's rows; those of the sets stay for the next batch with the same sets."""
         sets = tuple(name for name in dict.fromkeys(sorted(names)) if name in self.updates)
         if sets != self._sets:
+            self._sets = None  # until all of it is there: memory may run out in between
             there = [self.updates[name] for name in sets]
-            self._sets, self._ranks = sets, [len(each.a) for each in there]
-            if there:
-                dtype = self._dtype(there[0].a.dtype)
-                self._a = torch.cat([each.a.to(dtype) for each in there])
-                self._b = torch.cat([(each.b * each.scaling).to(dtype) for each in there], 1)
-                self._finite = math.isfinite(self._a.sum()) and math.isfinite(self._b.sum())
-        self._names, self._own, self._bias, self._rows = names, None, None, None
+            with torch.inference_mode(False), torch.no_grad():
+                if there:
+                    dtype = self._dtype(there[0].a.dtype)
+                    self._a = torch.cat([each.a.to(dtype) for each in there])
+                    self._b = torch.cat([(each.b * each.scaling).to(dtype) for each in there], 1)
+                    self._finite = math.isfinite(self._a.sum()) and math.isfinite(self._b.sum())
+            self._ranks, self._sets = [len(each.a) for each in there], sets
+        self._names, self._foreign, self._bias, self._rows = names, None, None, None
         if not sets:
             return
         if len(set(names)) > 1:
             place = {name: k for k, name in enumerate(sets)}
             of_row = torch.tensor([place.get(name, len(sets)) for name in names], device=self._a.device)
             of_column = torch.repeat_interleave(torch.tensor(self._ranks)).to(self._a.device)
-            self._own = (of_row[:, None] == of_column).to(self._a.dtype)
+            self._foreign = of_row[:, None] != of_column
         if any(self.updates[name].bias is not None for name in sets):
             none = self._b.new_zeros(len(self._b))
             biases = {name: none if (of := self.updates[name]).bias is None else of.bias * of.scaling for name in sets}
-            of_rows = names if self._own is not None else names[:1]
+            of_rows = names if self._foreign is not None else names[:1]
             self._bias = torch.stack([biases.get(name, none) for name in of_rows])
 
     def forget(self) -> None:
         """Of the batch, not of its sets."""
-        self._own = self._bias = self._rows = None
+        self._foreign = self._bias = self._rows = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output with each row's update."""
         y = self.base(x, *args, **kwargs)
         if not self._sets:
             return y
-        own, bias = self._own, self._bias
-        if own is None:
+        foreign, bias = self._foreign, self._bias
+        if foreign is None:
             y = _add(y, linear(x.to(self._a.dtype), self._a), self._b)
             return y if bias is None else y.add_(bias[0])
-        if x.dim() < 2 or len(x) != len(own):
+        if x.dim() < 2 or len(x) != len(foreign):
             raise RowsLostError
-        rows = x.to(self._a.dtype).reshape(len(own), -1, x.shape[-1])
+        rows = x.to(self._a.dtype).reshape(len(foreign), -1, x.shape[-1])
         if self._finite and (rows.shape[1] == 1 or len(self._sets) <= _SIDE_BY_SIDE):
-            y = _add(y, linear(rows, self._a).mul_(own[:, None]), self._b)
+            y = _add(y, linear(rows, self._a).masked_fill_(foreign[:, None], 0), self._b)
         else:
             a, b = self._rows = self._rows or self._row_by_row()
             y.add_(torch.bmm(torch.bmm(rows, a), b).view(y.shape))
-        return y if bias is None else y.view(len(own), -1, y.shape[-1]).add_(bias[:, None]).view(y.shape)
+        return y if bias is None else y.view(len(foreign), -1, y.shape[-1]).add_(bias[:, None]).view(y.shape)
 
     def _dtype(self, of_sets: torch.dtype) -> torch.dtype:
         """That of the base layer, unless it is quantised."""
         weight = getattr(getattr(self.module, "base_layer", self.module), "weight", None)
-        return weight.dtype if weight is not None and weight.is_floating_point() else of_sets
+        return weight.dtype if weight is not None and weight.dtype in _COMPUTED else of_sets
 
     def _row_by_row(self) -> tuple[Tensor, Tensor]:
         """Smaller ranks are filled up with zeros."""

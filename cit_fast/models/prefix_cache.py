@@ -177,11 +177,12 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         self._show(stop)
         return self.keys, self.values
 
-    def keep(self, rows: Tensor) -> None:
-        """Forget all rows but some."""
-        filled = self.keys.shape[2]
-        self._buffers = [buffer[rows] for buffer in self._buffers]
-        self._show(filled)
+    def keep(self, rows: Tensor, start: int = 0) -> None:
+        """Forget all rows but some, and the tokens before ``start``."""
+        if self.is_initialized:
+            filled = self.keys.shape[2]
+            self._buffers = [buffer[rows, :, start:] for buffer in self._buffers]
+            self._show(filled - start)
 
 
 _Cached = list[tuple[Tensor, Tensor]]
@@ -306,7 +307,10 @@ class Beginnings:
         return max(own, key=lambda each: each[0], default=(0, []))
 
     def keep(self, name: str | None, tokens: Sequence[int], cached: _Cached) -> None:
-        """Keep a prompt's, instead of those that it begins with."""
+        """Keep a prompt's, or what there is room for of its beginning, instead of those that it begins with."""
+        a_token = sum(x.nbytes // max(x.shape[-2], 1) for kv in cached for x in kv)
+        tokens = tokens[: self._most // max(a_token, 1)]
+        cached = [(k[:, : len(tokens)], v[:, : len(tokens)]) for k, v in cached]
         self._kept = [
             (set_, known, old)
             for set_, known, old in self._kept

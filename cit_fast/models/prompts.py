@@ -138,7 +138,7 @@ class PromptEncoder:
 
     def with_limit(self, max_length: int | None, on_overflow: Overflow) -> PromptEncoder:
         """The same encoder with another limit."""
-        return PromptEncoder(
+        found = PromptEncoder(
             self.tokenizer,
             max_length=max_length,
             system_prompt=self.system_prompt,
@@ -146,6 +146,8 @@ class PromptEncoder:
             template_options=self.template_options,
             date=self.date,
         )
+        found._vocabulary = self._vocabulary
+        return found
 
     @property
     def writes_date(self) -> bool:

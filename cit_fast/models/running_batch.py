@@ -127,6 +127,13 @@ class RunningBatch:
         Returns:
             Those that have ended with it.
         """
+        try:
+            return self._join(rows)
+        except BaseException:
+            self._beginnings = Beginnings()  # their memory may be what there is too little of
+            raise
+
+    def _join(self, rows: Sequence[Row]) -> list[Row]:
         found = [self._beginnings.find(row.adapter, row.prompt) for row in rows]
         # All are read from as many tokens before their end as the one of which least is known.
         rest = max(max(1, len(row.prompt) - known) for row, (known, _) in zip(rows, found, strict=True))
@@ -169,9 +176,11 @@ class RunningBatch:
             self._cache = None
             return
         kept = torch.tensor(stay, device=self._ids.device)
-        self._ids, self._mask = self._ids[kept], self._mask[kept]
+        # Columns that are padding in all rows go, too: no row is longer than the model can read.
+        start = self._mask.shape[1] - used_columns(self._mask[kept])
+        self._ids, self._mask = self._ids[kept, start:], self._mask[kept, start:]
         for layer in self._cache.layers:
-            layer.keep(kept)
+            layer.keep(kept, start)
 
     def step(self, tokens: int = AT_A_TIME) -> list[Row]:
         """At most so many further tokens for every row; returns the rows that have ended, which leave."""

@@ -46,7 +46,7 @@ def test_the_pieces_are_the_answer(answer, stop, places):
         said.grow(answer, last=True)
     assert "".join(told) == said.text == whole.text
     assert said.stopped == whole.stopped
-    assert said.told == bool(whole.text)
+    assert said.told == whole.text
 
 
 def test_no_half_of_a_stop_text_is_told():
@@ -56,3 +56,13 @@ def test_no_half_of_a_stop_text_is_told():
         said.grow(text)
     assert told == ["a", " </eX", " "]
     assert said.text == "a </eX "
+
+
+def test_an_answer_made_anew_goes_on_where_it_broke_off():
+    told: list[str] = []
+    said = Said(("!",), told.append)
+    said.grow("one two th")
+    assert said.told == "one two th"
+    assert not said.go_on("one three")
+    assert said.go_on(" one two three! four")
+    assert ("".join(told), said.text, said.stopped) == ("one two three", "one two three", True)

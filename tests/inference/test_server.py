@@ -30,6 +30,7 @@ from cit_fast.inference.engine import Engine
 from cit_fast.inference.questions import Question, StoppingError
 from cit_fast.inference.server import Server, bound, following, looks
 from cit_fast.models.adapter_bank import BASE, RowsLostError
+from cit_fast.models.generation import Answer
 from cit_fast.models.running_batch import RunningBatch
 from cit_fast.run.rollback import rollback, undo_rollback
 
@@ -334,10 +335,10 @@ def test_prompts_that_cannot_be_read_are_tried_in_halves(model, monkeypatch, exa
 
 
 def test_answers_that_fail_together_are_tried_apart(model, monkeypatch, examples):
-    """But one that was told a part of its answer is told that it broke off."""
+    """One that was told a part of its answer is told the rest, or that it broke off where it became another one."""
     plain, calls = RunningBatch.step, []
 
-    def step(batch, tokens):
+    def step(batch, tokens=8):
         calls.append(len(batch.rows))
         if len(calls) == 2:
             raise MemoryError("no room")
@@ -345,20 +346,87 @@ def test_answers_that_fail_together_are_tried_apart(model, monkeypatch, examples
 
     expected = model.generate(examples[:3], 24)
     monkeypatch.setattr(RunningBatch, "step", step)
-    heard: list[str] = []
+    for changed in (False, True):
+        calls.clear()
+        heard: list[str] = []
+        with Engine(model, batch_size=4) as engine, monkeypatch.context() as patch:
+            if changed:
+                answers = engine._answers
+                patch.setattr(
+                    engine,
+                    "_answers",
+                    lambda some, answers=answers: [each._replace(text="x") for each in answers(some)],
+                )
+            engine._let_in, held = (lambda: time.sleep(0.01)), engine._let_in
+            asked = [engine.ask(Question(examples[k], max_new_tokens=24)) for k in range(2)]
+            told = engine.ask(Question(examples[2], max_new_tokens=24), lambda text, _, heard=heard: heard.append(text))
+            engine._let_in = held
+            if changed:
+                with pytest.raises(RuntimeError, match="the answer broke off"):
+                    told.result(30)
+            else:
+                assert told.result(30).answer.text == "".join(heard) == expected[2]
+                assert [each.result(30).answer.text for each in asked] == expected[:2]
+        assert calls[0] == calls[1] == 3
+        assert len(heard) > (0 if changed else 1)
+
+
+@pytest.mark.parametrize("where", ["_generating", "_leave"])
+def test_what_was_let_in_is_not_lost(model, monkeypatch, examples, where):
+    """Whatever fails between a question's place in the queue and its place in the batch."""
+    plain, failed = getattr(Engine, where), []
+
+    def fails_once(engine, *given):
+        if engine._joining and not failed:
+            failed.append(len(engine._joining))
+            raise MemoryError("no room")
+        return plain(engine, *given)
+
+    monkeypatch.setattr(Engine, where, fails_once)
     with Engine(model, batch_size=4) as engine:
-        engine._round, held = (lambda: None), engine._round
-        asked = [engine.ask(Question(examples[k], max_new_tokens=24)) for k in range(2)]
-        told = engine.ask(Question(examples[2], max_new_tokens=24), lambda text, _: heard.append(text))
-        engine._round = held
-        with pytest.raises(MemoryError):
-            told.result(30)
-        assert [each.result(30).answer.text for each in asked] == expected[:2]
-        later = engine.ask(Question(examples[2], max_new_tokens=24))
-        assert later.result(30).answer.text == expected[2]
-    assert calls[0] == calls[1] == 3
-    assert expected[2].startswith("".join(heard))
-    assert heard
+        engine._let_in, held = (lambda: time.sleep(0.01)), engine._let_in
+        asked = [engine.ask(Question(each, max_new_tokens=4)) for each in examples[:2]]
+        engine._let_in = held
+        answers = [each.result(30).answer.text for each in asked]
+    assert failed == [2]
+    assert answers == model.generate(examples[:2], 4)
+
+
+def test_a_worker_that_ends_leaves_nobody_waiting(model, monkeypatch, examples):
+    class Panic(BaseException):
+        pass
+
+    def step(batch, tokens=8):
+        raise Panic
+
+    monkeypatch.setattr(RunningBatch, "step", step)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    with Engine(model, batch_size=1) as engine:
+        asked = [engine.ask(Question(each, max_new_tokens=4)) for each in examples[:2]]
+        for each in asked:
+            with pytest.raises(StoppingError):
+                each.result(30)
+        assert not engine.working
+        with pytest.raises(StoppingError):
+            engine.ask(Question(examples[0]))
+
+
+def test_a_prompt_that_panics_a_tokenizer_is_refused_alone(model, monkeypatch, examples):
+    class Panic(BaseException):
+        pass
+
+    plain = Engine._prompt
+
+    def prompt(engine, question):
+        if question.seed == 13:
+            raise Panic
+        return plain(engine, question)
+
+    monkeypatch.setattr(Engine, "_prompt", prompt)
+    with Engine(model) as engine:
+        with pytest.raises(Panic):
+            engine.ask(Question(examples[0], max_new_tokens=4, seed=13)).result(30)
+        assert engine.ask(Question(examples[0], max_new_tokens=4)).result(30).answer.text
 
 
 def test_a_question_joins_answers_that_are_under_way(model, monkeypatch, examples):
@@ -487,6 +555,47 @@ def test_a_set_that_goes_and_comes_back_loses_nobody(finished, examples, tmp_pat
     assert len(answers) == 320
     assert all(answer in (expected[0][prompt], expected[1][prompt]) for prompt, answer in answers)
     assert later == [expected[0][prompt] for prompt in prompts]
+
+
+def test_a_load_that_failed_is_tried_again(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr("cit_fast.inference.server._LOOK", 0.01)
+    folder, plain, calls = tmp_path / "run", ContinualModel.from_run, []
+    shutil.copytree(finished, folder)
+    since = looks(folder)
+
+    def from_run(*given, **options):
+        calls.append(1)
+        if len(calls) < 3:
+            raise OSError("no room")
+        return plain(*given, **options)
+
+    with Engine(plain(folder, device="cpu")) as engine:
+        monkeypatch.setattr(ContinualModel, "from_run", from_run)
+        with following(folder, engine, since):
+            (folder / "stages" / ".04.tmp").mkdir()  # is none yet
+            time.sleep(0.1)
+            assert not calls
+            rollback(folder, 2)
+            deadline = time.monotonic() + 30
+            while len(engine.sets) == 3:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+    assert len(calls) == 3
+
+
+def test_replacing_takes_no_place_in_the_queue(model, monkeypatch, examples):
+    slow = Slow(monkeypatch)
+    with Engine(model, batch_size=1, most_waiting=1) as engine:
+        first = engine.ask(Question(examples[0], max_new_tokens=4))
+        assert slow.begun.wait(30)
+        for _ in range(3):
+            engine.replace(lambda before: before)
+        assert engine.waiting == 0
+        second = engine.ask(Question(examples[1], max_new_tokens=4))
+        assert engine.waiting == 1
+        slow.go.set()
+        assert [each.result(30).answer.text for each in (first, second)] == model.generate(examples[:2], 4)
+        assert engine.counts["replaced"] == 1
 
 
 def test_a_stage_that_cannot_be_loaded_leaves_the_one_before(model, examples, caplog):

@@ -15,6 +15,7 @@ from itertools import pairwise
 import httpx
 import openai
 import pytest
+import torch
 from peft import LoraConfig
 from served import served
 from starlette.applications import Starlette
@@ -24,11 +25,15 @@ from starlette.routing import Route
 from cit_fast import ContinualModel
 from cit_fast.data import Example
 from cit_fast.errors import ConfigError, DataError, RunError
+from cit_fast.inference import upstream as upstream_module
 from cit_fast.inference.export import export_adapters, start_vllm
 from cit_fast.inference.questions import BusyError, Question, StoppingError, UpstreamError
 from cit_fast.inference.server import Server, bound
-from cit_fast.inference.upstream import Upstream, routing_model
+from cit_fast.inference.upstream import LateModel, Upstream, routing_model
+from cit_fast.methods.routing.features import LastTokenFeatures, base_token_embedder
+from cit_fast.methods.stage import Stage
 from cit_fast.models.adapter_bank import BASE
+from cit_fast.models.config import ModelConfig
 from cit_fast.models.generation import generate_answers
 
 
@@ -57,6 +62,7 @@ class StandIn:
         self.failures: list[str] = []  # of the next requests, the next one last
         self.lock = threading.Lock()
         self.ended = 0
+        self.base, self.text = "the/base", ""
         self.app = Starlette(
             routes=[
                 Route("/v1/models", self.models),
@@ -69,15 +75,15 @@ class StandIn:
             self.failures.pop()
             return JSONResponse({"error": "loading"}, 503)
         card = {"object": "model", "owned_by": self.kind}
-        found = [{**card, "id": "the/base", "parent": None}]
-        found += [{**card, "id": name, "parent": "the/base"} for name in self.sets]
+        found = [{**card, "id": self.base, "parent": None}]
+        found += [{**card, "id": name, "parent": self.base} for name in self.sets]
         return JSONResponse({"object": "list", "data": found})
 
     def adapter(self, name: str) -> str | None:
         """The set of a name; SGLang answers with the base model whatever it does not know."""
         if self.kind == "sglang":
             return name.partition(":")[2] or BASE
-        return BASE if name == "the/base" else name if name in self.sets else None
+        return BASE if name == self.base else name if name in self.sets else None
 
     async def completions(self, request):
         body = await request.json()
@@ -108,10 +114,10 @@ class StandIn:
 
     async def events(self, answer, failure):
         def event(content):
-            return f"data: {json.dumps(content)}\n\n"
+            return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
         try:
-            text = " " + answer.text + "\n"  # white space around an answer is no part of it
+            text = " " + (self.text or answer.text) + "\n"  # white space around an answer is no part of it
             for k in range(0, len(text), 3):
                 if failure == "breaks" and k > 6:
                     raise ConnectionResetError("a stand-in's fault")
@@ -119,6 +125,9 @@ class StandIn:
                     yield event({"error": {"message": "the engine is dead", "type": "InternalServerError"}})
                     return
                 yield event({"choices": [{"index": 0, "text": text[k : k + 3], "finish_reason": None}]})
+                if failure == "abort":
+                    yield event({"choices": [{"index": 0, "text": "", "finish_reason": "abort"}]})
+                    return
                 if failure == "slow":
                     await asyncio.sleep(5)
             reason = "stop" if answer.ended else "length"
@@ -185,7 +194,8 @@ def test_what_is_asked_goes_with_it(model, there, upstream, examples):
     reply = upstream.ask(question, lambda *piece: heard.append(piece)).result(30)
     (asked,) = there.asked
     assert asked["prompt"] == model.encoder.prompt(examples[0])
-    assert (asked["max_tokens"], asked["temperature"], asked["seed"], asked["stop"]) == (12, 0.5, 3, [stop])
+    assert (asked["max_tokens"], asked["temperature"], asked["seed"]) == (12, 0.5, 3)
+    assert "stop" not in asked  # cut here: there, white space before an answer would count
     assert reply.answer.text == answer[: answer.index(stop)] == "".join(piece for piece, _ in heard)
     assert reply.answer.ended
     assert reply.prompt_tokens == len(asked["prompt"])
@@ -203,7 +213,7 @@ def test_sglang_is_told_base_and_set(model, finished, examples):
     assert there.keys == [None] * 3
 
 
-@pytest.mark.parametrize("failure", ["breaks", "error"])
+@pytest.mark.parametrize("failure", ["breaks", "error", "abort"])
 def test_an_answer_that_breaks_off(model, there, upstream, examples, failure):
     """It is asked for again, unless the client has heard a part of it."""
     there.failures = [failure] * 2
@@ -218,6 +228,33 @@ def test_an_answer_that_breaks_off(model, there, upstream, examples, failure):
         upstream.ask(Question(examples[0], max_new_tokens=12), lambda text, _: heard.append(text)).result(30)
     assert model.generate([examples[0]], 12)[0].startswith("".join(heard))
     assert heard
+
+
+@pytest.mark.parametrize("text", ["a\u2028b", "a\x85b", "a\u2029b\x0bc", "ünï"])
+def test_any_text_comes_through(there, upstream, examples, text):
+    """Some servers leave characters as they are that end a line elsewhere."""
+    there.text = text
+    assert upstream.ask(Question(examples[0], max_new_tokens=12)).result(30).answer.text == text
+    assert len(there.asked) == 1
+
+
+def test_a_server_that_is_started_again_under_another_name(there, upstream, examples):
+    upstream.ask(Question(examples[0], BASE, 4)).result(30)
+    there.base = "another/name"
+    upstream.ask(Question(examples[0], BASE, 4)).result(30)
+    assert [each["model"] for each in there.asked] == ["the/base", "the/base", "another/name"]
+
+
+def test_a_password_in_the_address_is_sent_and_not_told(model, finished, examples, caplog):
+    there = StandIn(model)
+    caplog.set_level("INFO")
+    with served(there.app) as url:
+        own = url.replace("http://", "http://me:secret@")
+        for key, sent in ((None, "Basic bWU6c2VjcmV0"), ("there", "Bearer there")):
+            with Upstream(routing_model(finished), f"{own}/v1", key) as upstream:
+                upstream.ask(Question(examples[0], max_new_tokens=4)).result(30)
+            assert there.keys.pop() == sent
+    assert "secret" not in caplog.text
 
 
 def test_an_upstream_that_stays_away(model, there, upstream, examples, finished):
@@ -271,14 +308,20 @@ def test_no_url(finished, url):
         Upstream(routing_model(finished), url)
 
 
-def test_a_router_reads_the_base_model_if_it_looks_into_it(finished, examples, monkeypatch):
-    read = []
-    monkeypatch.setattr("cit_fast.inference.upstream.load_model", lambda *_: read.append(1))
+def test_a_router_reads_what_it_looks_into(finished, model, examples, tiny_model_folder, monkeypatch):
+    """Of the base model nothing, the token embeddings, or all of it."""
+    read, plain = [], upstream_module.load_model
+    monkeypatch.setattr(upstream_module, "load_model", lambda *given: read.append(1) or plain(*given))
     routed = routing_model(finished)
-    assert routed.route(examples[:2]) == ContinualModel.from_run(finished, device="cpu").route(examples[:2])
+    assert routed.route(examples[:2]) == model.route(examples[:2])
+    late = LateModel(tiny_model_folder, ModelConfig(name=str(tiny_model_folder)))
+    weight = model.model.get_input_embeddings().weight
+    assert torch.equal(late.get_input_embeddings().weight, weight)
+    assert base_token_embedder(Stage(late, model.encoder)).embed(["a word"]).shape == (1, weight.shape[1])
     assert not read
-    assert routed.model.device.type == "cpu"
-    assert not read
+    ours, theirs = (LastTokenFeatures(one, model.encoder.tokenizer).embed(["two words"]) for one in (late, model.model))
+    torch.testing.assert_close(ours, theirs)
+    assert len(read) == 1
 
 
 def test_export_for_vllm(finished, model, tmp_path):

@@ -138,6 +138,39 @@ def test_a_row_sees_nothing_of_the_other_rows_sets():
     assert finite.tolist() == [True, False, True]
 
 
+def test_memory_that_runs_out_leaves_no_half_of_a_batch(model, monkeypatch):
+    """What is tried again afterwards is answered as if nothing had been."""
+    ids, bank = torch.randint(3, 64, (1, 7)), AdapterBank.of_model(model)
+    with torch.no_grad():
+        with bank.answering(["large"]):
+            right = model(ids).logits
+        with bank.answering(["small"]):
+            model(ids)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "cat", lambda *_, **__: (_ for _ in ()).throw(MemoryError("no room")))
+            with pytest.raises(MemoryError):
+                bank.answering(["large"]).__enter__()
+        with bank.answering(["large"]):
+            torch.testing.assert_close(model(ids).logits, right)
+
+
+def test_another_sets_overflow_is_not_a_rows():
+    """In half precision a product with a foreign set's matrix may be infinite; it is nobody else's."""
+    model = with_sets(
+        base_model().half(), {"good": {"target_modules": ["up_proj"]}, "big": {"target_modules": ["up_proj"]}}
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_A.big" in name:
+            parameter.data.fill_(6e4)
+    layer = next(m for n, m in model.named_modules() if n.endswith("layers.0.mlp.up_proj"))
+    x = torch.full((3, 1, 32), 100.0).half()
+    with torch.no_grad(), AdapterBank.of_model(model).answering(["good", "big", BASE]):
+        found = layer(x)
+        plain = layer.base_layer(x)
+    assert found.isfinite().flatten(1).all(1).tolist() == [True, False, True]
+    assert torch.equal(found[2], plain[2])
+
+
 @pytest.mark.filterwarnings("ignore:.*LoRA tensor.* have invalid shape")  # PEFT 0.21 takes a bias for a shard
 def test_bias_and_conv1d(tmp_path):
     torch.manual_seed(0)

@@ -428,3 +428,9 @@ def test_learned_positions(kind, more, positions):
         model(input_ids=torch.ones(1, positions, dtype=torch.long))
         with pytest.raises(IndexError):
             model(input_ids=torch.ones(1, positions + 1, dtype=torch.long))
+
+
+def test_another_limit_leaves_what_is_known_of_the_model(encoder, tiny_model_folder):
+    """A padding token that the model does not have stays replaced."""
+    encoder._vocabulary = 7
+    assert encoder.with_limit(None, "error")._vocabulary == 7

@@ -145,6 +145,17 @@ def test_padding_of_those_that_left_goes_with_them(model):
     assert len(batch.rows) == 1
 
 
+def test_a_batch_is_no_wider_than_its_longest_row(model):
+    """A row that has left does not push the others over what the model can read."""
+    long, short = Row(list(range(3, 28)) * 2, 4), Row([5, 9, 3], 60)
+    with batch_of(model, ends=()) as batch:
+        batch.join([long, short])
+        while batch.rows:
+            batch.step(3)
+            assert not batch.rows or batch._ids.shape[1] == max(len(row.prompt) + len(row.tokens) for row in batch.rows)
+    assert short.tokens == alone(model, short, ends=())[0]
+
+
 def test_a_prompt_that_cannot_be_read_changes_nothing(model, monkeypatch):
     first, expected = Row([5, 9, 3], 9), alone(model, Row([5, 9, 3], 9), ends=())
     with batch_of(model, ends=()) as batch:
@@ -202,3 +213,5 @@ def test_only_so_much_is_kept():
     kept.keep("a", [19] * 7, [(torch.ones(2, 7, 4), torch.ones(2, 7, 4))])  # in place of what it begins with
     assert [kept.find("a", [number] * 6)[0] for number in (17, 18, 19)] == [0, 5, 6]
     assert kept.find("b", [19] * 6) == (0, [])
+    kept.keep("c", [1] * 30, [(torch.ones(2, 30, 4), torch.ones(2, 30, 4))])  # 64 bytes a token: 15 of them
+    assert kept.find("c", [1] * 30)[0] == 15
