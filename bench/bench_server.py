@@ -1,11 +1,12 @@
 """The server under load, beside ``transformers serve`` with the same model: does it lose anybody, and how fast is it?
 
     python -m bench.bench_server --results bench/results/server.json
+    python -m bench.bench_server --tiny --change 5 --results bench/results/server-tiny.json    the first part alone
 
 A short run of SmolLM2-135M-Instruct over three built-in tasks, a set each, is served by ``cit-fast serve --follow``.
 
 1. ``--clients`` clients ask ``--requests`` each, of all tasks, while the run is rolled back beneath the server (its
-   last set is gone) and forward again, twice. Every request must have an answer. Answers are compared with those of
+   last set is gone) and forward again, by turns. Every request must have an answer. Answers are compared with those of
    the two stages in batches of the engine's size: in bfloat16 another batch may round otherwise, so it is a share.
 2. The same clients ask both servers prompts of one task, ``--compared`` requests, in turns, ``--rounds`` times.
    transformers serves one model: that task's set merged into the base model. Ours chooses among three sets and the base
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import socket
@@ -41,19 +43,20 @@ from cit_fast.files import write_file
 from cit_fast.inference.export import export_merged
 from cit_fast.run.environment import describe_environment
 from cit_fast.run.rollback import rollback, undo_rollback
+from tests.fuzz.models import model_folder
 
 NEW = 24
 TASKS = ["units", "records", "amounts"]
 BATCH = 16
 
 
-def trained(scratch: Path, steps: int) -> tuple[Path, list[str]]:
+def trained(scratch: Path, steps: int, model: str) -> tuple[Path, list[str]]:
     """A run with a set for each task, and test prompts of all tasks in turns."""
     trainer = ContinualTrainer(
         {
             "methods": ["grouping-ema"],
             "output": str(scratch / "runs"),
-            "model": {"name": "HuggingFaceTB/SmolLM2-135M-Instruct"},
+            "model": {"name": model},
             "data": {"tasks": TASKS, "train": 128, "test": 32},
             "training": {"per_device_train_batch_size": 8, "learning_rate": 1e-3, "max_steps": steps, "use_cpu": True},
             "evaluation": {"untrained": False, "tasks": {"sample": 1}, "max_new_tokens": NEW},
@@ -124,8 +127,8 @@ def asked(url: str, model: str, prompts: Sequence[str], clients: int) -> tuple[f
     return seconds, found, sum(each.usage.completion_tokens for each in found if each is not None)
 
 
-def under_load(folder: Path, prompts: Sequence[str], clients: int, requests: int) -> dict[str, Any]:
-    """Many requests while a set goes and comes back."""
+def under_load(folder: Path, prompts: Sequence[str], clients: int, requests: int, every_s: float) -> dict[str, Any]:
+    """Many requests while a set goes and comes back every so many seconds."""
     right = []
     for stage in (2, None):
         model = ContinualModel.from_run(folder, device="cpu", stage=stage)
@@ -137,8 +140,8 @@ def under_load(folder: Path, prompts: Sequence[str], clients: int, requests: int
         ended, changes = threading.Event(), []
 
         def change() -> None:
-            for step in range(4):
-                if ended.wait(20):
+            for step in itertools.count():
+                if ended.wait(every_s):
                     return
                 changes.append("rolled back" if step % 2 == 0 else "forward again")
                 if step % 2 == 0:
@@ -161,7 +164,7 @@ def under_load(folder: Path, prompts: Sequence[str], clients: int, requests: int
         "clients": clients,
         "requests": len(every),
         "lost": sum(each is None for each in replies),
-        "changes beneath": changes,
+        "changes beneath": len(changes),
         "models taken over": int(counts.get("cit_fast_replaced_total", 0)),
         "answers as the run's own": alike / len(every),
         "rows a step": int(counts["cit_fast_rows_total"]) / int(counts["cit_fast_steps_total"]),
@@ -218,23 +221,27 @@ def main() -> None:
     parser.add_argument("--compared", type=int, default=256, help="requests that the servers are compared by")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12, help="of training, a task")
+    parser.add_argument("--change", type=float, default=20.0, help="seconds between changes beneath the server")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model with random weights, under load alone")
     parser.add_argument("--results", type=Path)
     options = parser.parse_args()
+    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        run, prompts = trained(scratch, options.steps)
-        found: dict[str, Any] = {
-            "beside": beside(run, prompts, options.clients, options.compared, options.rounds, scratch),
-            "under load": under_load(run, prompts, options.clients, options.requests),
-        }
-    for server, of_server in found["beside"].items():
+        model = str(model_folder(scratch / "model")) if options.tiny else "HuggingFaceTB/SmolLM2-135M-Instruct"
+        run, prompts = trained(scratch, options.steps, model)
+        if not options.tiny:
+            found["beside"] = beside(run, prompts, options.clients, options.compared, options.rounds, scratch)
+        found["under load"] = under_load(run, prompts, options.clients, options.requests, options.change)
+    for server, of_server in found.get("beside", {}).items():
         if isinstance(of_server, str):
             print(f"{server}: {of_server}")
         else:
             print(f"{server}: median {statistics.median(each['requests'] for each in of_server):.1f} requests/s")
     print(json.dumps(found["under load"], indent=1))
     if options.results:
-        write_file(options.results, json.dumps({**found, "environment": describe_environment()}, indent=1) + "\n")
+        record = {"model": "tiny" if options.tiny else model, **found, "environment": describe_environment()}
+        write_file(options.results, json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
