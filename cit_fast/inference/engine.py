@@ -120,7 +120,7 @@ class Engine:
     @property
     def working(self) -> bool:
         """Whether questions are taken and answered."""
-        return self._thread.is_alive() and not self._stopping
+        return self._thread.is_alive() and not self._stopping and not self._ended.is_set()
 
     @property
     def waiting(self) -> int:

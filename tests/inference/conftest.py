@@ -12,7 +12,7 @@ from cit_fast import ContinualTrainer
 from cit_fast.data import Task, TaskStream
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def stream():
     """Tasks whose answers are of many tokens: the input, twice."""
     return TaskStream(tuple(long_answers(make_task(name)) for name in WORDINGS))
@@ -25,7 +25,7 @@ def long_answers(task: Task) -> Task:
     return replace(task, train=longer(task.train), test=longer(task.test))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(tiny_model_folder, stream, tmp_path_factory):
     """A run that groups by instructions; the tests copy it before they change anything in it."""
     folder = tmp_path_factory.mktemp("runs")
