@@ -59,7 +59,7 @@ def test_where_data_and_base_are_from(finished):
     assert "base_model:" not in local  # a folder is none that the hub knows
     cards = [adapter_card(record, config, stages, stage.adapter, "mit") for stage in stages[1:]]
     assert [re.search(r"token_f1 \| (.*) \|", card)[1] for card in cards] == [
-        "units",
+        "built-in task units",
         "dates",
         "glue, sst2, revision abc",
     ]
