@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 from worded_run import WORDINGS, make_task
 
-from cit_fast import ContinualTrainer
+from cit_fast import ContinualModel, ContinualTrainer
 from cit_fast.data import Task, TaskStream
 
 
@@ -46,3 +46,13 @@ def finished(tiny_model_folder, stream, tmp_path_factory):
             "methods": [{"preset": "grouping-ema", "name": "lcia", "router": {"reject": 0}}],
         }
         return ContinualTrainer(settings, stream=stream, console=Console(quiet=True)).run()[0]
+
+
+@pytest.fixture(scope="session")
+def model(finished):
+    return ContinualModel.from_run(finished, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def examples(stream):
+    return [example for task in stream for example in task.test]

@@ -28,11 +28,6 @@ def run(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "lcia")
 
 
-@pytest.fixture(scope="module")
-def model(finished):
-    return ContinualModel.from_run(finished, device="cpu")
-
-
 def sets_of(run):
     return {stage.trained[0]: stage.adapter for stage in read_stages(run)[1:]}
 

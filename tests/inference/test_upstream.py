@@ -37,16 +37,6 @@ from cit_fast.models.config import ModelConfig
 from cit_fast.models.generation import generate_answers
 
 
-@pytest.fixture(scope="module")
-def model(finished):
-    return ContinualModel.from_run(finished, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def examples(stream):
-    return [example for task in stream for example in task.test]
-
-
 class StandIn:
     """What vLLM does with a completion of tokens, for a run's sets.
 
