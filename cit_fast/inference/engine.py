@@ -208,6 +208,7 @@ class Engine:
             self._take(load(self.model))
         except Exception:  # noqa: BLE001  # whatever it is, what answers so far goes on answering
             _log.exception("the next model cannot be loaded; this one stays")
+            self.counts["not_replaced"] += 1  # /metrics says so, too
         else:
             self.counts["replaced"] += 1
 

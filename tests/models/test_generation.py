@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from toy_models import decided_llama
+from transformers import GenerationConfig, LlamaForCausalLM
 
 from cit_fast.errors import DataError
 from cit_fast.models.generation import Sampling, _batched_together, generate, generate_answers
@@ -22,18 +23,7 @@ class NumberTokenizer:
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.4,  # far from ties between the two likeliest tokens
-    )
-    return LlamaForCausalLM(config).eval()
+    return decided_llama()
 
 
 def prompts_of(lengths):

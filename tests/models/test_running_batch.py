@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from toy_models import decided_llama
+from transformers import GenerationConfig
 
 from cit_fast.models.adapter_bank import BASE, AdapterBank, LowRank, _Layer
 from cit_fast.models.generation import generating
@@ -20,18 +21,7 @@ PAD, EOS, VOCABULARY = 0, 2, 32
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.4,  # far from ties between the two likeliest tokens
-    )
-    return LlamaForCausalLM(config).eval()
+    return decided_llama()
 
 
 @pytest.fixture(scope="module")

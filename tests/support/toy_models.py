@@ -29,6 +29,24 @@ _OWN = {
 }
 
 
+def decided_llama():
+    """A Llama of 32 tokens, in evaluation mode, whose two likeliest tokens are never near each other."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.4,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
 @pytest.fixture(scope="session")
 def make_model(tiny_tokenizer):
     """``make_model("Llama", **configuration)``: a random model of the tiny tokenizer's vocabulary, float32, in
