@@ -51,7 +51,7 @@ class _Waiting:
 
     def fail(self, error: BaseException) -> None:
         """Tell the client, if there is still one, that there is no answer."""
-        if self.reply.set_running_or_notify_cancel():
+        if not self.reply.done() and self.reply.set_running_or_notify_cancel():
             self.reply.set_exception(error)
 
 

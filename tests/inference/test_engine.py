@@ -243,3 +243,14 @@ def test_a_stage_that_cannot_be_loaded_leaves_the_one_before(model, examples, ca
         assert answer.answer.text == model.generate([examples[0]], 4)[0]
     assert "the next model cannot be loaded; this one stays" in caplog.text
     assert (engine.counts["replaced"], engine.counts["not_replaced"]) == (0, 1)
+
+
+def test_a_client_is_told_once(examples):
+    """Whoever has an answer, or has gone, is not told of what fails afterwards."""
+    answered, gone = (engine_module._Waiting(Question(examples[0])) for _ in range(2))
+    answered.reply.set_result("the answer")
+    gone.reply.cancel()
+    for each in (answered, gone, gone):
+        each.fail(RuntimeError("too late"))
+    assert answered.reply.result() == "the answer"
+    assert gone.reply.cancelled()
