@@ -28,6 +28,7 @@ from cit_fast.models.adapter_bank import (
 )
 from cit_fast.models.adapters import load_adapter, load_weights
 from cit_fast.models.config import ModelConfig
+from cit_fast.models.loading import full_precision
 from cit_fast.models.pretrained import load_model, load_tokenizer, resolve_model
 from cit_fast.text import first_line
 
@@ -146,7 +147,8 @@ def export_merged(
 ) -> None:
     """Write the base model with adapter set ``name`` merged into its weights, and the tokenizer, as ``out``.
 
-    The sum is made in float32, which takes four bytes a weight of memory, and rounded once. That it answers as the
+    The sum is made in float32, which takes four bytes a weight of memory, and rounded once. Quantised weights are
+    merged into as what they stand for, so the result is no longer quantised. That it answers as the
     adapter does is tried before anything appears, and that ``AutoModelForCausalLM.from_pretrained("out")`` does.
     An adapter's update is often smaller than a weight's last bit in half precision: where rounding has moved the
     logits by more than a twentieth of their size, a warning says so. Where the adapter is on one of two embeddings that
@@ -187,9 +189,9 @@ def export_merged(
         expected = _few_logits(model)
     else:
         try:
-            model = model.float()
-        except ValueError as error:  # quantised weights
-            raise RunError(f"{folder}: cannot be merged into: {first_line(error)}") from None
+            model = full_precision(model)
+        except ConfigError as error:
+            raise RunError(f"{folder}: cannot be merged into: {error}") from None
         _untie(model, read_adapter_weights(folders[name]))
         adapted = load_adapter(model, folders[name])
         expected = _few_logits(adapted)
@@ -212,7 +214,8 @@ def export_merged(
         except ValueError as error:  # a generation configuration that transformers itself refuses to write
             raise ConfigError(f"{folder}: cannot be saved again: {first_line(error)}") from None
         _write_card(target, merged_card(record, config, stages, "" if whole else name, license_))
-        again = load_model(target, base.model_copy(update={"dtype": str(own).removeprefix("torch.")}))
+        plain: dict[str, Any] = {"dtype": str(own).removeprefix("torch."), "quantization": None, "kwargs": {}}
+        again = load_model(target, base.model_copy(update=plain))
         _check_alike(rounded, _few_logits(again), f"{out}: the merged model, loaded again")
 
     _write(out, fill)

@@ -12,6 +12,8 @@ from cit_fast.data.builtin import builtin_task_names
 from cit_fast.data.sources import TaskSource
 from cit_fast.evaluation.records import RunRecord, StageRecord
 from cit_fast.methods.config import descriptions
+from cit_fast.models.config import ModelConfig
+from cit_fast.models.loading import quantization_config
 from cit_fast.run.config import RunConfig
 
 UNKNOWN = "unknown"
@@ -29,6 +31,7 @@ def adapter_card(run: RunRecord, config: RunConfig, stages: Sequence[StageRecord
     beside = f", one of {others + 1} sets of a run" if others else ""
     base, revision = config.model.name, config.model.revision
     pinned = f', revision="{revision}"' if revision else ""
+    kind, loaded = _loaded(config.model)
     lines = [
         f"An adapter for {_linked(base)}{beside}, trained by cit-fast.",
         "",
@@ -36,14 +39,24 @@ def adapter_card(run: RunRecord, config: RunConfig, stages: Sequence[StageRecord
         "",
         "```python",
         "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import AutoModelForCausalLM, AutoTokenizer{kind}",
         "",
-        f'base = AutoModelForCausalLM.from_pretrained("{base}"{pinned})',
+        f'base = AutoModelForCausalLM.from_pretrained("{base}"{pinned}{loaded})',
         f'tokenizer = AutoTokenizer.from_pretrained("{base}"{pinned})',
         f'model = PeftModel.from_pretrained(base, "{name}")  # this folder',
         "```",
     ]
     return _card(base, "peft", license_, f"{name}, {run.method_name}", lines)
+
+
+def _loaded(model: ModelConfig) -> tuple[str, str]:
+    """What else is imported, and said, to load the base as the run did."""
+    said = [f"{key}={value!r}" for key, value in model.kwargs.items()]
+    if model.quantization is None:
+        return "", "".join(f", {each}" for each in said)
+    kind = type(quantization_config(model.quantization)).__name__
+    fields = ", ".join(f"{key}={value!r}" for key, value in model.quantization.items() if key != "quant_method")
+    return f", {kind}", "".join(f", {each}" for each in (*said, f"quantization_config={kind}({fields})"))
 
 
 def merged_card(run: RunRecord, config: RunConfig, stages: Sequence[StageRecord], name: str, license_: str) -> str:

@@ -267,8 +267,10 @@ class AdapterBank:
         a, b = parts["a"], parts["b"]
         if a.dim() != 2 or not hasattr(module, "weight"):
             raise NotPlainLoraError(f"{folder}: {path} is no linear layer")
-        # transformers' Conv1D (GPT-2) keeps its weight the other way round.
-        out, into = module.weight.shape if isinstance(module, torch.nn.Linear) else module.weight.shape[::-1]
+        if isinstance(module, torch.nn.Linear):  # a quantised weight is packed
+            out, into = module.out_features, module.in_features
+        else:  # transformers' Conv1D (GPT-2) keeps its weight the other way round
+            into, out = module.weight.shape
         if (b.shape[0], a.shape[1]) != (out, into) or b.shape[1] != a.shape[0]:
             raise RunError(
                 f"{folder}: made for another base model: {path} has {into} inputs and {out} outputs, "

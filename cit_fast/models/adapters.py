@@ -174,7 +174,10 @@ def load_weights(base: Any, weights: Path | Mapping[str, Path], trainable: bool 
     if isinstance(weights, Path):
         try:
             model = type(base).from_pretrained(
-                weights, dtype=base.dtype, attn_implementation=base.config._attn_implementation
+                weights,
+                dtype=base.dtype,
+                attn_implementation=base.config._attn_implementation,
+                **getattr(base, "loaded_with", {}),
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise RunError(f"{weights}: cannot be loaded: {first_line(error)}") from None

@@ -11,6 +11,7 @@ from pydantic import Field, PositiveInt, TypeAdapter, ValidationError, field_val
 from cit_fast.data.sources import TaskSource
 from cit_fast.data.streams import find_stream
 from cit_fast.errors import ConfigError
+from cit_fast.models.loading import checked_loading, checked_quantization
 from cit_fast.values import Section
 
 _RESERVED_TEMPLATE = {
@@ -21,8 +22,10 @@ _RESERVED_TEMPLATE = {
 
 
 class ModelConfig(Section):
-    """Which language model, and how it is loaded. ``fuse_lora``: LoRA layers as one op each instead of PEFT's path;
-    ``fuse_norms``: on a CPU, RMSNorm in one pass.
+    """Which language model, and how it is loaded. ``quantization``: fields of transformers' quantisation
+    configurations (``load_in_4bit: true``), for adapters over a quantised base (QLoRA). ``kwargs``: other options of
+    ``from_pretrained``, and fields of the model's own configuration (``rope_parameters``). ``fuse_lora``: LoRA layers
+    as one op each instead of PEFT's path; ``fuse_norms``: on a CPU, RMSNorm in one pass.
     """
 
     name: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -30,8 +33,20 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attn_implementation: str = "auto"
     trust_remote_code: bool = False
+    quantization: dict[str, Any] | None = None
+    kwargs: dict[str, Any] = Field(default_factory=dict)
     fuse_lora: bool = True
     fuse_norms: bool = True
+
+    @field_validator("quantization")
+    @classmethod
+    def _quantization_fields(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        return None if value is None else checked_quantization(value)
+
+    @field_validator("kwargs")
+    @classmethod
+    def _loading_options(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return checked_loading(value)
 
 
 class DataConfig(Section):

@@ -19,12 +19,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
 
+from cit_fast.models.forward import unwrap
 from cit_fast.ops import lora_linear, lora_linears
 
 logger = logging.getLogger(__name__)
+_SAID: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()  # of each base model
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 """Names of layers that read the same input, in the order in which models call them."""
@@ -45,17 +47,21 @@ def fuse_lora(model: nn.Module) -> int:
     kept: Counter[str] = Counter()
     fused = 0
     for module in model.modules():
-        if not isinstance(module, Linear) or type(module) not in (Linear, FusedLoraLinear):
+        if not isinstance(module, LoraLayer):
             continue
-        reason = _never(module)
+        plain = isinstance(module, Linear) and type(module) in (Linear, FusedLoraLinear)
+        reason = _never(module) if plain else f"they are {type(module).__module__}.{type(module).__name__}"
         if reason is None:
             module.__class__ = FusedLoraLinear
             fused += 1
         else:
             kept[reason] += 1
     _introduce(model)
+    said = _SAID.setdefault(unwrap(model), set())
     for reason, count in kept.items():
-        logger.info("%d LoRA layers keep PEFT's path: %s", count, reason)
+        if reason not in said:
+            logger.info("%d LoRA layers keep PEFT's path: %s", count, reason)
+            said.add(reason)
     return fused
 
 

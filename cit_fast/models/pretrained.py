@@ -23,6 +23,7 @@ from cit_fast.files import commit_folder, is_disk_full
 from cit_fast.models.collation import resolve_attention
 from cit_fast.models.config import ModelConfig
 from cit_fast.models.fused_norms import fuse_norms
+from cit_fast.models.loading import COMPUTING, known_loading, quantization_config
 from cit_fast.text import first_line
 
 
@@ -217,23 +218,29 @@ def load_model(folder: Path, config: ModelConfig) -> Any:
     """The causal language model of a model folder, on the CPU.
 
     Raises:
-        ConfigError: the folder holds no model that transformers can load.
+        ConfigError: the folder holds no model that transformers can load, or not with these options.
     """
     from transformers import AutoModelForCausalLM
 
     if not (folder / "config.json").exists():
         raise ConfigError(f"model.name: {folder} holds no config.json, so it is no transformers model")
+    own, settings = known_loading(folder, config.kwargs, config.trust_remote_code)
+    if config.quantization is not None:
+        own["quantization_config"] = quantization_config(config.quantization)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=settings,
             dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
             attn_implementation=resolve_attention(
                 config.attn_implementation, "cuda" if torch.cuda.is_available() else "cpu"
             ),
             trust_remote_code=config.trust_remote_code,
+            **own,
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"model.name: {folder} cannot be loaded: {first_line(error)}") from None
+    model.loaded_with = {key: value for key, value in own.items() if key in COMPUTING}
     if config.fuse_norms and not torch.cuda.is_available():
         fuse_norms(model)
     return model

@@ -205,6 +205,9 @@ class RunConfig(Section):
         for name in ("general", "batch_tokens"):
             if not plain["evaluation"][name]:
                 del plain["evaluation"][name]
+        for name in ("quantization", "kwargs"):
+            if not plain["model"][name]:
+                del plain["model"][name]
         for name in ("memory", "stages", "gate"):  # as it was before there was such a section
             if not plain[name]:
                 del plain[name]

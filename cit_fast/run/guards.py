@@ -64,6 +64,8 @@ class TrainedWeights:
 def _sums(parameter: Any) -> Tensor:
     """[2] float64: changes when training changes the tensor."""
     tensor = parameter.detach()
+    if not tensor.is_floating_point():  # packed bits of quantised weights
+        tensor = tensor.float()
     wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
     return torch.stack([tensor.sum(dtype=torch.float64), torch.linalg.vector_norm(tensor, dtype=wide).double()])
 

@@ -36,7 +36,7 @@ from cit_fast.run.plan import plan_stages
 from cit_fast.run.run_folder import RunFolder
 from cit_fast.run.stage_settings import method_at, training_at
 from cit_fast.run.tasks import check_held_out, check_task, load_held_out, load_tasks
-from cit_fast.run.trial import skeleton, try_adapter, try_arguments, try_batches, try_lengths
+from cit_fast.run.trial import skeleton, try_adapter, try_arguments, try_base, try_batches, try_lengths
 
 
 class ContinualTrainer:
@@ -155,11 +155,13 @@ class ContinualTrainer:
         with self._state.main_process_first():  # one process fetches or converts, the others find it done
             folder = resolve_model(config.model)
         encoder = prompt_encoder(load_tokenizer(folder, config.model.trust_remote_code), config.data)
+        adapters = [config.adapter if method.adapter is None else method.adapter for method in config.methods]
+        try_base(folder, config.model, adapters)
         with loading_whole():
             bare = skeleton(folder, config.model)
             if bare is not None:
                 encoder.fit_to(bare)
-                for adapter in _distinct([method.adapter or config.adapter for method in config.methods]):
+                for adapter in _distinct(adapters):
                     try_adapter(copy.deepcopy(bare), adapter)
         try_lengths(encoder, self.stream.tasks, self.held_out, config)
         if isinstance(config.evaluation.general, HarnessConfig):

@@ -17,7 +17,10 @@ import torch
 from cit_fast.data.example import Example, Task
 from cit_fast.errors import ConfigError
 from cit_fast.models.config import ModelConfig
+from cit_fast.models.loading import known_loading, try_quantization
+from cit_fast.models.osf import is_osf
 from cit_fast.models.prompts import PromptEncoder
+from cit_fast.models.rewritten_base import rewrites_base
 from cit_fast.run.config import RunConfig
 from cit_fast.text import first_line
 
@@ -27,15 +30,36 @@ _PATTERNS = ("target_modules", "exclude_modules", "layers_pattern")
 
 def skeleton(folder: Path, model: ModelConfig) -> Any:
     """The model of a folder without its weights; ``None`` where it cannot be made without them."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    _, config = known_loading(folder, model.kwargs, model.trust_remote_code)
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
             return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError):
         return None  # loaded whole, the model says what is wrong itself
+
+
+def try_base(folder: Path, model: ModelConfig, adapters: Sequence[Mapping[str, Any] | None]) -> None:
+    """See that the base can be loaded as it is asked for, and that what trains is no part of a quantised one.
+
+    Args:
+        folder: of the model. ``adapters``: of the methods.
+
+    Raises:
+        ConfigError: it cannot, or is.
+    """
+    _, config = known_loading(folder, model.kwargs, model.trust_remote_code)
+    if not try_quantization(model.quantization, config):
+        return
+    for adapter in adapters:
+        if adapter is None or is_osf(adapter) or rewrites_base(adapter):
+            what = "a model without an adapter" if adapter is None else "this adapter"
+            raise ConfigError(
+                f"model.quantization: {what} trains the base's own weights, and quantised ones cannot be trained; "
+                "give a LoRA adapter with its plain initialisation, or leave the base as it is"
+            )
 
 
 def try_adapter(bare: Any, adapter: Mapping[str, Any]) -> None:

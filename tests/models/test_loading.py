@@ -1,0 +1,83 @@
+"""Options of loading reach transformers, wherever a model is loaded; what it does not know is named."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from cit_fast import ContinualModel, ContinualTrainer
+from cit_fast.errors import ConfigError
+from cit_fast.inference.export import export_adapters, export_merged
+from cit_fast.models.config import ModelConfig
+from cit_fast.models.loading import RESERVED_LOADING, loading_names
+from cit_fast.models.pretrained import load_model
+
+
+def test_the_options_are_those_of_transformers():
+    names = loading_names()
+    assert {"use_safetensors", "ignore_mismatched_sizes", "use_kernels", "key_mapping", "variant"} <= names
+    assert not names & set(RESERVED_LOADING)
+
+
+def test_fields_of_the_models_configuration(tiny_model_folder):
+    plain = load_model(tiny_model_folder, ModelConfig())
+    turned = {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}
+    other = load_model(tiny_model_folder, ModelConfig(kwargs={**turned, "attention_dropout": 0.25}))
+    assert other.config.attention_dropout == 0.25
+    ids = torch.arange(5, 45)[None]
+    assert not torch.allclose(plain(input_ids=ids).logits, other(input_ids=ids).logits)
+
+
+def test_options_of_from_pretrained(tiny_model_folder, tmp_path):
+    """``key_mapping``: names in the file -> names in the model."""
+    for file in tiny_model_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(tmp_path / "model.safetensors")
+    renamed = {f"old_{name}": tensor for name, tensor in tensors.items()}
+    save_file(renamed, tmp_path / "model.safetensors", {"format": "pt"})
+    found = load_model(tmp_path, ModelConfig(kwargs={"key_mapping": {"^old_": ""}})).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "said"),
+    [
+        ({"use_safetensor": True}, "model.kwargs.use_safetensor: unknown key; did you mean 'use_safetensors'"),
+        ({"rope_parameter": {}}, "did you mean 'rope_parameters'"),
+        ({"torch_dtype": "float16"}, "kwargs: torch_dtype: set by cit-fast; use model.dtype|kwargs.torch_dtype"),
+        ({"device_map": "auto"}, "device_map: set by cit-fast; use nothing"),
+        ({"trust_remote_code": True}, "use model.trust_remote_code instead"),
+        ({"token": "hf_secret"}, "HF_TOKEN"),
+        ({"use_kernels": True}, "model.name: .* cannot be loaded: .*kernels"),
+    ],
+)
+def test_what_it_does_not_know_is_one_line(settings, stream, kwargs, said, tmp_path):
+    settings["model"]["kwargs"] = kwargs
+    with pytest.raises(ConfigError, match=said) as error:
+        ContinualTrainer(settings, stream=stream, console=Console(quiet=True)).run()
+    assert "\n" not in str(error.value)
+    assert "hf_secret" not in str(error.value)
+
+
+def test_a_run_trains_answers_and_exports_with_them(settings, stream, tmp_path):
+    """A model without position information is another function, so where they are lost, it shows."""
+    still = {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 1e6}}
+    settings["model"]["kwargs"] = still
+    (folder,) = ContinualTrainer(settings, stream=stream, console=Console(quiet=True)).run()
+    model = ContinualModel.from_run(folder)
+    assert model.model.config.rope_parameters["factor"] == 1e6
+    export_merged(folder, tmp_path / "merged", model.sets[0])
+    again = load_model(tmp_path / "merged", ModelConfig())
+    assert again.config.rope_parameters["factor"] == 1e6
+    export_adapters(folder, tmp_path / "sets")
+    card = (tmp_path / "sets" / model.sets[0] / "README.md").read_text()
+    assert f"rope_parameters={still['rope_parameters']!r}" in card
+
+
+def test_a_model_trained_whole_keeps_how_it_computes(settings, stream):
+    settings["model"]["kwargs"] = {"experts_implementation": "eager"}
+    settings["adapter"] = None
+    (folder,) = ContinualTrainer(settings, stream=stream, console=Console(quiet=True)).run()
+    assert ContinualModel.from_run(folder).model.config._experts_implementation == "eager"
