@@ -96,6 +96,11 @@ class PackingCollator:
         return dict(self._flatten([{"input_ids": ids, "labels": labels} for ids, labels in rows]))
 
 
+def is_packed(collator: Any) -> bool:
+    """Whether a collator puts a batch end to end instead of padding it."""
+    return isinstance(collator, PackingCollator) or bool(getattr(collator, "packed", False))
+
+
 def choose_collator(
     attn_implementation: str,
     device: torch.device | str,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import PositiveInt
 
 from cit_fast.errors import ConfigError
 from cit_fast.text import first_line
@@ -46,6 +47,10 @@ RESERVED_TRAINING = {
         "the stages/*/adapters folders, which can be pushed after the run",
     ),
 }  # fmt: skip
+OWN_TRAINING = ("tokens_per_batch",)
+"""Keys of the section ``training`` that are not transformers': the tokens that a batch holds at most."""
+# Other ways to say what a batch is.
+_BATCHES = ("per_device_train_batch_size", "train_sampling_strategy", "dataloader_drop_last", "auto_find_batch_size")
 # (smallest, whether that itself is allowed, largest) of numbers that transformers takes as they come.
 _RANGES: dict[str, tuple[float, bool, float]] = {
     "per_device_train_batch_size": (1, True, 2**20),
@@ -101,6 +106,16 @@ _LEFT_OUT_KINDS = {
 _LEFT_OUT_INITS = ("eva", "corda", "loftq", "lora_ga")
 
 
+def over(training: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with later ones over them; of two that say what a batch is, the later one holds."""
+    gone: tuple[str, ...] = ()
+    if "tokens_per_batch" in changes:
+        gone = _BATCHES
+    elif any(key in changes for key in _BATCHES):
+        gone = OWN_TRAINING
+    return {**{key: value for key, value in training.items() if key not in gone}, **changes}
+
+
 def learning_rate_of(training: Mapping[str, Any]) -> float:
     """The configured learning rate, or that of a run that configures none."""
     return float(training.get("learning_rate", _TRAINING_DEFAULTS["learning_rate"]))
@@ -119,8 +134,13 @@ def checked_training(value: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{key}: set by cit-fast; use {RESERVED_TRAINING[key]} instead")
     # fsdp is declared as text and meant to be true or false.
     switches = {key: given for key, given in value.items() if key == "fsdp" and isinstance(given, bool)}
-    others = {key: given for key, given in value.items() if key not in switches}
+    others = {key: given for key, given in value.items() if key not in switches and key not in OWN_TRAINING}
     checked = {**_checked_fields(TrainingArguments, others), **switches}
+    if value.get("tokens_per_batch") is not None:
+        checked |= {key: checked_value(key, value[key], {key: PositiveInt}) for key in OWN_TRAINING}
+        for key in _BATCHES:
+            if value.get(key):
+                raise ValueError(f"tokens_per_batch: a batch is what fits into it; leave out {key}")
     for key, (least, itself, most) in _RANGES.items():
         number = checked.get(key)
         if number is None:
@@ -178,7 +198,7 @@ def training_arguments(training: Mapping[str, Any], seed: int, output: Path) -> 
     """transformers' own arguments: the configuration's, over our defaults.
 
     Args:
-        training: checked keys of TrainingArguments.
+        training: checked keys of TrainingArguments, and our own, which are left out.
         seed: of the stage.
         output: where the stage keeps its checkpoints.
 
@@ -187,12 +207,13 @@ def training_arguments(training: Mapping[str, Any], seed: int, output: Path) -> 
     """
     from transformers import TrainingArguments
 
+    theirs = {key: value for key, value in training.items() if key not in OWN_TRAINING}
     try:
         return TrainingArguments(
             output_dir=str(output),
             seed=seed,
             remove_unused_columns=False,
-            **{"use_cpu": not torch.cuda.is_available(), **_TRAINING_DEFAULTS, **training},
+            **{"use_cpu": not torch.cuda.is_available(), **_TRAINING_DEFAULTS, **theirs},
         )
     except Exception as error:  # whatever transformers and accelerate think of the values
         raise ConfigError(f"training: {first_line(error)}") from error

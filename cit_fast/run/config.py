@@ -75,7 +75,8 @@ class EvaluationConfig(Section):
 
 
 class RunConfig(Section):
-    """A whole run. ``training`` holds transformers.TrainingArguments, ``adapter`` a PEFT configuration (or null).
+    """A whole run. ``training`` holds transformers.TrainingArguments, and ``tokens_per_batch``, the tokens that a batch
+    holds at most; ``adapter`` a PEFT configuration (or null).
 
     Read one with :func:`load_config`, or build it from keyword arguments or a dictionary
     (``RunConfig.model_validate({...})``).
@@ -144,6 +145,17 @@ class RunConfig(Section):
             if len(os.fsencode(part)) > 255:
                 raise ValueError(f"the name {part[:20]!r}... is longer than a file's name can be (255 bytes)")
         return value
+
+    @model_validator(mode="after")
+    def _room_to_train(self) -> RunConfig:
+        for training in (self.training, *(entry.training for entry in self.stages)):
+            budget = training.get("tokens_per_batch")
+            if budget is not None and budget < self.data.max_length:
+                raise ValueError(
+                    f"training.tokens_per_batch: {budget} tokens do not hold an example of data.max_length "
+                    f"({self.data.max_length})"
+                )
+        return self
 
     @model_validator(mode="after")
     def _room_to_answer(self) -> RunConfig:

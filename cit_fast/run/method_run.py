@@ -193,9 +193,7 @@ class MethodRun:
             },
             environment={
                 **describe_environment(),
-                "effective_batch_size": arguments.train_batch_size
-                * arguments.gradient_accumulation_steps
-                * self.state.num_processes,
+                **_effective_batch(self.config.training.get("tokens_per_batch"), arguments, self.state.num_processes),
             },
             held_out_tasks=[task.name for task in self.held_out],
             constraints={task.name: Constraints.of(task).to_record() for task in [*self.stream, *self.held_out]},
@@ -464,6 +462,14 @@ class MethodRun:
             if scores or not name.startswith(" "):
                 listed = "  ".join(f"{task} [bold]{score:.1f}[/bold]" for task, score in scores.items())
                 self._say(f"  {name}: {listed}")
+
+
+def _effective_batch(tokens: int | None, arguments: Any, processes: int) -> dict[str, int]:
+    """What a step learns from: examples, or the tokens that its batches have room for."""
+    batches = arguments.gradient_accumulation_steps * processes
+    if tokens is None:
+        return {"effective_batch_size": arguments.train_batch_size * batches}
+    return {"effective_batch_tokens": tokens * batches}
 
 
 def _joins(task: Task, record: RunRecord, stages: Sequence[StageRecord]) -> bool:

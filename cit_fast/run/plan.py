@@ -98,7 +98,7 @@ def plan_stages(
         tasks: by name, in order, ``None`` for one whose data is not here; ``tokens``: of their training examples.
         arguments: transformers.TrainingArguments. ``config``: of the run.
     """
-    evaluation = config.evaluation
+    evaluation, budget = config.evaluation, config.training.get("tokens_per_batch")
     joint = method.schedule == "joint"
     planned: list[StagePlan] = []
     sizes: list[int | None] = []  # of the tasks seen before
@@ -111,15 +111,18 @@ def plan_stages(
             continue
         examples = sum(len(task.train) for task in own if task is not None)
         replayed = _replayed(replay, before)
+        tokens_each = sum(_guessed(task.train) for task in own if task is not None) / max(examples, 1)
         known = answered_tasks(list(tasks.values()), len(sizes), len(tasks), evaluation, config.seed, joint)
         there = [len(getattr(task, evaluation.split)) for task in known if task is not None]
         counted = [tokens.get(name) for name in names]
+        if None not in counted:
+            tokens_each = sum(count for count in counted if count is not None) / max(examples, 1)
         planned.append(
             StagePlan(
                 tuple(names),
                 examples,
                 replayed,
-                None if replayed is None else _steps(examples + replayed, arguments),
+                None if replayed is None else _steps(examples + replayed, arguments, budget, tokens_each),
                 None if None in counted else sum(count for count in counted if count is not None),
                 sum(there) if len(there) == len(known) else None,
             )
@@ -161,16 +164,20 @@ def _tasks(config: RunConfig, missing: list[str]) -> dict[str, Task | None]:
 def _tokens_by(folder: Path | None, config: RunConfig) -> Any:
     """What counts the tokens of examples."""
     if folder is None:
-        return lambda examples: sum(len(_text(each)) for each in examples) // _CHARACTERS_A_TOKEN
+        return _guessed
     encoder = prompt_encoder(load_tokenizer(folder, config.model.trust_remote_code), config.data)
 
     def count(examples: Sequence[Example]) -> int:
         try:
             return sum(len(each) for each in encoder.encode_all(examples).encoded)
         except CitFastError:  # what does not fit is said when the run begins
-            return sum(len(_text(each)) for each in examples) // _CHARACTERS_A_TOKEN
+            return _guessed(examples)
 
     return count
+
+
+def _guessed(examples: Sequence[Example]) -> int:
+    return sum(len(_text(each)) for each in examples) // _CHARACTERS_A_TOKEN
 
 
 def _text(example: Example) -> str:
@@ -192,10 +199,14 @@ def _replayed(policy: Any, sizes: Sequence[int | None]) -> int | None:
     return min(sum(budget.wanted(size) for size in known), sum(known))
 
 
-def _steps(examples: int, arguments: Any) -> int:
+def _steps(examples: int, arguments: Any, budget: int | None, tokens_each: float) -> int:
+    """Of a stage. Batches of ``budget`` tokens are counted as if they were full, so there are a few more of them."""
     if arguments.max_steps > 0:
         return int(arguments.max_steps)
-    batches = math.ceil(examples / arguments.train_batch_size)
+    if budget is not None:
+        batches = math.ceil(examples * tokens_each / budget)
+    else:
+        batches = math.ceil(examples / arguments.train_batch_size)
     a_step: int = arguments.gradient_accumulation_steps
     steps: int = math.ceil(math.ceil(batches / a_step) * float(arguments.num_train_epochs))
     return steps

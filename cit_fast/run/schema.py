@@ -53,7 +53,13 @@ def config_schema() -> _Schema:
     training = {
         "description": "keys of transformers.TrainingArguments",
         "type": "object",
-        "properties": _fields(TrainingArguments, RESERVED_TRAINING),
+        "properties": {
+            **_fields(TrainingArguments, RESERVED_TRAINING),
+            "tokens_per_batch": {
+                "description": "tokens that a batch holds at most, padding counted, instead of a number of examples",
+                "anyOf": [{"type": "integer", "exclusiveMinimum": 0}, {"type": "null"}],
+            },
+        },
         "additionalProperties": False,
     }
     found["properties"]["training"] = kinds["StageSettings"]["properties"]["training"] = training

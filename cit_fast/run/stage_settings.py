@@ -10,7 +10,7 @@ from pydantic import Field, PositiveInt, ValidationError, field_validator
 
 from cit_fast.errors import ConfigError
 from cit_fast.methods.config import MethodConfig, Part, part_over
-from cit_fast.run.arguments import checked_training, learning_rate_of
+from cit_fast.run.arguments import checked_training, learning_rate_of, over
 from cit_fast.values import Section
 
 PARTS = ("router", "replay", "objective", "update")
@@ -87,7 +87,7 @@ def training_at(training: Mapping[str, Any], stages: Sequence[StageSettings], in
     """The TrainingArguments of stage ``index``."""
     found, rule = dict(training), "1"
     for entry in _until(stages, index):
-        found |= entry.training
+        found = over(found, entry.training)
         rule = entry.learning_rate_by_stage or rule
     scale = {"1": 1.0, "1/k": 1 / index, "1/sqrt(k)": 1 / math.sqrt(index)}[rule]
     return found if scale == 1.0 else {**found, "learning_rate": learning_rate_of(found) * scale}

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.data_loader import prepare_data_loader
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
@@ -20,9 +22,11 @@ from cit_fast.errors import ConfigError, RunError
 from cit_fast.methods.objectives import Objective
 from cit_fast.methods.stage import Stage
 from cit_fast.methods.updates import PlainUpdate, Update, stream_wide
+from cit_fast.models.collation import is_packed, padded_length
 from cit_fast.models.growing_adapter import keeping_active, trained_sets
 from cit_fast.run.pace import duration
 from cit_fast.run.run_folder import mark_complete
+from cit_fast.run.token_batches import TokenBatches
 from cit_fast.run.trackers import RunTrackers, training_values
 
 
@@ -36,6 +40,8 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         title: what the progress bar says.
         left: of the stage's steps to come and the seconds that one takes, those until the end of the whole run.
         progress: what an earlier part of this stage left in its checkpoint's marker (see ``record``).
+        tokens_per_batch: see :class:`~cit_fast.run.token_batches.TokenBatches`; ``None``: batches are of
+            ``per_device_train_batch_size`` examples.
         trackers: told of losses, learning rate and balance weights.
         **kwargs: of transformers.Trainer.
     """
@@ -50,10 +56,12 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         left: Callable[[int, float], float | None] | None,
         progress: dict[str, Any],
         trackers: RunTrackers,
+        tokens_per_batch: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.objective, self.update, self.stage = objective, update, stage
+        self.tokens_per_batch = tokens_per_batch
         self.optimizer: torch.optim.Optimizer | None
         # Our loss divides by the response tokens of the whole accumulated batch, so the Trainer has to count them.
         self.model_accepts_loss_kwargs = True
@@ -104,6 +112,35 @@ class StageTrainer(Trainer):  # type: ignore[misc]
             made: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
             self.optimizer = self.update.wrap(made, self.stage)
         return self.optimizer
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The Trainer's own, or batches of so many tokens."""
+        if self.tokens_per_batch is None:
+            loader: DataLoader[Any] = super().get_train_dataloader()
+            return loader
+        args, features, collator = self.args, self.train_dataset, self.data_collator
+        batches = TokenBatches(
+            [len(feature) for feature in features],
+            self.tokens_per_batch,
+            padded=None if is_packed(collator) else padded_length,
+            seed=args.seed,
+            processes=args.world_size,
+            process=args.process_index,
+        )
+        loader = DataLoader(
+            features,
+            batch_sampler=batches,
+            collate_fn=collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        # Each process has its own batches already.
+        mine: DataLoader[Any] = prepare_data_loader(
+            loader, args.device, num_processes=1, process_index=0, put_on_device=True
+        )
+        return mine
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """The Trainer's own; for one that goes by length, in the form in which it looks for lengths."""

@@ -182,6 +182,7 @@ class StageTraining:
             train_dataset=inputs.features,
             data_collator=inputs.collator,
             trackers=self.trackers,
+            tokens_per_batch=training_at(self.config.training, self.config.stages, index).get("tokens_per_batch"),
         )
         if (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled) and rewrites_base(self.config.adapter):
             raise refuse_sharded()
