@@ -188,16 +188,9 @@ class ChatEndpoint(Chat):
         from openai import APIConnectionError, APIStatusError, APITimeoutError, Omit
 
         headers = {} if os.environ.get(self.key_variable) else {"Authorization": Omit()}
-        turns = [{"role": "system", "content": self.system}] if self.system else []
         # Whatever fails is one line: why, after how many attempts, and never the key.
-        model, fields = self.body["model"], {name: value for name, value in self.body.items() if name != "model"}
         try:
-            reply = client.chat.completions.with_raw_response.create(
-                model=model,
-                messages=[*turns, {"role": "user", "content": prompt}],
-                extra_body=fields,
-                extra_headers=headers,
-            ).text
+            reply = self._ask(client, prompt, headers)
         except APITimeoutError:
             raise _NoAnswerError(f"nothing came within {self.timeout:g} s, {self.attempts} attempts") from None
         except APIConnectionError as error:
@@ -205,17 +198,68 @@ class ChatEndpoint(Chat):
             raise _NoAnswerError(f"the connection failed: {cause}, {self.attempts} attempts") from None
         except APIStatusError as error:
             hint = f" (is the key in {self.key_variable} right?)" if error.status_code in {401, 403} else ""
-            said = _excerpt(error.response.text, self.key_variable)
+            said = excerpt(error.response.text, self.key_variable)
             raise _NoAnswerError(f"HTTP {error.status_code}{hint}: {said}") from None
         except UnicodeError as error:
             raise _NoAnswerError(f"the request cannot be made: {type(error).__name__}") from None
         try:
-            answer = json.loads(reply)["choices"][0]["message"]["content"]
+            answer = self._said(json.loads(reply)["choices"][0])
         except (ValueError, LookupError, TypeError):
             answer = None
         if not isinstance(answer, str):
-            raise _NoAnswerError(f"no chat completion came back: {_excerpt(reply, self.key_variable)}")
+            raise _NoAnswerError(f"no completion came back: {excerpt(reply, self.key_variable)}")
         return answer.strip()
+
+    def _ask(self, client: Any, prompt: str, headers: Mapping[str, Any]) -> str:
+        """One request, and the body of the reply."""
+        turns = [{"role": "system", "content": self.system}] if self.system else []
+        fields = {name: value for name, value in self.body.items() if name != "model"}
+        reply = client.chat.completions.with_raw_response.create(
+            model=self.body["model"],
+            messages=[*turns, {"role": "user", "content": prompt}],
+            extra_body=fields,
+            extra_headers=headers,
+        )
+        return str(reply.text)
+
+    def _said(self, choice: Any) -> Any:
+        """The text in a reply."""
+        return choice["message"]["content"]
+
+
+class CompletionEndpoint(ChatEndpoint):
+    """Prompts as tokens, each for a model of its own, through the completions protocol of such a server.
+
+    Args:
+        identity: what decides an answer beside the prompt and the model's name, whatever the server's address is.
+        **options: of :class:`ChatEndpoint`, but no system message and no model.
+    """
+
+    def __init__(self, base_url: str, *, identity: Mapping[str, Any], **options: Any) -> None:
+        super().__init__(base_url, "", **options)
+        self.url = f"{base_url.rstrip('/')}/completions"
+        self.names: dict[str, str] = {}
+        self.cache = JsonCache(options.get("cache"), {"completions": {**self.body, **identity}})
+
+    @staticmethod
+    def prompt(model: str, tokens: Sequence[int]) -> str:
+        """What :meth:`complete` takes: the tokens for a model, whose name there is in ``names``."""
+        return json.dumps([model, list(tokens)])
+
+    def client(self) -> Any:
+        """The package's own client of the server."""
+        return self._client()
+
+    def _ask(self, client: Any, prompt: str, headers: Mapping[str, Any]) -> str:
+        model, tokens = json.loads(prompt)
+        fields = {name: value for name, value in self.body.items() if name != "model"}
+        made = client.completions.with_raw_response.create(
+            model=self.names[model], prompt=tokens, extra_body=fields, extra_headers=headers
+        )
+        return str(made.text)
+
+    def _said(self, choice: Any) -> Any:
+        return choice["text"]
 
 
 class LocalChat(Chat):
@@ -309,7 +353,7 @@ def _check_address(base_url: str) -> None:
         raise ConfigError("base_url: carries credentials or a query; put the key into an environment variable")
 
 
-def _excerpt(text: str, key_variable: str) -> str:
+def excerpt(text: str, key_variable: str) -> str:
     """The beginning of what a server said, on one line; a key that it repeats is taken out."""
     key = os.environ.get(key_variable)
     return repr(cut(text.replace(key, "***") if key else text, 200))

@@ -28,6 +28,7 @@ from cit_fast.models.prompts import PromptEncoder
 from cit_fast.run.config import EvaluationConfig
 from cit_fast.run.judge import judge_score
 from cit_fast.run.label_choice import most_likely
+from cit_fast.run.outside_engine import OutsideEngine
 
 
 @dataclass(frozen=True)
@@ -88,14 +89,17 @@ def evaluate(
     router: Router | None = None,
     title: str = "",
     before: Before | None = None,
+    engine: OutsideEngine | None = None,
 ) -> Evaluated:
     """Answer every example of the tasks' split, each with the adapter set its router names, and score the answers.
 
-    Where an adapter set has not changed since its answers ``before``, they are taken over. With ``decode: labels``
-    the answer to an example of a task with labels is the likeliest of them.
+    With an ``engine`` its server answers instead of the model. Where an adapter set has not changed since its answers
+    ``before``, they are taken over. With ``decode: labels`` the answer to an example of a task with labels is the
+    likeliest of them.
 
     Raises:
         DataError: no example of a task fits.
+        RunError: the engine's server does not answer.
     """
     asked: list[tuple[Task, Example]] = []
     prompts: list[list[int]] = []
@@ -116,7 +120,11 @@ def evaluate(
     answers, taken_over = _taken_over(before, [task.name for task, _ in asked], texts, sets)
     new = [index for index, answer in enumerate(answers) if answer is None]
     questions = [_Question(*asked[index], prompts[index], None if sets is None else sets[index]) for index in new]
-    found = _answers(model, encoder, questions, config, title) if new else []
+    if engine is not None:
+        asked_there = [question.prompt for question in questions], [question.adapter for question in questions]
+        found = engine.answers(model, *asked_there) if new else []
+    else:
+        found = _answers(model, encoder, questions, config, title) if new else []
     for index, answer in zip(new, found, strict=True):
         answers[index] = answer
     chosen = sum(question.among_labels(config) for question in questions)

@@ -24,6 +24,7 @@ from cit_fast.models.prompts import PromptEncoder
 from cit_fast.run.answer import evaluate
 from cit_fast.run.config import RunConfig
 from cit_fast.run.identity import digest, task_digest
+from cit_fast.run.outside_engine import outside_engine
 from cit_fast.run.run_folder import RunFolder
 
 # Versions are part of the keys of cached scores: of what computes them, and of the records they are kept in.
@@ -51,7 +52,14 @@ class CachedScores:
             broadcast_object_list(there)  # the main process decides: others may look later
             if not there[0]:
                 started = time.perf_counter()
-                found = evaluate(model, self.encoder, tasks, self.config.evaluation, title="untrained")
+                found = evaluate(
+                    model,
+                    self.encoder,
+                    tasks,
+                    self.config.evaluation,
+                    title="untrained",
+                    engine=outside_engine(self.config, self.identity, self.encoder),
+                )
                 stage = StageRecord(
                     index=0,
                     trained=[],

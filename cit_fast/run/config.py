@@ -20,6 +20,7 @@ from cit_fast.data.sources import TaskSource
 from cit_fast.errors import ConfigError
 from cit_fast.methods.config import MethodConfig
 from cit_fast.models.config import DataConfig, ModelConfig
+from cit_fast.models.osf import is_osf
 from cit_fast.run.arguments import checked_adapter, checked_training
 from cit_fast.run.gate import GateConfig
 from cit_fast.run.judge import JudgeConfig
@@ -49,13 +50,39 @@ class HarnessConfig(Section):
     num_fewshot: int | None = Field(default=None, ge=0)
 
 
+class EngineConfig(Section):
+    """A server that answers test prompts.
+
+    ``openai``: its address, up to and with ``/v1``. ``model``: the base model's name there, by default the first that
+    it lists. ``folder``: where adapter sets are written, which the server must see under the same path; by default in
+    the cache folder. ``key_variable``: the environment variable with its key. ``concurrency``: requests at a time;
+    ``timeout`` in seconds, and ``attempts``, of each.
+    """
+
+    openai: str
+    model: str | None = None
+    folder: str | None = None
+    key_variable: str = "CIT_FAST_ENGINE_API_KEY"
+    concurrency: PositiveInt = 64
+    timeout: float = Field(default=600.0, gt=0)
+    attempts: PositiveInt = 5
+
+    @field_validator("openai")
+    @classmethod
+    def _with_its_version(cls, value: str) -> str:
+        if not value.rstrip("/").endswith("/v1"):
+            raise ValueError(f"{value!r}: expected an address like http://localhost:8001/v1")
+        return value.rstrip("/")
+
+
 class EvaluationConfig(Section):
     """What is measured after every stage. ``tasks``: all of the stream, those seen so far, or ``{sample: K}``, what the
     stage trained and K of the earlier ones, and all after the last stage. Tasks of ``held_out`` are answered but never
     trained: by the untrained model and after the last stage, or after every one (``held_out_after: all``). With
     ``decode: labels`` the answer to a task that has labels is the one of them which the model finds most likely, so it
     never breaks their format; other tasks are answered greedily. ``batch_size`` prompts are answered together, and with
-    ``batch_tokens`` no more of them than have so many tokens, padding and the longest answers counted. ``judge`` marks
+    ``batch_tokens`` no more of them than have so many tokens, padding and the longest answers counted. ``engine``: who
+    answers, the model here or a server that has the base model and loads adapter sets (vLLM, SGLang). ``judge`` marks
     the answers of tasks whose metric is ``judge``. ``general``: whether general abilities are measured, too, on the
     untrained model and after every stage; ``{lm_eval: [...]}``: with benchmarks beside.
     """
@@ -70,6 +97,7 @@ class EvaluationConfig(Section):
     max_new_tokens: PositiveInt = 64
     batch_size: PositiveInt = 16
     batch_tokens: PositiveInt | None = None
+    engine: Literal["transformers"] | EngineConfig = "transformers"
     judge: JudgeConfig | None = None
     general: bool | HarnessConfig = False
 
@@ -182,6 +210,20 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _engine_can_answer(self) -> RunConfig:
+        if self.evaluation.engine == "transformers":
+            return self
+        if self.evaluation.decode == "labels":
+            raise ValueError("evaluation.decode: labels needs the model's own predictions; leave it out, or engine")
+        for method in self.methods:
+            if is_osf(method.adapter or self.adapter) or (method.adapter is None and self.adapter is None):
+                raise ValueError(
+                    f"evaluation.engine: a server can load adapter sets, and method {method.name!r} trains the model "
+                    "itself; leave it out"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _general_is_measured(self) -> RunConfig:
         if self.gate is not None and self.gate.general is not None and not self.evaluation.general:
             raise ValueError("gate: general needs evaluation: {general: true}")
@@ -217,6 +259,8 @@ class RunConfig(Section):
         for name in ("general", "batch_tokens"):
             if not plain["evaluation"][name]:
                 del plain["evaluation"][name]
+        if self.evaluation.engine == "transformers":
+            del plain["evaluation"]["engine"]
         for name in ("quantization", "kwargs"):
             if not plain["model"][name]:
                 del plain["model"][name]

@@ -31,6 +31,7 @@ from cit_fast.run.config import HarnessConfig, RunConfig, load_config, validated
 from cit_fast.run.harness import check_harness
 from cit_fast.run.memory import quick_collections, release_memory
 from cit_fast.run.method_run import MethodRun
+from cit_fast.run.outside_engine import outside_engine
 from cit_fast.run.pace import Paces, TimeLeft
 from cit_fast.run.plan import plan_stages
 from cit_fast.run.run_folder import RunFolder
@@ -163,6 +164,9 @@ class ContinualTrainer:
                 encoder.fit_to(bare)
                 for adapter in _distinct(adapters):
                     try_adapter(copy.deepcopy(bare), adapter)
+        engine = outside_engine(config, "", encoder)
+        if engine is not None and self._state.is_main_process:
+            engine.check()
         try_lengths(encoder, self.stream.tasks, self.held_out, config)
         if isinstance(config.evaluation.general, HarnessConfig):
             check_harness(config.evaluation.general)

@@ -99,6 +99,7 @@ class MethodRun:
         self.evaluation = StageEvaluation(
             *(self.config, joint, self.parts, self.stream, self.held_out, folder, self.encoder),
             lambda: self._load(None),
+            self.identity,
         )
         self.training = StageTraining(self.config, method.name, self.parts, folder, self._load, self._say, clock)
 

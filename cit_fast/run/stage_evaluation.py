@@ -18,6 +18,7 @@ from cit_fast.run.answer import Before, Evaluated, evaluate
 from cit_fast.run.config import HarnessConfig, RunConfig
 from cit_fast.run.gate import judge, judge_general
 from cit_fast.run.general import measure
+from cit_fast.run.outside_engine import OutsideEngine, outside_engine
 from cit_fast.run.parts import Parts
 from cit_fast.run.run_folder import RunFolder
 from cit_fast.run.tasks import answered_tasks
@@ -29,7 +30,8 @@ class StageEvaluation:
     Args:
         config: of the run; ``joint``: whether all tasks are one stage; ``parts``: of the method.
         stream: the tasks, in order; ``held_out``: tasks that are answered and never trained.
-        folder: of the run; ``encoder``: makes the prompts; ``load``: the base model.
+        folder: of the run; ``encoder``: makes the prompts.
+        load: the base model; ``identity``: digits that tell it apart.
     """
 
     def __init__(
@@ -42,9 +44,11 @@ class StageEvaluation:
         folder: RunFolder,
         encoder: PromptEncoder,
         load: Callable[[], Any],
+        identity: str,
     ) -> None:
         self.config, self.joint, self.parts, self.stream = config, joint, parts, stream
         self.held_out, self.folder, self.encoder, self._load = held_out, folder, encoder, load
+        self.identity = identity
 
     def answer(self, model: Any, index: int, count: int, title: str, trained: str) -> tuple[Evaluated, float]:
         """The test examples answered and scored, and how long that took."""
@@ -55,8 +59,11 @@ class StageEvaluation:
         held_out = [task for task in held_out if not (isinstance(task, RecalledTask) and task.dropped)]
         tasks, router = [*known, *held_out], self.parts.router
         before = None if isinstance(router, SharedRouter) else self._before(tasks, index, trained)
-        found = evaluate(model, self.encoder, tasks, self.config.evaluation, router, title, before)
+        found = evaluate(model, self.encoder, tasks, self.config.evaluation, router, title, before, self._engine())
         return found, time.perf_counter() - started
+
+    def _engine(self) -> OutsideEngine | None:
+        return outside_engine(self.config, self.identity, self.encoder)
 
     def general(self, model: Any, index: int) -> GeneralRecord | None:
         """General abilities after a stage, if they are measured."""
@@ -83,7 +90,9 @@ class StageEvaluation:
         if gate.on not in (None, split):
             tasks = [task for task in self.stream if task.name in scores]
             config = self.config.evaluation.model_copy(update={"split": gate.on})
-            found = evaluate(model, self.encoder, tasks, config, self.parts.router, f"{title}: gate")
+            found = evaluate(
+                model, self.encoder, tasks, config, self.parts.router, f"{title}: gate", engine=self._engine()
+            )
             scores, split = found.scores, config.split
         stages = self.folder.stages()
         record = judge(gate, split, scores, new, stages[1:index])

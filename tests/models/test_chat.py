@@ -84,7 +84,7 @@ def test_what_may_pass_is_tried_again(serve):
     "garbage", ["<html>busy</html>", {}, {"choices": []}, {"choices": [{"message": {"content": None}}]}, [1], ""]
 )
 def test_a_reply_that_is_no_completion(serve, garbage):
-    message = r"no answer to 1 of 1 prompts \(no chat completion came back: "
+    message = r"no answer to 1 of 1 prompts \(no completion came back: "
     with serve(lambda *_: (200, garbage, {})) as server, pytest.raises(RunError, match=message):
         endpoint(server).complete(["b"])
 
