@@ -196,6 +196,9 @@ def export(
     engine: Annotated[
         Literal["vllm"] | None, typer.Option("--for", help="Write a script beside the sets that serves them.")
     ] = None,
+    router: Annotated[
+        bool, typer.Option("--router", help="Write OUT/router.safetensors, too, and OUT/route.py, which needs numpy.")
+    ] = False,
     stage: OfStage = None,
 ) -> None:
     """Write RUN's adapter sets as PEFT folders OUT/SET or, merged, as the transformers model OUT."""
@@ -203,11 +206,13 @@ def export(
 
     if engine is not None and merge is not None:
         raise ConfigError("export: --merge writes one model, which any engine serves; leave out --for")
+    if router and merge is not None:
+        raise ConfigError("export: --merge writes one model, which needs no router; leave out --router")
 
     console = Console(soft_wrap=True)
     with warnings_as_lines():
         if merge is None:
-            names = export_adapters(run_folder, out, stage, engine, license_)
+            names = export_adapters(run_folder, out, stage, engine, license_, router)
             console.print(f"PEFT adapters in {out}: {', '.join(names)}", highlight=False, markup=False)
             if engine is not None:
                 start = f"Serve them: {out / 'start-vllm.sh'}; their router: cit-fast serve {run_folder} --upstream URL"

@@ -12,13 +12,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from cit_fast.embeddings.weights import read_input_embeddings
 from cit_fast.errors import ConfigError, LeftOutWarning, RunError
+from cit_fast.evaluation.records import RunRecord
 from cit_fast.evaluation.run_files import check_files, stage_folder
 from cit_fast.files import new_folder, write_json
-from cit_fast.inference.continual_model import adapter_folders, damaged_sets, read_trained
+from cit_fast.inference import route
+from cit_fast.inference.continual_model import adapter_folders, damaged_sets, read_trained, router_of
 from cit_fast.inference.model_card import UNKNOWN, adapter_card, merged_card, sets_card
+from cit_fast.methods.routing import SwitchTokensRouter
 from cit_fast.models.adapter_bank import (
     AdapterBank,
     NotPlainLoraError,
@@ -39,6 +44,7 @@ def export_adapters(
     stage: int | None = None,
     engine: Literal["vllm"] | None = None,
     license_: str = UNKNOWN,
+    router: bool = False,
 ) -> list[str]:
     """Write each adapter set of a run's stage, by default the last, as the PEFT folder ``out/<set>``.
 
@@ -51,13 +57,15 @@ def export_adapters(
         stage: its number, from 1.
         engine: that will serve them: ``out/start-vllm.sh`` starts it with all sets.
         license_: the hub's identifier of the weights' licence, for the model cards.
+        router: write the router, too, as ``out/router.safetensors``, with the base model's token embeddings in it, from
+            which it reads a prompt; and ``out/route.py``, which routes with it by numpy alone.
 
     Returns:
         Names of the sets written.
 
     Raises:
         RunError: no trained stage, not one readable set, a run that trained the whole model, a set that the engine
-            cannot serve, or ``out`` is in use.
+            cannot serve, a router that reads something else than token means, or ``out`` is in use.
     """
     run, out = Path(run), Path(out)
     record, config, stages = read_trained(run, stage)
@@ -82,7 +90,15 @@ def export_adapters(
     if engine == "vllm":
         script = start_vllm(base, config.model.revision, {name: read_adapter_config(folders[name]) for name in names})
 
+    routing = None
+    if router:
+        check_files(weights, stages[-1], "router/")
+        routing = _router_tensors(run, record, weights, config.model.model_copy(update={"trust_remote_code": False}))
+
     def fill(target: Path) -> None:
+        if routing is not None:
+            save_file(routing[0], target / "router.safetensors", {"router": routing[1]})
+            shutil.copyfile(route.__file__, target / "route.py")
         if script:
             (target / "start-vllm.sh").write_text(script, encoding="utf-8")
             (target / "start-vllm.sh").chmod(0o755)
@@ -100,6 +116,27 @@ def export_adapters(
     for reason in unusable.values():
         warnings.warn(f"left out: {reason}", LeftOutWarning, stacklevel=2)
     return names
+
+
+def _router_tensors(run: Path, record: RunRecord, weights: Path, base: ModelConfig) -> tuple[dict[str, Tensor], str]:
+    """What :mod:`cit_fast.inference.route` routes with: matrices, and the rest as JSON.
+
+    Raises:
+        RunError: a router that reads something else than token means.
+    """
+    router = router_of(record, weights)
+    if not isinstance(router, SwitchTokensRouter):
+        name = record.method.get("router", {}).get("name")
+        raise RunError(f"{run}: its router is {name}; switch-tokens alone can be exported")
+    folder = resolve_model(base)
+    try:
+        embeddings = read_input_embeddings(folder)
+    except ConfigError:
+        embeddings = load_model(folder, base).get_input_embeddings().weight.detach()
+    if base.dtype != "auto":
+        embeddings = embeddings.to(getattr(torch, base.dtype))
+    tensors, told = router.as_tensors(embeddings)
+    return {name: each.contiguous() for name, each in tensors.items()}, json.dumps(told)
 
 
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank may be

@@ -41,15 +41,27 @@ class Familiarity:
 
     def __call__(self, features: Tensor) -> Tensor:
         """[N] float64, at most 0, of [N, d] float32; higher is more like what was learned."""
+        factor = self._factor()
+        whitened, means = (_solved(factor, rows) for rows in (_projected(features), self.means.double()))
+        return -torch.cdist(whitened, means).amin(1).square()
+
+    def whitening(self, width: int) -> tuple[Tensor, Tensor]:
+        """``familiarity(x) = - min_c |x W - m_c|^2`` in two matrices: W [width, k] and m [C, k], float64.
+
+        Args:
+            width: of the features.
+        """
+        factor = self._factor()
+        rows = torch.eye(width, dtype=torch.float64) if width <= _DIMENSIONS else _projection(width)
+        return _solved(factor, rows), _solved(factor, self.means.double())
+
+    def _factor(self) -> Tensor:
+        """The Cholesky factor of the shrunk covariance."""
         covariance = self.scatter.double() / self.counts.sum()
         size = covariance.diagonal().mean().clamp_min(1e-12)  # all features of a class may be the same
-        factor = torch.linalg.cholesky(covariance + _SHRINKAGE * size * torch.eye(len(covariance), dtype=torch.float64))
-
-        def whitened(rows: Tensor) -> Tensor:
-            solved: Tensor = torch.linalg.solve_triangular(factor, rows.T, upper=False)
-            return solved.T
-
-        return -torch.cdist(whitened(_projected(features)), whitened(self.means.double())).amin(1).square()
+        shrunk = covariance + _SHRINKAGE * size * torch.eye(len(covariance), dtype=torch.float64)
+        factor: Tensor = torch.linalg.cholesky(shrunk)
+        return factor
 
     def tensors(self) -> dict[str, Tensor]:
         """What is to be stored."""
@@ -61,6 +73,11 @@ class Familiarity:
         self = cls()
         self.counts, self.means, self.scatter = (tensors[name] for name in ("counts", "means", "scatter"))
         return self
+
+
+def _solved(factor: Tensor, rows: Tensor) -> Tensor:
+    solved: Tensor = torch.linalg.solve_triangular(factor, rows.T, upper=False)
+    return solved.T
 
 
 def _projected(features: Tensor) -> Tensor:

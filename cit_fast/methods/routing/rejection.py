@@ -45,6 +45,13 @@ def rejection_threshold(known: Sequence[float], unknown: Sequence[float], reject
     return (top + float(ordered[np.searchsorted(ordered, top, side="right")])) / 2
 
 
+def lowest_trusted(below: float) -> float:
+    """The threshold with room for rounding: it may be the score of a known prompt, which is not to be lost where
+    another batch, or another program, rounds the same score otherwise.
+    """
+    return below - 1e-5 * abs(below)
+
+
 class Rejection:
     """What sets a router's threshold: prompts of the tasks it learns, and of tasks it never will.
 

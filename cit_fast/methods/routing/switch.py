@@ -27,7 +27,7 @@ from cit_fast.evaluation.run_files import stages_until
 from cit_fast.files import write_file
 from cit_fast.methods.routing.familiarity import Familiarity
 from cit_fast.methods.routing.features import build_features
-from cit_fast.methods.routing.rejection import Rejection, rejection_threshold
+from cit_fast.methods.routing.rejection import Rejection, lowest_trusted, rejection_threshold
 from cit_fast.methods.routing.router import (
     Reads,
     SavedRouter,
@@ -335,8 +335,30 @@ class SwitchTokensRouter(SavedRouter):
         below = self._rejection.below
         sure = [True] * len(chosen)
         if below is not None:
-            sure = (self._familiarity(features) >= below).tolist()
+            sure = (self._familiarity(features) >= lowest_trusted(below)).tolist()
         return [self.sets[label] if trusted else BASE for label, trusted in zip(chosen, sure, strict=True)]
+
+    def as_tensors(self, embeddings: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that :meth:`answer` computes with, for :mod:`cit_fast.inference.route`: matrices, and plain values.
+
+        Args:
+            embeddings: [V, d], the token embeddings that prompts are means of.
+
+        Raises:
+            RunError: nothing was learned yet, or the features are no token means.
+        """
+        if self._network is None:
+            raise RunError(f"router {self.name}: no task has been learned yet, so there is no set to choose")
+        if self.features != "tokens":
+            raise RunError(
+                f"router {self.name}: reads {self.features!r} of a prompt, which takes a model; one with features "
+                "'tokens' can be exported"
+            )
+        tensors, below = {"embeddings": embeddings, **vars(self._network)}, self._rejection.below
+        if below is not None:
+            below = lowest_trusted(below)
+            tensors["whitening"], tensors["means"] = self._familiarity.whitening(embeddings.shape[1])
+        return tensors, {"sets": list(self.sets), "below": below, "reads": self.reads}
 
     # -- features ------------------------------------------------------------------------------------------------
 
