@@ -67,7 +67,9 @@ def commands() -> str:
 
 def _command(name: str, command: Any) -> str:
     context = command.context_class(command, info_name=f"cit-fast {name}")
-    usage = " ".join(command.get_usage(context).removeprefix("Usage: ").split())
+    arguments = [_argument(each) for each in command.params if each.param_type_name == "argument"]
+    options = ["[OPTIONS]"] if len(command.params) > len(arguments) else []
+    usage = " ".join(["cit-fast", name, *arguments, *options])
     found = [(each.param_type_name, each.get_help_record(context)) for each in command.params]
     # Arguments first; of an option "-o, --output PATH" the names and the kind are code.
     rows = [
@@ -83,6 +85,12 @@ def _command(name: str, command: Any) -> str:
             f"```bash\n{example}\n```\n",
         ]
     )
+
+
+def _argument(argument: Any) -> str:
+    """As it stands in the line of usage: what may be left out in brackets."""
+    name = argument.metavar or argument.name.upper()
+    return name if argument.required or name.startswith("[") else f"[{name}]"
 
 
 # -- configuration ---------------------------------------------------------------------------------------------------
