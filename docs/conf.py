@@ -98,6 +98,13 @@ def read_page(app: Any, docname: str, source: list[str]) -> None:
         source[0] = site_links(filled, path.parent)
 
 
+def with_generated(app: Any, env: Any, added: set[str], changed: set[str], removed: set[str]) -> list[str]:
+    """Pages that are made from the package, which may have changed where their own file has not."""
+    return [
+        name for name in env.found_docs if "<!-- generated: " in Path(env.doc2path(name)).read_text(encoding="utf-8")
+    ]
+
+
 def read_included(app: Any, path: Path, parent: str, content: list[str]) -> None:
     """Make the links of an included file those of the site."""
     content[0] = site_links(content[0], (DOCS / path).resolve().parent)
@@ -166,5 +173,6 @@ def setup(app: Any) -> None:
     app.connect("autodoc-process-signature", read_signature)
     app.connect("missing-reference", find_object)
     app.add_html_math_renderer("mathml", (mathml, None), (mathml, None))
+    app.connect("env-get-outdated", with_generated)
     app.connect("source-read", read_page)
     app.connect("include-read", read_included)
