@@ -12,7 +12,7 @@ TESTS := $(VENV)/.tests
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test fuzz lint bench gpu sanitize clean setup
+.PHONY: demo test docs fuzz lint bench gpu sanitize clean setup
 setup: $(SETUP)
 
 # An editable install finds new modules by itself, but not new packages: hence their __init__.py.
@@ -41,6 +41,13 @@ $(TESTS): $(SETUP)
 
 test: $(TESTS)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --cov --cov-report=term $(PYTEST_ARGS)
+
+# The documentation, into build/docs: strict, and without the network once its packages are there.
+docs: $(SETUP)
+	$(BIN)/python -c 'import furo, latex2mathml, myst_parser, sphinx, sphinxcontrib.mermaid' 2>/dev/null || \
+	$(BIN)/pip install --quiet -e '.[docs]'
+	$(BIN)/sphinx-build -W --keep-going -n -q docs build/docs
+	@echo 'build/docs/index.html'
 
 # New examples at every call: of the property tests, then of the four fuzzers (tests/fuzz). MINUTES=60 for longer.
 SEED ?= $(shell date +%s)

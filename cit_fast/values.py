@@ -25,7 +25,9 @@ from cit_fast.errors import ConfigError
 class Section(BaseModel):
     """A section of the configuration: frozen, and nothing in it that it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), use_attribute_docstrings=True
+    )
 
 
 def choices(given: str, known: Iterable[str]) -> str:

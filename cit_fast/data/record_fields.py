@@ -29,6 +29,7 @@ OTHER_MEDIA = ("video", "videos", "audio", "audios")
 _COMMON_FIELDS = ("key_parts", *IMAGES, *OTHER_MEDIA)
 ANSWER_OF = {"super_ni": "output", "alpaca": "output", "prompt_completion": "completion", "trace": "answer"}
 FORMATS = tuple(FIELDS_OF)
+"""Names of the formats of records."""
 FIELDS = frozenset(_COMMON_FIELDS).union(*FIELDS_OF.values())
 
 

@@ -59,9 +59,9 @@ class TaskSource(Constraints):
         splits: ``train``, ``dev``, ``test`` -> the source's own split name or file stem, e.g.
             ``{"train": "train", "test": "validation"}``; otherwise found by their usual names.
         subset: configuration name of the dataset; ``revision``: its branch, tag or commit.
-        format, columns, instruction, instruction_part, key_parts, key_part_markers, positive_examples,
-            skip_unanswered: how to understand the records; see :class:`~cit_fast.data.records.ReadOptions`.
-            ``skip_unanswered`` leaves out answers that are not among the labels, too.
+        format, columns, instruction, instruction_part, key_parts, key_part_markers, positive_examples: how to
+            understand the records; see :class:`~cit_fast.data.ReadOptions`.
+        skip_unanswered: the same; it leaves out answers that are not among the labels, too.
 
     Raises:
         ConfigError: none or several of ``builtin``, ``path`` and ``dataset``, an option that does not apply,

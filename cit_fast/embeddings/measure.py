@@ -38,9 +38,9 @@ def instruction_measure(examples: Task | Sequence[Example], weights: str = "real
     if not examples:
         raise DataError(f"{where}: no training examples, so it has no instructions to measure")
     for example in examples:
-        if not example.instruction.strip():
+        if not example.task_instruction.strip():
             raise DataError(f"{example.source or where}: the instruction is empty, so it has no embedding")
-    counts = Counter(example.instruction for example in examples)  # in order of first appearance
+    counts = Counter(example.task_instruction for example in examples)  # in order of first appearance
     share = torch.tensor(list(counts.values()) if weights == "real" else [1] * len(counts), dtype=torch.float64)
     return list(counts), share / share.sum()
 

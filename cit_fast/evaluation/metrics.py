@@ -1,26 +1,26 @@
 """Scores of generated answers against references: one name per metric, every value in [0, 100].
 
-===============  ===========================================================================================
-``exact_match``  100 if the answers are equal after runs of white space become one space; **case counts**
-``accuracy``     closed label set: 100 if prediction and reference are the same label; case, white space,
-                 quotes around the answer and a final full stop do not count; an answer outside is wrong
-``token_f1``     F1 of the bags of words after SQuAD's normalisation: lower case, no ASCII punctuation, no
-                 articles (Rajpurkar et al. 2016, arXiv 1606.05250; empty answers as in SQuAD 2.0)
-``rouge_1``      ROUGE-1 F-measure: as ``rouge_l``, but single words instead of their longest common order
-``rouge_l``      ROUGE-L F-measure, lower case, Porter stems (package ``rouge-score``); ASCII text scores as
-                 there; words of other scripts count as words too (:func:`cit_fast.text.words`)
-``bleu``         value: corpus BLEU; per example: sentence BLEU with effective order (package ``sacrebleu``,
-                 13a); **case counts**, white space does not
-``sari``         SARI of simplifications against the input and the references (Xu et al. 2016, TACL; 13a tokens,
-                 lower case, 0/0 = 1 as in its revised form); needs the inputs
-``bertscore``    F1 of contextual embeddings (Zhang et al. 2020, arXiv 1904.09675; package ``bert-score``, extra
-                 ``bertscore``, with its model for English, which is fetched where it is not cached)
-``judge``        a chat model's mark, see ``evaluation.judge`` of a configuration; never a default
+===================  ===========================================================================================
+``exact_match``      100 if the answers are equal after runs of white space become one space; **case counts**
+``accuracy``         closed label set: 100 if prediction and reference are the same label; case, white space,
+                     quotes around the answer and a final full stop do not count; an answer outside is wrong
+``token_f1``         F1 of the bags of words after SQuAD's normalisation: lower case, no ASCII punctuation, no
+                     articles (Rajpurkar et al. 2016, arXiv 1606.05250; empty answers as in SQuAD 2.0)
+``rouge_1``          ROUGE-1 F-measure: as ``rouge_l``, but single words instead of their longest common order
+``rouge_l``          ROUGE-L F-measure, lower case, Porter stems (package ``rouge-score``); ASCII text scores as
+                     there; words of other scripts count as words too (:func:`cit_fast.text.words`)
+``bleu``             value: corpus BLEU; per example: sentence BLEU with effective order (package ``sacrebleu``,
+                     13a); **case counts**, white space does not
+``sari``             SARI of simplifications against the input and the references (Xu et al. 2016, TACL; 13a tokens,
+                     lower case, 0/0 = 1 as in its revised form); needs the inputs
+``bertscore``        F1 of contextual embeddings (Zhang et al. 2020, arXiv 1904.09675; package ``bert-score``, extra
+                     ``bertscore``, with its model for English, which is fetched where it is not cached)
+``judge``            a chat model's mark, see ``evaluation.judge`` of a configuration; never a default
 ``edit_similarity``  ratio of matching characters (difflib's, as TRACE scores code), literals of Py150 put in plainly
-``first_letter``  100 if the first character that is no space is the same (TRACE's ScienceQA: letter, then reasons)
-``set_match``    100 if the answers, split at commas, new lines and ``|``, are equal as sets; case and white
-                 space around elements do not count, nor do empty elements and repetitions
-===============  ===========================================================================================
+``first_letter``     100 if the first character that is no space is the same (TRACE's ScienceQA: letter, then reasons)
+``set_match``        100 if the answers, split at commas, new lines and ``|``, are equal as sets; case and white
+                     space around elements do not count, nor do empty elements and repetitions
+===================  ===========================================================================================
 
 With several references the best one counts (for corpus BLEU: sacrebleu's own multi-reference rule). Texts are compared
 in Unicode's form NFC: a letter with its accent is the same text in one character or in two.
@@ -348,3 +348,4 @@ METRICS: dict[str, Metric] = {
     "sari": _sari(()),  # score() gives it the inputs
     "bertscore": _bertscore,
 }
+"""The metrics by name; the top of this module says what each is."""

@@ -1,4 +1,4 @@
-"""What a run leaves on disk for evaluation and report, as plain dataclasses read from and written to JSON.
+"""What a run leaves on disk for evaluation and report, as plain dataclasses read from and written to JSON::
 
     <run>/run.json                          RunRecord: what was run, where, and whether it is finished
     <run>/stages/00/stage.json              StageRecord of the untrained model (row "untrained" of the score matrix)

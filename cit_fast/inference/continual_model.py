@@ -128,7 +128,7 @@ class ContinualModel:
         """Train more tasks in the run that this model is of; returns the model that has learned them.
 
         Args:
-            tasks, **options: of :func:`cit_fast.learn`.
+            tasks: as in :func:`cit_fast.learn`; ``options``: its others.
 
         Raises:
             RunError: this model is of no run; and as :func:`cit_fast.learn`.

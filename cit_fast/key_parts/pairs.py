@@ -70,7 +70,7 @@ def encode_pairs(
 
     Args:
         encoder: of the model's tokenizer.
-        examples: with :attr:`~cit_fast.data.Example.key_parts`.
+        examples: with ``key_parts``.
         missing: ``"keep"``: an example without key parts becomes a pair whose contexts are the same; ``"error"``.
 
     Raises:

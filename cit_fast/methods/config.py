@@ -23,7 +23,9 @@ class Part(Section):
     """One of the four parts of a method: a built-in name or a dotted path, and its options."""
 
     name: str
+    """A built-in name, or ``package.module.Class``."""
     options: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of its constructor; in YAML they stand beside the name."""
 
     @model_validator(mode="before")
     @classmethod
@@ -42,11 +44,17 @@ class MethodConfig(Section):
     """A method: a preset, or parts of one's own over a preset."""
 
     name: str = Field(pattern=r"^[\w][\w.+-]*$")
+    """Of the run's folder; by default the preset's."""
     schedule: Literal["sequential", "joint"] = "sequential"
+    """One task after another, or all at once."""
     router: Part = Part(name="shared")
+    """Which adapter set a task trains, and which one answers a prompt."""
     replay: Part = Part(name="none")
+    """Which earlier examples come back when a new task is trained."""
     objective: Part = Part(name="cross-entropy")
+    """How the loss of a batch is computed."""
     update: Part = Part(name="plain")
+    """What happens to the weights at each optimizer step, and at the end of a stage."""
     adapter: dict[str, Any] | None = None
     """In the place of the run's own."""
 

@@ -48,6 +48,7 @@ PARTS: dict[str, dict[str, str]] = {
         "merge": "cit_fast.methods.updates.MergeUpdate",
     },
 }
+"""Kind of part -> its built-in names -> the class of each."""
 
 
 def parts_of(method: MethodConfig, training: Mapping[str, Any]) -> dict[str, Part]:

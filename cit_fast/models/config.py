@@ -22,21 +22,27 @@ _RESERVED_TEMPLATE = {
 
 
 class ModelConfig(Section):
-    """Which language model, and how it is loaded. ``quantization``: fields of transformers' quantisation
-    configurations (``load_in_4bit: true``), for adapters over a quantised base (QLoRA). ``kwargs``: other options of
-    ``from_pretrained``, and fields of the model's own configuration (``rope_parameters``). ``fuse_lora``: LoRA layers
-    as one op each instead of PEFT's path; ``fuse_norms``: on a CPU, RMSNorm in one pass.
-    """
+    """Which language model, and how it is loaded."""
 
     name: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    """A folder, or a name on the model hub."""
     revision: str | None = None
+    """A branch, tag or commit on the hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """``auto``: the dtype in which the weights are stored."""
     attn_implementation: str = "auto"
+    """A name that transformers takes; ``auto``: the newest flash attention that runs on the device, else ``sdpa``."""
     trust_remote_code: bool = False
+    """Whether code that lies beside the weights may run."""
     quantization: dict[str, Any] | None = None
+    """Fields of transformers' quantisation configurations (``load_in_4bit: true``), for adapters over a quantised base
+    (QLoRA)."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Other options of ``from_pretrained``, and fields of the model's own configuration (``rope_parameters``)."""
     fuse_lora: bool = True
+    """LoRA layers as one op each instead of PEFT's path."""
     fuse_norms: bool = True
+    """On a CPU, RMSNorm in one pass."""
 
     @field_validator("quantization")
     @classmethod
@@ -50,25 +56,34 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """Which tasks in which order, how many examples of each, and how they become tokens.
-
-    ``template_options`` are variables of the chat template (``enable_thinking: false``). ``date`` is what it takes for
-    today, where it writes the date; without one, the day on which the run began, also when it is resumed or serves.
-    ``stream`` names a stream file instead of tasks (``superni-15/order-1``, see ``cit-fast streams``), ``root`` the
-    folder that holds its data; options that are not given are the stream's.
-    """
+    """Which tasks in which order, how many examples of each, and how they become tokens."""
 
     stream: str | None = None
+    """A stream file instead of tasks (``superni-15/order-1``, see ``cit-fast streams``); options that are not given are
+    the stream's."""
     root: str | None = None
+    """The folder that holds the stream's data."""
     tasks: tuple[str | TaskSource, ...] | None = None
+    """In the order in which they are learned: names of built-in tasks, files, folders, or sources with options."""
     train: PositiveInt | None = None
+    """Training examples of a task, at most; without it all of them."""
     dev: int | None = Field(default=None, ge=0)
+    """Development examples of a task, at most."""
     test: PositiveInt | None = None
+    """Test examples of a task, at most."""
     max_length: int = Field(default=512, ge=8, le=2**24)
+    """Tokens of prompt and answer together, at most."""
     system_prompt: str | None = None
+    """The system turn of examples that bring none. Without it the chat template may write a text of its own; an empty
+    one keeps that out."""
     on_overflow: Literal["truncate", "error", "skip"] = "truncate"
+    """An example that is too long has the end of its input cut off. Where that is not enough, ``truncate`` is an error
+    and ``skip`` leaves it out. ``error`` refuses every example that is too long."""
     template_options: dict[str, Any] = Field(default_factory=dict)
+    """Variables of the chat template (``enable_thinking: false``)."""
     date: datetime.date = Field(default_factory=datetime.date.today)
+    """What the chat template takes for today, where it writes the date; without one, the day on which the run began,
+    also when it is resumed or serves."""
 
     @model_validator(mode="before")
     @classmethod

@@ -75,7 +75,7 @@ _RANGES: dict[str, tuple[float, bool, float]] = {
     "ddp_timeout": (1, True, 2**31),
 }
 # What TrainingArguments hold unless the configuration says otherwise.
-_TRAINING_DEFAULTS: dict[str, Any] = {
+TRAINING_DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 1,
     "learning_rate": 2e-4,
     "lr_scheduler_type": "cosine",
@@ -118,7 +118,7 @@ def over(training: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
 
 def learning_rate_of(training: Mapping[str, Any]) -> float:
     """The configured learning rate, or that of a run that configures none."""
-    return float(training.get("learning_rate", _TRAINING_DEFAULTS["learning_rate"]))
+    return float(training.get("learning_rate", TRAINING_DEFAULTS["learning_rate"]))
 
 
 def checked_training(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -213,7 +213,7 @@ def training_arguments(training: Mapping[str, Any], seed: int, output: Path) -> 
             output_dir=str(output),
             seed=seed,
             remove_unused_columns=False,
-            **{"use_cpu": not torch.cuda.is_available(), **_TRAINING_DEFAULTS, **theirs},
+            **{"use_cpu": not torch.cuda.is_available(), **TRAINING_DEFAULTS, **theirs},
         )
     except Exception as error:  # whatever transformers and accelerate think of the values
         raise ConfigError(f"training: {first_line(error)}") from error

@@ -36,36 +36,40 @@ class Sample(Section):
     """Earlier tasks of which so many are answered again after a stage, drawn by chance."""
 
     sample: int = Field(ge=0)
+    """So many of the earlier tasks."""
 
 
 class HarnessConfig(Section):
-    """Benchmarks beside the probes. ``lm_eval``: names of the harness's tasks, or of those in the folder
-    ``include_path``; the harness fetches their data where it is not there yet. ``limit``: examples of each;
-    ``num_fewshot``: shots, by default the task's own.
-    """
+    """Benchmarks of lm-evaluation-harness beside the probes."""
 
     lm_eval: tuple[str, ...] = Field(min_length=1)
+    """Names of the harness's tasks, or of those in ``include_path``; the harness fetches their data where it is not
+    there yet."""
     include_path: str | None = None
+    """A folder with tasks of your own."""
     limit: PositiveInt | None = None
+    """Examples of each."""
     num_fewshot: int | None = Field(default=None, ge=0)
+    """Shots, by default the task's own."""
 
 
 class EngineConfig(Section):
-    """A server that answers test prompts.
-
-    ``openai``: its address, up to and with ``/v1``. ``model``: the base model's name there, by default the first that
-    it lists. ``folder``: where adapter sets are written, which the server must see under the same path; by default in
-    the cache folder. ``key_variable``: the environment variable with its key. ``concurrency``: requests at a time;
-    ``timeout`` in seconds, and ``attempts``, of each.
-    """
+    """A server that answers test prompts."""
 
     openai: str
+    """Its address, up to and with ``/v1``."""
     model: str | None = None
+    """The base model's name there, by default the first that it lists."""
     folder: str | None = None
+    """Where adapter sets are written, which the server must see under the same path; by default in the cache folder."""
     key_variable: str = "CIT_FAST_ENGINE_API_KEY"
+    """The environment variable that holds its key, if it wants one."""
     concurrency: PositiveInt = 64
+    """Requests that are under way at a time."""
     timeout: float = Field(default=600.0, gt=0)
+    """Seconds until a request that got no answer has failed."""
     attempts: PositiveInt = 5
+    """Requests for a prompt, at most."""
 
     @field_validator("openai")
     @classmethod
@@ -76,30 +80,37 @@ class EngineConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """What is measured after every stage. ``tasks``: all of the stream, those seen so far, or ``{sample: K}``, what the
-    stage trained and K of the earlier ones, and all after the last stage. Tasks of ``held_out`` are answered but never
-    trained: by the untrained model and after the last stage, or after every one (``held_out_after: all``). With
-    ``decode: labels`` the answer to a task that has labels is the one of them which the model finds most likely, so it
-    never breaks their format; other tasks are answered greedily. ``batch_size`` prompts are answered together, and with
-    ``batch_tokens`` no more of them than have so many tokens, padding and the longest answers counted. ``engine``: who
-    answers, the model here or a server that has the base model and loads adapter sets (vLLM, SGLang). ``judge`` marks
-    the answers of tasks whose metric is ``judge``. ``general``: whether general abilities are measured, too, on the
-    untrained model and after every stage; ``{lm_eval: [...]}``: with benchmarks beside.
-    """
+    """What is measured after every stage."""
 
     split: Literal["test", "dev"] = "test"
+    """The examples that are answered."""
     tasks: Literal["all", "seen"] | Sample = "all"
+    """All of the stream, those seen so far, or ``{sample: K}``: what the stage trained and K of the earlier ones, and
+    all after the last stage."""
     untrained: bool = True
+    """Whether the untrained model is measured, too."""
     experts: bool = False
+    """Whether a model of its own is trained on each task, for the relative gain of InsCL."""
     held_out: tuple[str | TaskSource, ...] = ()
+    """Tasks that are answered but never trained."""
     held_out_after: Literal["last", "all"] = "last"
+    """Held-out tasks are answered by the untrained model and after the last stage, or after every one."""
     decode: Literal["greedy", "labels"] = "greedy"
+    """With ``labels`` the answer to a task that has labels is the one of them which the model finds most likely, so it
+    never breaks their format; other tasks are answered greedily."""
     max_new_tokens: PositiveInt = 64
+    """Tokens of an answer, at most."""
     batch_size: PositiveInt = 16
+    """Prompts that are answered together."""
     batch_tokens: PositiveInt | None = None
+    """No more prompts together than have so many tokens, padding and the longest answers counted."""
     engine: Literal["transformers"] | EngineConfig = "transformers"
+    """Who answers: the model here, or a server that has the base model and loads adapter sets (vLLM, SGLang)."""
     judge: JudgeConfig | None = None
+    """Who marks the answers of tasks whose metric is ``judge``."""
     general: bool | HarnessConfig = False
+    """Whether general abilities are measured, too, on the untrained model and after every stage; ``{lm_eval: [...]}``:
+    with benchmarks beside."""
 
 
 class RunConfig(Section):
@@ -111,25 +122,35 @@ class RunConfig(Section):
     """
 
     version: int = VERSION
+    """Of the configuration's format."""
     name: str = Field(default="run", pattern=r"^[\w][\w.+-]*$")
+    """Of the run."""
     output: str | None = None
+    """Folder of the runs, one below it for each method; by default ``runs/NAME``."""
     seed: int = Field(default=0, ge=0, lt=2**31)
+    """Of everything that is drawn by chance."""
     methods: tuple[MethodConfig, ...] = Field(
         default_factory=lambda: (MethodConfig.model_validate("sequential"),), min_length=1
     )
+    """Each is trained on the whole stream: a preset's name, or a preset with options."""
     model: ModelConfig = ModelConfig()
+    """The language model."""
     adapter: dict[str, Any] | None = Field(
         default_factory=lambda: {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
     )
+    """Keys of a PEFT configuration; null trains the model itself."""
     data: DataConfig = Field(default_factory=DataConfig)
+    """The tasks."""
     training: dict[str, Any] = Field(default_factory=dict)
+    """Keys of transformers.TrainingArguments."""
     evaluation: EvaluationConfig = EvaluationConfig()
+    """What is measured, and how prompts are answered."""
     stages: tuple[StageSettings, ...] = ()
     """What changes from a stage on."""
     gate: GateConfig | None = None
     """Limits that a stage must keep to become the current one."""
     memory: MemoryConfig | None = None
-    """What the run keeps of the tasks that it has learned; ``None``: nothing, their data is read where it lies."""
+    """What the run keeps of the tasks that it has learned; without it nothing, their data is read where it lies."""
 
     @field_validator("version")
     @classmethod

@@ -12,19 +12,19 @@ from cit_fast.values import Section
 
 
 class GateConfig(Section):
-    """Limits that a stage must keep, in points: ``forgetting``, the mean fall of the earlier tasks from their best, at
-    most; ``task_fall``, the fall of any one of them, at most; ``new_task``, the score of the new task, at least;
-    ``general``, the fall of the general abilities, and of every benchmark beside them, from the untrained model's, at
-    most (``evaluation.general``).
-    ``on``: the split that judges, by default the one that is evaluated; only tasks that are answered after the stage
-    count.
-    """
+    """Limits that a stage must keep, in points. Only tasks that are answered after the stage count."""
 
     forgetting: float | None = Field(default=None, ge=0, le=100)
+    """Mean fall of the earlier tasks from their best, at most."""
     task_fall: float | None = Field(default=None, ge=0, le=100)
+    """Fall of any one of the earlier tasks, at most."""
     new_task: float | None = Field(default=None, ge=0, le=100)
+    """Score of the new task, at least."""
     general: float | None = Field(default=None, ge=0, le=100)
+    """Fall of the general abilities, and of every benchmark beside them, from the untrained model's, at most
+    (``evaluation.general``)."""
     on: Literal["test", "dev"] | None = None
+    """The split that judges, by default the one that is evaluated."""
 
     @model_validator(mode="after")
     def _some_limit(self) -> GateConfig:

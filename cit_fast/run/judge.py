@@ -35,18 +35,22 @@ number alone."""
 
 
 class JudgeConfig(Section):
-    """Who marks, and how it is asked; all of it is part of the run's record.
-
-    ``base_url``, ``model``, ``key_variable`` and ``options`` as in :class:`cit_fast.models.chat.ChatEndpoint`;
-    ``prompt`` holds {instruction}, {input}, {reference}, {answer} and {best}; marks go from 0 to ``best``.
+    """Who marks, and how it is asked; all of it is part of the run's record. See also
+    :class:`cit_fast.models.chat.ChatEndpoint`.
     """
 
     base_url: str
+    """Address of an OpenAI-compatible endpoint."""
     model: str
+    """The model's name there."""
     key_variable: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key."""
     prompt: str = PROMPT
+    """What is asked; it holds {instruction}, {input}, {reference}, {answer} and {best}."""
     best: PositiveInt = 10
+    """Marks go from 0 to this."""
     options: dict[str, Any] = Field(default_factory=dict)
+    """Further options of the request."""
 
     @field_validator("prompt")
     @classmethod

@@ -3,7 +3,7 @@
     <run>/retired/1/run.json, stages/NN ...   what the first rollback took back
 
 One file decides it: once ``<run>/moving.json`` is there, its earlier stage is the current one for every reader, and
-whoever next works in the folder makes the renames that it lists (:meth:`cit_fast.run.run_folder.RunFolder.locked`).
+whoever next works in the folder makes the renames that it lists (``cit_fast.run.run_folder.RunFolder.locked``).
 """
 
 from __future__ import annotations

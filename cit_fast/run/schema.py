@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,9 @@ from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserErro
 from pydantic.errors import PydanticInvalidForJsonSchema
 
 from cit_fast.data.builtin import builtin_task_names
+from cit_fast.data.constraints import Constraints
+from cit_fast.data.record_fields import ReadOptions
+from cit_fast.data.sources import TaskSource
 from cit_fast.methods.config import descriptions
 from cit_fast.methods.registry import PARTS
 from cit_fast.run.arguments import RESERVED_ADAPTER, RESERVED_TRAINING
@@ -39,17 +43,19 @@ def config_schema() -> _Schema:
     properties = {
         "preset": {"description": "the method that the other keys refine", "oneOf": presets},
         **method["properties"],
-        **{kind: {"$ref": f"#/$defs/{kind}"} for kind in PARTS},
+        **{kind: {**_says(method["properties"][kind]), "$ref": f"#/$defs/{kind}"} for kind in PARTS},
     }
     kinds["MethodConfig"] = {"anyOf": [{"oneOf": presets}, {**method, "properties": properties, "required": []}]}
     del kinds["Part"]
+    of_stage = kinds["StageSettings"]["properties"]
     for kind in PARTS:
-        kinds["StageSettings"]["properties"][kind] = {"$ref": f"#/$defs/{kind}"}
-    kinds["StageSettings"]["properties"]["preset"] = {"oneOf": presets}
+        of_stage[kind] = {**_says(of_stage[kind]), "$ref": f"#/$defs/{kind}"}
+    of_stage["preset"] = {**_says(of_stage["preset"]), "oneOf": presets}
     task: _Schema = {
         "anyOf": [{"enum": list(builtin_task_names())}, {"type": "string"}, {"$ref": "#/$defs/TaskSource"}]
     }
-    kinds["DataConfig"]["properties"]["tasks"] = {"anyOf": [{"items": task, "type": "array"}, {"type": "null"}]}
+    of_data = kinds["DataConfig"]["properties"]
+    of_data["tasks"] = {**_says(of_data["tasks"]), "anyOf": [{"items": task, "type": "array"}, {"type": "null"}]}
     training = {
         "description": "keys of transformers.TrainingArguments",
         "type": "object",
@@ -62,18 +68,28 @@ def config_schema() -> _Schema:
         },
         "additionalProperties": False,
     }
-    found["properties"]["training"] = kinds["StageSettings"]["properties"]["training"] = training
+    found["properties"]["training"] = of_stage["training"] = training
     lora = {**_fields(LoraConfig, RESERVED_ADAPTER), "peft_type": {"type": "string"}}
     found["properties"]["adapter"] = properties["adapter"] = {
         "description": "keys of a PEFT configuration: of LoraConfig, unless peft_type says otherwise",
         "anyOf": [{"type": "object", "properties": lora}, {"type": "null"}],
     }
+    for reads in (TaskSource, ReadOptions, Constraints):
+        for name, says in argument_texts(reads).items():
+            if name in kinds["TaskSource"]["properties"]:
+                kinds["TaskSource"]["properties"][name]["description"] = says
+    found["properties"]["memory"]["anyOf"].append({"enum": ["all", "none"]})  # short for keep
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **found,
+        **_without_markup(found),
         "title": "cit-fast",
         "description": "A continual run: which model learns which tasks in which order, and how it does not forget.",
     }
+
+
+def _says(schema: _Schema) -> _Schema:
+    """Its description, for what takes its place."""
+    return {"description": schema["description"]}
 
 
 def _part(kind: str, names: Mapping[str, str]) -> _Schema:
@@ -100,12 +116,42 @@ def _options(factory: Any) -> _Schema:
     """The arguments of a constructor."""
     hints = typing.get_type_hints(factory.__init__)
     parameters = inspect.signature(factory).parameters.values()
+    says = argument_texts(factory)
     found = {}
     for one in parameters:
         found[one.name] = _of_type(hints.get(one.name, Any))
         if one.default is not inspect.Parameter.empty and isinstance(one.default, (str, int, float, bool)):
             found[one.name] = {**found[one.name], "default": one.default}
+        if one.name in says:
+            found[one.name] = {**found[one.name], "description": says[one.name]}
     return found
+
+
+def argument_texts(factory: type) -> dict[str, str]:
+    """What the section ``Args`` of a class's docstring says of each argument of its constructor."""
+    _, _, section = (inspect.getdoc(factory) or "").partition("\nArgs:\n")
+    known = set(inspect.signature(factory).parameters)
+    found: dict[str, str] = {}
+    for item in re.findall(r"^    (\S.*(?:\n {8}.*)*)", section.partition("\n\n")[0], flags=re.MULTILINE):
+        # "a, b: text; ``c``: text": names that share a text, and one whose text follows in the same item.
+        names, _, text = re.sub(r"\s+", " ", item).partition(": ")
+        first, *more = re.split(r"; ``(\w+)``: ", text)
+        shared = dict.fromkeys(names.split(", "), first)
+        shared |= dict(zip(more[::2], more[1::2], strict=True))
+        found |= {name: says for name, says in shared.items() if name in known}
+    return found
+
+
+def _without_markup(value: Any) -> Any:
+    """The schema with descriptions as plain text: no roles, and single backticks around code."""
+    if isinstance(value, dict):
+        return {
+            key: re.sub(r"(?::\w+:`~?|``)([^`]+)``?", r"`\1`", " ".join(each.split()))
+            if key == "description" and isinstance(each, str)
+            else _without_markup(each)
+            for key, each in value.items()
+        }
+    return [_without_markup(each) for each in value] if isinstance(value, list) else value
 
 
 def _fields(kind: type, reserved: Mapping[str, str]) -> _Schema:

@@ -17,23 +17,26 @@ PARTS = ("router", "replay", "objective", "update")
 
 
 class StageSettings(Section):
-    """What changes from a stage on, until a later entry changes it again.
-
-    ``from``: number of the first stage, from 1. ``preset``: all four parts are those of a preset. ``router``,
-    ``replay``, ``objective``, ``update``: options over the part that is there, or another part by its name. Another
-    router gets to know the earlier tasks, from what there is of their examples, with the sets that they have trained;
-    ``shared`` goes on with the set that was trained last. ``training``: keys of TrainingArguments.
-    ``learning_rate_by_stage``: the learning rate of stage k is the configured one times this.
-    """
+    """What changes from a stage on, until a later entry changes it again."""
 
     from_: PositiveInt = Field(alias="from")
+    """Number of the first stage, from 1."""
     preset: str | None = None
+    """All four parts are those of a preset."""
     router: str | dict[str, Any] | None = None
+    """Options over the router that is there, or another one by its name. Another router gets to know the earlier tasks,
+    from what there is of their examples, with the sets that they have trained; ``shared`` goes on with the set that was
+    trained last."""
     replay: str | dict[str, Any] | None = None
+    """Options over the replay that is there, or another one by its name."""
     objective: str | dict[str, Any] | None = None
+    """Options over the objective that is there, or another one by its name."""
     update: str | dict[str, Any] | None = None
+    """Options over the update that is there, or another one by its name."""
     training: dict[str, Any] = Field(default_factory=dict)
+    """Keys of TrainingArguments."""
     learning_rate_by_stage: Literal["1", "1/k", "1/sqrt(k)"] | None = None
+    """The learning rate of stage k is the configured one times this."""
 
     @field_validator("training")
     @classmethod

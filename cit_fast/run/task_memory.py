@@ -29,16 +29,20 @@ FOLDER = "memory"
 
 
 class MemoryConfig(Section):
-    """What a run keeps of the training examples of the tasks that it has learned: so many ``per_task``, so many in
-    ``total`` or so many ``bytes`` for all tasks together, in equal shares that shrink as tasks come; or ``keep`` all or
-    none of them. ``choose``: which, see :func:`cit_fast.methods.memory_order.memory_order`.
+    """What a run keeps of the training examples of the tasks that it has learned: one of ``per_task``, ``total``,
+    ``bytes`` and ``keep``. ``memory: all`` and ``memory: none`` are short for ``keep``.
     """
 
     per_task: PositiveInt | None = None
+    """So many of each task."""
     total: PositiveInt | None = None
+    """So many of all tasks together, in equal shares that shrink as tasks come."""
     bytes: PositiveInt | None = Field(default=None)
+    """So many bytes of all tasks together, in equal shares that shrink as tasks come."""
     keep: Literal["all", "none"] | None = None
+    """All of them, or none."""
     choose: Literal["random", "insinfo", "gain", "diverse"] = "random"
+    """Which of a task's examples, see :func:`cit_fast.methods.memory_order.memory_order`."""
 
     @model_validator(mode="before")
     @classmethod

@@ -287,6 +287,13 @@ def test_measure_counts_examples():
     assert instruction_measure(task("t", "a", "b", "b"), "uniform")[1].tolist() == [0.5, 0.5]
 
 
+def test_measure_reads_what_tells_tasks_apart():
+    """Of a turn that holds a question and then the instruction, the instruction alone (``instruction_part``)."""
+    asked = [f"{question}\nAnswer with one word." for question in ("Which?", "How?")]
+    turns = [example(text, instruction_span=(text.index("Answer"), len(text))) for text in asked]
+    assert instruction_measure(turns)[0] == ["Answer with one word."]
+
+
 def test_measures_that_do_not_exist():
     with pytest.raises(ConfigError, match="weights: 'equal' is unknown; expected one of real, uniform"):
         instruction_measure(task("t", "a"), "equal")

@@ -42,6 +42,7 @@ FITTING = [
     {"adapter": None, "data": {"tasks": ["units", {"path": "a folder", "metric": "accuracy"}, "my/tasks/one"]}},
     {"training": {"learning_rate": 1e-3, "report_to": ["tensorboard"]}, "adapter": {"r": 8, "use_rslora": True}},
     {"stages": [{"from": 3, "preset": "cit-fast", "training": {"max_steps": 3}}], "memory": {"per_task": 20}},
+    {"memory": "none"},
     {"evaluation": {"tasks": {"sample": 3}, "general": {"lm_eval": ["ifeval"]}}, "gate": {"forgetting": 5}},
 ]
 

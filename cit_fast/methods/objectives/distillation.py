@@ -30,7 +30,7 @@ from cit_fast.ops import linear_kl_divergence
 
 
 class Distillation:
-    """Cross-entropy, and the divergence of the model's predictions from those of the model before the stage.
+    """Cross-entropy, and the divergence of the model's predictions from those of the model before the stage::
 
         L = L_CE + lambda T^2 KL(M_{t-1} || M_t)
 

@@ -29,7 +29,7 @@ from cit_fast.models.prompts import IGNORED, Encoded
 
 
 class EWC:
-    """Cross-entropy with a quadratic penalty around the weights that the stage began with.
+    """Cross-entropy with a quadratic penalty around the weights that the stage began with::
 
         L = L_CE + lambda / 2 sum_i F_i (theta_i - theta*_i)^2
 

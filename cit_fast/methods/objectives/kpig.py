@@ -1,4 +1,4 @@
-"""KPIG: cross-entropy on the full instruction, and a masked one that must go on reading like the earlier model.
+"""KPIG: cross-entropy on the full instruction, and a masked one that must go on reading like the earlier model::
 
     L    = L_CE(d) + lambda * L_JSD( p_t(d^m) || p_{t-1}(d^m) )    at temperature beta, per example
     beta = 2 - min(G(d, d^m), 1)

@@ -22,7 +22,7 @@ from cit_fast.models.rewritten_base import lora_layers
 
 
 class OLoRA:
-    """Cross-entropy with a penalty on the overlap of the trained factors A' with those of all other adapter sets.
+    """Cross-entropy with a penalty on the overlap of the trained factors A' with those of all other adapter sets::
 
         L = L_CE + lambda sum_layers sum_ij |A A'^T|_ij + l2 sum_factors ||.||_2
 

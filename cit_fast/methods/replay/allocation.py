@@ -52,7 +52,7 @@ class Allocation:
 def allocate(
     distances: Sequence[float], total: int, available: Sequence[int], names: Sequence[str] | None = None
 ) -> Allocation:
-    """Whole shares of ``total`` in proportion to the distances: the farther a task, the more of it comes back.
+    """Whole shares of ``total`` in proportion to the distances: the farther a task, the more of it comes back::
 
         a*_j = W_j / sum_k W_k * total
 

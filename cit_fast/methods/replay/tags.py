@@ -230,7 +230,7 @@ class LLMTagger:
     Args:
         chat: answers the prompts.
         unusable: what to do with an instruction whose answers all were of no use: ``"error"``, or ``"offline"`` to take
-            the tags of an :class:`OfflineTagger`; :attr:`replaced` tells how many there were.
+            the tags of an :class:`OfflineTagger`; ``replaced`` tells how many there were.
     """
 
     def __init__(self, chat: Chat, unusable: Literal["error", "offline"] = "error") -> None:

@@ -1,4 +1,4 @@
-"""How like the prompts of any learned task a prompt is: the distance of its features to the nearest task's.
+"""How like the prompts of any learned task a prompt is: the distance of its features to the nearest task's::
 
     familiarity(x) = - min_c (x - mu_c)' (S + shrinkage tr(S)/d I)^-1 (x - mu_c)
 

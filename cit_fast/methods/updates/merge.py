@@ -1,4 +1,4 @@
-"""A merge at a stage's end: the weights go a part of the way from where they were to where training took them.
+"""A merge at a stage's end: the weights go a part of the way from where they were to where training took them::
 
     theta = (1 - c) theta_before + c theta_after
 

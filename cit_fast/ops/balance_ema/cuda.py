@@ -147,9 +147,9 @@ def adamw_balance_ema_capturable_(
     on a GPU yet, so no optimizer of ours uses it.
 
     Args:
-        params, grads, exp_avgs, exp_avg_sqs, averages, previous_grads, alphas, betas, eps, weight_decay, rule, decay,
-            fallback, scale, remaining, rounding, store_grads: As in
-            :func:`cit_fast.ops.adamw_balance_ema_`; CUDA tensors.
+        params, grads, exp_avgs, exp_avg_sqs, averages, previous_grads: As in
+            :func:`cit_fast.ops.adamw_balance_ema_`; CUDA tensors. So are ``alphas`` and ``remaining``.
+        betas, eps, weight_decay, rule, decay, fallback, scale, rounding, store_grads: As there.
         step: One element, float32 or int64, on the same device: 1 for the first step; counted up by the caller,
             ``step += 1`` in the graph.
         lr: One element, float32 or float64, on the same device. Read as it is: not checked.

@@ -1,7 +1,7 @@
 """Balance-weight EMA in plain PyTorch: the definition every backend is tested against.
 
 Source: Qiao et al., ICML 2025 (LCIA), arXiv 2410.10868. Per tensor, with ``p`` the parameter, ``e`` its average,
-``g`` the gradient:
+``g`` the gradient::
 
     (1)  a = |p - e|_1      b = |g|_1      c = |g - g_prev|_1          e before its update
     (2)  alpha, the share of the new parameters, or ``fallback`` where a fraction is not in (0, 1):
@@ -84,18 +84,15 @@ class AdamWOptions(NamedTuple):
 
 
 class BalanceWeights(NamedTuple):
-    """What the balance rule chose for each tensor of a list.
-
-    Attributes:
-        alphas: [tensors], float32, in (0, 1]: share of the new parameters. 0 marks a tensor left out because its
-            parameter or its gradient held a value that is not finite.
-        fallbacks: [tensors], bool: the rule gave no usable weight and its constant was taken.
-        norms: [tensors, 3], float64: a, b and c of equation (1), from which both follow.
-    """
+    """What the balance rule chose for each tensor of a list."""
 
     alphas: Tensor
+    """[tensors], float32, in (0, 1]: share of the new parameters. 0 marks a tensor left out because its parameter or
+    its gradient held a value that is not finite."""
     fallbacks: Tensor
+    """[tensors], bool: the rule gave no usable weight and its constant was taken."""
     norms: Tensor
+    """[tensors, 3], float64: a, b and c of equation (1), from which both follow."""
 
 
 @register("balance_ema_", Backend.REFERENCE)

@@ -2,7 +2,7 @@
 against.
 
 With z, w the logits of one token under the full and the masked instruction, p = softmax(z), q = softmax(w), t
-its target:
+its target::
 
     token_gain:                 p_t - q_t, log p_t, log q_t,  H(p) = -sum p log p,  KL(p||q) = sum p log(p / q)
     token_gain_statistics:      M = max z,  s = sum e^(z-M),  a = sum (z-M) e^(z-M),

@@ -61,7 +61,8 @@ def wasserstein_matrix(
         weights: Mass per point, as N tensors [n_i] or packed [P]; not negative, scaled to sum 1 in every
             cloud. None: uniform.
         offsets: [N+1] int32 or int64, for packed points only: cloud i is rows offsets[i] to offsets[i+1].
-        metric: The ground cost c: ``"cosine"`` 1 - cos(x, y), ``"euclidean"`` |x - y|, ``"sqeuclidean"`` |x - y|^2.
+        metric: The ground cost c: ``"cosine"`` 1 - cos(x, y), ``"euclidean"``, or
+            ``"sqeuclidean"``, its square.
         p: Order, at least 1.
         method: ``"exact"`` (network simplex) or ``"sinkhorn"`` (cost of the entropic plan after rounding it to the
             weights, never below the exact distance).

@@ -1,11 +1,13 @@
-"""Wasserstein distances between weighted point clouds, in plain PyTorch and POT: the definition.
+"""Wasserstein distances between weighted point clouds, in plain PyTorch and POT: the definition::
 
     W(a, b) = ( min_pi <pi, C> )^(1/p),   C_mn = c(x_m, y_n)^p,   pi >= 0 with marginals a and b
 
-``exact``     POT's network simplex.
-``sinkhorn``  log-domain Sinkhorn with epsilon scaling; the plan is rounded to exact marginals (Altschuler, Weed,
-              Rigollet 2017, algorithm 2), so that its cost is never below W^p. The column potential g, made feasible
-              by f_i = min_j C_ij - g_j and g_j = min_i C_ij - f_i, gives <a, f> + <b, g> <= W^p.
+``exact``
+    POT's network simplex.
+``sinkhorn``
+    log-domain Sinkhorn with epsilon scaling; the plan is rounded to exact marginals (Altschuler, Weed, Rigollet 2017,
+    algorithm 2), so that its cost is never below W^p. The column potential g, made feasible by
+    f_i = min_j C_ij - g_j and g_j = min_i C_ij - f_i, gives <a, f> + <b, g> <= W^p.
 
 Everything is float64 whatever the input, so the bounds hold up to 1e-12 or so.
 """
@@ -44,7 +46,7 @@ COARSE_ITERATIONS, COARSE_TOLERANCE = 10, 0.05
 
 
 CANCELLATION = 1e-3
-"""Squared distances below this share of |x|^2 + |y|^2 are formed again from differences of coordinates."""
+"""Squared distances below this share of ``|x|^2 + |y|^2`` are formed again from differences of coordinates."""
 
 Pair = tuple[int, int]
 Distances = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -213,7 +215,7 @@ def ground_cost(x: Tensor, y: Tensor, metric: str) -> Tensor:
 
 
 def squared_distances(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
-    """|x_m - y_n|^2, [n, m], by a product: exactly 0 between equal points, to rounding elsewhere. For backends."""
+    """``|x_m - y_n|^2``, [n, m], by a product: exactly 0 between equal points, to rounding elsewhere. For backends."""
     centre = y.mean(dim=0)
     x0, y0 = x - centre, y - centre
     norms = x0.square().sum(dim=1)[:, None] + y0.square().sum(dim=1)[None, :]

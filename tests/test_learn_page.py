@@ -1,4 +1,4 @@
-"""The page of the guide about a model that goes on learning, line by line, on a tiny model and tiny tasks."""
+"""The guide's page about a model that goes on learning, line by line, on a tiny model and tiny tasks."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from toy_folders import bpe_tokenizer, llama_folder
 
 from cit_fast import cli
 
-GUIDE = (Path(__file__).parents[1] / "GUIDE.md").read_text(encoding="utf-8")
-PAGE = GUIDE[GUIDE.index("## A model that goes on learning") : GUIDE.index("## All together")]
+PAGE = (Path(__file__).parents[1] / "docs" / "guide" / "learn.md").read_text(encoding="utf-8")
 ANSWERS = {
     "returns": "Send it back",
     "orders": "Look it up",
@@ -45,7 +44,7 @@ def place(tmp_path, monkeypatch) -> Path:
         texts += [f"{asked} Case {k}. {answer}" for k in range(0, 300, 7)]
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4, "initializer_range": 0.08}
     llama_folder(tmp_path / "model", bpe_tokenizer([*texts, "user system assistant"], 500), 0, **sizes)
-    (page,) = re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)
+    (page,) = re.findall(r"```yaml\n(# support.yaml.*?)```", PAGE, flags=re.DOTALL)
     (tmp_path / "support.yaml").write_text(f"{page}model: {{name: {tmp_path / 'model'}}}\n")
     (tmp_path / "prompts.txt").write_text("A question about orders: what do we do?\n")
     return tmp_path
