@@ -12,7 +12,7 @@ TESTS := $(VENV)/.tests
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test docs fuzz lint bench gpu sanitize clean setup
+.PHONY: demo test docs fuzz lint bench gpu sanitize wheel clean setup
 setup: $(SETUP)
 
 # An editable install finds new modules by itself, but not new packages: hence their __init__.py.
@@ -64,6 +64,13 @@ sanitize:
 	cmake -S . -B build/sanitize -DCIT_FAST_SANITIZE=ON && cmake --build build/sanitize --parallel 2
 	ctest --test-dir build/sanitize --output-on-failure
 
+# The sdist, and from it a wheel for each CPython here (or those that PYTHONS names; all five where there is docker),
+# repaired, checked and tried in an environment without a compiler: into dist/.
+PYTHONS ?=
+wheel: $(SETUP)
+	$(BIN)/pip install --quiet -e '.[release]'
+	TORCH='$(TORCH)' TORCH_INDEX='$(TORCH_INDEX)' $(BIN)/python -m release.build $(PYTHONS)
+
 bench: $(SETUP)
 	$(BIN)/pytest bench --benchmark-only $(PYTEST_ARGS)
 
@@ -73,4 +80,4 @@ gpu: $(SETUP)
 	$(BIN)/python -m bench.gpu_information_gain
 
 clean:
-	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

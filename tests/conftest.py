@@ -19,7 +19,7 @@ from hypothesis import settings
 sys.path.insert(0, str(Path(__file__).with_name("support")))
 from toy_folders import bpe_tokenizer, llama_folder
 
-pytest_plugins = ["chat_server", "toy_models", "toy_runs"]
+pytest_plugins = ["chat_server", "toy_models", "toy_runs", "two_tasks"]
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

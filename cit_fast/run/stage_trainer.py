@@ -97,7 +97,8 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         if not self.is_deepspeed_enabled:
             return
         gather = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
-        engine = self.args.hf_deepspeed_config
+        # Of training.deepspeed, or of the launcher.
+        engine = self.accelerator.state.deepspeed_plugin.hf_ds_config
         if "optimizer" in engine.config and not isinstance(self.update, PlainUpdate):
             raise ConfigError(
                 f"training.deepspeed: optimizer must not be set for method {method!r}: its update steps with an "

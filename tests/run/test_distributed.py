@@ -15,9 +15,10 @@ from curves import tensorboard_curves
 from launches import ACCELERATE, TORCHRUN, launch
 from rich.console import Console
 from safetensors.torch import load_file
+from two_tasks import compare, compare_adapters
 
 from cit_fast import ContinualTrainer
-from cit_fast.evaluation import predictions_after, read_run, read_stages
+from cit_fast.evaluation import read_stages
 from cit_fast.key_parts.layout import PrefixCollator
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
@@ -30,25 +31,6 @@ def deepspeed(stage: int, **zero) -> dict:
 
 FSDP2 = {"fsdp": True}
 ZERO2, ZERO3 = deepspeed(2), deepspeed(3, stage3_gather_16bit_weights_on_model_save=True)
-
-
-@pytest.fixture
-def two_tasks(settings, tmp_path):
-    for name in ("alpha", "beta"):
-        folder = tmp_path / name
-        folder.mkdir()
-        for split, start, count in (("train", 0, 16), ("test", 100, 5)):
-            records = [
-                {"instruction": f"Say {name}, then the number.", "input": str(k), "output": f"{name} {k}"}
-                for k in range(start, start + count)
-            ]
-            (folder / f"{split}.json").write_text(json.dumps(records))
-    # No dev set held out of the 16: four full batches of four, which two processes need not fill up.
-    tasks = [{"path": str(tmp_path / name)} for name in ("alpha", "beta")]
-    settings["data"] = {"max_length": 96, "dev": 0, "tasks": tasks}
-    settings["adapter"]["lora_dropout"] = 0.0
-    settings["training"]["logging_steps"] = 1
-    return settings
 
 
 def fill_last_batches(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
@@ -68,26 +50,9 @@ def fill_last_batches(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     monkeypatch.setattr(PrefixCollator, "__call__", filled)
 
 
-def compare(two: Path, one: Path, *, losses: float = 1e-5, weights: float = 1e-4) -> None:
-    """Half the batch per process: the same global batches, so the same losses up to the rounding of the sum."""
-    record, together, alone = read_run(two), read_stages(two), read_stages(one)
-    assert record.status == "finished"
-    assert record.environment["effective_batch_size"] == 4
-    assert [stage.steps for stage in together] == [stage.steps for stage in alone] == [0, 4, 4]
-    for ours, theirs in zip(together[1:], alone[1:], strict=True):
-        assert len(ours.losses) == 4  # of every step, the last one too
-        assert [loss for _, loss in ours.losses] == pytest.approx([loss for _, loss in theirs.losses], rel=losses)
-        theirs_weights = {step: values for step, *values in theirs.balance_weights}
-        for step, *values in ours.balance_weights:
-            assert values == pytest.approx(theirs_weights[step], rel=weights)
-        assert len(ours.balance_weights) == len(theirs.balance_weights)
-        lines = predictions_after(two, ours, "alpha").read_text().splitlines()
-        assert [json.loads(line)["references"] for line in lines] == [[f"alpha {k}"] for k in range(100, 105)]
-
-
 @pytest.mark.slow
 def test_accelerate_launch_with_two_processes(two_tasks, tmp_path, monkeypatch):
-    """Full batches, and a last one of three that Accelerate fills up."""
+    """With examples/launch/ddp.yaml. Full batches, and a last one of three that Accelerate fills up."""
     two_tasks["methods"] = ["lcia-ema"]
     two_tasks["data"]["dev"] = 1
     fill_last_batches(monkeypatch, 4)
@@ -99,7 +64,9 @@ def test_accelerate_launch_with_two_processes(two_tasks, tmp_path, monkeypatch):
     done = launch(ACCELERATE, [two_tasks], tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Report: ") == 1  # one process speaks
-    compare(Path(two_tasks["output"]) / "lcia-ema", one)
+    two = Path(two_tasks["output"]) / "lcia-ema"
+    compare(two, one)
+    compare_adapters(two, one, 1e-5)
 
 
 @pytest.mark.slow

@@ -11,10 +11,13 @@ from typing import Any
 
 import yaml
 
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", str(Path(__file__).with_name("launch_on_cpu.py"))]
+CPU_SCRIPT = str(Path(__file__).with_name("launch_on_cpu.py"))
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", CPU_SCRIPT]
+LAUNCH_FILES = Path(__file__).parents[2] / "examples" / "launch"
+CPU_COUNT = ["--num_processes", "2", "--mixed_precision", "no"]
 # accelerate's own --cpu starts one process unless there is MPI; its multi-process launcher takes CPUs all the same.
-ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "cit_fast.cli"]
+ACCELERATE = ["-m", "accelerate.commands.launch", "--config_file", str(LAUNCH_FILES / "ddp.yaml"), *CPU_COUNT]
+ACCELERATE += ["-m", "cit_fast.cli"]
 
 
 def launch(

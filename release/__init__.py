@@ -1,0 +1,1 @@
+"""What `make wheel` does: build, check and try what a user installs."""
