@@ -50,7 +50,7 @@ def run(
 def learn(
     run: Run,
     tasks: Annotated[
-        list[str] | None, typer.Argument(help="Task folders, data files or built-in names.", metavar="[TASK...]")
+        list[str] | None, typer.Argument(help="Task folders, data files or built-in names.", metavar="TASK")
     ] = None,
     settings: Annotated[
         list[str] | None,
