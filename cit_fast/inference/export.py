@@ -25,11 +25,12 @@ from cit_fast.inference.continual_model import adapter_folders, damaged_sets, re
 from cit_fast.inference.model_card import UNKNOWN, adapter_card, merged_card, sets_card
 from cit_fast.methods.routing import SwitchTokensRouter
 from cit_fast.models.adapter_bank import (
+    MOST_SERVED_RANK,
     AdapterBank,
     NotPlainLoraError,
-    is_plain_lora,
     read_adapter_config,
     read_adapter_weights,
+    served_elsewhere,
 )
 from cit_fast.models.adapters import load_adapter, load_weights
 from cit_fast.models.config import ModelConfig
@@ -89,8 +90,17 @@ def export_adapters(
     script = ""
     if engine == "vllm":
         script = start_vllm(base, config.model.revision, {name: read_adapter_config(folders[name]) for name in names})
+        for key in ("quantization", "kwargs"):
+            if getattr(config.model, key):
+                warnings.warn(
+                    f"model.{key} is the run's own: {out}/start-vllm.sh loads the base without, and answers otherwise",
+                    LeftOutWarning,
+                    stacklevel=2,
+                )
 
     routing = None
+    if router and unusable:
+        raise RunError(f"{run}: a router without all of its sets cannot be exported: {next(iter(unusable.values()))}")
     if router:
         check_files(weights, stages[-1], "router/")
         routing = _router_tensors(run, record, weights, config.model.model_copy(update={"trust_remote_code": False}))
@@ -154,11 +164,9 @@ def start_vllm(base: str, revision: str | None, adapters: Mapping[str, Any]) -> 
         RunError: a set that vLLM refuses, or would serve otherwise than it was trained.
     """
     for name, adapter in adapters.items():
-        # vLLM knows one rank and one alpha a set, and reads over what it does not know.
-        plain = is_plain_lora(adapter) and adapter.bias == "none" and not adapter.lora_bias
-        if not plain or adapter.rank_pattern or adapter.alpha_pattern or adapter.r > _VLLM_RANKS[-1]:
+        if not served_elsewhere(adapter):
             raise RunError(
-                f"adapter set {name!r}: vLLM serves LoRA of one rank up to {_VLLM_RANKS[-1]} and one alpha, without "
+                f"adapter set {name!r}: vLLM serves LoRA of one rank up to {MOST_SERVED_RANK} and one alpha, without "
                 f"biases; merge it instead: cit-fast export RUN OUT --merge {name}"
             )
     rank = next(rank for rank in _VLLM_RANKS if rank >= max(adapter.r for adapter in adapters.values()))

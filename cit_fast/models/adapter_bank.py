@@ -68,6 +68,18 @@ def is_plain_lora(config: Any) -> bool:
     return all((getattr(config, name) or None) == (getattr(default, name) or None) for name in names)
 
 
+MOST_SERVED_RANK = 512
+"""Of vLLM."""
+
+
+def served_elsewhere(config: Any) -> bool:
+    """Whether an inference server (vLLM, SGLang) answers as this set does: plain LoRA of one rank and one alpha,
+    without biases. They read over what they do not know.
+    """
+    plain = is_plain_lora(config) and config.bias == "none" and not config.lora_bias
+    return plain and not (config.rank_pattern or config.alpha_pattern) and config.r <= MOST_SERVED_RANK
+
+
 @dataclass(frozen=True)
 class LowRank:
     """One layer's update by one adapter set.

@@ -14,8 +14,9 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 from urllib.parse import urlsplit
 
 from tqdm.auto import tqdm
@@ -36,6 +37,9 @@ class Chat(ABC):
         cache: folder where answers are kept by content; ``None``: nowhere.
     """
 
+    one_asks: ClassVar[bool] = True
+    """Whether of several processes that want answers one asks, and the others find what it got."""
+
     def __init__(self, identity: Mapping[str, Any], cache: Path | None) -> None:
         self.identity = dict(identity)
         self.cache = JsonCache(cache, self.identity)
@@ -50,7 +54,7 @@ class Chat(ABC):
         open_prompts = [prompt for prompt in dict.fromkeys(prompts) if prompt not in kept]
         if open_prompts:
             # Of several processes that want the same answers, one asks and the others find them.
-            with self.cache.locked():
+            with self.cache.locked() if self.one_asks else nullcontext():
                 late = {prompt: answer for prompt in open_prompts if (answer := self._kept(prompt)) is not None}
                 kept |= late
                 asked = [prompt for prompt in open_prompts if prompt not in late]
@@ -60,6 +64,10 @@ class Chat(ABC):
                         self.cache.put(prompt, {"answer": answer})
                         bar.update(1)
         return [kept[prompt] for prompt in prompts]
+
+    def knows(self, prompt: str) -> bool:
+        """Whether the answer is kept already."""
+        return self._kept(prompt) is not None
 
     def forget(self, prompts: Sequence[str]) -> None:
         """Keep the answers to these prompts no longer: they were of no use, and the next call asks again."""
@@ -112,7 +120,7 @@ class ChatEndpoint(Chat):
         concurrency: int = 8,
         cache: Path | None = None,
     ) -> None:
-        _check_address(base_url)
+        check_address(base_url)
         if not key_variable.isidentifier():
             raise ConfigError("key_variable: not the name of an environment variable (it must not be the key itself)")
         for name, value, least in (("attempts", attempts, 1), ("concurrency", concurrency, 1)):
@@ -235,6 +243,8 @@ class CompletionEndpoint(ChatEndpoint):
         **options: of :class:`ChatEndpoint`, but no system message and no model.
     """
 
+    one_asks = False  # each has prompts of its own
+
     def __init__(self, base_url: str, *, identity: Mapping[str, Any], **options: Any) -> None:
         super().__init__(base_url, "", **options)
         self.url = f"{base_url.rstrip('/')}/completions"
@@ -341,7 +351,12 @@ class _NoAnswerError(Exception):
     """One prompt that got no answer; the message says why."""
 
 
-def _check_address(base_url: str) -> None:
+def check_address(base_url: str) -> None:
+    """See that this is the address of a server, without credentials.
+
+    Raises:
+        ConfigError: it is not; the message begins with ``base_url:``.
+    """
     try:
         address = urlsplit(base_url)
         right = address.scheme in {"http", "https"} and bool(address.hostname) and address.port != 0

@@ -96,6 +96,12 @@ class PackingCollator:
         return dict(self._flatten([{"input_ids": ids, "labels": labels} for ids, labels in rows]))
 
 
+def row_sizes(feature: Any) -> list[int]:
+    """Tokens of each row that an example takes in a batch where nothing is shared: one, or two of a masked pair."""
+    parts = [getattr(feature, name, None) for name in ("full", "masked")]
+    return [len(part) for part in parts if part is not None] or [len(feature)]
+
+
 def is_packed(collator: Any) -> bool:
     """Whether a collator puts a batch end to end instead of padding it."""
     return isinstance(collator, PackingCollator) or bool(getattr(collator, "packed", False))

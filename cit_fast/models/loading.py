@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from collections.abc import Mapping
@@ -27,6 +28,7 @@ RESERVED_LOADING = {
     "token": "the environment variable HF_TOKEN",
     "weights_only": "nothing: a file that could hold code is never loaded",
     "output_loading_info": "nothing: a model alone is loaded",
+    "ignore_mismatched_sizes": "nothing: weights that are drawn would be others at every load",
     **dict.fromkeys(("config", "state_dict"), "model.name: the folder of another model"),
     **dict.fromkeys(("adapter_kwargs", "adapter_name"), "adapter: adapter sets are trained here"),
     **dict.fromkeys(
@@ -90,18 +92,24 @@ def known_loading(folder: Path, kwargs: Mapping[str, Any], trust_remote_code: bo
     """
     from transformers import AutoConfig
 
-    own = {key: value for key, value in kwargs.items() if key in loading_names()}
-    fields = {key: value for key, value in kwargs.items() if key not in own}
+    own = {key: copy.deepcopy(value) for key, value in kwargs.items() if key in loading_names()}
+    fields = {key: copy.deepcopy(value) for key, value in kwargs.items() if key not in own}
     try:
-        plain = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        known = {key for key in plain.to_dict() if not key.startswith("_")}
-        known |= set(getattr(plain, "attribute_map", {}))
-        for key in fields:
-            if key not in known:
-                raise ConfigError(f"model.kwargs.{key}: unknown key; {choices(key, {*known, *loading_names()})}")
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **fields) if fields else plain
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
         raise ConfigError(f"model.name: {folder} cannot be loaded: {first_line(error)}") from None
+    plain = config.to_dict()
+    known = {*(key for key in plain if not key.startswith("_")), *getattr(config, "attribute_map", {})}
+    for key, value in fields.items():
+        if key not in known:
+            raise ConfigError(f"model.kwargs.{key}: unknown key; {choices(key, {*known, *loading_names()})}")
+        if isinstance(value, dict) and isinstance(plain.get(key), dict):  # what is not said stays
+            fields[key] = {**plain[key], **value}
+    if fields:
+        try:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **fields)
+        except Exception as error:  # whatever a configuration's own checks think of the values
+            raise ConfigError(f"model.kwargs: {', '.join(fields)}: {first_line(error)}") from error
     return own, config
 
 
@@ -116,6 +124,8 @@ def checked_quantization(value: Mapping[str, Any]) -> dict[str, Any]:
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoQuantizationConfig
 
     given = dict(value)
+    if not isinstance(given.get("quant_method", ""), str):
+        raise ValueError("quant_method: expected a name, such as bitsandbytes")
     bits = [key for key in ("load_in_4bit", "load_in_8bit") if given.get(key)]
     if len(bits) > 1:
         raise ValueError("load_in_8bit: it cannot be 4 and 8 bits; leave one out")
@@ -136,7 +146,9 @@ def checked_quantization(value: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{key}: unknown key; {choices(key, fields)}")
     try:
         AutoQuantizationConfig.from_dict({**given, "quant_method": method})
-    except (TypeError, ValueError, AttributeError, KeyError, ImportError) as error:
+    except ImportError:  # said where it is needed: a run can be looked at without it
+        pass
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise ValueError(f"{next(iter(given))}: {first_line(error)}") from None
     return given
 
@@ -167,13 +179,20 @@ def try_quantization(given: Mapping[str, Any] | None, config: Any) -> bool:
     if given is None and stored is None:
         return False
     if given is not None and stored is not None:
-        raise ConfigError("model.quantization: the weights of this model are quantised already; leave it out")
+        is_plain = isinstance(stored, dict)
+        there = stored.get("quant_method") if is_plain else getattr(stored, "quant_method", None)
+        if str(getattr(there, "value", there)) != given.get("quant_method", "bitsandbytes"):
+            raise ConfigError(
+                f"model.quantization: the weights of this model are quantised already, by {there}; leave it out"
+            )
+        if given.get("dequantize"):
+            return False
     try:
-        if given is not None:
+        if given is not None and stored is None:
             wanted = quantization_config(given)
         else:
             wanted = AutoQuantizationConfig.from_dict(stored) if isinstance(stored, dict) else stored
-        quantizer = AutoHfQuantizer.from_config(wanted, pre_quantized=given is None)
+        quantizer = AutoHfQuantizer.from_config(wanted, pre_quantized=stored is not None)
         quantizer.validate_environment(dtype=torch.bfloat16, device_map=None, weights_only=True)
     except Exception as error:  # a package that is missing or too old, a device that is not there, in many kinds
         hint = "; pip install 'cit-fast[quantization]'" if "bitsandbytes" in str(error) else ""

@@ -228,9 +228,10 @@ def load_model(folder: Path, config: ModelConfig) -> Any:
     if config.quantization is not None:
         own["quantization_config"] = quantization_config(config.quantization)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, told = AutoModelForCausalLM.from_pretrained(
             folder,
             config=settings,
+            output_loading_info=True,
             dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
             attn_implementation=resolve_attention(
                 config.attn_implementation, "cuda" if torch.cuda.is_available() else "cpu"
@@ -240,6 +241,15 @@ def load_model(folder: Path, config: ModelConfig) -> Any:
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"model.name: {folder} cannot be loaded: {first_line(error)}") from None
+    except Exception as error:  # whatever an option of the user's own makes of it
+        if not config.kwargs:
+            raise
+        raise ConfigError(f"model.kwargs: {', '.join(config.kwargs)}: {first_line(error)}") from error
+    if config.kwargs and told["missing_keys"]:
+        raise ConfigError(
+            f"model.kwargs: with them the model has weights that {folder} does not hold "
+            f"({sorted(told['missing_keys'])[0]}), and drawn ones would be others at every load"
+        )
     model.loaded_with = {key: value for key, value in own.items() if key in COMPUTING}
     if config.fuse_norms and not torch.cuda.is_available():
         fuse_norms(model)

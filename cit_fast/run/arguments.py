@@ -109,7 +109,7 @@ _LEFT_OUT_INITS = ("eva", "corda", "loftq", "lora_ga")
 def over(training: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Settings with later ones over them; of two that say what a batch is, the later one holds."""
     gone: tuple[str, ...] = ()
-    if "tokens_per_batch" in changes:
+    if changes.get("tokens_per_batch") is not None:
         gone = _BATCHES
     elif any(key in changes for key in _BATCHES):
         gone = OWN_TRAINING
@@ -136,7 +136,9 @@ def checked_training(value: Mapping[str, Any]) -> dict[str, Any]:
     switches = {key: given for key, given in value.items() if key == "fsdp" and isinstance(given, bool)}
     others = {key: given for key, given in value.items() if key not in switches and key not in OWN_TRAINING}
     checked = {**_checked_fields(TrainingArguments, others), **switches}
-    if value.get("tokens_per_batch") is not None:
+    if "tokens_per_batch" in value and value["tokens_per_batch"] is None:
+        checked["tokens_per_batch"] = None
+    elif "tokens_per_batch" in value:
         checked |= {key: checked_value(key, value[key], {key: PositiveInt}) for key in OWN_TRAINING}
         for key in _BATCHES:
             if value.get(key):

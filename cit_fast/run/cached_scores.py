@@ -102,6 +102,8 @@ class CachedScores:
             for key, value in plain["evaluation"].items()
             if key not in {"experts", "untrained", "tasks", "held_out", "held_out_after", "general"}
         }
+        if "engine" in evaluation:
+            evaluation["engine"] = evaluation["engine"]["model"]
         return [
             self.identity,
             self.state.device.type,

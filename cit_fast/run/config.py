@@ -19,6 +19,7 @@ from cit_fast.data.builtin import builtin_task_names
 from cit_fast.data.sources import TaskSource
 from cit_fast.errors import ConfigError
 from cit_fast.methods.config import MethodConfig
+from cit_fast.models.chat import check_address
 from cit_fast.models.config import DataConfig, ModelConfig
 from cit_fast.models.osf import is_osf
 from cit_fast.run.arguments import checked_adapter, checked_training
@@ -75,7 +76,11 @@ class EngineConfig(Section):
     @classmethod
     def _with_its_version(cls, value: str) -> str:
         if not value.rstrip("/").endswith("/v1"):
-            raise ValueError(f"{value!r}: expected an address like http://localhost:8001/v1")
+            raise ValueError("openai: expected an address like http://localhost:8001/v1")
+        try:
+            check_address(value)
+        except ConfigError as error:
+            raise ValueError(str(error).replace("base_url", "openai")) from None
         return value.rstrip("/")
 
 
@@ -234,13 +239,23 @@ class RunConfig(Section):
     def _engine_can_answer(self) -> RunConfig:
         if self.evaluation.engine == "transformers":
             return self
+        from peft import get_peft_config
+
+        from cit_fast.models.adapter_bank import served_elsewhere
+
         if self.evaluation.decode == "labels":
             raise ValueError("evaluation.decode: labels needs the model's own predictions; leave it out, or engine")
         for method in self.methods:
-            if is_osf(method.adapter or self.adapter) or (method.adapter is None and self.adapter is None):
+            adapter = method.adapter or self.adapter
+            if adapter is None or is_osf(adapter):
                 raise ValueError(
                     f"evaluation.engine: a server can load adapter sets, and method {method.name!r} trains the model "
                     "itself; leave it out"
+                )
+            if not served_elsewhere(get_peft_config({"task_type": "CAUSAL_LM", **adapter})):
+                raise ValueError(
+                    "evaluation.engine: servers load LoRA of one rank and one alpha, without biases or whole modules; "
+                    f"the adapter of method {method.name!r} is more than that"
                 )
         return self
 

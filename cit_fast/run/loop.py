@@ -165,7 +165,7 @@ class ContinualTrainer:
                 for adapter in _distinct(adapters):
                     try_adapter(copy.deepcopy(bare), adapter)
         engine = outside_engine(config, "", encoder)
-        if engine is not None and self._state.is_main_process:
+        if engine is not None:
             engine.check()
         try_lengths(encoder, self.stream.tasks, self.held_out, config)
         if isinstance(config.evaluation.general, HarnessConfig):

@@ -48,7 +48,7 @@ from cit_fast.run.parts import Parts
 from cit_fast.run.run_folder import RunFolder, of_one_date
 from cit_fast.run.stage_evaluation import StageEvaluation
 from cit_fast.run.stage_parts import StageParts
-from cit_fast.run.stage_settings import method_at, settings_at, stages_of
+from cit_fast.run.stage_settings import method_at, settings_at, stages_of, training_at
 from cit_fast.run.stage_training import StageTraining
 from cit_fast.run.task_memory import TaskMemory
 
@@ -177,7 +177,7 @@ class MethodRun:
             name = part_name(kind, getattr(self.method, kind).name, getattr(self.parts, kind))
             if name != resolved["method"][kind]["name"]:
                 resolved["method"][kind] = {"name": name, "options": plain_options(vars(getattr(self.parts, kind)))}
-        arguments = self.training.arguments(1)
+        arguments, first = self.training.arguments(1), training_at(self.config.training, self.config.stages, 1)
         record = RunRecord(
             name=self.config.name,
             method=resolved["method"],
@@ -194,7 +194,7 @@ class MethodRun:
             },
             environment={
                 **describe_environment(),
-                **_effective_batch(self.config.training.get("tokens_per_batch"), arguments, self.state.num_processes),
+                **_effective_batch(first.get("tokens_per_batch"), arguments, self.state.num_processes),
             },
             held_out_tasks=[task.name for task in self.held_out],
             constraints={task.name: Constraints.of(task).to_record() for task in [*self.stream, *self.held_out]},

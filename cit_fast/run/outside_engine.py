@@ -8,17 +8,18 @@ prompts of an evaluation are answered. Prompts are sent as the run's own tokens.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModel
 from safetensors.torch import save_file
 
@@ -33,7 +34,11 @@ from cit_fast.models.prompts import PromptEncoder
 from cit_fast.run.config import EngineConfig, RunConfig
 from cit_fast.text import first_line
 
+_T = TypeVar("_T")
 _LOADING = ("/v1/load_lora_adapter", "/load_lora_adapter")  # vLLM's, SGLang's
+_UNLOADING = 20.0  # seconds that a server may take to let go of a set
+# A server takes what is not said here from the model's own generation configuration, which plays no part in ours.
+_GREEDY = {"temperature": 0, "repetition_penalty": 1.0, "presence_penalty": 0, "frequency_penalty": 0}
 
 
 class OutsideEngine:
@@ -50,7 +55,7 @@ class OutsideEngine:
 
     def __init__(self, config: EngineConfig, base: str, identity: str, stop: Sequence[int], longest: int) -> None:
         self.config, self.base = config, base
-        fields = {"max_tokens": longest, "stop_token_ids": sorted(stop), "skip_special_tokens": True}
+        fields = {**_GREEDY, "max_tokens": longest, "stop_token_ids": sorted(stop), "skip_special_tokens": True}
         self.endpoint = CompletionEndpoint(
             config.openai,
             identity={"base": base, "weights": identity},
@@ -63,18 +68,18 @@ class OutsideEngine:
         )
 
     def check(self) -> None:
-        """See that the server is there and has the base model.
+        """See that the server is there and has the base model; every process calls it.
 
         Raises:
             ConfigError: it is not, or has not.
         """
         try:
-            self._models()
+            _by_one(self._models)
         except RunError as error:
             raise ConfigError(str(error)) from None
 
     def answers(self, model: Any, prompts: Sequence[Sequence[int]], sets: Sequence[str | None]) -> list[str]:
-        """The answers, in order; the main process asks, and the others are told.
+        """The answers, in order. The main process has the sets loaded, each process asks its share of the prompts.
 
         Args:
             model: whose adapter sets these are.
@@ -83,50 +88,58 @@ class OutsideEngine:
         Raises:
             RunError: the server cannot be reached, cannot load a set, or gives no answer.
         """
-        found: list[Any] = [None]
-        if PartialState().is_main_process:
-            try:
-                found[0] = self._asked(model, prompts, sets)
-            except RunError as error:  # the others must hear of it, or they would wait
-                found[0] = error
-        broadcast_object_list(found)
-        if isinstance(found[0], RunError):
-            raise found[0]
-        return list(found[0])
-
-    def _asked(self, model: Any, prompts: Sequence[Sequence[int]], sets: Sequence[str | None]) -> list[str]:
+        state = PartialState()
         at_work = model.active_adapters[0] if isinstance(model, PeftModel) else BASE
         of_prompts = [at_work if name is None else name for name in sets]
-        keys = {name: BASE if name == BASE else f"{name}-{_digest(model, name)}" for name in set(of_prompts)}
+        base = _by_one(self._models)
+        # What is asked, and kept: the weights of base and set, whatever the server calls them this time.
+        keys = {name: json.dumps([base.key, name, _digest(model, name)]) for name in set(of_prompts)}
         asked = [self.endpoint.prompt(keys[name], ids) for name, ids in zip(of_prompts, prompts, strict=True)]
-        with self._served(model, keys):
-            return self.endpoint.complete(asked)
+        with self._served(model, base, keys, [key for key in keys.values() if self._open(key, asked)]):
+            with state.split_between_processes(list(range(len(asked)))) as numbers:
+                mine = _caught(lambda: self.endpoint.complete([asked[number] for number in numbers]))
+            shares: list[list[str] | RunError] = gather_object([mine]) if state.num_processes > 1 else [mine]
+            answers: list[str] = []
+            for share in shares:
+                if isinstance(share, RunError):
+                    raise share
+                answers += share
+            return answers
+
+    def _open(self, key: str, asked: Sequence[str]) -> bool:
+        """Whether a set is needed for a prompt that has no answer yet."""
+        return any(json.loads(prompt)[0] == key and not self.endpoint.knows(prompt) for prompt in dict.fromkeys(asked))
 
     @contextlib.contextmanager
-    def _served(self, model: Any, keys: Mapping[str, str]) -> Iterator[None]:
+    def _served(self, model: Any, base: _Base, keys: Mapping[str, str], wanted: Collection[str]) -> Iterator[None]:
         """Inside, the server has these sets; each under a name of this evaluation's own, for others may ask it, too."""
-        base, prefix = self._models()
         root = Path(self.config.folder) if self.config.folder is not None else cache_folder() / "engine-sets"
         folders: dict[str, Path] = {}
-        self.endpoint.names = {BASE: base}
-        try:
+
+        def load() -> dict[str, str]:
+            names = dict.fromkeys(keys.values(), base.name)
             for name, key in keys.items():
-                if name == BASE:
+                if name == BASE or key not in wanted:
                     continue
-                there = f"{key}-{uuid.uuid4().hex[:8]}"
+                there = f"{name}-{uuid.uuid4().hex[:12]}"
                 folders[there] = root.absolute() / there
                 _write(model, name, folders[there], self.base)
                 self._told(_LOADING, {"lora_name": there, "lora_path": str(folders[there])})
-                self.endpoint.names[key] = prefix + there
+                names[key] = base.prefix + there
+            return names
+
+        try:
+            self.endpoint.names = _by_one(load)
             yield
         finally:
+            reachable = True
             for there, folder in folders.items():
-                with contextlib.suppress(RunError):  # it was never loaded, or the server has gone
-                    self._told([path.replace("/load", "/unload") for path in _LOADING], {"lora_name": there})
+                if reachable:
+                    reachable = self._unloaded(there)
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _models(self) -> tuple[str, str]:
-        """The base model's name there, and what stands before a set's."""
+    def _models(self) -> _Base:
+        """The base model as the server has it."""
         cards = self._request(lambda client, options: client.get("/models", cast_to=object, options=options))
         try:
             found = {card["id"]: card for card in cards["data"]}
@@ -137,41 +150,94 @@ class OutsideEngine:
             raise RunError(
                 f"evaluation.engine: {self.config.openai} does not serve {name!r}; it has {', '.join(sorted(found))}"
             )
-        return name, f"{name}:" if found[name].get("owned_by") == "sglang" else ""
+        owner = found[name].get("owned_by")
+        return _Base(name, f"{name}:" if owner == "sglang" else "", f"{owner} {name} {found[name].get('root', '')}")
 
     def _told(self, paths: Sequence[str], body: dict[str, str]) -> None:
-        """Have the server load or unload a set."""
-        from openai import NotFoundError
+        """Have the server load a set."""
+        from openai import BadRequestError, NotFoundError
 
-        root = self.config.openai.removesuffix("/v1")
+        root, errors = self.config.openai.removesuffix("/v1"), []
         for path in paths:
             try:
-                self._request(
-                    lambda client, options, path=path: client.post(root + path, cast_to=str, body=body, options=options)
-                )
+                self._request(functools.partial(_post, root + path, body))
             except RunError as error:
-                if isinstance(error.__cause__, NotFoundError) and path != paths[-1]:
-                    continue
-                hint = ""
-                if isinstance(error.__cause__, NotFoundError):
-                    hint = "; start it so that it loads adapter sets (vLLM: VLLM_ALLOW_RUNTIME_LORA_UPDATING=True)"
-                raise RunError(f"{error}{hint}") from error.__cause__
+                if isinstance(error.__cause__, BadRequestError) and "already" in str(error):
+                    return  # by a request whose reply was lost: no other has this name
+                errors.append(error)
+                if not isinstance(error.__cause__, NotFoundError):
+                    break
             else:
                 return
+        first, last = errors[0], errors[-1]
+        if isinstance(last.__cause__, NotFoundError):
+            raise RunError(
+                f"{first}; start it so that it loads adapter sets (vLLM: VLLM_ALLOW_RUNTIME_LORA_UPDATING=True), and "
+                f"let it see {body['lora_path']} (evaluation.engine.folder)"
+            ) from first.__cause__
+        raise last
 
-    def _request(self, request: Callable[..., Any]) -> Any:
+    def _unloaded(self, there: str) -> bool:
+        """Have the server let go of a set, if it has it; whether the server could be reached."""
+        from openai import APIConnectionError
+
+        root = self.config.openai.removesuffix("/v1")
+        for path in _LOADING:
+            post = functools.partial(_post, root + path.replace("/load", "/unload"), {"lora_name": there})
+            try:
+                self._request(post, max_retries=0, timeout=_UNLOADING)
+            except RunError as error:
+                if isinstance(error.__cause__, APIConnectionError):
+                    return False
+            else:
+                break
+        return True
+
+    def _request(self, request: Callable[..., Any], **options: Any) -> Any:
         """One request by the package's client, whose errors become one line."""
         from openai import APIStatusError, Omit, OpenAIError
 
         headers = {} if os.environ.get(self.config.key_variable) else {"Authorization": Omit()}
         try:
             with self.endpoint.client() as client:
-                return request(client, {"headers": headers})
+                return request(client.with_options(**options) if options else client, {"headers": headers})
         except APIStatusError as error:
             said = excerpt(error.response.text, self.config.key_variable)
             raise RunError(f"evaluation.engine: {error.request.url}: HTTP {error.status_code}: {said}") from error
         except (OpenAIError, ValueError) as error:
             raise RunError(f"evaluation.engine: {self.config.openai}: {first_line(error)}") from error
+
+
+class _Base(NamedTuple):
+    """The base model on a server: its name, what stands before a set's name, and what tells it from other bases."""
+
+    name: str
+    prefix: str
+    key: str
+
+
+def _by_one(work: Callable[[], _T]) -> _T:
+    """What the main process works out; where that fails, all of them fail instead of waiting for it.
+
+    Raises:
+        RunError: it has failed.
+    """
+    found: list[Any] = [_caught(work) if PartialState().is_main_process else None]
+    broadcast_object_list(found)
+    if isinstance(found[0], RunError):
+        raise found[0]
+    result: _T = found[0]
+    return result
+
+
+def _caught(work: Callable[[], _T]) -> _T | RunError:
+    """What it gives, or its error as one that other processes can be told."""
+    try:
+        return work()
+    except RunError as error:
+        return RunError(str(error))
+    except (OSError, RuntimeError, ValueError) as error:
+        return RunError(f"evaluation.engine: {first_line(error)}")
 
 
 def _post(url: str, body: dict[str, str], client: Any, options: Any) -> str:
@@ -192,6 +258,8 @@ def outside_engine(config: RunConfig, identity: str, encoder: PromptEncoder) -> 
 
 def _digest(model: Any, name: str) -> str:
     """Digits that tell a set's weights and how they are used apart."""
+    if name == BASE:
+        return ""
     elsewhere = ("base_model_name_or_path", "revision", "inference_mode")
     config = {key: value for key, value in _config(model, name).to_dict().items() if key not in elsewhere}
     plain = json.dumps(

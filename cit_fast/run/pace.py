@@ -19,7 +19,7 @@ from cit_fast.run.config import RunConfig
 from cit_fast.run.environment import describe_environment
 from cit_fast.run.plan import StagePlan
 
-_ANSWERING = {"max_new_tokens", "batch_size", "batch_tokens", "decode"}
+_ANSWERING = {"max_new_tokens", "batch_size", "batch_tokens", "decode", "engine"}
 """What decides how fast prompts are answered."""
 
 
@@ -64,6 +64,7 @@ class Paces:
             "training": config.training,
             "evaluation": config.evaluation.model_dump(mode="json", include=_ANSWERING, exclude_none=True),
         }
+        self._by_tokens = config.training.get("tokens_per_batch") is not None
         setting = json.loads(json.dumps({"pace": environment, **sections}, default=str))
         self._cache = JsonCache(cache_folder() / "pace", setting)
 
@@ -82,6 +83,7 @@ class Paces:
             return
         prompt = stage.evaluate_seconds / answered
         try:
+            example = 0.0 if self._by_tokens else example  # longer examples then take more steps, not longer ones
             pace = Pace(stage.train_seconds / stage.steps, example, prompt, peak_memory())
             for key in (_key(method), _ANY):
                 self._cache.put(key, asdict(pace))

@@ -22,6 +22,7 @@ from cit_fast.models.adapters import prompt_encoder
 from cit_fast.models.pretrained import load_tokenizer, local_model
 from cit_fast.run.arguments import training_arguments
 from cit_fast.run.config import RunConfig
+from cit_fast.run.stage_settings import training_at
 from cit_fast.run.tasks import answered_tasks
 
 _CHARACTERS_A_TOKEN = 4  # where the tokenizer is not here
@@ -98,7 +99,7 @@ def plan_stages(
         tasks: by name, in order, ``None`` for one whose data is not here; ``tokens``: of their training examples.
         arguments: transformers.TrainingArguments. ``config``: of the run.
     """
-    evaluation, budget = config.evaluation, config.training.get("tokens_per_batch")
+    evaluation = config.evaluation
     joint = method.schedule == "joint"
     planned: list[StagePlan] = []
     sizes: list[int | None] = []  # of the tasks seen before
@@ -111,6 +112,7 @@ def plan_stages(
             continue
         examples = sum(len(task.train) for task in own if task is not None)
         replayed = _replayed(replay, before)
+        budget = training_at(config.training, config.stages, len(planned) + 1).get("tokens_per_batch")
         tokens_each = sum(_guessed(task.train) for task in own if task is not None) / max(examples, 1)
         known = answered_tasks(list(tasks.values()), len(sizes), len(tasks), evaluation, config.seed, joint)
         there = [len(getattr(task, evaluation.split)) for task in known if task is not None]

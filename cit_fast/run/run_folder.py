@@ -140,6 +140,10 @@ class RunFolder:
             found.config["training"] = {**found.config["training"], "report_to": trackers or "none"}
             record.config["training"] = {**record.config["training"], "report_to": trackers or "none"}
             self.write(found)
+        engines = [each.config["evaluation"].get("engine") for each in (found, record)]
+        if all(isinstance(engine, dict) for engine in engines) and engines[0] != engines[1]:  # nor does the address
+            found.config["evaluation"] = {**found.config["evaluation"], "engine": engines[1]}
+            self.write(found)
         changed = list(_differences(found.config, record.config))
         if known == given:  # the same tasks, wherever they lie now and whatever has been dropped of them
             changed = [one for one in changed if not one.startswith("data.tasks was")]

@@ -22,7 +22,7 @@ from cit_fast.errors import ConfigError, RunError
 from cit_fast.methods.objectives import Objective
 from cit_fast.methods.stage import Stage
 from cit_fast.methods.updates import PlainUpdate, Update, stream_wide
-from cit_fast.models.collation import is_packed, padded_length
+from cit_fast.models.collation import is_packed, padded_length, row_sizes
 from cit_fast.models.growing_adapter import keeping_active, trained_sets
 from cit_fast.run.pace import duration
 from cit_fast.run.run_folder import mark_complete
@@ -120,10 +120,13 @@ class StageTrainer(Trainer):  # type: ignore[misc]
             loader: DataLoader[Any] = super().get_train_dataloader()
             return loader
         args, features, collator = self.args, self.train_dataset, self.data_collator
+        packed = is_packed(collator)
+        sizes = [row_sizes(feature) for feature in features]
         batches = TokenBatches(
-            [len(feature) for feature in features],
+            [sum(size) if packed else max(size) for size in sizes],
             self.tokens_per_batch,
-            padded=None if is_packed(collator) else padded_length,
+            rows=[len(size) for size in sizes],
+            padded=None if packed else padded_length,
             seed=args.seed,
             processes=args.world_size,
             process=args.process_index,

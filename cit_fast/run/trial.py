@@ -149,11 +149,17 @@ def _try_optimizer(made: tuple[Any, dict[str, Any]], model: torch.nn.Module) -> 
 
 
 def try_batches(arguments: Any, tasks: Sequence[Task]) -> None:
-    """See that no task loses all its examples where incomplete batches are dropped.
+    """See that no task loses all its examples where incomplete batches are dropped, and that every process has some.
 
     Raises:
         ConfigError: one does.
     """
+    for task in tasks:
+        if len(task.train) < arguments.world_size:
+            raise ConfigError(
+                f"task {task.name!r} has {len(task.train)} training examples for {arguments.world_size} processes; "
+                "each needs one"
+            )
     if not arguments.dataloader_drop_last:
         return
     size = arguments.per_device_train_batch_size * max(arguments.world_size, 1)

@@ -23,9 +23,11 @@ def test_the_options_are_those_of_transformers():
 
 def test_fields_of_the_models_configuration(tiny_model_folder):
     plain = load_model(tiny_model_folder, ModelConfig())
-    turned = {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}
+    turned = {"rope_parameters": {"rope_theta": 50.0}}  # what is not said stays
     other = load_model(tiny_model_folder, ModelConfig(kwargs={**turned, "attention_dropout": 0.25}))
     assert other.config.attention_dropout == 0.25
+    assert other.config.rope_parameters == {**plain.config.rope_parameters, "rope_theta": 50.0}
+    assert turned == {"rope_parameters": {"rope_theta": 50.0}}
     ids = torch.arange(5, 45)[None]
     assert not torch.allclose(plain(input_ids=ids).logits, other(input_ids=ids).logits)
 
@@ -45,17 +47,25 @@ def test_options_of_from_pretrained(tiny_model_folder, tmp_path):
     ("kwargs", "said"),
     [
         ({"use_safetensor": True}, "model.kwargs.use_safetensor: unknown key; did you mean 'use_safetensors'"),
-        ({"rope_parameter": {}}, "did you mean 'rope_parameters'"),
-        ({"torch_dtype": "float16"}, "kwargs: torch_dtype: set by cit-fast; use model.dtype|kwargs.torch_dtype"),
-        ({"device_map": "auto"}, "device_map: set by cit-fast; use nothing"),
-        ({"trust_remote_code": True}, "use model.trust_remote_code instead"),
-        ({"token": "hf_secret"}, "HF_TOKEN"),
+        ({"rope_parameter": {}}, "model.kwargs.rope_parameter: unknown key; did you mean 'rope_parameters'"),
+        ({"torch_dtype": "float16"}, ".*kwargs.*torch_dtype: set by cit-fast; use model.dtype instead"),
+        ({"device_map": "auto"}, ".*kwargs.*device_map: set by cit-fast; use nothing"),
+        ({"ignore_mismatched_sizes": True}, ".*ignore_mismatched_sizes: set by cit-fast; use nothing"),
+        ({"trust_remote_code": True}, ".*use model.trust_remote_code instead"),
+        ({"token": "hf_secret"}, ".*HF_TOKEN"),
         ({"use_kernels": True}, "model.name: .* cannot be loaded: .*kernels"),
+        ({"use_cache": "no"}, "model.kwargs: use_cache: "),
+        ({"rope_parameters": {"rope_type": "nonsense"}}, "model.kwargs: rope_parameters: "),
+        ({"key_mapping": 5}, "model.kwargs: key_mapping: "),
+        (
+            {"num_hidden_layers": 3},
+            r"model.kwargs: with them the model has weights that .* does not hold \(model.layers.2",
+        ),
     ],
 )
 def test_what_it_does_not_know_is_one_line(settings, stream, kwargs, said, tmp_path):
     settings["model"]["kwargs"] = kwargs
-    with pytest.raises(ConfigError, match=said) as error:
+    with pytest.raises(ConfigError, match=f"^{said}") as error:
         ContinualTrainer(settings, stream=stream, console=Console(quiet=True)).run()
     assert "\n" not in str(error.value)
     assert "hf_secret" not in str(error.value)

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 from growth import predictions
+from launches import ACCELERATE, launch
 from lora_server import BARE, LoraServer
 from rich.console import Console
 from served import served
 
 from cit_fast import ContinualTrainer
+from cit_fast.data import TaskStream
 from cit_fast.errors import ConfigError, RunError
 from cit_fast.evaluation import read_stages
 from cit_fast.run.config import RunConfig
@@ -60,19 +62,20 @@ def test_a_server_answers_as_the_model_here(settings, stream, here, tiny_model_f
 def test_requests_that_fail_are_made_again_and_answers_kept(settings, stream, tiny_model_folder, monkeypatch):
     monkeypatch.setenv("CIT_FAST_ENGINE_API_KEY", "secret-key")
     stand_in = LoraServer(tiny_model_folder)
-    stand_in.failures = [500, 429, 503]
+    stand_in.failures, stand_in.loses = [500, 429, 503], True
     with served(stand_in.app) as root:
         first = run(settings, stream, f"{root}/v1")
-        asked = sum(stand_in.asked.values())
+        asked, loaded = sum(stand_in.asked.values()), len(stand_in.loaded)
         settings["output"] += "-again"
         again = run(settings, stream, f"{root}/v1")
     assert answers(first, stream) == answers(again, stream)
     assert sum(stand_in.asked.values()) == asked  # the same weights were asked the same before
+    assert len(stand_in.loaded) == loaded
     assert stand_in.keys == {"Bearer secret-key"}
     assert "secret-key" not in (first / "run.json").read_text()
 
 
-def test_a_run_goes_on_when_the_server_is_back(settings, stream, here, tiny_model_folder):
+def test_a_run_goes_on_when_the_server_is_back_elsewhere(settings, stream, here, tiny_model_folder):
     stand_in = LoraServer(tiny_model_folder)
     with served(stand_in.app) as root:
         stand_in.failures = [400]
@@ -80,8 +83,44 @@ def test_a_run_goes_on_when_the_server_is_back(settings, stream, here, tiny_mode
             run(settings, stream, f"{root}/v1", attempts=1)
         assert "\n" not in str(error.value)
         assert not stand_in.sets
-        folder = run(settings, stream, f"{root}/v1", attempts=1)
-    assert answers(folder, stream) == answers(here("sequential"), stream)
+        settings["data"]["test"] = None
+        run(settings, TaskStream(stream.tasks[:2]), f"{root}/v1", attempts=1)
+    with served(stand_in.app) as root:
+        folder = run(settings, stream, f"{root}/v1", attempts=2)
+    assert len(read_stages(folder)) == 4
+    assert answers(folder, stream)[-3:] == answers(here("sequential"), stream)[-3:]
+
+
+def test_another_base_there_is_asked_anew(settings, stream, tiny_model_folder):
+    stand_in = LoraServer(tiny_model_folder)
+    with served(stand_in.app) as root:
+        run(settings, TaskStream(stream.tasks[:1]), f"{root}/v1")
+        asked, stand_in.base = sum(stand_in.asked.values()), "the/base-in-4-bits"
+        settings["output"] += "-again"
+        run(settings, TaskStream(stream.tasks[:1]), f"{root}/v1")
+    assert sum(stand_in.asked.values()) == asked + 4  # the untrained scores are kept, the stage's answers are not
+
+
+@pytest.mark.slow
+def test_two_processes_ask_half_each(two_tasks, tiny_model_folder, tmp_path):
+    stand_in = LoraServer(tiny_model_folder)
+    with served(stand_in.app) as root:
+        two_tasks["evaluation"]["engine"] = {"openai": f"{root}/v1"}
+        two_tasks["methods"] = ["switch-tokens"]
+        done = launch(ACCELERATE, [two_tasks], tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert not stand_in.sets
+        del two_tasks["evaluation"]["engine"]
+        (own,) = ContinualTrainer({**two_tasks, "output": str(tmp_path / "own")}, console=Console(quiet=True)).run()
+        there = Path(two_tasks["output"]) / "switch-tokens"
+        for task in ("alpha", "beta"):
+            said = [[each.prediction for each in predictions(folder, 2, task)] for folder in (there, own)]
+            assert said[0] == said[1]
+        two_tasks["evaluation"]["engine"] = {"openai": "http://127.0.0.1:9/v1", "attempts": 1}
+        two_tasks["output"] += "-gone"
+        gone = launch(ACCELERATE, [two_tasks], tmp_path)  # ends, instead of waiting for the first process
+    assert gone.returncode != 0
+    assert "Connection error" in gone.stderr + gone.stdout
 
 
 def test_a_server_that_is_not_there_is_named_before_a_folder_is_made(settings, stream, tmp_path):
@@ -114,6 +153,15 @@ def test_a_model_that_is_not_there(settings, stream, tiny_model_folder):
         (
             {"evaluation": {"engine": {"openai": "http://a/v1"}, "decode": "labels"}},
             "needs the model's own predictions",
+        ),
+        ({"evaluation": {"engine": {"openai": "http://me:secret@a/v1"}}}, "openai: carries credentials"),
+        (
+            {"evaluation": {"engine": {"openai": "http://a/v1"}}, "adapter": {"r": 4, "use_dora": True}},
+            "is more than that",
+        ),
+        (
+            {"evaluation": {"engine": {"openai": "http://a/v1"}}, "adapter": {"alpha_pattern": {"q_proj": 4}}},
+            "one rank and one alpha",
         ),
         ({"evaluation": {"engine": {"openai": "http://a/v1"}}, "adapter": None}, "trains the model itself"),
         ({"evaluation": {"engine": {"openai": "http://a/v1"}}, "methods": ["osft"]}, "'osft' trains the model itself"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from pathlib import Path
 
@@ -35,8 +34,7 @@ class LoraServer:
         self.asked: Counter[str] = Counter()
         self.failures: list[int] = []  # statuses of the next completions
         self.keys: set[str | None] = set()
-        self.most_at_once = 0
-        self._at_once, self._lock = 0, threading.Lock()
+        self.loses = False
         root = "/v1" if kind == "vllm" else ""
         loading = [Route(f"{root}/load_lora_adapter", self.load, methods=["POST"])]
         loading += [Route(f"{root}/unload_lora_adapter", self.unload, methods=["POST"])]
@@ -56,10 +54,13 @@ class LoraServer:
     async def load(self, request: Request) -> Response:
         body = await request.json()
         if body["lora_name"] in self.sets:
-            return JSONResponse({"message": "already loaded"}, 400)
+            return JSONResponse({"message": f"The lora adapter {body['lora_name']} has already been loaded"}, 400)
         base = AutoModelForCausalLM.from_pretrained(self.folder)
         self.sets[body["lora_name"]] = PeftModel.from_pretrained(base, body["lora_path"]).eval()
         self.loaded.append(body["lora_name"])
+        if self.loses:  # the reply, so the client asks again
+            self.loses = False
+            return JSONResponse({"message": "lost"}, 502)
         return PlainTextResponse(f"Success: LoRA adapter '{body['lora_name']}' added successfully.")
 
     async def unload(self, request: Request) -> Response:
@@ -71,7 +72,9 @@ class LoraServer:
     async def completions(self, request: Request) -> Response:
         body = await request.json()
         self.keys.add(request.headers.get("authorization"))
-        assert body["temperature"] == 0
+        # What is not said here, a server takes from the model's own generation configuration.
+        greedy = {"temperature": 0, "repetition_penalty": 1.0, "presence_penalty": 0, "frequency_penalty": 0}
+        assert {key: body[key] for key in greedy} == greedy
         assert all(isinstance(token, int) for token in body["prompt"])
         if self.failures:
             return JSONResponse({"error": {"message": "too much to do"}}, self.failures.pop())
