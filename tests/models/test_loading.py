@@ -59,7 +59,7 @@ def test_options_of_from_pretrained(tiny_model_folder, tmp_path):
         ({"key_mapping": 5}, "model.kwargs: key_mapping: "),
         (
             {"num_hidden_layers": 3},
-            r"model.kwargs: with them the model has weights that .* does not hold \(model.layers.2",
+            r"model.kwargs: with them the model has weights that .* hold \(model.layers.2",
         ),
     ],
 )
