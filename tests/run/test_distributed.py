@@ -12,14 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from curves import tensorboard_curves
-from launches import ACCELERATE, TORCHRUN, launch
+from launches import ACCELERATE, FSDP2_FILE, TORCHRUN, launch
 from rich.console import Console
 from safetensors.torch import load_file
-from two_tasks import compare, compare_adapters
+from two_tasks import compare
 
 from cit_fast import ContinualTrainer
 from cit_fast.evaluation import read_stages
-from cit_fast.key_parts.layout import PrefixCollator
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
 
@@ -29,44 +28,8 @@ def deepspeed(stage: int, **zero) -> dict:
     return {"deepspeed": {**auto, "zero_optimization": {"stage": stage, **zero}}}
 
 
-FSDP2 = {"fsdp": True}
+FSDP2: dict = {}  # its launch file says it
 ZERO2, ZERO3 = deepspeed(2), deepspeed(3, stage3_gather_16bit_weights_on_model_save=True)
-
-
-def fill_last_batches(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    """Let one process train what several do: Accelerate fills a last batch up with the first examples of the epoch.
-
-    Every process has to have as many batches as the others (its ``even_batches``), so these examples count twice.
-    """
-    collate, first = PrefixCollator.__call__, []
-
-    def filled(self, features):
-        first[:] = first or features
-        if len(features) < size:
-            features = [*features, *first[: size - len(features)]]
-            first.clear()  # the next batch is of another stage
-        return collate(self, features)
-
-    monkeypatch.setattr(PrefixCollator, "__call__", filled)
-
-
-@pytest.mark.slow
-def test_accelerate_launch_with_two_processes(two_tasks, tmp_path, monkeypatch):
-    """With examples/launch/ddp.yaml. Full batches, and a last one of three that Accelerate fills up."""
-    two_tasks["methods"] = ["lcia-ema"]
-    two_tasks["data"]["dev"] = 1
-    fill_last_batches(monkeypatch, 4)
-    ContinualTrainer(two_tasks, console=Console(quiet=True)).run()
-    one = Path(two_tasks["output"]) / "lcia-ema"
-
-    two_tasks["output"] += "-two"
-    two_tasks["training"]["per_device_train_batch_size"] = 2
-    done = launch(ACCELERATE, [two_tasks], tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("Report: ") == 1  # one process speaks
-    two = Path(two_tasks["output"]) / "lcia-ema"
-    compare(two, one)
-    compare_adapters(two, one, 1e-5)
 
 
 @pytest.mark.slow
@@ -142,20 +105,21 @@ def shards(method: str, sharding: dict, adapter: bool = True) -> dict:
 )  # fmt: skip
 def test_sharded_training_killed_and_resumed_equals_one_process(two_tasks, tmp_path, runs):
     """All parameters, one adapter, two: each run dies in its first stage, and goes on before the next one dies."""
-    under_way = []
+    under_way, fsdp = [], "deepspeed" not in runs[0]["training"]
+    launcher = FSDP2_FILE if fsdp else TORCHRUN
     for changes in runs:
         (method,) = changes["methods"]
         ContinualTrainer({**two_tasks, **changes, "training": two_tasks["training"]}, console=Console(quiet=True)).run()
         training = {**two_tasks["training"], "per_device_train_batch_size": 2, "use_cpu": False, **changes["training"]}
         config = {**two_tasks, **changes, "training": training, "output": two_tasks["output"] + "-two"}
-        killed = launch(TORCHRUN, [*under_way, config], tmp_path, DIE_AT_STEP="3")
+        killed = launch(launcher, [*under_way, config], tmp_path, DIE_AT_STEP="3")
         assert killed.returncode != 0
         two = Path(config["output"]) / method
-        state = "pytorch_model_fsdp.bin" if "fsdp" in training else "global_step2"  # what only FSDP, DeepSpeed write
+        state = "pytorch_model_fsdp.bin" if fsdp else "global_step2"  # what only FSDP, DeepSpeed write
         assert list(two.glob(f"checkpoints/*/checkpoint-2/{state}")), killed.stderr[-3000:]
         assert len(read_stages(two)) == 1
         under_way = [config]
-    done = launch(TORCHRUN, [*under_way, *under_way], tmp_path)
+    done = launch(launcher, [*under_way, *under_way], tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("already finished") == 1
 

@@ -1,6 +1,6 @@
 """The files of examples/launch as they are: on two CPU processes, with no more changed than those need.
 
-ddp.yaml is what test_distributed.py launches everything with.
+ddp.yaml and fsdp2.yaml are what test_distributed.py launches everything with.
 """
 
 from __future__ import annotations
@@ -18,8 +18,26 @@ from rich.console import Console
 from two_tasks import compare, compare_adapters
 
 from cit_fast import ContinualTrainer
+from cit_fast.key_parts.layout import PrefixCollator
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
+
+
+def fill_last_batches(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Let one process train what several do: Accelerate fills a last batch up with the first examples of the epoch.
+
+    Every process has to have as many batches as the others (its ``even_batches``), so these examples count twice.
+    """
+    collate, first = PrefixCollator.__call__, []
+
+    def filled(self, features):
+        first[:] = first or features
+        if len(features) < size:
+            features = [*features, *first[: size - len(features)]]
+            first.clear()  # the next batch is of another stage
+        return collate(self, features)
+
+    monkeypatch.setattr(PrefixCollator, "__call__", filled)
 
 
 @pytest.fixture
@@ -42,8 +60,9 @@ def on_cpu(folder: Path) -> dict[str, str]:
     }
 
 
+@needs_deepspeed
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["fsdp2", *(pytest.param(f"zero{k}", marks=needs_deepspeed) for k in (2, 3))])
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
 def test_accelerate_launch_with_the_file(name, two_tasks, alone, tmp_path):
     two_tasks["training"]["use_cpu"] = False  # launch_on_cpu.py says what Accelerate makes of these files on a CPU
     path = tmp_path / "my.yaml"
@@ -55,8 +74,8 @@ def test_accelerate_launch_with_the_file(name, two_tasks, alone, tmp_path):
     assert done.stdout.count("Report: ") == 1
     two = Path(two_tasks["output"]) / "lcia-ema"
     # DeepSpeed clips and reduces in ways of its own (test_distributed.py).
-    compare(two, alone, **({"losses": 2e-3, "weights": 0.05} if "zero" in name else {}))
-    compare_adapters(two, alone, 1e-3 if "zero" in name else 1e-5)
+    compare(two, alone, losses=2e-3, weights=0.05)
+    compare_adapters(two, alone, 1e-3)
 
 
 SRUN = """#!/usr/bin/env bash
@@ -85,8 +104,14 @@ def cluster(tmp_path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_slurm_script_on_two_nodes(two_tasks, alone, tmp_path, cluster):
-    """Each node starts its own part, and the two find each other; names may hold blanks."""
+def test_slurm_script_on_two_nodes(two_tasks, tmp_path, cluster, monkeypatch, request):
+    """Each node starts its own part, and the two find each other; names may hold blanks. Batches are full, but for a
+    last one of three, which Accelerate fills up.
+    """
+    two_tasks["data"]["dev"] = 1
+    with monkeypatch.context() as filled:
+        fill_last_batches(filled, 4)
+        alone = request.getfixturevalue("alone")
     folder = tmp_path / "a job"
     folder.mkdir()
     (folder / "my run.yaml").write_text(yaml.safe_dump(two_tasks))

@@ -51,7 +51,7 @@ def few_logits(model) -> torch.Tensor:
 
 
 # One of each objective, update and router; `osft` trains the base itself.
-METHODS = ["kpig", "eaft", "ewc", "o-lora", "mask-the-target", "merge", "lcia-ema", "switch-tokens", "grouping-ema"]
+METHODS = ["kpig", "eaft", "ewc", "o-lora", "mask-the-target", "merge", "switch-tokens"]
 
 
 @pytest.mark.parametrize("method", METHODS)

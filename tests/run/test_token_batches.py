@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from growth import same
 from hypothesis import example, given
 from hypothesis import strategies as st
 from killed import at_call, killed
-from launches import ACCELERATE, launch
 from rich.console import Console
 
 from cit_fast import ContinualTrainer
 from cit_fast.data import Example, TaskStream
 from cit_fast.errors import ConfigError
-from cit_fast.evaluation import read_run, read_stages
+from cit_fast.evaluation import read_stages
 from cit_fast.models.collation import padded_length
 from cit_fast.run import stage_trainer
 from cit_fast.run.config import RunConfig
@@ -134,36 +131,6 @@ def test_every_answer_counts_once_an_epoch(by_tokens, uneven, monkeypatch):
     by_tokens["training"]["per_device_train_batch_size"] = 4
     run(by_tokens | {"output": by_tokens["output"] + "-by-examples"}, TaskStream(uneven.tasks[:1]))
     assert sum(labelled for *_, labelled in mine) == sum(labelled for *_, labelled in seen) > 0
-
-
-@pytest.mark.slow
-def test_two_processes_step_as_one_that_accumulates(by_tokens, uneven, tmp_path):
-    """Each process has a batch of every pair; one process that takes two batches a step sees the same pairs."""
-    folders = []
-    for task in uneven.tasks[:2]:
-        folder = tmp_path / task.name
-        folder.mkdir()
-        for split in ("train", "test"):
-            records = [
-                {"instruction": one.instruction, "input": one.input, "output": one.references[0]}
-                for one in getattr(task, split)
-            ]
-            (folder / f"{split}.json").write_text(json.dumps(records))
-        folders.append({"path": str(folder)})
-    by_tokens["data"] |= {"tasks": folders, "dev": 0}
-    by_tokens["adapter"]["lora_dropout"] = 0.0
-    by_tokens["methods"] = ["sequential"]
-    by_tokens["training"]["tokens_per_batch"] = 256  # an even number of batches, of which none has to be cut up
-    done = launch(ACCELERATE, [by_tokens], tmp_path)
-    assert done.returncode == 0, done.stderr
-    alone = {**by_tokens, "output": str(tmp_path / "alone")}
-    alone["training"] = {**by_tokens["training"], "gradient_accumulation_steps": 2}
-    (one,) = ContinualTrainer(alone, console=Console(quiet=True)).run()
-    two = Path(by_tokens["output"]) / "sequential"
-    assert read_run(two).environment["effective_batch_tokens"] == 2 * 256
-    for ours, theirs in zip(read_stages(two)[1:], read_stages(one)[1:], strict=True):
-        assert len(ours.losses) == ours.steps == theirs.steps >= 4
-        assert [loss for _, loss in ours.losses] == pytest.approx([loss for _, loss in theirs.losses], rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -19,13 +19,17 @@ CPU_COUNT = ["--num_processes", "2", "--mixed_precision", "no"]
 ACCELERATE = ["-m", "accelerate.commands.launch", "--config_file", str(LAUNCH_FILES / "ddp.yaml"), *CPU_COUNT]
 ACCELERATE += ["-m", "cit_fast.cli"]
 
+FSDP2_FILE = ["-m", "accelerate.commands.launch", "--config_file", str(LAUNCH_FILES / "fsdp2.yaml"), *CPU_COUNT]
+FSDP2_FILE += [CPU_SCRIPT]
+
 
 def launch(
     launcher: list[str], configs: Sequence[dict[str, Any]], folder: Path, *command: str, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """``cit-fast run`` in two processes, or another command, with a cache of their own in ``folder``.
 
-    ``TORCHRUN`` takes several configurations, one after another (``launch_on_cpu.py``); ``ACCELERATE`` one.
+    ``TORCHRUN`` and ``FSDP2_FILE`` take several configurations, one after another (``launch_on_cpu.py``), and
+    ``ACCELERATE`` one.
     """
     paths = []
     for number, config in enumerate(configs):
