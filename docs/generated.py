@@ -104,7 +104,7 @@ SECTIONS = {
     "gate": "GateConfig",
     "memory": "MemoryConfig",
 }
-INNER = {"data": ("TaskSource",), "evaluation": ("Sample", "HarnessConfig", "JudgeConfig")}
+INNER = {"data": ("TaskSource",), "evaluation": ("Sample", "HarnessConfig", "EngineConfig", "JudgeConfig")}
 
 
 def configuration() -> str:

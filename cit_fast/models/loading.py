@@ -92,6 +92,8 @@ def known_loading(folder: Path, kwargs: Mapping[str, Any], trust_remote_code: bo
     """
     from transformers import AutoConfig
 
+    if not (folder / "config.json").exists():
+        raise ConfigError(f"model.name: {folder} holds no config.json, so it is no transformers model")
     own = {key: copy.deepcopy(value) for key, value in kwargs.items() if key in loading_names()}
     fields = {key: copy.deepcopy(value) for key, value in kwargs.items() if key not in own}
     try:

@@ -222,8 +222,6 @@ def load_model(folder: Path, config: ModelConfig) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    if not (folder / "config.json").exists():
-        raise ConfigError(f"model.name: {folder} holds no config.json, so it is no transformers model")
     own, settings = known_loading(folder, config.kwargs, config.trust_remote_code)
     if config.quantization is not None:
         own["quantization_config"] = quantization_config(config.quantization)

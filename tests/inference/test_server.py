@@ -277,21 +277,21 @@ def test_a_set_that_goes_and_comes_back_loses_nobody(finished, examples, tmp_pat
             reply = asked(url, prompts[number % len(prompts)])
             return prompts[number % len(prompts)], reply.choices[0].message.content
 
-        def wait_for(count):
+        def wait_for(sets):
             deadline = time.monotonic() + 30
-            while engine.counts["replaced"] < count or engine._replacement is not None:
+            while set(engine.model.sets) != set(sets) or engine._replacement is not None:
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
 
         with ThreadPoolExecutor(32) as pool:
             replies = pool.map(ask, range(320))
             rollback(folder, 2)
-            wait_for(1)
+            wait_for(loaded[0].sets)
             with client(url) as one:
                 assert gone not in [each.id for each in one.models.list()]
             later = [asked(url, prompt).choices[0].message.content for prompt in prompts]
             undo_rollback(folder)
-            wait_for(2)
+            wait_for(loaded[1].sets)
             assert asked(url, prompts[0], gone).model == gone
             answers = list(replies)
         assert engine.model.model is before  # one base model for all of them

@@ -1,4 +1,4 @@
-"""Every objective learns the same with each attention, and with gradient checkpointing."""
+"""Every objective learns the same with another attention and with gradient checkpointing, both at once."""
 
 from __future__ import annotations
 
@@ -32,7 +32,6 @@ def test_attention_and_checkpointing_change_nothing_but_rounding(settings, strea
     expected = losses(settings, stream, tmp_path / "plain", method, "sdpa", False)
     assert all(len(stage) >= 4 for stage in expected)
     assert expected[0][-1] < expected[0][0]
-    for attention, checkpointing in (("sdpa", True), ("eager", True)):
-        found = losses(settings, stream, tmp_path / f"{attention}-{checkpointing}", method, attention, checkpointing)
-        for one, other in zip(found, expected, strict=True):
-            assert one == pytest.approx(other, rel=1e-4), (attention, checkpointing)
+    found = losses(settings, stream, tmp_path / "other", method, "eager", True)
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)

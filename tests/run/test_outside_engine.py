@@ -44,7 +44,7 @@ def answers(folder: Path, stream) -> list[list[str]]:
 
 @pytest.mark.parametrize(
     ("method", "kind"),
-    [("sequential", "vllm"), ("switch-tokens", "vllm"), ("oracle", "sglang"), ("o-lora", "vllm")],
+    [("switch-tokens", "vllm"), ("oracle", "sglang"), ("o-lora", "vllm")],
 )
 def test_a_server_answers_as_the_model_here(settings, stream, here, tiny_model_folder, tmp_path, method, kind):
     stand_in = LoraServer(tiny_model_folder, kind)

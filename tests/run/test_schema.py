@@ -18,7 +18,9 @@ from cit_fast.run.schema import config_schema
 from cit_fast.run.yaml_file import read_yaml
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = sorted([*(ROOT / "examples").rglob("*.yaml"), *(ROOT / "bench/configs").glob("*.yaml")])
+SHIPPED = sorted(
+    path for place in ("examples", "examples/papers", "bench/configs") for path in (ROOT / place).glob("*.yaml")
+)
 
 
 @pytest.fixture(scope="module")

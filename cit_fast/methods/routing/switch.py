@@ -339,7 +339,7 @@ class SwitchTokensRouter(SavedRouter):
         return [self.sets[label] if trusted else BASE for label, trusted in zip(chosen, sure, strict=True)]
 
     def as_tensors(self, embeddings: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that :meth:`answer` computes with, for :mod:`cit_fast.inference.route`: matrices, and plain values.
+        """All that :meth:`answer` computes with, for ``cit_fast.inference.route``: matrices, and plain values.
 
         Args:
             embeddings: [V, d], the token embeddings that prompts are means of.
