@@ -17,7 +17,7 @@ from cit_fast.models.pretrained import load_model
 
 def test_the_options_are_those_of_transformers():
     names = loading_names()
-    assert {"use_safetensors", "ignore_mismatched_sizes", "use_kernels", "key_mapping", "variant"} <= names
+    assert {"use_safetensors", "use_kernels", "key_mapping", "variant"} <= names
     assert not names & set(RESERVED_LOADING)
 
 
