@@ -181,14 +181,9 @@ def try_quantization(given: Mapping[str, Any] | None, config: Any) -> bool:
     if given is None and stored is None:
         return False
     if given is not None and stored is not None:
-        is_plain = isinstance(stored, dict)
-        there = stored.get("quant_method") if is_plain else getattr(stored, "quant_method", None)
-        if str(getattr(there, "value", there)) != given.get("quant_method", "bitsandbytes"):
-            raise ConfigError(
-                f"model.quantization: the weights of this model are quantised already, by {there}; leave it out"
-            )
-        if given.get("dequantize"):
+        if given.get("dequantize"):  # of formats that transformers can load as what they stand for
             return False
+        raise ConfigError("model.quantization: the weights of this model are quantised already; leave it out")
     try:
         if given is not None and stored is None:
             wanted = quantization_config(given)

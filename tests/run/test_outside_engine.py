@@ -107,7 +107,7 @@ def test_another_base_there_is_asked_anew(settings, stream, tiny_model_folder):
 def test_two_processes_share_prompts_and_batches_of_tokens(two_tasks, tiny_model_folder, tmp_path):
     """Each asks the server half, and has a batch of every pair; one that takes two a step sees the same pairs."""
     del two_tasks["training"]["per_device_train_batch_size"]
-    two_tasks["training"] |= {"tokens_per_batch": 256, "num_train_epochs": 2}
+    two_tasks["training"] |= {"tokens_per_batch": 160, "num_train_epochs": 2}
     two_tasks["methods"] = ["oracle"]
     one_process = {**two_tasks, "output": str(tmp_path / "one")}
     one_process["training"] = {**two_tasks["training"], "gradient_accumulation_steps": 2}
@@ -120,7 +120,7 @@ def test_two_processes_share_prompts_and_batches_of_tokens(two_tasks, tiny_model
     assert stand_in.loaded
     assert not stand_in.sets
     two = Path(two_tasks["output"]) / "oracle"
-    assert read_run(two).environment["effective_batch_tokens"] == 2 * 256
+    assert read_run(two).environment["effective_batch_tokens"] == 2 * 160
     for ours, theirs in zip(read_stages(two)[1:], read_stages(one)[1:], strict=True):
         assert len(ours.losses) == ours.steps == theirs.steps >= 4
         assert [loss for _, loss in ours.losses] == pytest.approx([loss for _, loss in theirs.losses], rel=1e-5)
