@@ -93,7 +93,7 @@ def check_ops() -> None:
     for level in _native.simd_levels():
         _native.set_simd_level(level)
         with backend("native"):
-            torch.testing.assert_close(wasserstein_matrix(points).distances, wanted, rtol=0, atol=1e-9)
+            torch.testing.assert_close(wasserstein_matrix(points).distances, wanted, rtol=0, atol=1e-13)
         print(f"wasserstein_matrix, native at {level}: as the reference")
     _native.set_simd_level("")
 

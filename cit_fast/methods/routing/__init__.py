@@ -4,7 +4,8 @@ from cit_fast.methods.routing.confusion import routing_record
 from cit_fast.methods.routing.grouping import GroupingRouter, LCIARouter, PerTaskRouter
 from cit_fast.methods.routing.load import load_router
 from cit_fast.methods.routing.router import OracleRouter, Router, SharedRouter, StackedRouter, routing_text
-from cit_fast.methods.routing.switch import SwitchNetwork, SwitchRouter, SwitchTokensRouter, train_switch
+from cit_fast.methods.routing.switch import SwitchRouter, SwitchTokensRouter
+from cit_fast.methods.routing.switch_network import SwitchNetwork, train_switch
 
 __all__ = [
     "GroupingRouter",
