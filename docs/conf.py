@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import logging
 import re
 import sys
 from pathlib import Path
@@ -20,6 +21,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import generated
 
 import cit_fast
+
+# On some processors it logs at import that a kernel of the hub is not there, which is no fault of a page.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 project = "cit-fast"
 author = "the authors of cit-fast"

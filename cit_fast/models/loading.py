@@ -206,6 +206,17 @@ def is_quantized(model: Any) -> bool:
     return bool(getattr(model, "is_quantized", False))
 
 
+def keep_gradients(model: Any) -> None:
+    """Keep weights of 4 bits in the layout whose products have gradients.
+
+    On a CPU that multiplies bfloat16 bitsandbytes packs them at the first answer for a product that has none and rounds
+    to bfloat16; what is trained after an evaluation would then miss the gradients that go through these layers.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def full_precision(model: Any) -> Any:
     """The model in float32, quantised weights as what they stand for.
 

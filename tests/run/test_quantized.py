@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from cit_fast.models.config import ModelConfig
 from cit_fast.models.pretrained import load_model
 from cit_fast.run import method_run
 
-pytest.importorskip("bitsandbytes")
+bitsandbytes = pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 
 FOUR_BITS = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"}
@@ -80,10 +81,23 @@ def routed(quantized, stream):
     return run(quantized | {"methods": ["switch-tokens"]}, stream)[0]
 
 
-def test_what_is_exported_answers_as_here_over_the_same_bits(routed, quantized, tmp_path):
+def test_answers_do_not_take_the_gradients(quantized):
+    model = load_model(Path(quantized["model"]["name"]), ModelConfig(**quantized["model"]))
+    layers = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    assert layers
+    model.eval()
+    with torch.no_grad():
+        few_logits(model)
+    assert not any(getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in layers)
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)  # whatever this processor can do
+
+
+def test_what_is_exported_answers_as_here_over_the_same_bits(routed, quantized, tmp_path, monkeypatch):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    # Where a processor multiplies bfloat16, bitsandbytes rounds to it in evaluation.
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     names = export_adapters(routed, tmp_path / "out")
     own = BitsAndBytesConfig(**FOUR_BITS)
     own_model = ContinualModel.from_run(routed)
