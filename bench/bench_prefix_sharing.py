@@ -21,6 +21,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from bench.ceilings import RESULTS, record
+from cit_fast.cache import cache_folder
 from cit_fast.data import find_tasks, load_task
 from cit_fast.key_parts.clauses import clauses
 from cit_fast.key_parts.hidden import pair_hidden
@@ -29,7 +30,7 @@ from cit_fast.key_parts.pairs import PairCollator, encode_pair, encode_pairs, sh
 from cit_fast.key_parts.sources import find_key_parts
 from cit_fast.models.config import ModelConfig
 from cit_fast.models.digests import model_identity
-from cit_fast.models.pretrained import cache_folder, load_model, load_tokenizer, resolve_model
+from cit_fast.models.pretrained import load_model, load_tokenizer, resolve_model
 from cit_fast.models.prompts import PromptEncoder
 
 DTYPES = ("float32", "bfloat16")

@@ -27,6 +27,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from cit_fast.cache import cache_folder
 from cit_fast.data import Task, load_stream
 from cit_fast.data.builtin import builtin_task_names
 from cit_fast.data.sources import TaskSource
@@ -37,7 +38,7 @@ from cit_fast.methods.routing.features import LastTokenFeatures
 from cit_fast.methods.stage import Stage
 from cit_fast.models.adapter_bank import BASE
 from cit_fast.models.config import ModelConfig
-from cit_fast.models.pretrained import cache_folder, load_model, load_tokenizer, resolve_model
+from cit_fast.models.pretrained import load_model, load_tokenizer, resolve_model
 from cit_fast.models.prompts import PromptEncoder
 from cit_fast.run.environment import describe_environment
 

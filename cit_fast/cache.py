@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,13 @@ from filelock import FileLock
 
 from cit_fast.errors import RunError
 from cit_fast.files import read_checked_json, write_checked_json
+
+
+def cache_folder() -> Path:
+    """``$CIT_FAST_CACHE``, else ``$XDG_CACHE_HOME/cit-fast``, else ``~/.cache/cit-fast``."""
+    if "CIT_FAST_CACHE" in os.environ:
+        return Path(os.environ["CIT_FAST_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cit-fast"
 
 
 class JsonCache:

@@ -25,10 +25,10 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bench.testbed.pretraining_tasks import GYM, PRETRAINING, gym_examples
+from cit_fast.cache import cache_folder
 from cit_fast.data import Example
 from cit_fast.methods.objectives import CrossEntropy
 from cit_fast.models.collation import PaddingCollator
-from cit_fast.models.pretrained import cache_folder
 from cit_fast.models.prompts import IGNORED, Encoded, PromptEncoder
 
 CHATML = (

@@ -12,13 +12,14 @@ import torch
 from numpy.typing import NDArray
 
 from cit_fast.analysis.read_tasks import Progress, read_tasks, silent
+from cit_fast.cache import cache_folder
 from cit_fast.data.example import Task
 from cit_fast.embeddings.build import build_embedder
 from cit_fast.embeddings.embedder import Embedder
 from cit_fast.embeddings.measure import WEIGHTS, instruction_measure, task_clouds
 from cit_fast.errors import ConfigError, DataError
 from cit_fast.models.config import ModelConfig
-from cit_fast.models.pretrained import cache_folder, resolve_model
+from cit_fast.models.pretrained import resolve_model
 from cit_fast.ops import wasserstein_matrix
 from cit_fast.ops.wasserstein.reference import METRICS
 

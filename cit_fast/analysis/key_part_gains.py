@@ -13,12 +13,12 @@ import numpy as np
 from torch import nn
 
 from cit_fast.analysis.read_tasks import Progress, read_tasks, silent
+from cit_fast.cache import cache_folder
 from cit_fast.data.example import Example, Task, unseen_media
 from cit_fast.errors import ConfigError, DataError
 from cit_fast.inference.load_any import load_any_model
 from cit_fast.key_parts.gain import ExampleGain, information_gain
 from cit_fast.key_parts.sources import KeyPartSource, check_source, find_key_parts
-from cit_fast.models.pretrained import cache_folder
 from cit_fast.models.prompts import PromptEncoder
 from cit_fast.run.yaml_file import parse_yaml
 

@@ -118,9 +118,9 @@ def pool(
 ) -> None:
     """Have the instruction of each task reworded into a pool for KPIG: one file, to be reviewed and shared."""
     from cit_fast.analysis.read_tasks import read_tasks
+    from cit_fast.cache import cache_folder
     from cit_fast.key_parts.sources import chat_of
     from cit_fast.key_parts.wordings import chat_pools, write_pools
-    from cit_fast.models.pretrained import cache_folder
     from cit_fast.run.yaml_file import parse_yaml
 
     spec = parse_yaml(chat, "--chat")

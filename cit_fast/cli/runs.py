@@ -97,7 +97,7 @@ def memory(
     drop: Annotated[str | None, typer.Option("--drop", metavar="TASK", help="Remove this task's texts.")] = None,
 ) -> None:
     """Show what RUN keeps of the tasks that it has learned, or remove a task's texts from it; learning goes on."""
-    from cit_fast.models.pretrained import cache_folder
+    from cit_fast.cache import cache_folder
     from cit_fast.report.table import plain_table
     from cit_fast.run.forget import drop as drop_task
     from cit_fast.run.forget import remembered

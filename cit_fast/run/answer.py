@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModel
 from tqdm.auto import tqdm
 
+from cit_fast.cache import cache_folder
 from cit_fast.data.constraints import Constraints
 from cit_fast.data.example import Example, Task
 from cit_fast.errors import ConfigError, DataError
@@ -23,7 +24,6 @@ from cit_fast.methods.stage import Stage
 from cit_fast.models.adapter_bank import BASE
 from cit_fast.models.generation import generate
 from cit_fast.models.parked_sets import set_names
-from cit_fast.models.pretrained import cache_folder
 from cit_fast.models.prompts import PromptEncoder
 from cit_fast.run.config import EvaluationConfig
 from cit_fast.run.judge import judge_score

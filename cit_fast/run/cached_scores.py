@@ -14,12 +14,12 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 import cit_fast
+from cit_fast.cache import cache_folder
 from cit_fast.data.example import Task
 from cit_fast.evaluation.predictions import write_stage_predictions
 from cit_fast.evaluation.records import FORMAT_VERSION, StageRecord
 from cit_fast.evaluation.run_files import check_files, read_stages
 from cit_fast.methods.config import MethodConfig
-from cit_fast.models.pretrained import cache_folder
 from cit_fast.models.prompts import PromptEncoder
 from cit_fast.run.answer import evaluate
 from cit_fast.run.config import RunConfig

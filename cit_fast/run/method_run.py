@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
 
+from cit_fast.cache import cache_folder
 from cit_fast.data import TaskStream
 from cit_fast.data.constraints import Constraints
 from cit_fast.data.example import Task
@@ -33,7 +34,7 @@ from cit_fast.models.adapters import load_weights, loading_whole, prompt_encoder
 from cit_fast.models.digests import model_identity
 from cit_fast.models.osf import of_stage
 from cit_fast.models.parked_sets import parked
-from cit_fast.models.pretrained import cache_folder, load_model, load_tokenizer, resolve_model
+from cit_fast.models.pretrained import load_model, load_tokenizer, resolve_model
 from cit_fast.run.answer import Evaluated
 from cit_fast.run.cached_scores import CachedScores
 from cit_fast.run.candidates import refuse_candidate, refused

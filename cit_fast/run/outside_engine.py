@@ -23,13 +23,13 @@ from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModel
 from safetensors.torch import save_file
 
+from cit_fast.cache import cache_folder
 from cit_fast.errors import ConfigError, RunError
 from cit_fast.files import new_folder
 from cit_fast.models.adapter_bank import BASE
 from cit_fast.models.chat import CompletionEndpoint, excerpt
 from cit_fast.models.digests import hash_tensor
 from cit_fast.models.parked_sets import parked, weights_of
-from cit_fast.models.pretrained import cache_folder
 from cit_fast.models.prompts import PromptEncoder
 from cit_fast.run.config import EngineConfig, RunConfig
 from cit_fast.text import first_line

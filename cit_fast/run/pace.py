@@ -10,11 +10,10 @@ from dataclasses import asdict, dataclass, fields
 
 import torch
 
-from cit_fast.cache import JsonCache
+from cit_fast.cache import JsonCache, cache_folder
 from cit_fast.errors import RunError
 from cit_fast.evaluation.records import StageRecord
 from cit_fast.methods.config import MethodConfig
-from cit_fast.models.pretrained import cache_folder
 from cit_fast.run.config import RunConfig
 from cit_fast.run.environment import describe_environment
 from cit_fast.run.plan import StagePlan

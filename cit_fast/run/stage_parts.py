@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cit_fast.cache import cache_folder
 from cit_fast.data.example import Task
 from cit_fast.errors import RunError
 from cit_fast.methods.config import MethodConfig
 from cit_fast.methods.routing import SharedRouter
 from cit_fast.methods.stage import Stage
 from cit_fast.models.parked_sets import set_names
-from cit_fast.models.pretrained import cache_folder
 from cit_fast.models.prompts import PromptEncoder
 from cit_fast.run.config import RunConfig
 from cit_fast.run.parts import Parts

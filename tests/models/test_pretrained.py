@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from cit_fast.cache import cache_folder
 from cit_fast.errors import ConfigError
 from cit_fast.models import digests, pretrained
 from cit_fast.models.config import ModelConfig
 from cit_fast.models.digests import model_identity
-from cit_fast.models.pretrained import cache_folder, load_model, resolve_model
+from cit_fast.models.pretrained import load_model, resolve_model
 
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
