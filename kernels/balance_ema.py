@@ -27,8 +27,8 @@ them at once.
 The dtype of a stream is known at compile time where all tensors of the list agree; else it is MIXED, and the code of
 the tensor is taken from the table. ``DTYPES`` has one for each of the six streams.
 
-The kernels are compiled for sm_80 and sm_90 and interpreted on the CPU in the tests, but have not run on a GPU yet, so
-they serve only where the backend is forced.
+The kernels are compiled for sm_80 and sm_90 and interpreted on the CPU in the tests; on a GPU they serve where they
+have proved themselves.
 """
 
 from __future__ import annotations

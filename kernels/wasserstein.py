@@ -20,8 +20,8 @@ some 3000 x 3000 in the second-level cache of the GPU.
   MASSES and in BOUNDS, so that its masses are right to the last places whatever the size of the exponents.
 * All sums are in a fixed order; there are no atomic operations.
 
-The kernels are compiled for sm_80 and sm_90 and interpreted on the CPU in the tests, but have not run on a GPU yet, so
-they serve only where the backend is forced.
+The kernels are compiled for sm_80 and sm_90 and interpreted on the CPU in the tests; on a GPU they serve where they
+have proved themselves.
 """
 
 from __future__ import annotations

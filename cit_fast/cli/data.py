@@ -202,7 +202,7 @@ def score(
 
 @app.command(epilog="Example: cit-fast doctor")
 def doctor() -> None:
-    """Say which backends exist on this machine, and why the others do not."""
+    """Say which backends exist on this machine, and why the others do not; check and time the kernels of its GPU."""
     from cit_fast.ops.backends import available_backends
     from cit_fast.run.environment import describe_environment
 
@@ -214,9 +214,33 @@ def doctor() -> None:
     for name, status in available_backends().items():
         table.add_row(name, "[green]yes[/green]" if status.available else "[red]no[/red]", escape(status.reason))
     console.print(table)
+    kernels = _kernels_here()
+    if kernels.row_count:
+        console.print(kernels)
     console.print(
         f"CPU  {environment['cpu']}, {environment['cores']} cores, {environment['threads']} threads", highlight=False
     )
     console.print(f"GPU  {environment['gpu'] or 'none that torch can use'}", highlight=False, markup=False)
     versions = "  ".join(f"{name} {version}" for name, version in environment["versions"].items())
     console.print(versions, highlight=False, markup=False)
+
+
+def _kernels_here() -> Table:
+    """What is known of the kernels on the current GPU, each op in a row; without a GPU no rows."""
+    import torch
+
+    from cit_fast.ops import self_check
+
+    table = Table(title="Kernels on this GPU, and how many times faster they are than what serves without them")
+    table.title_justify = "left"
+    for column in ("op", "dtype", "backend", "state"):
+        table.add_column(column)
+    for size in self_check.SIZES:
+        table.add_column(f"on {size}", justify="right")
+    if not torch.cuda.is_available():
+        return table
+    for op, dtype, backend, verdict in self_check.every_verdict(torch.device("cuda", torch.cuda.current_device())):
+        state = "[green]verified[/green]" if verdict.problem is None else f"[red]{escape(verdict.problem)}[/red]"
+        gains = [f"{verdict.gain(size):.2f}" if size in verdict.seconds else "" for size in self_check.SIZES]
+        table.add_row(op, dtype, backend.value, state, *gains)
+    return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cit_fast.ops import self_check  # noqa: F401 - kernels prove themselves by it
 from cit_fast.ops.balance_ema import (
     BALANCE_RULES,
     BalanceRule,

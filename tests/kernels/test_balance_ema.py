@@ -40,13 +40,13 @@ def test_compiled_ahead_of_time(triton_cache: str) -> None:
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if triton were there, which these tests do not import."""
-    real = backends.find_spec
-    monkeypatch.setattr(backends, "find_spec", lambda name: object() if name == "triton" else real(name))
+    real = backends.version
+    monkeypatch.setattr(backends, "version", lambda name: "3.7.1" if name == "triton" else real(name))
 
 
 def test_the_interpreter_serves_cpu_tensors_when_forced(installed: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    status = backends._triton_status()
+    status = backends._triton_status(None)
     assert status.available
     assert "interpreter" in status.reason
     with backend("triton"):
@@ -59,23 +59,27 @@ def test_the_interpreter_serves_cpu_tensors_when_forced(installed: None, monkeyp
 def test_without_the_interpreter_cpu_tensors_are_refused(installed: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     tensors = [torch.zeros(3)]
     with backend("triton"), pytest.raises(BackendError, match="does not run on cpu tensors"):
         balance_ema_(tensors, tensors, tensors, tensors)
 
 
-def test_a_gpu_takes_it_only_when_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_takes_it_where_it_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(
-        backends, "_status", lambda which: backends.BackendStatus(which is not Backend.CUDA, "pretended")
+        backends, "_status", lambda which, _=None: backends.BackendStatus(which is not Backend.CUDA, "pretended")
     )
     for op in ("balance_norms_", "balance_ema_", "adamw_balance_ema_", "flush_balance_ema_"):
+        monkeypatch.setattr(backends, "_proofs", [])
+        assert backends.resolve(op, CUDA).__module__ == "cit_fast.ops.balance_ema.flat"
+        monkeypatch.setattr(backends, "_proofs", [lambda op, device, usable, work: usable])
         chosen = backends.resolve(op, CUDA)
         with backend("triton"):
             forced = backends.resolve(op, CUDA)
+        assert chosen is forced
         assert forced.__module__ == kernels.__name__
-        assert chosen is not forced
 
 
 # The tables

@@ -37,9 +37,10 @@ def test_compiled_ahead_of_time(triton_cache: str) -> None:
 # The choice of the backend
 
 
-def test_a_gpu_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_takes_it_where_it_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(backends, "_status", lambda which: backends.BackendStatus(True, "pretended"))
+    monkeypatch.setattr(backends, "_status", lambda *_: backends.BackendStatus(True, "pretended"))
+    monkeypatch.setattr(backends, "_proofs", [lambda op, device, usable, work: usable])
     for op in OPS:
         assert backends.resolve(op, CUDA).__module__.startswith("cit_fast.kernels.information_gain")
         assert backends.resolve(op, CPU) is backends._implementations[op][Backend.NATIVE]
@@ -50,7 +51,7 @@ def test_a_gpu_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_the_interpreter_cpu_tensors_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(backends, "_status", lambda which: backends.BackendStatus(True, "pretended"))
+    monkeypatch.setattr(backends, "_status", lambda *_: backends.BackendStatus(True, "pretended"))
     hidden = torch.zeros(2, 3)
     with backend("triton"), pytest.raises(BackendError, match="does not run on cpu tensors"):
         token_gain(hidden, hidden, hidden, torch.arange(2))

@@ -35,11 +35,15 @@ def test_compiled_ahead_of_time(triton_cache: str) -> None:
 @pytest.mark.parametrize(
     ("which", "module"), [("triton", "cit_fast.kernels.wasserstein"), ("cuda", "cit_fast.ops.wasserstein.cuda")]
 )
-def test_a_gpu_takes_it_only_when_forced(which: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_takes_it_where_it_is_proven(which: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(backends, "_status", lambda which: backends.BackendStatus(True, "pretended"))
+    monkeypatch.setattr(backends, "_status", lambda *_: backends.BackendStatus(True, "pretended"))
     op = "wasserstein_matrix"
-    assert backends.resolve(op, CUDA) is backends._implementations[op][Backend.REFERENCE]
+    monkeypatch.setattr(backends, "_proofs", [])
+    assert backends.resolve(op, CUDA) is backends._implementations[op][Backend.NATIVE]
+    monkeypatch.setattr(backends, "_proofs", [lambda op, device, usable, work: [Backend(which)]])
+    assert backends.resolve(op, CUDA).__module__ == module
+    monkeypatch.setattr(backends, "_proofs", [])
     with backend(which):
         assert backends.resolve(op, CUDA).__module__ == module
 

@@ -250,9 +250,12 @@ def test_bfloat16_points() -> None:
     assert torch.equal(run(clouds, **options).distances, run(wide, **options).distances)
 
 
-def test_exact_runs_on_the_cpu() -> None:
+@pytest.mark.skipif(LIBRARY is not None, reason="no backend is chosen there")
+def test_the_exact_method_is_not_theirs() -> None:
     clouds = random_clouds((6, 4))
-    got = run(clouds, pairs=[(0, 1)])
+    with pytest.raises(BackendError, match=r"the exact method runs on the CPU; backends that would serve: native"):
+        run(clouds, pairs=[(0, 1)])
+    got = wasserstein_matrix(clouds, pairs=[(0, 1)])
     assert got.distances.device.type == DEVICE
     torch.testing.assert_close(got.distances, reference(clouds, pairs=[(0, 1)]).distances, rtol=1e-10, atol=0)
 

@@ -120,7 +120,7 @@ def simd(request: pytest.FixtureRequest) -> Iterator[str]:
     _native.set_simd_level("")
 
 
-@pytest.fixture(params=["native", "reference"])
+@pytest.fixture(params=["native", "torch", "reference"])
 def forced(request: pytest.FixtureRequest) -> Iterator[str]:
     with backend(request.param):
         yield request.param

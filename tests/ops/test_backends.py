@@ -13,7 +13,16 @@ import torch
 import cit_fast
 from cit_fast.errors import BackendError
 from cit_fast.ops import backends, balance_ema_
-from cit_fast.ops.backends import Backend, BackendStatus, available_backends, backend, forced_backend, register, resolve
+from cit_fast.ops.backends import (
+    Backend,
+    BackendStatus,
+    Work,
+    available_backends,
+    backend,
+    forced_backend,
+    register,
+    resolve,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -22,7 +31,8 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 def op(monkeypatch):
     """A scratch op with a reference and a native implementation."""
     monkeypatch.setattr(backends, "_implementations", {})
-    monkeypatch.setattr(backends, "_only_when_forced", set())
+    monkeypatch.setattr(backends, "_by_way_of_cpu", set())
+    monkeypatch.setattr(backends, "_proofs", [lambda op, device, usable, work: usable])
     register("op", Backend.REFERENCE)(lambda: "reference")
     register("op", Backend.NATIVE)(lambda: "native")
     return "op"
@@ -30,12 +40,12 @@ def op(monkeypatch):
 
 @pytest.fixture
 def all_available(monkeypatch):
-    monkeypatch.setattr(backends, "_status", lambda _: BackendStatus(True, "for the test"))
+    monkeypatch.setattr(backends, "_status", lambda *_: BackendStatus(True, "for the test"))
 
 
 def test_available_backends_gives_a_reason_for_each():
     statuses = available_backends()
-    assert list(statuses) == ["reference", "native", "triton", "cuda"]
+    assert list(statuses) == ["reference", "torch", "native", "triton", "cuda"]
     assert statuses["reference"].available
     assert statuses["native"].available, statuses["native"].reason
     assert "threads" in statuses["native"].reason
@@ -58,15 +68,43 @@ def test_cuda_order_is_cuda_then_triton(op, all_available):
     assert resolve(op, CUDA)() == "cuda"
 
 
-def test_only_when_forced_is_never_chosen_by_itself(op, all_available):
-    register(op, Backend.CUDA, only_when_forced=True)(lambda: "cuda")
-    assert resolve(op, CUDA)() == "reference"
+def test_the_proof_decides_between_kernels(op, all_available, monkeypatch):
+    register(op, Backend.TRITON)(lambda: "triton")
+    register(op, Backend.CUDA)(lambda: "cuda")
+    register(op, Backend.TORCH)(lambda: "torch")
+    asked = []
+
+    def proof(op, device, usable, work):
+        asked.append((op, device, usable, work))
+        return usable[1:] if work.elements else [Backend.TORCH, Backend.REFERENCE]
+
+    monkeypatch.setattr(backends, "_proofs", [proof])
+    assert resolve(op, CUDA)() == "torch"
+    assert resolve(op, CUDA, work=lambda: Work(torch.bfloat16, 7))() == "triton"
+    usable = [Backend.CUDA, Backend.TRITON, Backend.TORCH, Backend.REFERENCE]
+    assert asked == [(op, CUDA, usable, Work()), (op, CUDA, usable, Work(torch.bfloat16, 7))]
     with backend("cuda"):
         assert resolve(op, CUDA)() == "cuda"
+    cannot = {Backend.CUDA: "no", Backend.TRITON: "no"}
+    assert resolve(op, CUDA, cannot=cannot)() == "torch"
+    assert len(asked) == 2  # neither where one is forced, nor where no kernel could serve
+    monkeypatch.setattr(backends, "_proofs", [])
+    assert resolve(op, CUDA)() == "torch"
+
+
+def test_native_by_way_of_the_cpu(op, all_available):
+    assert resolve(op, CUDA)() == "reference"
+    register(op, Backend.NATIVE, by_way_of_cpu=True)(lambda: "native")
+    assert resolve(op, CUDA)() == "native"
+    register(op, Backend.TORCH)(lambda: "torch")
+    assert resolve(op, CUDA)() == "torch"
+    assert resolve(op, CPU)() == "native"
 
 
 def test_unavailable_backend_is_passed_over(op, monkeypatch):
-    monkeypatch.setattr(backends, "_status", lambda b: BackendStatus(b is Backend.REFERENCE, "for the test"))
+    monkeypatch.setattr(
+        backends, "_status", lambda b, device=None: BackendStatus(b is Backend.REFERENCE, "for the test")
+    )
     assert resolve(op, CPU)() == "reference"
 
 
@@ -108,7 +146,9 @@ def test_environment_variable_forces_and_a_block_wins_over_it(op, monkeypatch):
     with backend("native"):
         assert resolve(op, CPU)() == "native"
     monkeypatch.setenv("CIT_FAST_BACKEND", "quick")
-    with pytest.raises(BackendError, match=r"CIT_FAST_BACKEND.*'quick'.*accepted: reference, native, triton, cuda"):
+    with pytest.raises(
+        BackendError, match=r"CIT_FAST_BACKEND.*'quick'.*accepted: reference, torch, native, triton, cuda"
+    ):
         resolve(op, CPU)
 
 
@@ -118,7 +158,9 @@ def test_unknown_name_is_refused():
 
 
 def test_unavailable_backend_is_refused_at_the_block(monkeypatch):
-    monkeypatch.setattr(backends, "_status", lambda b: BackendStatus(b is Backend.REFERENCE, "no CUDA device"))
+    monkeypatch.setattr(
+        backends, "_status", lambda b, device=None: BackendStatus(b is Backend.REFERENCE, "no CUDA device")
+    )
     with (
         pytest.raises(BackendError, match=r"'cuda' is not available: no CUDA device; available: reference"),
         backend("cuda"),
@@ -132,7 +174,9 @@ def test_forced_backend_never_falls_through(op, monkeypatch, all_available):
     with backend("native"), pytest.raises(BackendError, match="no implementation of 'unheard'"):
         resolve("unheard", CPU)
     monkeypatch.setenv("CIT_FAST_BACKEND", "triton")
-    monkeypatch.setattr(backends, "_status", lambda b: BackendStatus(b is not Backend.TRITON, "no CUDA device"))
+    monkeypatch.setattr(
+        backends, "_status", lambda b, device=None: BackendStatus(b is not Backend.TRITON, "no CUDA device")
+    )
     with pytest.raises(BackendError, match=r"'triton'.*no CUDA device"):
         resolve(op, CUDA)
 
@@ -155,37 +199,62 @@ def test_import_error_is_one_line():
     assert "_no_such_module" in problem
 
 
-@pytest.mark.parametrize("has_device", [False, True])
-def test_triton_status(monkeypatch, has_device):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_device)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
-    monkeypatch.setattr(backends, "find_spec", lambda _: object())
-    on_gpu = "Some GPU; its kernels never ran on a GPU yet: used for key-part information gain, else only when forced"
-    assert backends._triton_status() == BackendStatus(has_device, on_gpu if has_device else "no CUDA device")
-    monkeypatch.setattr(backends, "find_spec", lambda _: None)
-    assert backends._triton_status() == BackendStatus(False, "triton is not installed")
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
 
 
-def test_cuda_status(monkeypatch):
+def test_triton_status(monkeypatch, pretended_gpu):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backends, "version", lambda package: "3.7.1")
+    good = BackendStatus(True, "Some GPU; checked at first use on each kind of device")
+    assert backends._triton_status(0) == good
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    refused = "Some GPU: its compute capability is 7.5; the kernels need 8.0"
+    assert backends._triton_status(0) == BackendStatus(False, refused)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert backends._triton_status(0) == BackendStatus(False, "Some GPU: the kernels were never tried on ROCm")
+    monkeypatch.setattr(backends, "version", lambda package: "3.5.1")
+    assert backends._triton_status(0) == BackendStatus(False, "triton 3.5.1 is too old; at least 3.6")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert backends._triton_status(0) == BackendStatus(False, "no CUDA device")
+    monkeypatch.setattr(backends, "version", lambda package: None)
+    assert backends._triton_status(0) == BackendStatus(False, "triton is not installed")
+
+
+def test_a_status_is_of_the_tensors_device(monkeypatch, pretended_gpu):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backends, "version", lambda package: "3.7.1")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5) if index == 1 else (9, 0))
+    monkeypatch.setattr(backends, "_kept_kernel_status", backends._kernel_status)
+    status = [backends._status(Backend.TRITON, torch.device("cuda", index)).available for index in range(3)]
+    assert status == [True, False, True]
+
+
+def test_cuda_status(monkeypatch, pretended_gpu):
     module = SimpleNamespace(architectures=lambda: "sm_80, PTX 90", why_not=lambda device: "")
     monkeypatch.setattr(cit_fast, "_native_cuda", module, raising=False)
     monkeypatch.setattr(backends, "find_spec", lambda _: object())
     monkeypatch.setattr(backends, "_import_error", lambda _: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    built = "built for sm_80, PTX 90; never run on a GPU yet: used only when forced"
-    assert backends._cuda_status() == BackendStatus(False, f"no CUDA device ({built})")
+    built = "built for sm_80, PTX 90; checked at first use on each kind of device"
+    assert backends._cuda_status(None) == BackendStatus(False, f"no CUDA device ({built})")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    assert backends._cuda_status() == BackendStatus(True, f"Some GPU, {built}")
+    assert backends._cuda_status(None) == BackendStatus(True, f"Some GPU, {built}")
     module.why_not = lambda device: "no kernel image is available"
-    assert backends._cuda_status() == BackendStatus(False, f"Some GPU: no kernel image is available ({built})")
+    assert backends._cuda_status(None) == BackendStatus(False, f"Some GPU: no kernel image is available ({built})")
 
     monkeypatch.setattr(backends, "_import_error", lambda _: "undefined symbol")
-    assert backends._cuda_status() == BackendStatus(False, "cit_fast._native_cuda cannot be loaded: undefined symbol")
+    assert backends._cuda_status(None) == BackendStatus(
+        False, "cit_fast._native_cuda cannot be loaded: undefined symbol"
+    )
     monkeypatch.setattr(backends, "find_spec", lambda _: None)
-    assert backends._cuda_status() == BackendStatus(False, "not built: this installation has no CUDA kernels")
+    assert backends._cuda_status(None) == BackendStatus(False, "not built: this installation has no CUDA kernels")
 
 
 def test_forced_backend_reaches_a_real_op():

@@ -139,7 +139,7 @@ def test_module_loads_and_says_what_it_is() -> None:
     assert (_native_cuda.STREAMS, _native_cuda.SLOT_BYTES, _native_cuda.STEP_BYTES) == (6, 16, 36)
     assert _native_cuda.architectures()
     reason = available_backends()["cuda"].reason
-    assert f"built for {_native_cuda.architectures()}; never run on a GPU yet: used only when forced" in reason
+    assert f"built for {_native_cuda.architectures()}; checked at first use on each kind of device" in reason
 
 
 @needs_module
@@ -152,14 +152,18 @@ def test_without_a_device_forcing_it_is_an_error() -> None:
         pass
 
 
-def test_cuda_tensors_get_the_cuda_kernels_only_when_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_tensors_get_the_cuda_kernels_where_they_are_proven(monkeypatch: pytest.MonkeyPatch) -> None:
     from cit_fast.ops import backends
+    from cit_fast.ops.balance_ema import flat
 
-    monkeypatch.setattr(backends, "_status", lambda which: backends.BackendStatus(True, "pretended"))
+    monkeypatch.setattr(backends, "_status", lambda *_: backends.BackendStatus(True, "pretended"))
     device = torch.device("cuda")
     for op in ("balance_norms_", "balance_ema_", "adamw_balance_ema_", "flush_balance_ema_"):
         ours = getattr(kernels, f"_{op[:-1]}")
-        assert resolve(op, device) is not ours
+        for proven, chosen in ((True, ours), (False, getattr(flat, op))):
+            kept = slice(None) if proven else slice(2, None)
+            monkeypatch.setattr(backends, "_proofs", [lambda op, device, usable, work, kept=kept: usable[kept]])
+            assert resolve(op, device) is chosen
         with backend("cuda"):
             assert resolve(op, device) is ours
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from cit_fast.ops.backends import Backend, register_lazily, resolve
-from cit_fast.ops.balance_ema import cuda, reference  # noqa: F401 - cuda registers itself
+from cit_fast.ops.backends import Backend, Work, narrowest, register_lazily, resolve
+from cit_fast.ops.balance_ema import cuda, flat, reference  # noqa: F401 - cuda and flat register themselves
 from cit_fast.ops.balance_ema.checks import (
     BALANCE_RULES,
     BalanceRule,
@@ -343,6 +343,16 @@ def _list_op(name: str, schema: str, mutated: Sequence[int]) -> Callable[[Callab
     return lambda run: _ListOp(name, run, schema, mutated)
 
 
+def _resolve(op: str, state: Sequence[Tensor], *lists: Sequence[Tensor]) -> Callable[..., Any]:
+    """The implementation for these tensors, the parameters first; ``state``: averages and moments."""
+
+    def work() -> Work:
+        dtypes = {tensor.dtype for tensors in lists for tensor in tensors}
+        return Work(narrowest(dtypes), sum(map(Tensor.numel, lists[0])))
+
+    return resolve(op, lists[0][0].device, cannot=kernels_cannot(state, *lists), work=work)
+
+
 _RULE = "str rule, float decay, float fallback, float scale, str rounding, bool store_grads, SymInt seed"
 
 
@@ -359,7 +369,7 @@ def _balance_norms(
     store_grads: bool,
 ) -> Tensor:
     lists = (params, averages, grads, previous_grads)
-    run = resolve("balance_norms_", params[0].device, cannot=kernels_cannot(averages, *lists))
+    run = _resolve("balance_norms_", averages, *lists)
     norms: Tensor = run(*lists, store_grads)
     return norms
 
@@ -384,7 +394,7 @@ def _balance_ema(
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     lists = (params, averages, grads, previous_grads)
-    run = resolve("balance_ema_", params[0].device, cannot=kernels_cannot(averages, *lists))
+    run = _resolve("balance_ema_", averages, *lists)
     weights = run(*lists, remaining, BalanceOptions(*options))
     return weights.alphas.float(), weights.fallbacks, weights.norms
 
@@ -414,8 +424,7 @@ def _adamw_balance_ema(
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
     lists = AdamWLists(params, grads, exp_avgs, exp_avg_sqs, averages, previous_grads)
-    cannot = kernels_cannot([*averages, *exp_avgs, *exp_avg_sqs], *lists)
-    run = resolve("adamw_balance_ema_", params[0].device, cannot=cannot)
+    run = _resolve("adamw_balance_ema_", [*averages, *exp_avgs, *exp_avg_sqs], *lists)
     count = len(AdamWOptions._fields)
     weights = run(lists, alphas, remaining, AdamWOptions(*options[:count]), BalanceOptions(*options[count:]))
     return weights.fallbacks, weights.norms
@@ -433,7 +442,7 @@ def _(params: list[Tensor], *arguments: Any) -> tuple[Tensor, Tensor]:
     mutated=[1],
 )
 def _flush_balance_ema(params: list[Tensor], averages: list[Tensor], alphas: Tensor, rounding: str, seed: int) -> None:
-    run = resolve("flush_balance_ema_", params[0].device, cannot=kernels_cannot(averages, params, averages))
+    run = _resolve("flush_balance_ema_", averages, params, averages)
     run(params, averages, alphas, rounding, seed)
 
 
@@ -443,4 +452,4 @@ def _(*_: Any) -> None:
 
 
 for _name in ("balance_norms_", "balance_ema_", "adamw_balance_ema_", "flush_balance_ema_"):
-    register_lazily(_name, Backend.TRITON, f"cit_fast.kernels.balance_ema:{_name}", only_when_forced=True)
+    register_lazily(_name, Backend.TRITON, f"cit_fast.kernels.balance_ema:{_name}")

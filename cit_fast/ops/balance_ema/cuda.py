@@ -1,4 +1,4 @@
-"""The balance-weight EMA by the CUDA kernels of csrc/cuda: built, never run on a GPU yet, so used only when forced.
+"""The balance-weight EMA by the CUDA kernels of csrc/cuda, which serve a GPU where they have proved themselves.
 
 Nothing here waits for the GPU. A call uploads a table of addresses, once for each list and again when an address has
 changed (new gradient tensors), and launches one kernel (norms with weights, or AdamW with everything) or two (the
@@ -49,7 +49,7 @@ _dtype = attrgetter("dtype")
 _shape = attrgetter("shape")
 
 
-@register("balance_norms_", Backend.CUDA, only_when_forced=True)
+@register("balance_norms_", Backend.CUDA)
 def _balance_norms(
     params: list[Tensor],
     averages: list[Tensor],
@@ -65,7 +65,7 @@ def _balance_norms(
     return norms
 
 
-@register("balance_ema_", Backend.CUDA, only_when_forced=True)
+@register("balance_ema_", Backend.CUDA)
 def _balance_ema(
     params: list[Tensor],
     averages: list[Tensor],
@@ -83,7 +83,7 @@ def _balance_ema(
     return weights
 
 
-@register("adamw_balance_ema_", Backend.CUDA, only_when_forced=True)
+@register("adamw_balance_ema_", Backend.CUDA)
 def _adamw_balance_ema(
     lists: AdamWLists, alphas: Tensor, remaining: Tensor | None, adamw: AdamWOptions, options: BalanceOptions
 ) -> BalanceWeights:
@@ -101,7 +101,7 @@ def _adamw_balance_ema(
     return weights
 
 
-@register("flush_balance_ema_", Backend.CUDA, only_when_forced=True)
+@register("flush_balance_ema_", Backend.CUDA)
 def _flush_balance_ema(params: list[Tensor], averages: list[Tensor], alphas: Tensor, rounding: str, seed: int) -> None:
     from cit_fast import _native_cuda
 
@@ -143,8 +143,8 @@ def adamw_balance_ema_capturable_(
     """:func:`cit_fast.ops.adamw_balance_ema_` for a CUDA graph: step count and learning rate from device memory.
 
     At step ``k`` the result is that of ``adamw_balance_ema_(..., step=k, seed=seed + k)``. The returned tensors, but
-    for ``alphas``, belong to the graph when captured. What a replay needs is at the top of this file. It has never run
-    on a GPU yet, so no optimizer of ours uses it.
+    for ``alphas``, belong to the graph when captured. What a replay needs is at the top of this file. No check at first
+    use reaches it, so no optimizer of ours uses it.
 
     Args:
         params, grads, exp_avgs, exp_avg_sqs, averages, previous_grads: As in

@@ -107,7 +107,7 @@ def balance_ema_(
     """One EMA step, (1) to (4); see :func:`cit_fast.ops.balance_ema_`. float64 averages give float64 weights."""
     norms = balance_norms_(params, averages, grads, previous_grads, options.store_grads)
     alphas, fallbacks = balance_weight(norms, remaining, options)
-    alphas = alphas.to(_compute_dtype(averages[0]))
+    alphas = alphas.to(compute_dtype(averages[0]))
     flush_balance_ema_(params, averages, alphas, options.rounding, options.seed)
     return BalanceWeights(alphas, fallbacks, norms)
 
@@ -123,7 +123,7 @@ def balance_norms_(
     """Equation (1), [tensors, 3] float64; then ``g_prev <- g`` if ``store_grads``."""
     norms = []
     for i, (param, average, grad) in enumerate(zip(params, averages, grads, strict=True)):
-        dtype = _compute_dtype(average)
+        dtype = compute_dtype(average)
         g = grad.to(dtype)
         distance = _l1(param.to(dtype) - average.to(dtype))
         gradient = _l1(g)
@@ -169,14 +169,17 @@ def flush_balance_ema_(
 ) -> None:
     """Equation (4) for the averages, with ``alphas`` [tensors]."""
     for i, (param, average, alpha) in enumerate(zip(params, averages, alphas, strict=True)):
-        dtype = _compute_dtype(average)
-        e, weight = average.to(dtype), alpha.to(dtype)
-        moved = e + weight * (param.to(dtype) - e)
-        moved = torch.where(weight == 0, e, moved)
+        dtype = compute_dtype(average)
+        moved = moved_average(param.to(dtype), average.to(dtype), alpha.to(dtype))
         if rounding == "nearest":
             average.copy_(moved)
         else:
             _write(average, moved, seed, i, stream=0)
+
+
+def moved_average(p: Tensor, e: Tensor, alpha: Tensor) -> Tensor:
+    """Equation (4) for elements; where alpha is 0 the average stays, whatever the parameter."""
+    return torch.where(alpha == 0, e, e + alpha * (p - e))
 
 
 @register("adamw_balance_ema_", Backend.REFERENCE)
@@ -189,31 +192,37 @@ def adamw_balance_ema_(
     """
     params, grads, exp_avgs, exp_avg_sqs, averages, previous_grads = lists
     flush_balance_ema_(params, averages, alphas, options.rounding, options.seed)
-    step, lr, beta1, beta2, eps, weight_decay = adamw
-    root_scale = 1 / math.sqrt(1 - beta2**step)
-    step_size = lr / (1 - beta1**step)
     for i, (param, grad, exp_avg, exp_avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
-        dtype = _compute_dtype(exp_avg)
+        dtype = compute_dtype(exp_avg)
         p, g, m, v = (each.to(dtype) for each in (param, grad, exp_avg, exp_avg_sq))
-        new_m = m + (1 - beta1) * (g - m)
-        new_v = beta2 * v + (1 - beta2) * (g * g)
-        # The parameter is updated with the moments before they are rounded to their own dtype.
-        new_p = p * (1 - lr * weight_decay) - step_size * (new_m / (new_v.sqrt() * root_scale + eps))
-        finite = torch.isfinite(g)
-        param.copy_(torch.where(finite, new_p, p))
-        _write(exp_avg, torch.where(finite, new_m, m), options.seed, i, stream=1)
-        _write(exp_avg_sq, torch.where(finite, new_v, v), options.seed, i, stream=2)
+        p, m, v = adamw_step(p, g, m, v, adamw)
+        param.copy_(p)
+        _write(exp_avg, m, options.seed, i, stream=1)
+        _write(exp_avg_sq, v, options.seed, i, stream=2)
     norms = balance_norms_(params, averages, grads, previous_grads, options.store_grads)
     weights, fallbacks = balance_weight(norms, remaining, options)
     alphas.copy_(weights)
     return BalanceWeights(alphas, fallbacks, norms)
 
 
+def adamw_step(p: Tensor, g: Tensor, m: Tensor, v: Tensor, adamw: AdamWOptions) -> tuple[Tensor, Tensor, Tensor]:
+    """The next p, m and v of elements; the parameter is updated with moments not yet rounded to their own dtype."""
+    step, lr, beta1, beta2, eps, weight_decay = adamw
+    root_scale = 1 / math.sqrt(1 - beta2**step)
+    step_size = lr / (1 - beta1**step)
+    new_m = m + (1 - beta1) * (g - m)
+    new_v = beta2 * v + (1 - beta2) * (g * g)
+    new_p = p * (1 - lr * weight_decay) - step_size * (new_m / (new_v.sqrt() * root_scale + eps))
+    finite = torch.isfinite(g)
+    return torch.where(finite, new_p, p), torch.where(finite, new_m, m), torch.where(finite, new_v, v)
+
+
 def _l1(x: Tensor) -> Tensor:
     return x.abs().sum(dtype=torch.float64)
 
 
-def _compute_dtype(state: Tensor) -> torch.dtype:
+def compute_dtype(state: Tensor) -> torch.dtype:
+    """What averages and moments are computed in: float64 where they are kept in it, else float32."""
     return torch.float64 if state.dtype == torch.float64 else torch.float32
 
 
@@ -234,11 +243,20 @@ def stochastic_bfloat16(values: Tensor, seed: int, tensor: int, stream: int) -> 
         tensor: Position of the tensor in its list.
         stream: 0 for an average, 1 and 2 for the first and second moment.
     """
-    key = _mix((seed & _UINT32) ^ _mix(3 * tensor + stream + 1))
-    index = torch.arange(values.numel(), device=values.device).view(values.shape) & _UINT32
+    index = torch.arange(values.numel(), device=values.device).view(values.shape)
+    return round_by_key(values, rounding_key(seed, tensor, stream), index)
+
+
+def rounding_key(seed: int, tensor: Word, stream: int) -> Word:
+    """What the random bits of a tensor's elements follow from; ``tensor`` may be int64 positions of many."""
+    return _mix(_mix(3 * tensor + stream + 1) ^ (seed & _UINT32))
+
+
+def round_by_key(values: Tensor, key: int | Tensor, index: Tensor) -> Tensor:
+    """:func:`stochastic_bfloat16` with the key of each value, or of all, and its position in its tensor, int64."""
     bits = values.contiguous().view(torch.int32).to(torch.int64) & _UINT32
     truncated = (bits >> 16) | torch.where(values.isnan(), 0x40, 0)  # a NaN must not lose its last bit
-    rounded = (bits + (_mix(index ^ key) >> 16)) >> 16
+    rounded = (bits + (_mix((index & _UINT32) ^ key) >> 16)) >> 16
     infinite = (rounded & 0x7F80) == 0x7F80  # by the carry
     return torch.where(infinite | ~values.isfinite(), truncated, rounded).to(torch.int16).view(torch.bfloat16)
 

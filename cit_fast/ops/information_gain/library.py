@@ -5,13 +5,14 @@ An option is spelt in the public functions, in ``LogitOptions`` and ``Needed``, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cit_fast.errors import CitFastError
-from cit_fast.ops.backends import Backend, register_lazily, resolve
+from cit_fast.ops.backends import Backend, Work, narrowest, register_lazily, resolve
 from cit_fast.ops.information_gain import reference
 from cit_fast.ops.information_gain.checks import check_offsets, check_targets, check_temperature
 from cit_fast.ops.information_gain.native import kernels_cannot
@@ -27,6 +28,16 @@ def _full_precision(tensor: Tensor) -> torch.autocast:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
+def _resolve(op: str, hidden: Tensor, *others: Tensor | None, weights: tuple[Tensor, ...]) -> Callable[..., Any]:
+    """The implementation for these tensors; ``weights``: the heads."""
+
+    def work() -> Work:
+        dtypes = {tensor.dtype for tensor in (hidden, *others, *weights) if tensor is not None}
+        return Work(narrowest(dtypes), hidden.shape[0] * weights[0].shape[0])
+
+    return resolve(op, hidden.device, cannot=kernels_cannot(hidden, *others, weights=weights), work=work)
+
+
 @torch.library.custom_op(
     "cit_fast::token_gain",
     mutates_args=(),
@@ -38,7 +49,7 @@ def token_gain(
 ) -> tuple[Tensor, ...]:
     """See :func:`cit_fast.ops.token_gain`."""
     check_targets("token_gain", targets, weight.shape[0])
-    run = resolve("token_gain", full.device, cannot=kernels_cannot(full, masked, bias, weights=(weight,)))
+    run = _resolve("token_gain", full, masked, bias, weights=(weight,))
     with _full_precision(full):
         out: tuple[Tensor, ...] = run(full, masked, weight, targets, bias, LogitOptions(*options))
     return out
@@ -77,7 +88,7 @@ def token_gain_statistics(
     *options: Any,
 ) -> Tensor:
     """See :func:`cit_fast.ops.token_gain_statistics`."""
-    run = resolve("token_gain_statistics", full.device, cannot=kernels_cannot(full, masked, bias, weights=(weight,)))
+    run = _resolve("token_gain_statistics", full, masked, bias, weights=(weight,))
     with _full_precision(full):
         out: Tensor = run(full, masked, weight, targets, first_entry, bias, LogitOptions(*options))
     return out
@@ -144,7 +155,7 @@ def masked_jsd(
     check_temperature("masked_jsd", temperature, row_weight)
     hidden_and_rows = (live, frozen, temperature, row_weight, bias_live, bias_frozen)
     heads = (weight_live, weight_frozen)
-    run = resolve("masked_jsd", live.device, cannot=kernels_cannot(*hidden_and_rows, weights=heads))
+    run = _resolve("masked_jsd", *hidden_and_rows, weights=heads)
     with _full_precision(live):
         out: tuple[Tensor, ...] = run(
             *(live, frozen, *heads, temperature, row_weight, bias_live, bias_frozen),
@@ -218,7 +229,7 @@ def linear_kl_divergence(
         check_targets("linear_kl_divergence", targets, weight_live.shape[0], row_weight)
     hidden_and_rows = (live, frozen, temperature, row_weight, bias_live, bias_frozen)
     heads = (weight_live, weight_frozen)
-    run = resolve("linear_kl_divergence", live.device, cannot=kernels_cannot(*hidden_and_rows, weights=heads))
+    run = _resolve("linear_kl_divergence", *hidden_and_rows, weights=heads)
     with _full_precision(live):
         out: tuple[Tensor, ...] = run(
             *(live, frozen, *heads, temperature, row_weight, targets, bias_live, bias_frozen),
@@ -254,8 +265,7 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, ...]:
     """See :func:`cit_fast.ops.linear_cross_entropy`."""
     check_targets("linear_cross_entropy", targets, weight.shape[0], row_weight)
-    cannot = kernels_cannot(hidden, row_weight, bias, weights=(weight,))
-    run = resolve("linear_cross_entropy", hidden.device, cannot=cannot)
+    run = _resolve("linear_cross_entropy", hidden, row_weight, bias, weights=(weight,))
     how = LogitOptions(*options[:2]), options[2], Needed(*options[-3:])
     with _full_precision(hidden):
         out: tuple[Tensor, ...] = run(hidden, weight, targets, row_weight, bias, *how)

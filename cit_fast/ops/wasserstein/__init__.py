@@ -9,12 +9,25 @@ import torch
 from torch import Tensor
 
 from cit_fast.errors import ConfigError
-from cit_fast.ops.backends import Backend, backend, forced_backend, register_lazily, resolve
-from cit_fast.ops.wasserstein import native  # noqa: F401 - registers itself
+from cit_fast.ops.backends import (
+    KERNELS,
+    Backend,
+    Work,
+    forced_backend,
+    implementation,
+    register_lazily,
+    resolve,
+    serving,
+)
+from cit_fast.ops.wasserstein import cuda, native  # noqa: F401 - native registers itself
 from cit_fast.ops.wasserstein.checks import check_options, check_values, packed_points, packed_weights, pair_index
 from cit_fast.ops.wasserstein.reference import METHODS, METRICS, TransportOptions
 
 __all__ = ["METHODS", "METRICS", "TransportOptions", "Wasserstein", "wasserstein_matrix"]
+
+
+TRITON_POINTS = 8192
+"""The largest cloud that the Triton kernels take."""
 
 
 class Wasserstein(NamedTuple):
@@ -133,14 +146,29 @@ def _wasserstein_matrix(
 ) -> tuple[Tensor, ...]:
     chosen = TransportOptions(*options)
     check_values(points, offsets, weights, pairs, chosen.metric)
-    # The kernels of a GPU have one epsilon for each pair from start to end.
-    certifies = chosen.method == "sinkhorn" and chosen.gap > 0
-    cannot = dict.fromkeys((Backend.CUDA, Backend.TRITON), "its kernels take no gap") if certifies else None
-    run = resolve("wasserstein_matrix", points.device, cannot=cannot)
+    cannot = _kernels_cannot(points, offsets, chosen)
+    run = resolve("wasserstein_matrix", points.device, cannot=cannot, work=lambda: Work(elements=len(pairs)))
     # Autocast reaches into a custom op's body; costs in half precision would make the bounds wrong.
     with torch.autocast(points.device.type, enabled=False):
         out: tuple[Tensor, ...] = run(points, offsets, weights, pairs, chosen)
     return out
+
+
+def _kernels_cannot(points: Tensor, offsets: Tensor, options: TransportOptions) -> dict[Backend, str]:
+    """Why the kernels of a GPU cannot serve."""
+    if options.method == "exact":
+        return dict.fromkeys(KERNELS, "the exact method runs on the CPU")
+    if options.gap > 0:  # they have one epsilon for each pair from start to end
+        return dict.fromkeys(KERNELS, "its kernels take no gap")
+    if points.device.type != "cuda":
+        return {}
+    largest = int(offsets.diff().max())
+    reasons = {}
+    if largest > TRITON_POINTS:
+        reasons[Backend.TRITON] = f"its kernels take at most {TRITON_POINTS} points in a cloud, not {largest}"
+    if Backend.CUDA in serving("wasserstein_matrix", points.device) and not cuda.fits(largest, points.device):
+        reasons[Backend.CUDA] = f"a cloud has {largest} points, too many for the shared memory of this GPU"
+    return reasons
 
 
 @_wasserstein_matrix.register_fake
@@ -169,10 +197,9 @@ def _(points: Tensor, offsets: Tensor, weights: Tensor, *_: Any) -> tuple[Tensor
 
 
 def _resolve_gradient(device: torch.device) -> Callable[..., Any]:
-    """GPU kernels have no gradient of their own; the reference runs on their device."""
-    if forced_backend() in (Backend.CUDA, Backend.TRITON):
-        with backend(Backend.REFERENCE):
-            return resolve("wasserstein_gradient", device)
+    """GPU kernels have no gradient of their own."""
+    if forced_backend() in KERNELS:
+        return implementation("wasserstein_gradient", serving("wasserstein_gradient", device)[0])
     return resolve("wasserstein_gradient", device)
 
 
@@ -188,9 +215,5 @@ def _backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ..
 
 
 _wasserstein_matrix.register_autograd(_backward, setup_context=_setup_context)
-register_lazily(
-    "wasserstein_matrix", Backend.CUDA, "cit_fast.ops.wasserstein.cuda:wasserstein_matrix", only_when_forced=True
-)
-register_lazily(
-    "wasserstein_matrix", Backend.TRITON, "cit_fast.kernels.wasserstein:wasserstein_matrix", only_when_forced=True
-)
+register_lazily("wasserstein_matrix", Backend.CUDA, "cit_fast.ops.wasserstein.cuda:wasserstein_matrix")
+register_lazily("wasserstein_matrix", Backend.TRITON, "cit_fast.kernels.wasserstein:wasserstein_matrix")

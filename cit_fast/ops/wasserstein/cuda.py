@@ -5,8 +5,8 @@ and the bounds need it, for the roundings of a long scalar product in float32 ar
 Each pair's costs are divided by their largest and stored as float32 once, so that no cost leaves its range; that one
 rounding is in the bounds. The costs of one cloud against many are one product and lie side by side.
 
-The kernels in csrc/cuda/wasserstein/ are compiled for sm_80 and sm_90a and run on the host in the tests, but have not
-run on a GPU yet, so they serve only where the backend is forced. ``method="exact"`` runs on the CPU.
+The kernels in csrc/cuda/wasserstein/ are compiled for sm_80 and sm_90a and run on the host in the tests; on a GPU they
+serve where they have proved themselves (:mod:`cit_fast.ops.self_check`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ import torch
 from torch import Tensor
 
 from cit_fast.errors import BackendError
-from cit_fast.ops.backends import available_backends
-from cit_fast.ops.wasserstein import native, reference
 from cit_fast.ops.wasserstein.reference import (
     COSINE_ROUNDING,
     EPSILON_RANGE,
@@ -69,17 +67,18 @@ def wasserstein_matrix(
     return on_gpu(iterate, points, offsets, weights, pairs, options)
 
 
+def fits(points: int, device: torch.device) -> bool:
+    """Whether the CUDA kernels take a cloud of so many points on this GPU."""
+    from cit_fast import _native_cuda
+
+    blocks, _, _ = _native_cuda.transport_team(1, points, torch.cuda.current_stream(device).device_index)
+    return bool(blocks > 0)
+
+
 def on_gpu(
     iterate: Iterate, points: Tensor, offsets: Tensor, weights: Tensor, pairs: Tensor, options: TransportOptions
 ) -> Distances:
-    """:func:`wasserstein_matrix` with the iterations of some kernels; the exact method on the CPU."""
-    if options.method == "exact":
-        inputs = (points.cpu(), offsets.cpu(), weights.cpu(), pairs.cpu())
-        run = native if available_backends()["native"].available else reference
-        distance, lower, upper, iterations, error = (
-            values.to(points.device) for values in run.wasserstein_matrix(*inputs, options)
-        )
-        return distance, lower, upper, iterations, error
+    """:func:`wasserstein_matrix` with the iterations of some kernels."""
 
     def solve(clouds: list[Cloud], some: list[Pair]) -> Tensor:
         lower, upper, iterations, error, _ = _Costs(clouds, options).solve(iterate, some).unbind(dim=1)

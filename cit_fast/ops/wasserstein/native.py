@@ -9,7 +9,7 @@ import functools
 import itertools
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -46,7 +46,21 @@ SHARE_OF_COSTS = 0.2, 1e-2
 is asked for: between very near clouds."""
 
 
-@register("wasserstein_matrix", Backend.NATIVE)
+def _on_the_cpu(run: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """Copies of tensors that are elsewhere go in, results go back: milliseconds, where seconds are worked."""
+
+    @functools.wraps(run)
+    def by_way_of_cpu(points: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        if points.device.type == "cpu":
+            return run(points, *arguments)
+        there = [each.cpu() if isinstance(each, Tensor) else each for each in (points, *arguments)]
+        return tuple(each.to(points.device) for each in run(*there))
+
+    return by_way_of_cpu
+
+
+@register("wasserstein_matrix", Backend.NATIVE, by_way_of_cpu=True)
+@_on_the_cpu
 def wasserstein_matrix(
     points: Tensor, offsets: Tensor, weights: Tensor, pairs: Tensor, options: TransportOptions
 ) -> Distances:
@@ -59,7 +73,8 @@ def wasserstein_matrix(
     return solve_pairs(points, offsets, weights, pairs, options, solve)
 
 
-@register("wasserstein_gradient", Backend.NATIVE)
+@register("wasserstein_gradient", Backend.NATIVE, by_way_of_cpu=True)
+@_on_the_cpu
 def wasserstein_gradient(
     points: Tensor,
     offsets: Tensor,
