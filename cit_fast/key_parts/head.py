@@ -44,6 +44,15 @@ class Head(NamedTuple):
         """``softcap`` and ``scale`` as keyword arguments of the ops in :mod:`cit_fast.ops`."""
         return {"softcap": self.softcap, "scale": self.scale}
 
+    def beside(self, hidden: Tensor) -> Head:
+        """This head in the dtype of hidden states [T, d] that autocast has rounded; else as it is.
+
+        So weights in float32 are multiplied as the model's own projection does it, many times faster than in float32.
+        """
+        if self.weight.dtype != torch.float32 or hidden.dtype not in (torch.bfloat16, torch.float16):
+            return self
+        return self._replace(weight=self.weight.to(hidden.dtype))
+
     def log_probabilities(self, hidden: Tensor) -> Tensor:
         """[T, V] float32, in nats, of the next token after hidden states [T, d]; for few T, as it makes all logits."""
         logits = (hidden @ self.weight.T).float()

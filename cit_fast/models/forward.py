@@ -112,7 +112,8 @@ def hidden_rows(model: nn.Module, inputs: Mapping[str, Any], places: Tensor) -> 
         places: [T] int64, in the flattened [batch, length].
 
     Returns:
-        Hidden states [T, d] in the model's dtype, and the output.
+        Hidden states [T, d] in the dtype that they would be multiplied in, which under autocast is its own, and the
+        output.
 
     Raises:
         ConfigError: a model that does not use its output projection once.
@@ -121,7 +122,9 @@ def hidden_rows(model: nn.Module, inputs: Mapping[str, Any], places: Tensor) -> 
 
     def catch(hidden: Tensor) -> Tensor:
         rows = hidden.flatten(0, -2)
-        caught.append(rows[places])
+        device = rows.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
+        caught.append(rows[places].to(dtype))
         return rows[:0]
 
     with head_input(model, catch):

@@ -93,6 +93,7 @@ class CrossEntropy:
         head = whole_head(model, width) if len(places) * vocabulary > MOST_LOGITS else None
         if head is not None:
             rows, output = hidden_rows(model, inputs, places[:, 0] * labels.shape[1] + places[:, 1])
+            head = head.beside(rows)
             every = torch.ones(len(rows), device=rows.device)
             targets = labels[places[:, 0], places[:, 1] + 1]
             total = linear_cross_entropy(

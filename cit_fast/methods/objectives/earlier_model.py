@@ -106,13 +106,14 @@ def with_divergence(
             f"objective {name}: the output projection is split over the processes (ZeRO-3), and its loss needs all of "
             "it; use ZeRO-2, FSDP or DDP"
         )
+    head = head.beside(hidden.full)
     every = torch.ones(len(hidden.targets), device=hidden.full.device)
     loss = linear_cross_entropy(hidden.full, head.weight, hidden.targets, every, bias=head.bias, **head.options)
     if len(compared):
         full, masked, targets = hidden.full, hidden.masked, hidden.targets
         if len(compared) < len(every):
             full, masked, targets = full[compared], masked[compared], targets[compared]
-        side = Compared(full, masked, frozen.to(full.dtype), targets, head, frozen_head or head)
+        side = Compared(full, masked, frozen.to(full.dtype), targets, head, (frozen_head or head).beside(full))
         loss = loss + divergence(side, temperature)
     return per_item(loss, len(every), num_items, hidden.router_loss)
 

@@ -311,3 +311,46 @@ def test_logits_are_made_where_the_op_cannot_stand_for_them(
         objective(model, batch, None), CrossEntropy(label_smoothing=smoothing)(model, batch, None)
     )
     assert not never_any_logits
+
+
+class Autocast(nn.Module):
+    """As accelerate wraps a model: autocast around the forward pass alone, what it returns in float32."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.module = model
+
+    def forward(self, **inputs):
+        with torch.autocast("cpu", torch.bfloat16):
+            output = self.module(**inputs)
+        output.logits = output.logits.float()
+        return output
+
+
+def test_under_autocast_float32_weights_are_multiplied_as_the_model_does(
+    model, tiny_tokenizer, batch, never_any_logits, monkeypatch
+):
+    wrapped = Autocast(model)
+    expected_loss = CrossEntropy()(wrapped, batch, None)
+    expected_loss.backward()
+    expected = gradients(model)
+    objective = prepared(model, tiny_tokenizer)
+    dtypes = []
+    counted = cross_entropy.linear_cross_entropy
+
+    def looked_at(hidden, weight, *args, **options):
+        dtypes.extend([hidden.dtype, weight.dtype])
+        return counted(hidden, weight, *args, **options)
+
+    monkeypatch.setattr(cross_entropy, "linear_cross_entropy", looked_at)
+    loss = objective(wrapped, batch, None)
+    loss.backward()
+    assert dtypes == [torch.bfloat16, torch.bfloat16]
+    # The model rounds its logits to bfloat16, 8 bits, before the softmax; the op does not.
+    torch.testing.assert_close(loss, expected_loss, rtol=2**-9, atol=0)
+    found = gradients(model)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert found[name].dtype == torch.float32
+        error = (found[name] - gradient).norm() / gradient.norm()
+        assert error < 2**-6, name

@@ -14,7 +14,7 @@ from cit_fast import ContinualTrainer
 from cit_fast.data import Example, Task
 from cit_fast.errors import ConfigError
 from cit_fast.evaluation import read_stages
-from cit_fast.methods.objectives import CrossEntropy, Distillation
+from cit_fast.methods.objectives import CrossEntropy, Distillation, distillation, earlier_model
 from cit_fast.methods.stage import Stage
 from cit_fast.models import kept_tensors
 from cit_fast.run import stage_evaluation, stage_trainer
@@ -189,3 +189,35 @@ def test_with_replay_and_an_adapter_for_each_task(settings, stream, tmp_path):
         own = {**settings, "methods": [method], "output": str(tmp_path / when)}
         (folder,) = ContinualTrainer(own, stream=stream, console=Console(quiet=True)).run()
         assert [stage.objective.compared for stage in read_stages(folder)[1:]] == compared
+
+
+def test_under_autocast_both_heads_are_multiplied_in_its_dtype(previous, live, encoder, monkeypatch):
+    """Accelerate wraps the forward pass alone; the loss runs outside, on weights in float32."""
+    for model in (previous, live):
+        model.float()
+    objective = Distillation(0.7, 1.0, "all")
+    inputs = objective.prepare(stage(previous, encoder))
+    batch = inputs.collator(inputs.features)
+    exact = objective(live, dict(batch), None)
+    dtypes = []
+    for module, name in ((earlier_model, "linear_cross_entropy"), (distillation, "linear_kl_divergence")):
+        op = getattr(module, name)
+
+        def looked_at(*arguments, op=op, **options):
+            dtypes.extend(each.dtype for each in arguments if each is not None and each.dim() == 2)
+            return op(*arguments, **options)
+
+        monkeypatch.setattr(module, name, looked_at)
+    forward = live.forward
+
+    def autocast(*arguments, **options):
+        with torch.autocast("cpu", torch.bfloat16):
+            return forward(*arguments, **options)
+
+    monkeypatch.setattr(live, "forward", autocast)
+    loss = objective(live, batch, None)
+    loss.backward()
+    assert len(dtypes) == 6
+    assert set(dtypes) == {torch.bfloat16}
+    torch.testing.assert_close(loss, exact, rtol=2**-8, atol=0)
+    assert all(value.isfinite().all() and value.dtype == torch.float32 for value in gradients(live).values())
