@@ -281,8 +281,11 @@ class _Tiling(NamedTuple):
     num_stages: int
 
 
+FUSED = {"enable_fp_fusion": True}
+"""Multiplications and additions are contracted, whatever the default of a version of Triton."""
+
 # By GPU and by the bits of the operands, such that nothing spills. "any" fits 99 KB of shared memory; "unaligned" is
-# for rows that do not start at multiples of 16 bytes, which no asynchronous copy can take.
+# for rows that do not start at multiples of 16 bytes, which no asynchronous copy can take. What is not named is "any".
 _TILINGS = {
     ("any", 16): _Tiling(64, 128, 32, 8, 3),
     ("any", 32): _Tiling(32, 64, 32, 4, 3),
@@ -290,14 +293,15 @@ _TILINGS = {
     ("sm_80", 32): _Tiling(64, 64, 16, 4, 4),
     ("sm_90", 16): _Tiling(128, 128, 64, 8, 4),
     ("sm_90", 32): _Tiling(128, 64, 32, 8, 3),
+    ("sm_100", 16): _Tiling(128, 64, 64, 8, 4),
     ("unaligned", 16): _Tiling(32, 64, 32, 4, 2),
     ("unaligned", 32): _Tiling(32, 32, 32, 4, 2),
 }
-_ARCHITECTURES = {(8, 0): "sm_80", (9, 0): "sm_90"}
+_ARCHITECTURES = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
 _GROUP_BYTES = 24 << 20  # hidden states of a group of programs, about half of the second-level cache
 _MOST_ROWS = 1 << 14  # of one launch, which bounds the partial results
 _LEAST_TILES, _MOST_TILES = 4, 64
-_MERGE = {"BLOCK": 128, "num_warps": 4}
+_MERGE = {"BLOCK": 128, "num_warps": 4, **FUSED}
 
 
 def token_gain(
@@ -362,7 +366,8 @@ def _partials(
         full, masked = full.float(), masked.float()
     full, masked = rows_of(full), rows_of(masked)
     aligned = all(_is_aligned(each) for each in (full, masked, weight))
-    tiling = _TILINGS[_architecture(full.device) if aligned else "unaligned", 32 if precise else 16]
+    kind, bits = _architecture(full.device) if aligned else "unaligned", 32 if precise else 16
+    tiling = _TILINGS.get((kind, bits), _TILINGS["any", bits])
     blocks = -(-tokens // tiling.BLOCK_M)
     tiles = _tiles(blocks, -(-entries // tiling.BLOCK_N), _processors(full.device))
     splits = -(-entries // (tiles * tiling.BLOCK_N))
@@ -391,6 +396,7 @@ def _partials(
         EVEN=width % tiling.BLOCK_K == 0,
         PRECISE=precise,
         **tiling._asdict(),
+        **FUSED,
     )
     return partials
 

@@ -13,16 +13,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from cit_fast.kernels.information_gain import device_of, slices
+from cit_fast.kernels.information_gain import FUSED, device_of, slices
 from cit_fast.kernels.information_gain_rows import bias_kernel, cross_entropy_kernel, jsd_kernel, kl_kernel
 from torch import Tensor
 
 from cit_fast.ops.information_gain.reference import LogitOptions, Needed
 
 # Of the kernels that sweep rows of logits: all threads of a processor on one row, 32 KB on their way.
-_CROSS_ENTROPY = {"BLOCK": 8192, "num_warps": 32}
-_DIVERGENCE = {"BLOCK": 4096, "num_warps": 32}
-_BIAS = {"BLOCK": 128, "num_warps": 4}
+_CROSS_ENTROPY = {"BLOCK": 8192, "num_warps": 32, **FUSED}
+_DIVERGENCE = {"BLOCK": 4096, "num_warps": 32, **FUSED}
+_BIAS = {"BLOCK": 128, "num_warps": 4, **FUSED}
 _WORKSPACE = 512 << 20
 _ALIGNED = 64  # elements; where each row of logits starts
 _WIDENED = 1 << 24  # elements of a half-precision head widened at a time, for hidden states in another dtype

@@ -363,7 +363,8 @@ def _sum_numbers(numbers, strips):
 _WIDTHS = {64: (4, 168), 256: (4, 128), 1024: (8, 168), 4096: (8, 168), 8192: (16, 128)}
 _TILE, _FINE_TILE = 16 * 32, 2 * 32
 _CHUNK = 256
-_COMBINE = {"num_warps": 4, "maxnreg": 128}
+# Contracted whatever the default of a version of Triton: where it matters fma is written out.
+_COMBINE = {"num_warps": 4, "maxnreg": 128, "enable_fp_fusion": True}
 
 # Pairs of this many costs or columns are shared among programs, so many rows each.
 _LARGE, _WIDE = 1 << 18, 4096
@@ -474,4 +475,5 @@ def _options(block: int) -> dict[str, Any]:
         "CHUNK": chunk,
         "num_warps": warps,
         "maxnreg": registers,
+        "enable_fp_fusion": True,
     }

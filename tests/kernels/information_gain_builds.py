@@ -18,11 +18,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 REGISTERS = 65536  # of a processor
-SHARED = {"any": 99 << 10, "sm_80": 163 << 10, "sm_90": 227 << 10}  # that a program may have
+SHARED = {"any": 99 << 10, "sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}  # that a program may have
 ARCHITECTURES = (80, 90)
+STACK = 32  # bytes that another version of the compiler may keep there
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 OPERANDS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
-LAUNCH = ("num_warps", "num_stages")
+LAUNCH = ("num_warps", "num_stages", "enable_fp_fusion")
 RICH = "bias and cap"
 HEADS = {"plain": {"BIAS": False, "CAP": False}, RICH: {"BIAS": True, "CAP": True}}
 DTYPES = ("bfloat16", "float32")
@@ -51,7 +52,7 @@ def check(usage: str, warps: int, programs: int = 1) -> None:
     """Nothing spilled, and so many programs on a processor at a time."""
     registers = int(re.search(r"REG:(\d+)", usage).group(1))
     print(f"{registers} registers")  # noqa: T201 - pytest -rA shows it
-    assert "STACK:0 " in usage
+    assert int(re.search(r"STACK:(\d+)", usage).group(1)) <= STACK
     assert "LOCAL:0 " in usage
     assert registers * 32 * warps * programs <= REGISTERS
 
@@ -63,6 +64,8 @@ GAINS = [
     *(("any", 80, dtype, even, RICH) for dtype in DTYPES for even in (True, False)),
     *(("unaligned", each, dtype, False, RICH) for each in ARCHITECTURES for dtype in DTYPES),
     ("sm_90", 90, "float16", True, RICH),
+    ("sm_100", 100, "bfloat16", True, RICH),
+    ("sm_100", 100, "bfloat16", False, RICH),
     ("sm_80", 80, "float32 by bfloat16", True, RICH),
     ("sm_90", 90, "float32 by bfloat16", False, RICH),
 ]
@@ -83,15 +86,19 @@ def test_gain(kind: str, architecture: int, dtype: str, even: bool, head: str) -
         PRECISE=precise,
         **HEADS[head],
         **tiling._asdict(),
+        **information_gain.FUSED,
     )
     print(f"{compiled.metadata.shared} bytes of shared memory")  # noqa: T201
     check(usage, tiling.num_warps)
     assert compiled.metadata.shared <= SHARED.get(kind, SHARED["any"])
     # On tensor cores, sums in float32; 16 bytes at a time while they work on what came before.
     ptx = compiled.asm["ptx"]
-    instruction = "wgmma.mma_async" if kind == "sm_90" else "mma.sync"
     operand = {"*fp32": "tf32", "*bf16": "bf16", "*fp16": "f16"}[hidden]
-    assert re.search(rf"{re.escape(instruction)}\S*\.f32\.{operand}\.{operand}", ptx)
+    instruction = {
+        "sm_90": rf"wgmma\.mma_async\S*\.f32\.{operand}\.{operand}",
+        "sm_100": r"tcgen05\.mma\S*kind::f16",  # of both dtypes
+    }.get(kind, rf"mma\.sync\S*\.f32\.{operand}\.{operand}")
+    assert re.search(instruction, ptx)
     assert ("cp.async.cg.shared.global" in ptx) == aligned
 
 

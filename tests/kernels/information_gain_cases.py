@@ -446,3 +446,18 @@ def test_what_the_kernels_do_not_take() -> None:
             token_gain(full, full, weight, targets)
     if not INTERPRETED:  # unforced, float64 goes to the reference
         assert token_gain(full.double(), full.double(), weight.T.double(), targets).entropy_full.dtype == torch.float64
+
+
+def test_a_row_whose_weight_is_not_a_number_is_seen() -> None:
+    """So are targets outside the vocabulary, which a GPU cannot refuse."""
+    hidden, weight = make(3, 16, seed=1), make(70, 16, seed=3)
+    row_weight = torch.tensor([1.0, math.nan, 0.0], device=DEVICE)
+    targets = torch.tensor([4, 0, 0], device=DEVICE)
+    leaf = hidden.clone().requires_grad_()
+    with backend("triton"):
+        loss = linear_cross_entropy(leaf, weight, targets, row_weight)
+        loss.backward()
+    assert loss.isnan()
+    assert leaf.grad is not None
+    assert leaf.grad.isnan().all(dim=1).tolist() == [False, True, False]
+    assert (leaf.grad[2] == 0).all()

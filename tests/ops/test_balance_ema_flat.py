@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cit_fast.errors import BackendError
 from cit_fast.ops.balance_ema import battery, flat, reference
 from cit_fast.ops.balance_ema.reference import AdamWLists, BalanceOptions
 from cit_fast.ops.self_check.battery import problem
@@ -105,3 +106,9 @@ def test_few_operations_for_many_tensors() -> None:
         counts[module] = count.operations - 6 * 224  # those of the copies
     assert counts[flat] < 120
     assert counts[reference] > 5000
+
+
+def test_a_graph_is_captured_after_a_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(BackendError, match="captured in a CUDA graph before it has run: call it once outside"):
+        flat._place((0, 1), (0, 0), (3, 4), torch.device("cuda", 0))

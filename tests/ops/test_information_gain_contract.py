@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 import cit_fast
+from cit_fast import backend
 from cit_fast.errors import ConfigError, DataError
 from cit_fast.ops.information_gain import (
     key_part_information_gain,
+    library,
     linear_cross_entropy,
     linear_kl_divergence,
     masked_jsd,
@@ -199,3 +201,40 @@ def test_examples_are_summed_whatever_backend_is_forced(name):
     with cit_fast.backend(name):
         gain = key_part_information_gain(torch.tensor([0.5, 1.0, 0.25]), torch.tensor([0, 2, 3]), 0.5)
     assert gain.tolist() == [0.5, 0.125]
+
+
+@pytest.mark.parametrize("name", ["native", "reference"])
+def test_a_target_outside_on_a_gpu_is_nan_and_the_rest_is_right(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU is not waited for, so nothing can be raised; an index of it would end the process."""
+    monkeypatch.setattr(library, "may_wait", lambda tensor: False)
+    generator = torch.Generator().manual_seed(0)
+    hidden, other, weight = (torch.randn(n, 6, generator=generator) for n in (5, 5, 9))
+    right = torch.tensor([0, 8, 3, 8, 2])
+    targets = torch.tensor([0, 9, 3, -1, -100])
+    row_weight = torch.tensor([1.0, 0.5, 2.0, 0.0, 0.0])
+    wrong = torch.tensor([False, True, False, True, True])
+    with backend(name):
+        gain, expected = token_gain(hidden, other, weight, targets), token_gain(hidden, other, weight, right)
+        losses = {
+            "ce": lambda h, t: linear_cross_entropy(h, weight, t, row_weight),
+            "kl": lambda h, t: linear_kl_divergence(h, other, weight, weight, 1.0, row_weight, targets=t),
+        }
+        gradients = {}
+        for loss, call in losses.items():
+            for which, those in (("found", targets), ("right", right)):
+                leaf = hidden.clone().requires_grad_()
+                value = call(leaf, those)
+                value.backward()
+                assert bool(value.isnan()) == (which == "found")
+                gradients[loss, which] = leaf.grad
+    for field in ("log_prob_full", "log_prob_masked", "probability_gain"):
+        found = getattr(gain, field)
+        assert torch.equal(found.isnan(), wrong)
+        assert torch.equal(found[~wrong], getattr(expected, field)[~wrong])
+    assert torch.equal(gain.entropy_full, expected.entropy_full)
+    for loss in losses:
+        found, those = gradients[loss, "found"], gradients[loss, "right"]
+        assert found is not None
+        assert those is not None
+        assert found[1].isnan().all()
+        assert torch.equal(found[[0, 2, 3, 4]], those[[0, 2, 3, 4]])  # rows of weight 0 may hold any target

@@ -350,7 +350,10 @@ def _resolve(op: str, state: Sequence[Tensor], *lists: Sequence[Tensor]) -> Call
         dtypes = {tensor.dtype for tensors in lists for tensor in tensors}
         return Work(narrowest(dtypes), sum(map(Tensor.numel, lists[0])))
 
-    return resolve(op, lists[0][0].device, cannot=kernels_cannot(state, *lists), work=work)
+    device, cannot = lists[0][0].device, kernels_cannot(state, *lists)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        cannot = {Backend.TRITON: "its tables are copied from memory that is gone when a graph runs", **cannot}
+    return resolve(op, device, cannot=cannot, work=work)
 
 
 _RULE = "str rule, float decay, float fallback, float scale, str rounding, bool store_grads, SymInt seed"

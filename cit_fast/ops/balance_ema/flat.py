@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from cit_fast.errors import BackendError
 from cit_fast.ops.backends import Backend, register
 from cit_fast.ops.balance_ema.reference import (
     AdamWLists,
@@ -220,5 +221,10 @@ def _pieces(number: int, tensors: list[Tensor]) -> Iterator[_Piece]:
 def _place(tensors: tuple[int, ...], starts: tuple[int, ...], sizes: tuple[int, ...], device: torch.device) -> _Place:
     table = torch.tensor([tensors, starts, sizes])
     if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            raise BackendError(
+                "the balance-weight EMA by PyTorch operations is captured in a CUDA graph before it has run: call it "
+                "once outside, for its tables are copied from host memory that is gone when the graph runs"
+            )
         table = table.pin_memory()  # so that the copy waits for nothing
     return _Place(*table.to(device, non_blocking=True).unbind(0))

@@ -76,7 +76,8 @@ def token_gain(
         :class:`TokenGain`, seven tensors [T].
 
     Raises:
-        DataError: Shapes, dtypes or devices do not fit, or a target is outside the vocabulary.
+        DataError: Shapes, dtypes or devices do not fit, or a target is outside the vocabulary (on a GPU, which is not
+            waited for, what follows from it is NaN instead).
         ConfigError: ``softcap`` or ``scale`` is out of range.
 
     Source: KPIG (arXiv 2403.10056); ``probability_gain`` is the summand p(t_k) - p_masked(t_k) of its G.
@@ -281,7 +282,7 @@ def linear_kl_divergence(
 
     Raises:
         DataError: Shapes, dtypes or devices do not fit, there is no row to take the mean of, a temperature is not
-            positive, or a target is outside the vocabulary.
+            positive, or a target is outside the vocabulary (on a GPU the loss is NaN instead).
         ConfigError: ``softcap`` or ``scale`` is out of range.
 
     Source: Knowledge distillation (Hinton et al., arXiv 1503.02531) as in learning without forgetting (Li and Hoiem,
@@ -393,7 +394,7 @@ def linear_cross_entropy(
 
     Raises:
         DataError: Shapes, dtypes or devices do not fit, there is no row to take the mean of, or a target is
-            outside the vocabulary.
+            outside the vocabulary (on a GPU the loss is NaN instead).
         ConfigError: ``softcap``, ``scale`` or ``entropy_gate`` is out of range.
 
     Source: L_CE of KPIG (arXiv 2403.10056); the gate of EAFT (arXiv 2601.02151), whose entropy is that of the 20

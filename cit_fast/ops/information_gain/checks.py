@@ -87,10 +87,13 @@ def check_offsets(offsets: Tensor, tokens: int) -> None:
         raise DataError(f"key_part_information_gain: example {int(empty[0])} has no response tokens")
 
 
+def may_wait(tensor: Tensor) -> bool:
+    """Whether looking at values stops nothing: a GPU would have to be waited for."""
+    return tensor.device.type == "cpu"
+
+
 def check_targets(op: str, targets: Tensor, vocabulary: int, row_weight: Tensor | None = None) -> None:
-    """On CPU tensors only; rows of weight 0 may hold any target."""
-    if targets.device.type != "cpu":
-        return
+    """Raise DataError for a target that is no token; rows of weight 0 may hold any."""
     wrong = (targets < 0) | (targets >= vocabulary)
     outside = (wrong if row_weight is None else wrong & (row_weight != 0)).nonzero()
     if len(outside):
@@ -98,9 +101,19 @@ def check_targets(op: str, targets: Tensor, vocabulary: int, row_weight: Tensor 
         raise DataError(f"{op}: targets[{row}] is {int(targets[row])}; expected a token in [0, {vocabulary})")
 
 
+def marked_targets(targets: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """Targets of a device that is not waited for: brought into the vocabulary, and what that is to be seen by.
+
+    Returns:
+        Targets [T] in [0, vocabulary), and [T] float32: NaN where one was outside, else 0.
+    """
+    inside = targets.clamp(0, vocabulary - 1)
+    return inside, torch.zeros_like(targets, dtype=torch.float32).masked_fill(inside != targets, math.nan)
+
+
 def check_temperature(op: str, temperature: Tensor, row_weight: Tensor) -> None:
     """On CPU tensors only; rows of weight 0 may hold any."""
-    if temperature.device.type != "cpu":
+    if not may_wait(temperature):
         return
     wrong = (~((temperature > 0) & temperature.isfinite()) & (row_weight != 0)).nonzero()
     if len(wrong):

@@ -14,7 +14,13 @@ from torch import Tensor
 from cit_fast.errors import CitFastError
 from cit_fast.ops.backends import Backend, Work, narrowest, register_lazily, resolve
 from cit_fast.ops.information_gain import reference
-from cit_fast.ops.information_gain.checks import check_offsets, check_targets, check_temperature
+from cit_fast.ops.information_gain.checks import (
+    check_offsets,
+    check_targets,
+    check_temperature,
+    marked_targets,
+    may_wait,
+)
 from cit_fast.ops.information_gain.native import kernels_cannot
 from cit_fast.ops.information_gain.reference import LogitOptions, Needed, TokenGain
 
@@ -38,6 +44,15 @@ def _resolve(op: str, hidden: Tensor, *others: Tensor | None, weights: tuple[Ten
     return resolve(op, hidden.device, cannot=kernels_cannot(hidden, *others, weights=weights), work=work)
 
 
+def _targets(op: str, targets: Tensor, vocabulary: int, row_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Targets that are tokens, and row weights: on a GPU those of other targets are NaN, and so is what follows."""
+    if may_wait(targets):
+        check_targets(op, targets, vocabulary, row_weight)
+        return targets, row_weight
+    targets, outside = marked_targets(targets, vocabulary)
+    return targets, torch.where(row_weight == 0, row_weight, row_weight + outside)
+
+
 @torch.library.custom_op(
     "cit_fast::token_gain",
     mutates_args=(),
@@ -48,11 +63,18 @@ def token_gain(
     full: Tensor, masked: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *options: Any
 ) -> tuple[Tensor, ...]:
     """See :func:`cit_fast.ops.token_gain`."""
-    check_targets("token_gain", targets, weight.shape[0])
+    outside = None
+    if may_wait(targets):
+        check_targets("token_gain", targets, weight.shape[0])
+    else:
+        targets, outside = marked_targets(targets, weight.shape[0])
     run = _resolve("token_gain", full, masked, bias, weights=(weight,))
     with _full_precision(full):
         out: tuple[Tensor, ...] = run(full, masked, weight, targets, bias, LogitOptions(*options))
-    return out
+    if outside is None:
+        return out
+    log_p, log_q, gain, *others = out  # the others do not know the target
+    return (log_p + outside, log_q + outside, gain + outside, *others)
 
 
 @token_gain.register_fake
@@ -226,7 +248,7 @@ def linear_kl_divergence(
     """See :func:`cit_fast.ops.linear_kl_divergence`."""
     check_temperature("linear_kl_divergence", temperature, row_weight)
     if targets is not None:
-        check_targets("linear_kl_divergence", targets, weight_live.shape[0], row_weight)
+        targets, row_weight = _targets("linear_kl_divergence", targets, weight_live.shape[0], row_weight)
     hidden_and_rows = (live, frozen, temperature, row_weight, bias_live, bias_frozen)
     heads = (weight_live, weight_frozen)
     run = _resolve("linear_kl_divergence", *hidden_and_rows, weights=heads)
@@ -264,7 +286,7 @@ def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, row_weight: Tensor, bias: Tensor | None, *options: Any
 ) -> tuple[Tensor, ...]:
     """See :func:`cit_fast.ops.linear_cross_entropy`."""
-    check_targets("linear_cross_entropy", targets, weight.shape[0], row_weight)
+    targets, row_weight = _targets("linear_cross_entropy", targets, weight.shape[0], row_weight)
     run = _resolve("linear_cross_entropy", hidden, row_weight, bias, weights=(weight,))
     how = LogitOptions(*options[:2]), options[2], Needed(*options[-3:])
     with _full_precision(hidden):
