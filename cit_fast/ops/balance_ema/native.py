@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from cit_fast.ops.balance_ema.reference import AdamWLists, AdamWOptions, Balance
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/cpu/dtype.h
 RULES: dict[str, int] = {rule: number for number, rule in enumerate(BALANCE_RULES)}  # csrc/cpu/balance_ema/
+_dtype = attrgetter("dtype")
 _STATE_DTYPES = {torch.float32, torch.bfloat16}
 _KERNELS = {"cpu": (Backend.NATIVE, Backend.TRITON), "cuda": (Backend.CUDA, Backend.TRITON)}
 
@@ -108,10 +110,10 @@ def ema_table(
 ) -> list[int]:
     """Per tensor: elements, then address and dtype from each list; 0, 0 for previous gradients not there."""
     lists = (params, averages, grads, previous_grads, *moments)
-    columns = [[param.numel() for param in params]]
+    columns = [list(map(Tensor.numel, params))]
     for tensors in lists:
-        columns.append([tensor.data_ptr() for tensor in tensors] or [0] * len(params))
-        columns.append([DTYPES[tensor.dtype] for tensor in tensors] or [0] * len(params))
+        columns.append(list(map(Tensor.data_ptr, tensors)) or [0] * len(params))
+        columns.append(list(map(DTYPES.__getitem__, map(_dtype, tensors))) or [0] * len(params))
     return list(chain.from_iterable(zip(*columns, strict=True)))
 
 
@@ -156,10 +158,10 @@ def kernels_cannot(state: Sequence[Tensor], *lists: Sequence[Tensor]) -> dict[Ba
 
 
 def _why_not(state: Sequence[Tensor], lists: tuple[Sequence[Tensor], ...]) -> str | None:
-    state_dtypes = {tensor.dtype for tensor in state}
+    state_dtypes = set(map(_dtype, state))
     for dtype in state_dtypes - _STATE_DTYPES:
         return f"it keeps averages and moments in float32 or bfloat16, not {dtype}"
-    for dtype in {tensor.dtype for tensors in lists for tensor in tensors} - DTYPES.keys():
+    for dtype in set(map(_dtype, chain(*lists))) - DTYPES.keys():
         return f"it takes no {dtype}"
     if all(map(Tensor.is_contiguous, chain(*lists))):
         return None
