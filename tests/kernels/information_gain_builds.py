@@ -122,9 +122,11 @@ def test_merge(name: str, architecture: int) -> None:
     check(usage, information_gain._MERGE["num_warps"])
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+LOSSES = [("*bf16", "plain"), ("*bf16", RICH), ("*fp16", RICH), ("*fp32", RICH), (None, RICH)]
+
+
 @pytest.mark.parametrize(
-    ("gradient", "head"), [("*bf16", "plain"), ("*bf16", RICH), ("*fp16", RICH), ("*fp32", RICH), (None, RICH)]
+    ("gradient", "head", "architecture"), [*((*each, 90) for each in LOSSES), ("*bf16", RICH, 80), ("*fp32", RICH, 80)]
 )
 @pytest.mark.parametrize("loss", ["cross_entropy", "jsd", "kl"])
 def test_losses(loss: str, gradient: str | None, architecture: int, head: str) -> None:

@@ -83,7 +83,7 @@ def small(tmp_path, tiny_model_folder, monkeypatch):
             "data.max_length=160",
             "data.on_overflow=truncate",
             "training={per_device_train_batch_size: 4, max_steps: 1, use_cpu: true, save_strategy: 'no'}",
-            "evaluation={max_new_tokens: 2, tasks: seen, untrained: false}",
+            "evaluation={max_new_tokens: 2, tasks: {sample: 1}, untrained: false}",
         ]
 
     return overrides

@@ -64,7 +64,6 @@ def test_settings_change_and_the_run_goes_on_with_the_same_bits(settings, stream
 ROUTERS = {
     "lcia, then cit-fast": ("lcia", {"preset": "cit-fast", "replay": {"fraction": 0.2}}),
     "shared, then switch-tokens": ("sequential", {"router": {"name": "switch-tokens", "at_least": 4, "retained": 0.2}}),
-    "switch-tokens, then grouping": ("switch-tokens", {"router": {"name": "grouping", "threshold": 0.9}}),
     "switch-tokens, then the published": ("switch-tokens", {"router": {"name": "switch", "fraction": 0.5}}),
     "oracle, then shared, then oracle": ("oracle", {"router": "shared"}, {"router": "oracle"}),
 }

@@ -6,15 +6,17 @@ All pairs at once: rows are new texts, columns stored ones.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import regex
 from numpy.typing import NDArray
-from scipy import sparse
-from sklearn.feature_extraction.text import CountVectorizer
 from torch.nn import functional as F
 
 from cit_fast.embeddings.embedder import Embedder
+
+if TYPE_CHECKING:
+    from scipy import sparse
 
 SIMILARITIES = ("tfidf", "tfidf-pairwise", "embedding")
 
@@ -80,6 +82,9 @@ def embedding(texts: Sequence[str], stored: Sequence[str], embedder: Embedder) -
 
 def _counts(texts: Sequence[str], stored: Sequence[str]) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
     """Words of each text, [N, V] and [M, V]."""
+    from scipy import sparse
+    from sklearn.feature_extraction.text import CountVectorizer  # here, because it takes a second to load
+
     vectorizer = CountVectorizer(tokenizer=_TOKEN.findall, token_pattern=None, stop_words="english", dtype=np.float64)
     try:
         counts = vectorizer.fit_transform([*texts, *stored])
