@@ -58,7 +58,7 @@ def faulty(run, fault):
         if fault == "crashes":
             print("illegal memory access", file=sys.stderr, flush=True)
             os._exit(139)
-        if fault == "has no memory":
+        if fault == "has no memory" or fault == "has little" and sum(x.numel() for x in arguments[0]) > 30000:
             raise torch.OutOfMemoryError("tried to allocate 2 GiB")
         if fault == "slow":
             time.sleep(0.03)
@@ -227,11 +227,17 @@ def test_slow_and_uncertain_kernels_lose(stand_in: Callable[..., Path], monkeypa
 def test_without_memory_the_check_is_postponed(
     stand_in: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    log = stand_in(balance_ema_="has no memory")
+    log = stand_in(balance_norms_="has little", balance_ema_="has no memory")
     monkeypatch.setattr(battery.BATTERIES["balance_ema"], "DTYPES", ("float32",))
     monkeypatch.setitem(backends.PREFERENCE, "cpu", (Backend.TRITON, Backend.REFERENCE))
     assert resolve("balance_ema_", CPU) is backends._implementations["balance_ema_"][Backend.REFERENCE]
-    assert resolve("balance_norms_", CPU) is flat.balance_norms_  # it came before
+    # It came before; there was memory for little alone, which then stands for much.
+    assert self_check.verdicts("balance_ema", Backend.TRITON, CPU)["balance_norms_", "float32"].seconds.keys() == {
+        "little"
+    }
+    for elements in (0, 1 << 30):
+        work = Work(elements=elements)
+        assert resolve("balance_norms_", CPU, work=lambda work=work: work) is flat.balance_norms_
     assert checks(log) == 1
     assert "not checked for now: tried to allocate 2 GiB" in caplog.text
     stand_in()  # another process, with memory

@@ -53,11 +53,12 @@ class Verdict(NamedTuple):
     postponed: bool
     """The problem is of the moment, such as a GPU without free memory: another process will check again."""
     seconds: Mapping[str, tuple[float, float]]
-    """Of a call on ``little`` and on ``much``: by the kernel, and by what serves without it, measured in turns."""
+    """Of a call on ``little`` and, where there was memory for it, on ``much``: by the kernel, and by what serves
+    without it, measured in turns."""
 
     def gain(self, size: str) -> float:
         """How many times faster than what serves without it; 0 where it may not serve."""
-        kernel, without = self.seconds.get(size, (1.0, 0.0))
+        kernel, without = self.seconds.get(size) or self.seconds.get(SIZES[0], (1.0, 0.0))
         return 0.0 if self.problem is not None else without / kernel
 
 
@@ -152,6 +153,8 @@ def _look_up(family: str, backend: Backend, device: torch.device) -> dict[_Key, 
 
 
 def _try(family: str, backend: Backend, device: torch.device, units: list[_Key]) -> dict[_Key, Verdict]:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the check is another process
     _log.warning("%s: checking the %s kernels of %s, once for this device", _name(device), backend.value, family)
     return {unit: Verdict(*outcome) for unit, outcome in trial.outcomes(family, backend, device, units).items()}
 

@@ -153,10 +153,14 @@ def _judged(family: str, op: str, backend: Backend, dtype: torch.dtype, device: 
             if found := problem(case, kernel, reference, device):
                 return {"problem": found, "seconds": {}}
         without = next(each for each in serving(op, device) if each not in KERNELS)
-        seconds = {
-            size: _times(battery.work(op, dtype, device, size), kernel, implementation(op, without), device)
-            for size in SIZES
-        }
+        seconds: dict[str, tuple[float, float]] = {}
+        for size in SIZES:
+            try:
+                work = battery.work(op, dtype, device, size)
+                seconds[size] = _times(work, kernel, implementation(op, without), device)
+            except torch.OutOfMemoryError:  # of a GPU in use: what is known of little stands for much
+                if not seconds:
+                    raise
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever a compiler, a driver or a launch says: it may not serve
