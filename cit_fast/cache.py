@@ -20,7 +20,7 @@ def cache_folder() -> Path:
     """``$CIT_FAST_CACHE``, else ``$XDG_CACHE_HOME/cit-fast``, else ``~/.cache/cit-fast``."""
     if "CIT_FAST_CACHE" in os.environ:
         return Path(os.environ["CIT_FAST_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cit-fast"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cit-fast"
 
 
 class JsonCache:
@@ -64,17 +64,21 @@ class JsonCache:
         """Of several processes that would work out the same, one does and the others find it.
 
         Raises:
-            RunError: the folder cannot be made.
+            RunError: the folder cannot be made or locked.
         """
         if self.folder is None:
             yield
             return
+        lock = FileLock(self.folder / ".lock")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
         except OSError as error:
-            raise RunError(f"{self.folder}: nothing can be kept there ({error.strerror})") from error
-        with FileLock(self.folder / ".lock"):
+            raise RunError(f"{self.folder}: nothing can be kept there ({error.strerror or error})") from error
+        try:
             yield
+        finally:
+            lock.release()
 
     @staticmethod
     def _path(folder: Path, key: str) -> Path:

@@ -123,7 +123,8 @@ def hidden_rows(model: nn.Module, inputs: Mapping[str, Any], places: Tensor) -> 
     def catch(hidden: Tensor) -> Tensor:
         rows = hidden.flatten(0, -2)
         device = rows.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
+        cast = torch.is_autocast_enabled(device) and rows.dtype != torch.float64
+        dtype = torch.get_autocast_dtype(device) if cast else rows.dtype
         caught.append(rows[places].to(dtype))
         return rows[:0]
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import os
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import Enum
@@ -294,7 +295,7 @@ def _triton_status(index: int | None) -> BackendStatus:
     if not torch.cuda.is_available():
         return BackendStatus(False, "no CUDA device")
     name = torch.cuda.get_device_name(index)
-    if tuple(map(int, found.split(".")[:2])) < LEAST_TRITON:
+    if tuple(map(int, re.findall(r"\d+", found)[:2])) < LEAST_TRITON:
         return BackendStatus(False, f"triton {found} is too old; at least {'.'.join(map(str, LEAST_TRITON))}")
     if problem := _unfit(index):
         return BackendStatus(False, f"{name}: {problem}")
@@ -322,10 +323,10 @@ def version(package: str) -> str | None:
     """Of what is installed; asked once per process."""
     if find_spec(package) is None:
         return None
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    for name in (package, f"pytorch-{package}"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return None
 
 
 def triton_interprets() -> bool:

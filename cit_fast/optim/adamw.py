@@ -13,7 +13,6 @@ from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from cit_fast.errors import CitFastError
-from cit_fast.ops.backends import resolve
 from cit_fast.ops.balance_ema import (
     AdamWLists,
     AdamWOptions,
@@ -23,6 +22,7 @@ from cit_fast.ops.balance_ema import (
     adamw_balance_ema_,
     balance_weights,
     flush_balance_ema_,
+    resolve_for,
 )
 from cit_fast.ops.balance_ema.checks import check_adamw
 from cit_fast.optim.average_options import AverageOptions, check_dtype
@@ -230,7 +230,7 @@ class AdamWBalanceEMA(AveragingOptimizer):
         seed = step * _GOLDEN + index
         # The usual case goes past the public op: its checks hold for these lists since the sweep was filled.
         if sweep.takes(grads):
-            run = resolve("adamw_balance_ema_", params[0].device)
+            run = resolve_for("adamw_balance_ema_", *lists)
             adamw = AdamWOptions(step, lr, *betas, eps, weight_decay)
             options = BalanceOptions(
                 self.rule, self.decay, self.fallback, self.scale, self.rounding, sweep.copies, seed & 0xFFFFFFFF

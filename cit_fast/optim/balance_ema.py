@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from cit_fast.errors import CitFastError, ConfigError
-from cit_fast.ops.backends import resolve
 from cit_fast.ops.balance_ema import (
     BalanceOptions,
     BalanceRule,
@@ -22,6 +21,7 @@ from cit_fast.ops.balance_ema import (
     balance_norms_,
     balance_weights,
     flush_balance_ema_,
+    resolve_for,
 )
 from cit_fast.optim.average_options import AverageOptions
 from cit_fast.optim.averaging import AveragingOptimizer, BalanceSummary
@@ -290,7 +290,7 @@ class BalanceEMA(AveragingOptimizer):
     def _run(self, sweep: Sweep, lists: tuple[list[Tensor], ...], seed: int) -> BalanceWeights:
         params, averages, grads, previous = lists
         if sweep.takes(grads):
-            run = resolve("balance_ema_", params[0].device)
+            run = resolve_for("balance_ema_", *lists)
             options = BalanceOptions(
                 self.rule, self.decay, self.fallback, self.scale, self.rounding, sweep.copies, seed & 0xFFFFFFFF
             )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cit_fast.errors import BackendError
+from cit_fast.errors import CitFastError
 from cit_fast.ops.balance_ema import battery, flat, reference
 from cit_fast.ops.balance_ema.reference import AdamWLists, BalanceOptions
 from cit_fast.ops.self_check.battery import problem
@@ -108,7 +108,19 @@ def test_few_operations_for_many_tensors() -> None:
     assert counts[reference] > 5000
 
 
-def test_a_graph_is_captured_after_a_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_freezes_nothing_that_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    flat._check_capture("op", cuda, steps=True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(BackendError, match="captured in a CUDA graph before it has run: call it once outside"):
-        flat._place((0, 1), (0, 0), (3, 4), torch.device("cuda", 0))
+    flat._check_capture("op", cuda)
+    flat._check_capture("op", CPU, steps=True)
+    with pytest.raises(CitFastError, match="op: a CUDA graph would freeze the step count"):
+        flat._check_capture("op", cuda, steps=True)
+    with pytest.raises(CitFastError, match="the random bits"):
+        flat._check_capture("op", cuda, by_chance=True)
+
+
+def test_tables_do_not_follow_the_default_device() -> None:
+    with torch.device("meta"):
+        assert [each.tolist() for each in flat._place((0, 2), (0, 5), (3, 4), CPU)] == [[0, 2], [0, 5], [3, 4]]

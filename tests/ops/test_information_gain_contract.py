@@ -238,3 +238,20 @@ def test_a_target_outside_on_a_gpu_is_nan_and_the_rest_is_right(name: str, monke
         assert those is not None
         assert found[1].isnan().all()
         assert torch.equal(found[[0, 2, 3, 4]], those[[0, 2, 3, 4]])  # rows of weight 0 may hold any target
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_gradient_of_half_precision_is_scaled_by_the_factor_itself(dtype: torch.dtype) -> None:
+    """1 / 301 has more digits than the gradient; it is rounded once, in the product."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 40, generator=generator).to(dtype).requires_grad_() for n in (6, 50))
+    rows = torch.ones(6)
+    found = {}
+    for factor in (1.0, 1 / 301):
+        (linear_cross_entropy(hidden, weight, torch.arange(6), rows) * factor).backward()
+        found[factor] = [hidden.grad, weight.grad]
+        hidden.grad = weight.grad = None
+    for whole, part in zip(*found.values(), strict=True):
+        assert whole is not None
+        assert part is not None
+        assert torch.equal(part, (whole.float() * torch.tensor(1 / 301)).to(dtype))

@@ -16,11 +16,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from cit_fast.errors import BackendError
-from cit_fast.ops import backends, balance_norms_, self_check
+from cit_fast import cache
+from cit_fast.cache import JsonCache
+from cit_fast.errors import BackendError, RunError
+from cit_fast.ops import backends, balance_ema, balance_norms_, self_check
 from cit_fast.ops.backends import Backend, BackendStatus, Work, resolve
 from cit_fast.ops.balance_ema import flat
 from cit_fast.ops.self_check import Verdict, battery, trial
+from cit_fast.optim import AdamWBalanceEMA, BalanceEMA
 
 CPU = torch.device("cpu")
 OPS = ("balance_norms_", "balance_ema_", "adamw_balance_ema_", "flush_balance_ema_")
@@ -60,6 +63,8 @@ def faulty(run, fault):
             os._exit(139)
         if fault == "has no memory" or fault == "has little" and sum(x.numel() for x in arguments[0]) > 30000:
             raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+        if fault == "finds no compiler":
+            raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
         if fault == "slow":
             time.sleep(0.03)
         result = run(*arguments)
@@ -192,7 +197,7 @@ def test_faulty_kernels_are_refused(
     monkeypatch.setattr(trial, "LIMIT_S", 8.0)
     monkeypatch.setattr(battery.BATTERIES["balance_ema"], "DTYPES", ("float32",))
     found = {op: verdict for (op, _), verdict in self_check.verdicts("balance_ema", Backend.TRITON, CPU).items()}
-    assert checks(log) == 2  # the one that hangs took its process with it
+    assert checks(log) == 3  # the one that raised and the one that hung took their processes with them
     assert not any(verdict.postponed for verdict in found.values())
     assert (found["balance_norms_"].problem or "").startswith("as in training, released, stochastic: norms is ")
     assert found["balance_ema_"].problem == "RuntimeError: no kernel image is available"
@@ -205,7 +210,7 @@ def test_faulty_kernels_are_refused(
         assert resolve(op, CPU) is backends._implementations[op][Backend.CUDA]
     in_another_process(monkeypatch)
     resolve(OPS[0], CPU)
-    assert checks(log) == 3  # refusals are kept; the third was the other backend's
+    assert checks(log) == 4  # refusals are kept; the fourth was the other backend's
     with backends.backend("triton"):
         assert resolve("balance_ema_", CPU) is backends._implementations["balance_ema_"][Backend.TRITON]
 
@@ -227,23 +232,49 @@ def test_slow_and_uncertain_kernels_lose(stand_in: Callable[..., Path], monkeypa
 def test_without_memory_the_check_is_postponed(
     stand_in: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    log = stand_in(balance_norms_="has little", balance_ema_="has no memory")
+    log = stand_in(balance_norms_="has little", balance_ema_="has no memory", flush_balance_ema_="finds no compiler")
     monkeypatch.setattr(battery.BATTERIES["balance_ema"], "DTYPES", ("float32",))
     monkeypatch.setitem(backends.PREFERENCE, "cpu", (Backend.TRITON, Backend.REFERENCE))
     assert resolve("balance_ema_", CPU) is backends._implementations["balance_ema_"][Backend.REFERENCE]
-    # It came before; there was memory for little alone, which then stands for much.
-    assert self_check.verdicts("balance_ema", Backend.TRITON, CPU)["balance_norms_", "float32"].seconds.keys() == {
-        "little"
-    }
+    found = {op: verdict for (op, _), verdict in self_check.verdicts("balance_ema", Backend.TRITON, CPU).items()}
+    assert [op for op, verdict in found.items() if verdict.postponed] == ["balance_ema_", "flush_balance_ema_"]
+    assert found["adamw_balance_ema_"].problem is None  # the others are checked all the same
+    # There was memory for little alone, which then stands for much.
+    assert found["balance_norms_"].seconds.keys() == {"little"}
     for elements in (0, 1 << 30):
         work = Work(elements=elements)
         assert resolve("balance_norms_", CPU, work=lambda work=work: work) is flat.balance_norms_
     assert checks(log) == 1
     assert "not checked for now: tried to allocate 2 GiB" in caplog.text
+    assert "not checked for now: RuntimeError: Failed to find C compiler" in caplog.text
     stand_in()  # another process, with memory
     in_another_process(monkeypatch)
-    assert resolve("balance_ema_", CPU) is flat.balance_ema_
+    for op in OPS:
+        assert resolve(op, CPU) is getattr(flat, op)
     assert checks(log) == 2
+
+
+@pytest.mark.parametrize("problem", ["locked", "written"])
+def test_where_nothing_can_be_kept_it_is_checked_once_a_process(
+    stand_in: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, problem: str
+) -> None:
+    log = stand_in()
+    monkeypatch.setattr(battery.BATTERIES["balance_ema"], "OPS", ("flush_balance_ema_",))
+    monkeypatch.setattr(battery.BATTERIES["balance_ema"], "DTYPES", ("float32",))
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied") if problem == "locked" else RunError("the disk is full")
+
+    monkeypatch.setattr(*((cache.FileLock, "acquire") if problem == "locked" else (JsonCache, "put")), refuse)
+    for _ in range(2):
+        assert self_check.verdicts("balance_ema", Backend.TRITON, CPU)["flush_balance_ema_", "float32"].problem is None
+    assert checks(log) == 1
+    if problem == "locked":  # what is there can still be read
+        monkeypatch.undo()
+        return
+    monkeypatch.setattr(self_check, "cache_folder", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    in_another_process(monkeypatch)
+    assert len(self_check.verdicts("balance_ema", Backend.TRITON, CPU)) == 1
 
 
 def test_no_process_for_the_check(stand_in: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,9 +348,50 @@ def test_the_faster_kernel_serves_and_the_preferred_where_they_are_alike(monkeyp
 def test_nothing_is_checked_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(self_check, "_chosen", {})
-    usable = [Backend.CUDA, Backend.TORCH]
-    assert self_check.proven("balance_ema_", torch.device("cuda", 0), usable, Work()) == [Backend.TORCH]
+    monkeypatch.setattr(self_check, "_known", {})
+    device, usable = torch.device("cuda", 0), [Backend.CUDA, Backend.TORCH]
+    assert self_check.proven("balance_ema_", device, usable, Work()) == [Backend.TORCH]
     assert self_check._chosen == {}
+    # What is known serves in a graph as well, though the kernel that serves outside cannot be captured.
+    right = {("balance_ema_", "float32"): Verdict(None, False, {"little": (1.0, 2.0)})}
+    self_check._known["balance_ema", Backend.CUDA, device] = right
+    assert self_check.proven("balance_ema_", device, usable, Work()) == usable
+
+
+def test_the_optimizers_say_what_they_have_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, Work]] = []
+
+    def recorded(op: str, device: torch.device, *, work: Callable[[], Work], **options: object) -> object:
+        asked.append((op, work()))
+        return resolve(op, device)
+
+    monkeypatch.setattr(balance_ema, "resolve", recorded)
+    for make in (AdamWBalanceEMA, lambda params: BalanceEMA(torch.optim.SGD(params, lr=0.1))):
+        params = [torch.nn.Parameter(torch.randn(3, 5).bfloat16()), torch.nn.Parameter(torch.randn(7).bfloat16())]
+        optimizer = make(params)
+        for _ in range(3):
+            for param in params:
+                param.grad = torch.randn_like(param)
+            optimizer.step()
+    assert {op for op, _ in asked} >= {"adamw_balance_ema_", "balance_ema_"}
+    assert {work for op, work in asked if op != "flush_balance_ema_"} == {Work(torch.bfloat16, 22)}
+
+
+def test_a_battery_sees_another_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Truncated, to the nearest, and with the same bits for every element."""
+    by_key = flat.round_by_key
+    ways = (
+        lambda values, key, index: (values.view(torch.int32) & -65536).view(torch.float32).bfloat16(),
+        lambda values, key, index: values.bfloat16(),
+        lambda values, key, index: by_key(values, key, torch.zeros_like(index)),
+    )
+    for way in ways:
+        monkeypatch.setattr(flat, "round_by_key", way)
+        for op in ("balance_ema_", "adamw_balance_ema_", "flush_balance_ema_"):
+            reference = backends.implementation(op, Backend.REFERENCE)
+            cases = battery.BATTERIES["balance_ema"].cases(op, torch.bfloat16, CPU)
+            found = [battery.problem(case, getattr(flat, op), reference, CPU) for case in cases]
+            assert any("is rounded another way" in (each or "") for each in found), op
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

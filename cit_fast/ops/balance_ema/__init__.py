@@ -6,7 +6,7 @@ Source: Qiao et al., ICML 2025 (LCIA), arXiv 2410.10868; the equations are at th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -45,6 +45,7 @@ __all__ = [
     "balance_weights",
     "check_rule",
     "flush_balance_ema_",
+    "resolve_for",
 ]
 
 _UINT32 = 0xFFFFFFFF
@@ -343,17 +344,28 @@ def _list_op(name: str, schema: str, mutated: Sequence[int]) -> Callable[[Callab
     return lambda run: _ListOp(name, run, schema, mutated)
 
 
-def _resolve(op: str, state: Sequence[Tensor], *lists: Sequence[Tensor]) -> Callable[..., Any]:
-    """The implementation for these tensors, the parameters first; ``state``: averages and moments."""
+def resolve_for(op: str, *lists: Sequence[Tensor], cannot: Mapping[Backend, str] | None = None) -> Callable[..., Any]:
+    """The implementation for lists of tensors, the parameters first.
+
+    Args:
+        op: Name of the public op.
+        lists: All tensors.
+        cannot: As in :func:`cit_fast.ops.backends.resolve`; None: every kernel takes these tensors.
+    """
 
     def work() -> Work:
         dtypes = {tensor.dtype for tensors in lists for tensor in tensors}
         return Work(narrowest(dtypes), sum(map(Tensor.numel, lists[0])))
 
-    device, cannot = lists[0][0].device, kernels_cannot(state, *lists)
+    device = lists[0][0].device
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        cannot = {Backend.TRITON: "its tables are copied from memory that is gone when a graph runs", **cannot}
+        cannot = {Backend.TRITON: "its tables are copied from memory that is gone when a graph runs", **(cannot or {})}
     return resolve(op, device, cannot=cannot, work=work)
+
+
+def _resolve(op: str, state: Sequence[Tensor], *lists: Sequence[Tensor]) -> Callable[..., Any]:
+    """``state``: averages and moments."""
+    return resolve_for(op, *lists, cannot=kernels_cannot(state, *lists))
 
 
 _RULE = "str rule, float decay, float fallback, float scale, str rounding, bool store_grads, SymInt seed"

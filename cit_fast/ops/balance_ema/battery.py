@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cit_fast.ops.balance_ema import reference
 from cit_fast.ops.balance_ema.checks import BALANCE_RULES
 from cit_fast.ops.balance_ema.reference import AdamWLists, AdamWOptions, BalanceOptions, BalanceWeights
 from cit_fast.ops.self_check.battery import Bound, Case, Implementation, Results
@@ -29,6 +30,10 @@ WRITTEN = {
     torch.bfloat16: Bound(2**-7, 2**-20),
     torch.float16: Bound(2**-10, 2**-20),
 }
+
+STATE = ("averages", "exp_avgs", "exp_avg_sqs")
+SAME = 0.99
+"""Of state in bfloat16, whose random bits are known: another order of operations moves few elements across."""
 
 
 class _Kind(NamedTuple):
@@ -86,7 +91,9 @@ def _case(op: str, kind: _Kind, tensors: _Tensors, options: BalanceOptions) -> C
         mine = tensors.copy(exact=exact)
         returned = _run(op, run, mine, options)
         results = {"alphas": mine.alphas, "remaining": mine.remaining}
-        if isinstance(returned, BalanceWeights):
+        if op == "adamw_balance_ema_":
+            results = _beside_what_is_written(returned, mine, tensors, options)
+        elif isinstance(returned, BalanceWeights):
             results |= returned._asdict()
         elif returned is not None:
             results["norms"] = returned
@@ -100,8 +107,38 @@ def _case(op: str, kind: _Kind, tensors: _Tensors, options: BalanceOptions) -> C
     if op in ("balance_ema_", "adamw_balance_ema_"):
         bounds["fallbacks"] = Bound(0)
     for name, several in tensors.lists._asdict().items():
-        bounds |= {f"{name}[{i}]": WRITTEN[tensor.dtype] for i, tensor in enumerate(several)}
+        bound = WRITTEN[tensors.lists.params[0].dtype if name == "params" else several[0].dtype]
+        if kind.state == torch.bfloat16 and name in STATE and options.rounding != "nearest":
+            bound = bound._replace(same=SAME)
+        bounds |= {f"{name}[{i}]": bound for i in range(len(several))}
     return Case(f"{kind.name}, {options.rule}, {options.rounding}", call, bounds)
+
+
+def _beside_what_is_written(
+    weights: BalanceWeights, mine: _Tensors, before: _Tensors, options: BalanceOptions
+) -> Results:
+    """Norms and weights as shares of those of the parameters and averages that were written.
+
+    Where an element of the parameters, in half precision, may be rounded up or down, a norm may differ by as much.
+    """
+    lists = mine.lists
+    written = [[tensor.double() for tensor in each] for each in (lists.params, lists.averages)]
+    gradients = [[tensor.double() for tensor in each] for each in (before.lists.grads, before.lists.previous_grads)]
+    norms = reference.balance_norms_(written[0], written[1], gradients[0], gradients[1], store_grads=False)
+    remaining = before.remaining.clone()
+    alphas, fallbacks = reference.balance_weight(norms, remaining, options)
+    pairs = {
+        "norms": (weights.norms, norms),
+        "alphas": (weights.alphas, alphas),
+        "remaining": (mine.remaining, remaining),
+        "fallbacks": (weights.fallbacks, fallbacks),
+    }
+    results = {}
+    for name, pair in pairs.items():
+        value, right = (each.double() for each in pair)
+        alike = (value == right) | (value.isnan() & right.isnan())
+        results[name] = torch.where(alike, 1.0, value / right)
+    return results
 
 
 def _run(op: str, run: Implementation, tensors: _Tensors, options: BalanceOptions) -> Any:
@@ -115,11 +152,18 @@ def _run(op: str, run: Implementation, tensors: _Tensors, options: BalanceOption
     return run(params, averages, alphas, options.rounding, options.seed)
 
 
-def _make(kind: _Kind, shapes: tuple[tuple[int, ...], ...], device: torch.device) -> _Tensors:
-    generator = torch.Generator().manual_seed(0)
+def _make(
+    kind: _Kind,
+    shapes: tuple[tuple[int, ...], ...],
+    device: torch.device,
+    where: torch.device = torch.device("cpu"),  # noqa: B008 - never changed
+) -> _Tensors:
+    """Random numbers are drawn on ``where``."""
+    generator = torch.Generator(where).manual_seed(0)
 
     def random(dtype: torch.dtype, factor: float = 1.0) -> list[Tensor]:
-        return [(factor * torch.randn(shape, generator=generator)).to(device, dtype) for shape in shapes]
+        drawn = (torch.randn(shape, generator=generator, device=where) for shape in shapes)
+        return [(factor * each).to(device, dtype) for each in drawn]
 
     params, grads, exp_avgs = random(kind.param), random(kind.grad), random(kind.state, 0.1)
     averages = [param.to(kind.state) + offset for param, offset in zip(params, random(kind.state, 0.5), strict=True)]
@@ -127,7 +171,7 @@ def _make(kind: _Kind, shapes: tuple[tuple[int, ...], ...], device: torch.device
     previous = random(kind.grad)
     if not kind.finite:
         grads[2].view(-1)[7], params[3].view(-1)[-1], grads[4].view(-1)[-1] = float("nan"), float("inf"), float("-inf")
-    alphas = torch.rand(len(shapes), generator=generator).to(device)
+    alphas = torch.rand(len(shapes), generator=generator, device=where).to(device)
     alphas[::3] = 0  # nothing is pending there
     return _Tensors(
         AdamWLists(params, grads, exp_avgs, squares, averages, previous), alphas, torch.full_like(alphas, 2.0)
@@ -142,5 +186,5 @@ def work(op: str, dtype: torch.dtype, device: torch.device, size: str) -> Callab
         shapes = tuple((16, 1024 + 2048 * (i % 2)) if i % 4 < 2 else (1024 + 2048 * (i % 2), 16) for i in range(224))
     else:
         shapes = ((1 << 11, 1 << 11),) * 8
-    tensors = _make(_Kind("", dtype, dtype, torch.float32), shapes, device)
+    tensors = _make(_Kind("", dtype, dtype, torch.float32), shapes, device, where=device)
     return lambda run: _run(op, run, tensors, BalanceOptions())

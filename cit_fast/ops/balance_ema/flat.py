@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from cit_fast.errors import BackendError
+from cit_fast.errors import CitFastError
 from cit_fast.ops.backends import Backend, register
 from cit_fast.ops.balance_ema.reference import (
     AdamWLists,
@@ -31,7 +31,8 @@ from cit_fast.ops.balance_ema.reference import (
 )
 
 CHUNK = 1 << 24
-"""Elements worked on at a time: 64 MiB in float32, some ten times that with what is made of them."""
+"""Elements worked on at a time: 64 MiB in float32, some ten times that with what is made of them, and as much again
+where state in bfloat16 is rounded by chance."""
 
 
 @register("balance_ema_", Backend.TORCH)
@@ -75,6 +76,8 @@ def flush_balance_ema_(
     seed: int = 0,
 ) -> None:
     """See :func:`cit_fast.ops.flush_balance_ema_`."""
+    by_chance = rounding != "nearest" and any(each.dtype == torch.bfloat16 for each in averages)
+    _check_capture("flush_balance_ema_", params[0].device, by_chance=by_chance)
     for chunk in _chunks(averages, params, averages):
         p, e = chunk.read(0, 1)
         moved = moved_average(p, e, chunk.each(alphas))
@@ -86,6 +89,7 @@ def adamw_balance_ema_(
     lists: AdamWLists, alphas: Tensor, remaining: Tensor | None, adamw: AdamWOptions, options: BalanceOptions
 ) -> BalanceWeights:
     """See :func:`cit_fast.ops.adamw_balance_ema_`."""
+    _check_capture("adamw_balance_ema_", alphas.device, steps=True)
     norms = torch.zeros(len(lists.params), 3, dtype=torch.float64, device=alphas.device)
     for chunk in _chunks(lists.exp_avgs, *lists.columns):
         p, e, g, previous, m, v = chunk.read(0, 1, 2, 3, 4, 5)
@@ -100,6 +104,16 @@ def adamw_balance_ema_(
     weights, fallbacks = balance_weight(norms, remaining, options)
     alphas.copy_(weights)
     return BalanceWeights(alphas, fallbacks, norms)
+
+
+def _check_capture(op: str, device: torch.device, *, steps: bool = False, by_chance: bool = False) -> None:
+    """Raise CitFastError where a CUDA graph would freeze what must change from step to step."""
+    if (steps or by_chance) and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        frozen = "the step count" if steps else "the random bits that round bfloat16 averages"
+        raise CitFastError(
+            f"{op}: a CUDA graph would freeze {frozen}; capture adamw_balance_ema_capturable_ instead (CUDA kernels), "
+            "or nothing"
+        )
 
 
 def _add_norms(
@@ -217,14 +231,16 @@ def _pieces(number: int, tensors: list[Tensor]) -> Iterator[_Piece]:
         yield _Piece(number, start, [each[start : start + CHUNK] for each in flat])
 
 
-@lru_cache(maxsize=64)
 def _place(tensors: tuple[int, ...], starts: tuple[int, ...], sizes: tuple[int, ...], device: torch.device) -> _Place:
-    table = torch.tensor([tensors, starts, sizes])
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            raise BackendError(
-                "the balance-weight EMA by PyTorch operations is captured in a CUDA graph before it has run: call it "
-                "once outside, for its tables are copied from host memory that is gone when the graph runs"
-            )
-        table = table.pin_memory()  # so that the copy waits for nothing
-    return _Place(*table.to(device, non_blocking=True).unbind(0))
+    rows = (tensors, starts, sizes)
+    if device.type != "cuda":
+        return _Place(*torch.tensor(rows, device="cpu").to(device).unbind(0))
+    if torch.cuda.is_current_stream_capturing():  # a graph has tables of its own, made by its own launches
+        return _Place(*(torch.cat([torch.full((1,), number, device=device) for number in row]) for row in rows))
+    return _uploaded(rows, device, torch.cuda.current_stream(device).cuda_stream)
+
+
+@lru_cache(maxsize=1024)
+def _uploaded(rows: tuple[tuple[int, ...], ...], device: torch.device, stream: int) -> _Place:
+    """On the device's current ``stream``, once; pinned, so that the copy waits for nothing."""
+    return _Place(*torch.tensor(rows, device="cpu").pin_memory().to(device, non_blocking=True).unbind(0))

@@ -213,9 +213,19 @@ def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 def _scaled_gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     """Of hidden states, weight and bias."""
     return tuple(
-        saved * gradient.to(saved.dtype) if needed else None
-        for saved, needed in zip(ctx.saved_tensors, ctx.needed, strict=True)
+        _times(saved, gradient) if needed else None for saved, needed in zip(ctx.saved_tensors, ctx.needed, strict=True)
     )
+
+
+def _times(saved: Tensor, factor: Tensor) -> Tensor:
+    """A product rounded once: a factor such as 1 over the number of tokens has more digits than half precision."""
+    if saved.dtype not in (torch.bfloat16, torch.float16):
+        return saved * factor.to(saved.dtype)
+    result = torch.empty_like(saved)
+    at_once = max(1, reference.WEIGHT_BLOCK_ELEMENTS // max(1, saved[:1].numel()))
+    for rows, into in zip(torch.split(saved, at_once), torch.split(result, at_once), strict=True):
+        into.copy_(rows.float() * factor.float())
+    return result
 
 
 def _jsd_backward(ctx: Any, gradient: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:

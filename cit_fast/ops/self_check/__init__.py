@@ -17,6 +17,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -57,8 +58,9 @@ class Verdict(NamedTuple):
     without it, measured in turns."""
 
     def gain(self, size: str) -> float:
-        """How many times faster than what serves without it; 0 where it may not serve."""
-        kernel, without = self.seconds.get(size) or self.seconds.get(SIZES[0], (1.0, 0.0))
+        """How many times faster than what serves without it; 1 where that could not be measured, 0 where it may not
+        serve."""
+        kernel, without = self.seconds.get(size) or self.seconds.get(SIZES[0], (1.0, 1.0))
         return 0.0 if self.problem is not None else without / kernel
 
 
@@ -87,12 +89,13 @@ def proven(op: str, device: torch.device, usable: list[Backend], work: Work) -> 
     key = (op, device, work.dtype, size, *usable)
     if (known := _chosen.get(key)) is not None:
         return known
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    family = family_of(op)
+    kernels = [each for each in usable if each in KERNELS]
+    unknown = any((family, each, device) not in _known for each in kernels)
+    if unknown and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return others  # a check waits for the device, which a capture forbids
     gains = {
-        each: verdicts(family_of(op), each, device).get((op, dtype_name(work.dtype)), _UNTRIED).gain(size)
-        for each in usable
-        if each in KERNELS
+        each: verdicts(family, each, device).get((op, dtype_name(work.dtype)), _UNTRIED).gain(size) for each in kernels
     }
     best = max(gains.values(), default=0.0)
     fast = [each for each, gain in gains.items() if gain >= max(best / NEARLY, 1.0)]
@@ -134,28 +137,32 @@ def every_verdict(device: torch.device) -> Iterator[tuple[str, str, Backend, Ver
 
 
 def _look_up(family: str, backend: Backend, device: torch.device) -> dict[_Key, Verdict]:
-    again = _setting() == "always"
     units = [(op, name) for op in BATTERIES[family].OPS for name in BATTERIES[family].DTYPES]
-    kept = _cache(backend, device)
-    key = f"{family} by {backend.value}"
-    try:
-        with kept.locked():  # of several processes that need it, one checks
-            found = {} if again else _read(kept.get(key))
+    kept, key = _cache(backend, device), f"{family} by {backend.value}"
+    found = _read(kept.get(key))
+    if _setting() == "always" or any(unit not in found for unit in units):
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(kept.locked())  # of several processes that need it, one checks
+            except RunError as error:
+                _log.info("the check of GPU kernels is not kept: %s", error)
+            found = {} if _setting() == "always" else _read(kept.get(key))
             if missing := [unit for unit in units if unit not in found]:
                 found |= _try(family, backend, device, missing)
                 lasting = [_written(unit, verdict) for unit, verdict in found.items() if not verdict.postponed]
-                kept.put(key, {"verdicts": lasting})
-    except RunError as error:  # nothing can be kept there
-        _log.info("the check of GPU kernels is not kept: %s", error)
-        found = _try(family, backend, device, units)
+                try:
+                    kept.put(key, {"verdicts": lasting})
+                except RunError as error:
+                    _log.info("the check of GPU kernels is not kept: %s", error)
     _tell(family, backend, device, found)
     return found
 
 
 def _try(family: str, backend: Backend, device: torch.device, units: list[_Key]) -> dict[_Key, Verdict]:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # the check is another process
     _log.warning("%s: checking the %s kernels of %s, once for this device", _name(device), backend.value, family)
+    if device.type == "cuda":  # the check is another process, which needs memory and a device that is not at work
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
     return {unit: Verdict(*outcome) for unit, outcome in trial.outcomes(family, backend, device, units).items()}
 
 
@@ -201,7 +208,11 @@ def _read(value: Mapping[str, Any] | None) -> dict[_Key, Verdict]:
 
 
 def _cache(backend: Backend, device: torch.device) -> JsonCache:
-    return JsonCache(cache_folder() / "kernels", _identity(backend, device))
+    try:
+        folder = cache_folder() / "kernels"
+    except RuntimeError:  # a user without a home
+        folder = None
+    return JsonCache(folder, _identity(backend, device))
 
 
 def _identity(backend: Backend, device: torch.device) -> dict[str, Any]:
