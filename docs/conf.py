@@ -17,13 +17,12 @@ from sphinx.ext.napoleon import Config, GoogleDocstring
 from sphinx.util.nodes import make_refnode
 
 sys.path.insert(0, str(Path(__file__).parent))
-
-import generated
-
-import cit_fast
-
 # On some processors it logs at import that a kernel of the hub is not there, which is no fault of a page.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+import generated  # noqa: E402
+
+import cit_fast  # noqa: E402
 
 project = "cit-fast"
 author = "the authors of cit-fast"
@@ -53,7 +52,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(torch|transformers|peft|numpy|pydantic|pydantic_core|annotated_types|rich|sklearn|openai)(\..*)?"),
     ("py:.*", r"(abc|collections|concurrent|contextlib|datetime|enum|pathlib|random|types|typing)(\..*)?"),
     ("py:.*", r"Tensor|Path|nn\.Module|PositiveInt"),
-    ("py:.*", r"cit_fast\.ops\.backends\.Implementation"),  # a type variable
+    ("py:.*", r"cit_fast\.ops\.(backends\.Implementation|balance_ema\.reference\.Word)"),  # type variables
     # What is private has no page.
     ("py:.*", r"cit_fast\.(\w+\.)*_\w+(\.\w+)*"),
 ]
