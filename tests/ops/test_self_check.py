@@ -277,6 +277,23 @@ def test_where_nothing_can_be_kept_it_is_checked_once_a_process(
     assert len(self_check.verdicts("balance_ema", Backend.TRITON, CPU)) == 1
 
 
+def test_an_error_before_the_kernel_was_called_is_not_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of the definition, or of the making of inputs: told, not kept, whatever its words."""
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("an illegal memory access")
+
+    told: list[dict[str, object]] = []
+    monkeypatch.setattr(trial, "_say", told.append)
+    for problem_of, postponed in ((Backend.REFERENCE, True), (Backend.TRITON, False)):
+        both = dict.fromkeys((Backend.TRITON, Backend.REFERENCE), flat.flush_balance_ema_) | {problem_of: broken}
+        monkeypatch.setattr(trial, "implementation", lambda op, which, both=both: both[which])
+        answer, goes_on = trial._judged("balance_ema", "flush_balance_ema_", Backend.TRITON, torch.float32, CPU)
+        assert answer["problem"] == "RuntimeError: an illegal memory access"
+        assert answer["postponed"] is postponed
+        assert not goes_on
+
+
 def test_no_process_for_the_check(stand_in: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in()
     monkeypatch.setattr(sys, "executable", "/nowhere/python")

@@ -166,8 +166,15 @@ def _judged(
     """The answer, and whether this process is good for another: after an error a CUDA context may be broken."""
     battery = BATTERIES[family]
     seconds: dict[str, tuple[float, float]] = {}
+    called = False
+
+    def kernel(*arguments: Any) -> Any:
+        nonlocal called
+        called = True
+        return run(*arguments)
+
     try:
-        kernel = implementation(op, backend)
+        run = implementation(op, backend)
         reference = implementation(op, Backend.REFERENCE)
         for case in battery.cases(op, dtype, device):
             _say({"case": case.name})  # a sign of life
@@ -185,7 +192,9 @@ def _judged(
         return {"problem": _line(error), "postponed": True, "seconds": {}}, True
     except Exception as error:  # noqa: BLE001 - whatever a compiler, a driver or a launch says: it may not serve
         text = f"{type(error).__name__}: {_line(error)}"
-        return {"problem": text, "postponed": not _is_the_kernels(text), "seconds": {}}, False
+        # Before the kernel was called it is not the kernel's fault; after, a GPU may tell of it anywhere.
+        lasting = called and _is_the_kernels(text)
+        return {"problem": text, "postponed": not lasting, "seconds": {}}, False
     return {"problem": None, "postponed": False, "seconds": seconds}, True
 
 
