@@ -3,9 +3,9 @@
 def simd_name() -> str: ...
 def simd_levels() -> list[str]: ...
 def set_simd_level(name: str) -> None: ...
-def balance_norms(table: list[int], *, store_grads: bool, threads: int, norms: int) -> None: ...
+def balance_norms(table: list[list[int]], *, store_grads: bool, threads: int, norms: int) -> None: ...
 def balance_ema(
-    table: list[int],
+    table: list[list[int]],
     *,
     rule: int,
     decay: float,
@@ -21,7 +21,7 @@ def balance_ema(
     remaining: int,
 ) -> None: ...
 def adamw_balance_ema(
-    table: list[int],
+    table: list[list[int]],
     *,
     step: int,
     lr: float,
@@ -42,7 +42,7 @@ def adamw_balance_ema(
     norms: int,
     remaining: int,
 ) -> None: ...
-def flush_balance_ema(table: list[int], *, nearest: bool, seed: int, threads: int, alphas: int) -> None: ...
+def flush_balance_ema(table: list[list[int]], *, nearest: bool, seed: int, threads: int, alphas: int) -> None: ...
 def sinkhorn(
     table: list[int],
     *,

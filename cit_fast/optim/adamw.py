@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -44,23 +45,19 @@ class AdamWSweep(Sweep):
     """A sweep with the moments of AdamW and the pending weights.
 
     Attributes:
-        exp_avgs, exp_avg_sqs: the local parts of the moments.
         alphas: [tensors], float32: weights of the last step, to be applied when the parameters are read next.
         steps: [n], float32: ``state[p]["step"]`` are its elements.
         step: their common value.
         group: the first parameter group with the options of these parameters.
     """
 
-    exp_avgs: list[Tensor] = field(default_factory=list)
-    exp_avg_sqs: list[Tensor] = field(default_factory=list)
+    STATE = (AVERAGE, EXP_AVG, EXP_AVG_SQ)
+    COUNTERS = (STEP,)
+
     alphas: Tensor = field(default_factory=lambda: torch.empty(0))
     steps: Tensor = field(default_factory=lambda: torch.empty(0))
     step: int = 0
     group: int = 0
-
-    def state_lists(self) -> list[list[Tensor]]:
-        """Averages and moments."""
-        return [self.averages, self.exp_avgs, self.exp_avg_sqs]
 
 
 class AdamWBalanceEMA(AveragingOptimizer):
@@ -185,10 +182,11 @@ class AdamWBalanceEMA(AveragingOptimizer):
             with torch.enable_grad():
                 loss = closure()
         options = self._group_options()
-        present = self._present()
+        by_group = [[param for param in group["params"] if param.grad is not None] for group in self.param_groups]
+        present = list(chain.from_iterable(by_group))
         self._check_parameters(present)
         # Groups with equal options go through the op together; a scheduler may part them, or a parameter move.
-        sizes = [sum(param.grad is not None for param in group["params"]) for group in self.param_groups]
+        sizes = map(len, by_group)
         same_as = tuple(_first_equal(options))
         self._begin_report(present)
         spread: dict[Reduction | Partition, list[tuple[AdamWSweep, Tensor]]] = {}
@@ -226,10 +224,11 @@ class AdamWBalanceEMA(AveragingOptimizer):
         params, grads, previous = self._gradients_of(sweep)
         lr, betas, eps, weight_decay = group
         step = sweep.step + 1
-        lists = AdamWLists(params, grads, sweep.exp_avgs, sweep.exp_avg_sqs, sweep.averages, previous)
+        averages, exp_avgs, exp_avg_sqs = map(sweep.state, sweep.STATE)
+        lists = AdamWLists(params, grads, exp_avgs, exp_avg_sqs, averages, previous)
         seed = step * _GOLDEN + index
         # The usual case goes past the public op: its checks hold for these lists since the sweep was filled.
-        if sweep.takes(grads):
+        if sweep.takes(params, grads, averages, exp_avgs, exp_avg_sqs):
             run = resolve_for("adamw_balance_ema_", *lists)
             adamw = AdamWOptions(step, lr, *betas, eps, weight_decay)
             options = BalanceOptions(
@@ -299,7 +298,7 @@ class AdamWBalanceEMA(AveragingOptimizer):
         for param, each in zip(params, steps.unbind(), strict=True):
             self.state[param][STEP] = each
         alphas = [
-            self._pending[param]
+            self._pending[param].to(param.device)
             if param in self._pending
             else torch.zeros(self._weights_of(param), device=param.device)
             for param in params
@@ -307,8 +306,6 @@ class AdamWBalanceEMA(AveragingOptimizer):
         return self._fill_sweep(
             AdamWSweep,
             params,
-            exp_avgs=self._local_state(params, EXP_AVG),
-            exp_avg_sqs=self._local_state(params, EXP_AVG_SQ),
             alphas=torch.cat(alphas),
             steps=steps,
             step=step,
@@ -336,28 +333,41 @@ class AdamWBalanceEMA(AveragingOptimizer):
         self._last = [
             step._replace(weights=step.weights._replace(alphas=step.weights.alphas.clone())) for step in self._last
         ]
+        if not self._is_current():
+            self._set_aside_pending()
         for i, sweep in enumerate(self._sweeps):
-            self._flush(sweep.params, sweep.averages, sweep.alphas, i)
+            self._flush(sweep.params, sweep.alphas, i)
         by_device: dict[torch.device, list[Tensor]] = {}
         for param in self._pending:
             by_device.setdefault(param.device, []).append(param)
         for i, params in enumerate(by_device.values(), len(self._sweeps)):
             alphas = torch.cat([self._pending[param] for param in params])
-            self._flush(params, self._local_state(params, AVERAGE), alphas, i)
+            self._flush(params, alphas, i)
         self._pending = {}
         self._behind = False
 
-    def _flush(self, params: list[Tensor], averages: list[Tensor], alphas: Tensor, index: int) -> None:
-        seed = self._sweeps[0].step * _GOLDEN + index + 0x55555555 if self._sweeps else index
+    def _flush(self, params: list[Tensor], alphas: Tensor, index: int) -> None:
+        step = self._sweeps[0].step if self._sweeps else int(self.state[params[0]][STEP])
+        seed = step * _GOLDEN + index + 0x55555555
         parts = [part for param in params for part in self._parts(param, param)]
-        flush_balance_ema_(parts, averages, alphas, rounding=self.rounding, seed=seed)
+        averages = self._local_state(params, AVERAGE)
+        near = [e if e.device == p.device else e.to(p.device) for e, p in zip(averages, parts, strict=True)]
+        flush_balance_ema_(parts, near, alphas, rounding=self.rounding, seed=seed)
+        for average, moved in zip(averages, near, strict=True):
+            if moved is not average:  # the state is elsewhere between two steps
+                average.copy_(moved)
 
     def _set_aside_pending(self) -> None:
         """Keep what is pending by parameter, while sweeps are made anew."""
         if self._behind:
             for sweep in self._sweeps:
-                self._pending.update(zip(sweep.params, torch.split(sweep.alphas, sweep.weights), strict=True))
-        self._sweeps = []
+                alphas = torch.split(sweep.alphas, sweep.weights)
+                self._pending.update(
+                    (param, each)
+                    for param, each in zip(sweep.params, alphas, strict=True)
+                    if AVERAGE in self.state.get(param, {})
+                )
+        self._sweeps, self._planned = [], None
 
     def _forget_sweeps(self) -> None:
         super()._forget_sweeps()

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
@@ -25,6 +25,7 @@ from cit_fast.optim.partitions import Partition, can_publish, find_partition, pu
 from cit_fast.optim.sharding import Reduction, is_sharded, local, reduction, reshard
 from cit_fast.optim.sweeps import AVERAGE, PREVIOUS_GRAD, REMAINING, Sweep, owns_its_memory, unique
 
+_is_meta = attrgetter("is_meta")
 AnySweep = TypeVar("AnySweep", bound=Sweep)
 
 
@@ -71,7 +72,8 @@ class AveragingOptimizer(Optimizer):
         self._sweeps: list[Any] = []
         self._given = GivenParameters()
         self._partitions: dict[Tensor, Partition | None] = {}
-        self._planned: tuple[list[Tensor], Hashable, Any] | None = None
+        self._planned: tuple[list[Tensor], Hashable] | None = None
+        self._entries: list[Any] = []
 
     def _options(self) -> AverageOptions:
         return AverageOptions(*(self.__dict__[name] for name in AverageOptions._fields))
@@ -271,8 +273,6 @@ class AveragingOptimizer(Optimizer):
         if copied:
             self._copied |= copied
             self._planned = None  # new sweeps at the next step
-            for sweep in self._sweeps:
-                sweep.release(copied)
 
     # The parameters and their state
 
@@ -296,7 +296,11 @@ class AveragingOptimizer(Optimizer):
         value = self._starting.pop(param, param)
         return value.detach().to(param.device, dtype, copy=True)
 
-    def _check_parameters(self, params: Iterable[Tensor]) -> None:
+    def _check_parameters(self, params: Sequence[Tensor]) -> None:
+        # All at once, for hundreds of small tensors; only if that fails, each.
+        layouts = {grad.layout for param in params if (grad := param.grad) is not None}
+        if layouts <= {torch.strided} and all(map(Tensor.is_floating_point, params)) and not any(map(_is_meta, params)):
+            return
         for param in params:
             grad = param.grad
             if (grad is None or grad.layout == torch.strided) and param.is_floating_point() and not param.is_meta:
@@ -371,17 +375,16 @@ class AveragingOptimizer(Optimizer):
     def _sweeps_of(self, present: list[Tensor], also: Hashable) -> list[Any]:
         """The sweeps of these parameters: those of the last step, if nothing changed in them nor in ``also``."""
         for sweep in self._sweeps:
-            changed, written = sweep.changed([param.grad for param in sweep.params])
+            changed, written = sweep.changed()
             if changed:
                 self._start_gradients_again(changed, warn=written)
         planned = self._planned
         if (
             planned is None
             or planned[1] != also
-            or planned[2] is not self.state
             or len(planned[0]) != len(present)
             or not all(map(is_, planned[0], present))
-            or (present and present[0] not in self.state)
+            or not self._is_current()
             or any(sweep.partition is not None for sweep in self._sweeps)  # their memory may have moved
         ):
             params = unique(present)
@@ -389,8 +392,18 @@ class AveragingOptimizer(Optimizer):
                 self._partition_of(param)  # which is refused here, before anything is written
             self._planned = None  # if making them fails, the next step must not take the rest for all
             self._sweeps = self._make_sweeps(params)
-            self._planned = (present, also, self.state)
+            self._planned = (present, also)
+            self._entries = list(self.state.values())
         return self._sweeps
+
+    def _is_current(self) -> bool:
+        """Whether the sweeps are still those of ``state``, where others may have put other entries or tensors."""
+        entries = self.state.values()
+        return (
+            len(entries) == len(self._entries)
+            and all(map(is_, entries, self._entries))
+            and all(sweep.is_current() for sweep in self._sweeps)
+        )
 
     def _start_gradients_again(self, params: Sequence[Tensor], *, warn: bool) -> None:
         if warn and not self._warned:
@@ -433,12 +446,12 @@ class AveragingOptimizer(Optimizer):
             if entry[AVERAGE].device != param.device:
                 raise CitFastError(
                     f"{type(self).__name__}: a parameter of shape {tuple(param.shape)} is on {param.device}, its "
-                    f"average on {entry[AVERAGE].device}; move the model before the first step, or load the state again"
+                    f"average on {entry[AVERAGE].device}; a step needs them on one device: bring the state to the "
+                    "parameters, or the parameters to the state"
                 )
         sweep = kind(
             params=params,
             entries=entries,
-            averages=self._local_state(params, AVERAGE),
             weights=[self._weights_of(param) for param in params],
             over=self._over(params[0]),
             copies=self._copies(params[0]),
@@ -449,7 +462,7 @@ class AveragingOptimizer(Optimizer):
         if self.rule == "paper":
             sweep.remaining = self._remaining_of(sweep)
         if self.rule == "fixed":
-            sweep.check_plain()
+            sweep.watch()
             return sweep
         # A gradient that somebody else holds may be overwritten before the next step: such a one is copied first.
         if sweep.copies:
@@ -460,19 +473,14 @@ class AveragingOptimizer(Optimizer):
                     entry[PREVIOUS_GRAD] = grad.clone()
                 elif not self._owned(kept):
                     entry[PREVIOUS_GRAD] = kept.detach().clone()
-        if sweep.partition is not None:
-            sweep.previous = list(sweep.partition.views(entries[0][PREVIOUS_GRAD]))
-        else:
-            sweep.previous = [None if (kept := entry.get(PREVIOUS_GRAD)) is None else local(kept) for entry in entries]
-        sweep.remember()
-        sweep.check_plain()
+        sweep.watch()
         return sweep
 
     def _remaining_of(self, sweep: Sweep) -> Tensor:
         """The distances that the last update left, which ``state`` has from then on as views of one tensor."""
         known = [entry.get(REMAINING) for entry in sweep.entries]
         if any(each is None for each in known):  # a new average, or one of a state without distances
-            lists = sweep.local_params(), sweep.averages
+            lists = sweep.local_params(), sweep.state(AVERAGE)
             distances = [(p.double() - e.double()).abs().sum() for p, e in zip(*lists, strict=True)]
             found = torch.stack(distances)[:, None] if distances else torch.zeros(0, 1, dtype=torch.float64)
             if sweep.over is not None:
@@ -497,4 +505,4 @@ class AveragingOptimizer(Optimizer):
         if self.rule == "fixed":
             return params, grads, []
         # Where there is no previous gradient yet, c is 0.
-        return params, grads, [g if k is None else k for g, k in zip(grads, sweep.previous, strict=True)]
+        return params, grads, [g if k is None else k for g, k in zip(grads, sweep.kept_gradients(), strict=True)]

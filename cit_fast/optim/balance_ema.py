@@ -272,7 +272,7 @@ class BalanceEMA(AveragingOptimizer):
         spread: dict[Reduction | Partition, list[tuple[Sweep, list[Tensor], Tensor, int]]] = {}
         for i, sweep in enumerate(self._sweeps_of(present, also=None)):
             params, grads, previous = self._gradients_of(sweep)
-            lists = (params, sweep.averages, grads, previous)
+            lists = (params, sweep.state(AVERAGE), grads, previous)
             if sweep.over is None:
                 self._report(sweep, self._run(sweep, lists, seed + i))
             else:
@@ -284,12 +284,12 @@ class BalanceEMA(AveragingOptimizer):
             for (sweep, params, _, sweep_seed), norms in zip(parts, summed, strict=True):
                 weights = balance_weights(norms, **options, remaining=sweep.remaining)
                 alphas = sweep.own(weights.alphas.clone())
-                flush_balance_ema_(params, sweep.averages, alphas, rounding=self.rounding, seed=sweep_seed)
+                flush_balance_ema_(params, sweep.state(AVERAGE), alphas, rounding=self.rounding, seed=sweep_seed)
                 self._report(sweep, weights)
 
     def _run(self, sweep: Sweep, lists: tuple[list[Tensor], ...], seed: int) -> BalanceWeights:
         params, averages, grads, previous = lists
-        if sweep.takes(grads):
+        if sweep.takes(params, grads, averages):
             run = resolve_for("balance_ema_", *lists)
             options = BalanceOptions(
                 self.rule, self.decay, self.fallback, self.scale, self.rounding, sweep.copies, seed & 0xFFFFFFFF

@@ -1,4 +1,7 @@
-"""A sweep is the list of tensors of one call of the op, cached between steps, which then only collect gradients.
+"""A sweep is the list of tensors of one call of the op, planned once for as long as the same parameters step.
+
+What the lists hold is read from ``optimizer.state[p]`` anew at each step, and a plan keeps none of these tensors alive:
+who offloads the state between two steps puts others there.
 
 Previous gradients without a copy: the gradient tensors of a step are kept themselves as the previous gradients of the
 next one, where ``zero_grad`` sets ``p.grad`` to None and backward then makes new tensors. That is safe for a gradient
@@ -9,9 +12,11 @@ counter moved.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+import weakref
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from operator import attrgetter, eq, is_, itemgetter
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -20,36 +25,44 @@ from torch.nn import Parameter
 from cit_fast.optim.partitions import Partition
 from cit_fast.optim.sharding import local, local_gradient
 
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_KERNEL_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 AVERAGE, PREVIOUS_GRAD = "average", "previous_grad"
 REMAINING = "remaining"
 """State entry of ``rule="paper"``: the distance that the last update left between parameter and average."""
 
+_dtype, _version = attrgetter("dtype"), attrgetter("_version")
+
 
 @dataclass(eq=False)
 class Sweep:
-    """Parameters that go through the op in one call, with their state.
+    """Parameters that go through the op in one call, and how their state is found.
 
     Attributes:
         params: on one device, each with a gradient.
         entries: ``optimizer.state[p]`` of each.
-        averages: the local part of each average.
         weights: how many weights each has: one, or one for each piece of a flat partition.
         over: where the norms are summed over processes, a ``sharding.Reduction`` or a ``Partition``.
         copies: whether previous gradients have tensors of their own that the op writes (or there are none,
-            ``rule="fixed"``); else they are kept by reference. ``previous`` holds them: None where there is none yet.
+            ``rule="fixed"``); else they are kept by reference.
         sharded: whether any parameter is a DTensor.
         remaining: [weights of whole parameters], float32, for ``rule="paper"``: ``state[p]["remaining"]`` are its
             elements.
         partition: whose pieces the only "parameter", a flat tensor of an engine, holds.
-        plain: whether the kernels take these tensors as they are, whatever contiguous gradients come. A backend is
-            then called without the checks and the dispatcher of the public op, which over a few hundred small tensors
-            cost more than the sweep itself.
+        plain: whether the kernels take the state as it is. A backend is then called without the checks and the
+            dispatcher of the public op, which over a few hundred small tensors cost more than the sweep itself.
+        plain_grads, plain_kept: the same of the gradients of the step in hand, and of those kept by reference.
+        seen: of each state entry, by name, the tensors that the plan was made for.
+        numels: elements of each local parameter at that time.
+        versions, pointers: of the gradients that are kept by reference, see :meth:`changed`.
     """
+
+    STATE: ClassVar[tuple[str, ...]] = (AVERAGE,)
+    """What the op changes of every parameter, beside previous gradients."""
+    COUNTERS: ClassVar[tuple[str, ...]] = ()
+    """What else belongs to the plan."""
 
     params: list[Tensor]
     entries: list[dict[str, Any]]
-    averages: list[Tensor]
     weights: list[int]
     over: Any
     copies: bool
@@ -57,28 +70,63 @@ class Sweep:
     remaining: Tensor | None = None
     partition: Partition | None = None
     plain: bool = False
-    previous: list[Tensor | None] = field(default_factory=list)
+    plain_grads: bool = True
+    plain_kept: bool = True
+    seen: dict[str, list[weakref.ref[Tensor]]] = field(default_factory=dict)
+    numels: list[int] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
     pointers: list[int] = field(default_factory=list)
 
-    def check_plain(self) -> None:
-        """Set ``plain``, once the lists are complete."""
+    def watch(self) -> None:
+        """Note what the state holds, once it is complete."""
+        names = (*self.STATE, *self.COUNTERS, *(() if self.remaining is None else (REMAINING,)), PREVIOUS_GRAD)
+        self.seen = {}
+        for name in names:
+            tensors = [entry[name] for entry in self.entries if name in entry]
+            if len(tensors) == len(self.entries):
+                self.seen[name] = [weakref.ref(tensor) for tensor in tensors]
+        kept = [entry.get(PREVIOUS_GRAD) for entry in self.entries]
+        self.versions = [0 if each is None else each._version for each in kept]
+        self.pointers = [0 if each is None or self.copies else each.data_ptr() for each in kept]
         params = self.local_params()
+        self.numels = [param.numel() for param in params]
+        previous = [p if k is None else k for p, k in zip(params, self.kept_gradients(), strict=True)]
+        lists = [params, *map(self.state, self.STATE), previous]
         device = self.params[0].device
-        kept = [p if k is None else k for p, k in zip(params, self.previous, strict=False)]
-        lists = [params, *self.state_lists(), kept]
         self.plain = bool(params) and all(
             tensor.is_contiguous()
             and tensor.dtype in _KERNEL_DTYPES
             and tensor.device == device
             and tensor.shape == param.shape
             for tensors in lists
-            for param, tensor in zip(params, tensors, strict=False)
+            for param, tensor in zip(params, tensors, strict=True)
         )
 
-    def state_lists(self) -> list[list[Tensor]]:
-        """Averages and moments."""
-        return [self.averages]
+    def is_current(self) -> bool:
+        """Whether the entries still hold what the plan was made for."""
+        try:
+            return all(
+                all(map(is_, map(itemgetter(name), self.entries), [each() for each in seen]))
+                for name, seen in self.seen.items()
+            )
+        except KeyError:
+            return False
+
+    def state(self, name: str) -> list[Tensor]:
+        """What this process holds of that entry of ``optimizer.state``."""
+        if self.partition is not None:
+            return self.partition.views(self.entries[0][name])
+        kept: list[Tensor] = [entry[name] for entry in self.entries]
+        return list(map(local, kept)) if self.sharded else kept
+
+    def kept_gradients(self) -> list[Tensor | None]:
+        """What this process holds of the previous gradients; None where there is none yet."""
+        if self.partition is not None and PREVIOUS_GRAD in self.entries[0]:
+            return list(self.partition.views(self.entries[0][PREVIOUS_GRAD]))
+        if self.partition is not None:
+            return [None] * len(self.local_params())
+        kept = [entry.get(PREVIOUS_GRAD) for entry in self.entries]
+        return [None if each is None else local(each) for each in kept] if self.sharded else kept
 
     def local_params(self) -> list[Tensor]:
         """What this process holds of the parameters."""
@@ -104,36 +152,55 @@ class Sweep:
             return self.remaining
         return self.own(self.remaining.clone())
 
-    def takes(self, grads: Sequence[Tensor]) -> bool:
-        """Whether the kernels take the tensors with these gradients as they are."""
+    def takes(self, params: Sequence[Tensor], grads: Sequence[Tensor], *state: Sequence[Tensor]) -> bool:
+        """Whether the kernels take these lists as they are; ``p.data`` may have become another tensor's."""
+        self.plain_grads = _are_plain(grads)
+        if not (self.plain and self.plain_grads and self.plain_kept) or torch.compiler.is_compiling():
+            return False
+        device = {params[0].get_device()}
         return (
-            self.plain
-            and all(grad.is_contiguous() and grad.dtype in _KERNEL_DTYPES for grad in grads)
-            and not torch.compiler.is_compiling()
+            all(set(map(Tensor.get_device, tensors)) <= device for tensors in (params, grads, *state))
+            and list(map(Tensor.numel, params)) == self.numels
+            and _are_plain(params)
         )
 
-    def changed(self, grads: Sequence[Tensor | None]) -> tuple[list[Tensor], bool]:
+    def changed(self) -> tuple[list[Tensor], bool]:
         """(parameters whose kept gradient can no longer be relied on, whether somebody certainly wrote to one).
 
-        ``grads``: what the parameters have now. The same tensor as in the last step with the same version is most
-        likely untouched, but a replayed CUDA graph leaves no trace.
+        The same tensor as in the last step with the same version is most likely untouched, but a replayed CUDA graph
+        leaves no trace.
         """
-        if self.copies:
+        if self.copies or PREVIOUS_GRAD not in self.seen:
+            return [], False
+        seen = [each() for each in self.seen[PREVIOUS_GRAD]]
+        if self._untouched(seen):
             return [], False
         found, written = [], False
-        for param, grad, kept, version, pointer in zip(
-            self.params, grads, self.previous, self.versions, self.pointers, strict=True
+        for param, entry, noted, version, pointer in zip(
+            self.params, self.entries, seen, self.versions, self.pointers, strict=True
         ):
-            if kept is None or grad is None:
-                overwritten = kept is not None and kept._version != version
-                same = False
-            else:
-                same = kept is grad
-                overwritten = kept._version != version or (not same and pointer != 0 and grad.data_ptr() == pointer)
-            if same or overwritten:
+            kept: Tensor | None = entry.get(PREVIOUS_GRAD)
+            grad = param.grad
+            if kept is None or kept is not noted:  # somebody has put another there
+                continue
+            overwritten = kept._version != version
+            if grad is kept or overwritten or (grad is not None and pointer != 0 and grad.data_ptr() == pointer):
                 found.append(param)
-                written = written or overwritten
+                written = written or overwritten or grad is not kept
         return found, written
+
+    def _untouched(self, seen: Sequence[Tensor | None]) -> bool:
+        """All at once, for lists of hundreds of small tensors. False: look at each."""
+        try:
+            kept = [entry[PREVIOUS_GRAD] for entry in self.entries]
+            pointers = map(Tensor.data_ptr, [cast("Tensor", param.grad) for param in self.params])
+            return (
+                all(map(is_, kept, seen))
+                and list(map(_version, kept)) == self.versions
+                and not any(map(eq, pointers, self.pointers))
+            )
+        except (KeyError, TypeError):  # one is not there
+            return False
 
     def keep(self, grads: list[Tensor]) -> None:
         """The gradients of this step become the previous ones; with ``copies`` the op has done that."""
@@ -141,19 +208,14 @@ class Sweep:
             return
         for entry, grad in zip(self.entries, grads, strict=True):
             entry[PREVIOUS_GRAD] = grad
-        self.previous = list(grads)
-        self.remember()
+        self.seen[PREVIOUS_GRAD] = list(map(weakref.ref, grads))
+        self.versions = list(map(_version, grads))
+        self.pointers = list(map(Tensor.data_ptr, grads))
+        self.plain_kept = self.plain_grads
 
-    def release(self, params: Container[Tensor]) -> None:
-        """Rely no longer on the kept gradients of these parameters."""
-        self.previous = [
-            None if param in params else kept for param, kept in zip(self.params, self.previous, strict=True)
-        ]
 
-    def remember(self) -> None:
-        """Note how the kept gradients look, for :meth:`changed`."""
-        self.versions = [0 if kept is None else kept._version for kept in self.previous]
-        self.pointers = [0 if kept is None else kept.data_ptr() for kept in self.previous]
+def _are_plain(tensors: Sequence[Tensor]) -> bool:
+    return all(map(Tensor.is_contiguous, tensors)) and set(map(_dtype, tensors)) <= _KERNEL_DTYPES
 
 
 def owns_its_memory(grad: Tensor) -> bool:

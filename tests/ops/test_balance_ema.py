@@ -465,9 +465,11 @@ def test_expanded_tensors_may_be_read(make: Make) -> None:
     assert lists.run(store_grads=False).norms[0, 1:].tolist() == [12.0, 24.0]
 
 
-def test_native_table_with_a_wrong_number_of_columns() -> None:
+def test_native_table_with_wrong_columns() -> None:
     with pytest.raises(ValueError, match="rows of 9 integers"):
-        _native.flush_balance_ema([1, 2, 3], nearest=False, seed=0, threads=1, alphas=0)
+        _native.flush_balance_ema([[1], [2], [3]], nearest=False, seed=0, threads=1, alphas=0)
+    with pytest.raises(ValueError, match="columns of one length"):
+        _native.flush_balance_ema([[1, 2], [3]], nearest=False, seed=0, threads=1, alphas=0)
     with pytest.raises(ValueError, match="simd level=mmx: unknown"):
         _native.set_simd_level("mmx")
 

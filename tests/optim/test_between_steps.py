@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -207,3 +209,73 @@ def test_plain_state_of_another_model_is_refused_by_the_wrapper(make: Any) -> No
     for entry, kept in zip(optimizer.state_dict()["state"].values(), before.values(), strict=True):
         assert entry.keys() == kept.keys()
         assert all(torch.equal(entry[name], kept[name]) for name in kept if isinstance(kept[name], Tensor))
+
+
+def offloaded(state: dict[str, Any]) -> dict[str, Any]:
+    """The entry of a parameter with its tensors replaced, as after a way to the CPU and back."""
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
+
+
+@each_kind
+@pytest.mark.parametrize("rule", ["released", "paper", "fixed"])
+@pytest.mark.parametrize("how", ["tensors", "entries"])
+def test_state_that_is_replaced_between_two_steps_is_the_one_that_counts(kind: str, rule: str, how: str) -> None:
+    """Trainers for reinforcement learning offload the state, ``state[p][name] = tensor.to(...)``, after each step."""
+
+    def train(offload: bool) -> tuple[list[Tensor], dict[str, Any]]:
+        model = make_model()
+        optimizer = KINDS[kind](model.parameters(), rule=rule, scale=1e-3, average_dtype=torch.bfloat16)
+        for step in range(5):
+            backward(model, step)
+            optimizer.step()
+            if not offload:
+                continue
+            for param in model.parameters():
+                if how == "tensors":
+                    optimizer.state[param].update(offloaded(optimizer.state[param]))
+                else:
+                    optimizer.state[param] = offloaded(optimizer.state[param])
+        return averages(optimizer), optimizer.state_dict()["state"]
+
+    (plain, plain_state), (offloads, state) = train(False), train(True)
+    assert all(map(torch.equal, plain, offloads))
+    for index, entry in plain_state.items():
+        assert {name: torch.equal(value, state[index][name]) for name, value in entry.items()} == dict.fromkeys(
+            entry, True
+        )
+
+
+@each_kind
+def test_a_plan_keeps_no_state_alive(kind: str) -> None:
+    """Or offloading would free nothing."""
+    model = make_model()
+    optimizer = KINDS[kind](model.parameters())
+    backward(model, 0)
+    optimizer.step()
+    model.zero_grad()
+    kept = [weakref.ref(value) for entry in optimizer.state.values() for value in entry.values() if value.dim()]
+    for entry in optimizer.state.values():
+        entry.update(offloaded(entry))
+    gc.collect()
+    assert kept
+    assert not any(each() is not None for each in kept)
+
+
+@each_kind
+def test_a_gradient_in_another_order_of_memory_is_a_previous_gradient_too(kind: str) -> None:
+    """It is kept by reference, and kernels that walk flat memory must not take it for one in the usual order."""
+
+    def train(transposed: int | None) -> list[Tensor]:
+        model = make_model()
+        optimizer = KINDS[kind](model.parameters(), scale=1e-3)
+        for step in range(4):
+            backward(model, step)
+            if step == transposed:
+                for param in model.parameters():
+                    if param.dim() == 2:
+                        param.grad = param.grad.t().contiguous().t()
+            optimizer.step()
+        return averages(optimizer)
+
+    for expected, found in zip(train(None), train(1), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)

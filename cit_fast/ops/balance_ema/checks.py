@@ -91,8 +91,8 @@ def _all_fit(tensors: Sequence[Tensor], shapes: list[torch.Size | None], device:
         return (
             [tensor.shape for tensor in tensors] == shapes
             and {tensor.dtype for tensor in tensors} <= _FLOAT_DTYPES
-            and all(tensor.device == device for tensor in tensors)
-            and all(tensor.is_contiguous() for tensor in tensors)  # and so dense
+            and {tensor.device for tensor in tensors} <= {device}
+            and False not in [tensor.is_contiguous() for tensor in tensors]  # and so dense
         )
     except AttributeError:  # not a tensor
         return False

@@ -1,6 +1,6 @@
 """The balance-weight EMA in C++ on the CPU (``native``), and the table of addresses it shares with the CUDA kernels.
 
-A table has one row of integers per tensor; csrc/bindings.cpp names the columns.
+A table has one integer per tensor in each column; csrc/bindings.cpp names them.
 """
 
 from __future__ import annotations
@@ -107,14 +107,18 @@ def ema_table(
     grads: Sequence[Tensor],
     previous_grads: Sequence[Tensor],
     *moments: Sequence[Tensor],
-) -> list[int]:
-    """Per tensor: elements, then address and dtype from each list; 0, 0 for previous gradients not there."""
+) -> list[list[int]]:
+    """Columns: elements, then address and dtype from each list; 0, 0 for previous gradients not there."""
     lists = (params, averages, grads, previous_grads, *moments)
     columns = [list(map(Tensor.numel, params))]
     for tensors in lists:
         columns.append(list(map(Tensor.data_ptr, tensors)) or [0] * len(params))
-        columns.append(list(map(DTYPES.__getitem__, map(_dtype, tensors))) or [0] * len(params))
-    return list(chain.from_iterable(zip(*columns, strict=True)))
+        dtypes = list(map(_dtype, tensors))
+        if len(set(dtypes)) > 1:
+            columns.append([DTYPES[dtype] for dtype in dtypes])
+        else:
+            columns.append([DTYPES[dtypes[0]] if dtypes else 0] * len(params))
+    return columns
 
 
 def empty_weights(params: Sequence[Tensor]) -> BalanceWeights:
