@@ -134,6 +134,7 @@ def test_a_paper_runs_at_toy_size(path, small, monkeypatch):
 # Of every paper its own; the others run in other tests.
 RUN = {
     "inscl-categories": ["inscl"],
+    "kpig-ablations": ["kpig-no-mask"],
     "lcia-coin-text": ["lcia"],
     "lcia-instrdialog": ["lcia-always"],
     "superni-15": ["kpig"],
