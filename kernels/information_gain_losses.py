@@ -1,6 +1,6 @@
 """The losses of the information-gain family and their gradients, on Triton kernels and library products.
 
-Rows go in chunks: library products make float32 logits in one workspace of at most ``_WORKSPACE`` bytes, a kernel puts
+Rows go in chunks: library products make float32 logits in one workspace of ``_workspace_bytes``, a kernel puts
 their gradients in their place, and library products take those to the hidden states and, where it is trained, to the
 head. Whether products of float32 use TF32 is torch's setting (``torch.set_float32_matmul_precision``); scoring keeps
 float32's accuracy whatever that is.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from cit_fast.ops.information_gain.reference import LogitOptions, Needed
 _CROSS_ENTROPY = {"BLOCK": 8192, "num_warps": 32, **FUSED}
 _DIVERGENCE = {"BLOCK": 4096, "num_warps": 32, **FUSED}
 _BIAS = {"BLOCK": 128, "num_warps": 4, **FUSED}
-_WORKSPACE = 512 << 20
+_LEAST_WORKSPACE = 512 << 20
+_WORKSPACE_SHARE = 64
 _ALIGNED = 64  # elements; where each row of logits starts
 _WIDENED = 1 << 24  # elements of a half-precision head widened at a time, for hidden states in another dtype
 
@@ -269,8 +271,17 @@ def _product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
 def _workspace(tokens: int, entries: int, sides: int, device: torch.device) -> tuple[int, tuple[Tensor, ...]]:
     """Rows of a chunk, and memory for the logits of each side; chunks are as equal as tiles of 128 rows let them be."""
     stride = -(-entries // _ALIGNED) * _ALIGNED
-    most = max(1, _WORKSPACE // (4 * stride * sides))
+    most = max(1, _workspace_bytes(device) // (4 * stride * sides))
     most = most // 128 * 128 or most
     chunks = max(1, -(-tokens // most))
     size = min(most, -(-tokens // chunks // 128) * 128) if tokens else 1
     return size, tuple(torch.empty(min(size, tokens), stride, device=device) for _ in range(sides))
+
+
+@cache
+def _workspace_bytes(device: torch.device) -> int:
+    """A 64th of a GPU's memory: with few rows a chunk has too few tiles for all processors, and a trained head's
+    gradient is read and written once a chunk."""
+    if device.type != "cuda":
+        return _LEAST_WORKSPACE
+    return max(_LEAST_WORKSPACE, torch.cuda.get_device_properties(device).total_memory // _WORKSPACE_SHARE)

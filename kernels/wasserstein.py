@@ -360,7 +360,7 @@ def _sum_numbers(numbers, strips):
 # Columns at most, the warps that take them and the registers of a thread, set so that the compiler does not spill and
 # at least 256 threads fit a processor. A tile of K is whole rows, a tile of float64 parts of rows: 16 and 2 elements
 # for each thread.
-_WIDTHS = {64: (4, 168), 256: (4, 128), 1024: (8, 168), 4096: (8, 168), 8192: (16, 128)}
+_WIDTHS = {64: (4, 168), 128: (4, 128), 256: (4, 128), 512: (8, 128), 1024: (8, 168), 4096: (8, 168), 8192: (16, 128)}
 _TILE, _FINE_TILE = 16 * 32, 2 * 32
 _CHUNK = 256
 # Contracted whatever the default of a version of Triton: where it matters fma is written out.

@@ -118,14 +118,15 @@ def test_the_same_call_gives_the_same_bits_on_any_stream(dtype: torch.dtype) -> 
 
 
 def test_memory_is_bounded() -> None:
-    from cit_fast.kernels.information_gain_losses import _WORKSPACE
+    from cit_fast.kernels.information_gain_losses import _workspace_bytes
 
     problem = Problem(4096, 512, 131_072, torch.bfloat16)
     logits = 2 * problem.full.shape[0] * problem.weight.shape[0] * 2  # of both contexts
     with backend("triton"):
         assert added_at_the_peak(problem.gain) < 0.05 * logits
         gradients = 8 * problem.full.numel()
-        assert added_at_the_peak(problem.losses) < _WORKSPACE + 2 * gradients + (16 << 20)
+        workspace = _workspace_bytes(torch.device("cuda", torch.cuda.current_device()))
+        assert added_at_the_peak(problem.losses) < workspace + 2 * gradients + (16 << 20)
 
 
 def test_cuda_graph() -> None:

@@ -99,7 +99,7 @@ def test_divergences(
     head: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(losses, "_WORKSPACE", 1 << 16)  # several chunks of rows
+    monkeypatch.setattr(losses, "_workspace_bytes", lambda device: 1 << 16)  # several chunks of rows
     options = options_of(head, vocabulary)
     bias = options.pop("bias")
     live, weight = make(tokens, d, seed=1, dtype=dtype), make(vocabulary, d, seed=3, dtype=dtype)
@@ -131,7 +131,7 @@ def test_divergences(
 def test_linear_cross_entropy(
     tokens: int, d: int, vocabulary: int, dtype: torch.dtype, head: str, gate: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(losses, "_WORKSPACE", 1 << 15)
+    monkeypatch.setattr(losses, "_workspace_bytes", lambda device: 1 << 15)
     options = options_of(head, vocabulary)
     bias = options.pop("bias")
     hidden, weight = make(tokens, d, seed=1, dtype=dtype), make(vocabulary, d, seed=3, dtype=dtype)
@@ -217,6 +217,20 @@ def test_rows_and_heads_of_any_stride() -> None:
             linear_cross_entropy(same, weight, targets).backward()
             error = (rows.grad.double() - same.grad.double()).abs()
             assert (error <= 2 * gradient_error(full, weight, targets)).all()
+
+
+def test_a_head_whose_rows_are_far_apart() -> None:
+    """A view of something larger: its last row begins beyond 2^31 elements. The memory between is never touched."""
+    tokens, d, vocabulary, apart = 5, 16, 131, 1 << 24
+    full, masked, weight = (make(*s, seed=i) for i, s in enumerate(((tokens, d), (tokens, d), (vocabulary, d))))
+    targets = torch.arange(tokens, device=DEVICE) * 26
+    memory = torch.empty((vocabulary - 1) * apart + d, dtype=torch.float16, device=DEVICE)
+    far = memory.as_strided((vocabulary, d), (apart, 1))
+    far.copy_(weight)
+    with backend("triton"):
+        got = token_gain(full.half(), masked.half(), far, targets)
+        near = token_gain(full.half(), masked.half(), far.contiguous(), targets)
+    assert all(torch.equal(x, y) for x, y in zip(got, near, strict=True))
 
 
 def test_launches_of_some_rows_and_pieces_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,6 +56,16 @@ def test_without_the_interpreter_cpu_tensors_are_refused(monkeypatch: pytest.Mon
     hidden = torch.zeros(2, 3)
     with backend("triton"), pytest.raises(BackendError, match="does not run on cpu tensors"):
         token_gain(hidden, hidden, hidden, torch.arange(2))
+
+
+@pytest.mark.parametrize(("gigabytes", "expected"), [(16, 512 << 20), (80, 80 << 24), (141, 141 << 24)])
+def test_a_large_gpu_has_a_larger_workspace(gigabytes: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cit_fast.kernels import information_gain_losses as kernels
+
+    properties = SimpleNamespace(total_memory=gigabytes << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert kernels._workspace_bytes.__wrapped__(torch.device("cuda", 0)) == expected
+    assert kernels._workspace_bytes.__wrapped__(CPU) == 512 << 20
 
 
 def test_gradients_of_half_precision_lie_where_the_logits_were() -> None:

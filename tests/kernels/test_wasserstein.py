@@ -63,4 +63,4 @@ def test_layout_and_order_of_pairs() -> None:
     assert layout.vectors == int((4 * m + 3 * n).sum())
     assert torch.equal(layout.table[:, 9].diff(), (2 * layout.table[:, 7] * m)[:-1])
     orders = {block: (small.tolist(), large.tolist()) for block, small, large in kernels._orders(table)}
-    assert orders == {64: ([1, 5, 0], []), 256: ([2], []), 1024: ([], [3]), 8192: ([], [4, 6])}
+    assert orders == {64: ([1, 5, 0], []), 128: ([2], []), 1024: ([], [3]), 8192: ([], [4, 6])}

@@ -63,6 +63,7 @@ class Host:
         self.library = ctypes.CDLL(library)
         self.library.transport.restype = ctypes.c_bool
         self.capacity, self.clusters = 232448, True
+        self.at_once = 2
         self.teams: set[tuple[int, bool]] = set()
 
     def transport_team(self, n: int, m: int, device: int) -> tuple[int, int, bool]:
@@ -74,7 +75,7 @@ class Host:
         return blocks, shared_bytes.value, resident.value
 
     def transport_teams_at_once(self, blocks: int, shared_bytes: int, device: int) -> int:
-        return 2
+        return self.at_once
 
     def transport_scratch(self, rows: int, columns: int) -> int:
         return 4 * columns + 3 * rows
@@ -200,6 +201,14 @@ def test_every_way_to_cut_a_pair_gives_the_same(host: Host | None, monkeypatch: 
         torch.testing.assert_close(each.upper, results[0].upper, rtol=1e-6, atol=0)
         torch.testing.assert_close(each.lower, results[0].lower, rtol=1e-5, atol=0)
         assert abs(int(each.iterations - results[0].iterations)) <= 1
+
+
+def test_a_slice_of_a_gpu_that_runs_no_team_says_so(host: Host | None) -> None:
+    if host is None:
+        pytest.skip("a GPU that is whole")
+    host.at_once = 0
+    with pytest.raises(BackendError, match="this GPU, or slice of one, cannot run 1 blocks"):
+        run(random_clouds((4, 5)), method="sinkhorn")
 
 
 def test_a_pair_does_not_depend_on_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -215,7 +215,13 @@ def iterate(batch: Batch) -> Tensor:
     for (blocks, shared_bytes), members in alike.items():
         rows = max(-(-sizes[index][0] // blocks) for index in members)
         columns = max(sizes[index][1] for index in members)
-        at_once = min(len(members), _native_cuda.transport_teams_at_once(blocks, shared_bytes, stream.device_index))
+        possible = _native_cuda.transport_teams_at_once(blocks, shared_bytes, stream.device_index)
+        if possible < 1:
+            raise BackendError(
+                f"wasserstein_matrix: this GPU, or slice of one, cannot run {blocks} blocks of {shared_bytes} bytes of "
+                "shared memory together, as the cuda backend would; use backend 'triton' or 'reference'"
+            )
+        at_once = min(len(members), possible)
         scratch = results.new_empty(at_once * blocks * _native_cuda.transport_scratch(rows, columns))
         order = torch.tensor(members, dtype=torch.int32, device=where)
         following = torch.zeros(1, dtype=torch.int32, device=where)

@@ -88,7 +88,7 @@ inline TransportTeam transport_team(std::int64_t n, std::int64_t m, std::size_t 
   return {0, 0, false};
 }
 
-// transport_team() on a device, and how many such teams it runs at a time.
+// transport_team() on a device, and how many such teams it runs at a time (none on a slice of a GPU that is too small).
 TransportTeam transport_team_on(std::int64_t n, std::int64_t m, int device);
 int transport_teams_at_once(int blocks, std::size_t shared_bytes, int device);
 
