@@ -5,7 +5,9 @@ sum copied back. The layers here are PEFT's own with another forward pass. What 
 quantised base, a merged or disabled adapter, a mixed batch) goes PEFT's way, call by call.
 
 Layers of one module that read the same input (:data:`SIBLINGS`) are computed together when the first of them is
-called; the others then give what is there, if they are called with that input.
+called; the others then give what is there, if they are called with that input and nothing has changed. One backward
+pass is theirs together: who calls them one by one, outside their module, and takes a gradient of each, calls
+:func:`unfuse_lora` first.
 """
 
 from __future__ import annotations
@@ -194,12 +196,12 @@ class Siblings:
             if found is None:
                 return None
             pending.input, pending.outputs = weakref.ref(x), dict(enumerate(found))
-            pending.recording = torch.is_grad_enabled()
+            pending.states = [_state(each, x) for each in layers if each is not None]
         elif pending.input is not None and pending.input() is not x:
             self._apart = True  # they do not read the same input after all
             self.forget()
-        elif pending.recording != torch.is_grad_enabled():
-            return None
+        elif pending.outputs and pending.states[at] != _state(layer, x):
+            self.forget()
         return pending.outputs.pop(at, None)
 
     def _together(self, layers: Sequence[FusedLoraLinear], x: Tensor) -> tuple[Tensor, ...] | None:
@@ -225,7 +227,20 @@ class _Pending(threading.local):
     def __init__(self) -> None:
         self.input: weakref.ref[Tensor] | None = None
         self.outputs: dict[int, Tensor] = {}
-        self.recording = False
+        self.states: list[tuple[Any, ...]] = []
+        """Of each layer, see :func:`_state`."""
+
+
+def _state(layer: FusedLoraLinear, x: Tensor) -> tuple[Any, ...]:
+    """What a layer's output depends on, beside which input it is."""
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    tensors = [x, layer.base_layer.weight, layer.base_layer.bias]
+    for name in names:
+        tensors += [layer.lora_A[name].weight, layer.lora_B[name].weight, layer.lora_B[name].bias]
+    versions = [None if each is None or each.is_inference() else each._version for each in tensors]
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), layer.training
+    scalings = [layer.scaling[name] for name in names]
+    return (names, scalings, list(map(id, tensors)), versions, modes, layer.disable_adapters, bool(layer.merged))
 
 
 def _introduce(model: nn.Module) -> None:
@@ -261,8 +276,9 @@ def _never(layer: Linear) -> str | None:
 
 
 def _watched(module: nn.Module) -> bool:
-    """Whether somebody waits for this module to be called: a hook, or offloading, which replaces its forward pass."""
-    return bool(module._forward_hooks or module._forward_pre_hooks) or hasattr(module, "_hf_hook")
+    """Whether somebody waits for this module to be called: a hook, or who replaced its forward pass (offloading)."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in module.__dict__ or hasattr(module, "_hf_hook")
 
 
 def _dropout(module: nn.Module) -> float:

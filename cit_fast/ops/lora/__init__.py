@@ -122,17 +122,22 @@ class _LoraLinears(torch.autograd.Function):
             inputs, scalings = rows * kept, tuple(each / (1 - dropout) for each in scalings)
         inner = inputs @ down.T
         ranks = [each.shape[0] for each in a]
-        ys = [
-            torch.nn.functional.linear(rows, weight, bias).addmm_(own, up.T, alpha=scaling)
-            for weight, bias, own, up, scaling in zip(
-                weights, biases, torch.split(inner, ranks, 1), ups, scalings, strict=True
-            )
-        ]
+        # Into memory of their own shape: models clamp what a layer gives in place, which no view made here allows.
+        ys = [rows.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
+        for y, weight, bias, own, up, scaling in zip(
+            ys, weights, biases, torch.split(inner, ranks, 1), ups, scalings, strict=True
+        ):
+            flat = y.view(-1, y.shape[-1])
+            if bias is None:
+                torch.mm(rows, weight.T, out=flat)
+            else:
+                torch.addmm(bias, rows, weight.T, out=flat)
+            flat.addmm_(own, up.T, alpha=scaling)
         ctx.save_for_backward(rows, inner, kept, down, *weights, *ups)
         ctx.set_materialize_grads(False)
         ctx.scalings, ctx.ranks, ctx.shape, ctx.dtype = scalings, ranks, x.shape, a[0].dtype
         ctx.dtype_b = b[0].dtype
-        return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
+        return tuple(ys)
 
     @staticmethod
     @once_differentiable
