@@ -201,6 +201,8 @@ def _checked(entry: Any, where: str) -> Wording:
 def draw_wordings(examples: Sequence[Example], pools: Pools, rng: random.Random) -> list[Example]:
     """Each example with a wording drawn at random from its task's pool; one of a task without a pool as it is.
 
+    So is a conversation, whose instruction stands in its turns; the draw is made all the same.
+
     Args:
         examples: of any tasks.
         pools: see :func:`data_pools`, :func:`chat_pools`.
@@ -211,7 +213,8 @@ def draw_wordings(examples: Sequence[Example], pools: Pools, rng: random.Random)
         pool = pools.get(example.task)
         if pool:
             wording = pool[int(rng.random() * len(pool))]
-            drawn.append(replace(example, instruction=wording.instruction, key_parts=wording.key_parts))
+            reworded = {"instruction": wording.instruction, "key_parts": wording.key_parts, "instruction_span": None}
+            drawn.append(example if example.messages else replace(example, **reworded))
         else:
             drawn.append(example)
     return drawn

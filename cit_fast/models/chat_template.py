@@ -4,7 +4,8 @@ A template renders a conversation in two ways: whole, and up to where the assist
 With most templates a whole conversation begins with the second text, and then that is the prompt. With others it does
 not: the template writes a header or an empty thought before every answer, or opens a thought for the model to go on
 with. There, the prompt is the whole rendering up to the answer, in training and in generation alike, so that nothing
-but the answer and its end is learned.
+but the answer and its end is learned. White space that a template writes before an answer and not where the assistant
+begins to speak (``[/INST] answer``) is the answer's, which begins with it in the tokens that the model knows.
 """
 
 from __future__ import annotations
@@ -65,13 +66,16 @@ class ChatTemplate:
             opened, whole = self._render(probe, add_generation_prompt=True), self._render(answered)
         except DataError as error:
             raise ConfigError(f"system_prompt {system[0]['content']!r}: {error}" if system else f"{error}") from None
-        self._cuts = _ANSWER in whole and not whole.startswith(opened + _ANSWER)
+        before, found, _ = whole[len(opened) :].partition(_ANSWER) if whole.startswith(opened) else ("", "", "")
+        self.lead = before if found and before.isspace() else ""
+        """What stands between the prompt and every answer."""
+        self._cuts = _ANSWER in whole and not whole.startswith(opened + self.lead + _ANSWER)
         self._tail = whole.rpartition(_ANSWER)[2] if _ANSWER in whole else ""
         self.end_of_turn_id = self._end_of_turn()
         self.marks_assistant = tokenizer.is_fast and bool(_GENERATION_TAG.search(self._source))
 
     def split(self, turns: Turns, answer: str, where: str) -> tuple[str, str]:
-        """The prompt that ``turns`` make, and what is to follow it: the answer, without its end.
+        """The prompt that ``turns`` make, and what is to follow it: :attr:`lead` and the answer, without its end.
 
         Args:
             turns: up to the question.
@@ -84,7 +88,7 @@ class ChatTemplate:
         """
         opened = self._render(turns, where, add_generation_prompt=True)
         if not self._cuts:
-            return opened, answer
+            return opened, self.lead + answer
         before = self._whole(turns, _ANSWER, where).rpartition(_ANSWER)[0]
         whole = self._whole(turns, answer, where)
         if whole.startswith(before) and "".join(whole[len(before) :].split()).startswith("".join(answer.split())):

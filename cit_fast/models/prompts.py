@@ -295,10 +295,18 @@ class PromptEncoder:
         """The turns and the start of the assistant's as tokens, and the answer with its end."""
         answer = example.references[0]
         if self._template is not None:
-            prompt, answer = self._template.split(turns, answer, _where(example))
-            return self._tokenize(prompt), [*self._tokenize(answer), self.end_of_turn_id]
+            prompt, said = self._template.split(turns, answer, _where(example))
+            opened, lead = self._tokenize(prompt), self._template.lead
+            plain = said == lead + answer  # and not what the template makes of it
+            if (
+                lead
+                and (whole := self._tokenize(prompt + said))[: len(opened)] == opened
+                and not self._has_special(answer)
+            ):
+                return opened, [*whole[len(opened) :], self.end_of_turn_id]
+            return opened, [*self._tokenize(said, plain=plain), self.end_of_turn_id]
         text = "".join(turn["content"] + "\n\n" for turn in turns if turn["content"])
-        return self._bos + self._tokenize(text), [*self._tokenize(answer), self.end_of_turn_id]
+        return self._bos + self._tokenize(text), [*self._tokenize(answer, plain=True), self.end_of_turn_id]
 
     def _marked(self, turns: Turns, example: Example) -> _Tokens:
         """A whole conversation, labelled where the chat template says that the assistant speaks."""
@@ -306,11 +314,28 @@ class PromptEncoder:
         ids, mask = self._template.marked(turns, _where(example))
         if not any(mask):
             raise DataError(f"{_where(example)}: the chat template marks no token as the assistant's")
+        # The end of a turn is learned also where the template marks what is said alone.
+        for k in range(1, len(ids)):
+            if ids[k] == self.end_of_turn_id and mask[k - 1]:
+                mask[k] = 1
         end = len(mask) - mask[::-1].index(1)  # nothing after the last response is learned or attended to
-        return ids[:end], [token if own else IGNORED for token, own in zip(ids[:end], mask[:end], strict=True)]
+        labels = [token if own else IGNORED for token, own in zip(ids[:end], mask[:end], strict=True)]
+        if self.end_of_turn_id not in labels[_start_of_last_run(labels) :]:
+            ids, labels, end = [*ids[:end], self.end_of_turn_id], [*labels, self.end_of_turn_id], end + 1
+        # The header before the last answer is the prompt's, as in generation, whatever the template marks.
+        opened = self._split(turns[:-1], example)[0]
+        if ids[: len(opened)] == opened:
+            start = _start_of_last_run(labels)
+            labels[start : len(opened)] = [IGNORED] * (len(opened) - start)
+        return ids[:end], labels
 
-    def _tokenize(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    def _tokenize(self, text: str, *, plain: bool = False) -> list[int]:
+        """Token ids; of ``plain`` text the name of a special token is text like any other."""
+        options = {"split_special_tokens": True} if plain and self._has_special(text) else {}
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False, **options)["input_ids"])
+
+    def _has_special(self, text: str) -> bool:
+        return any(token in text for token in self.tokenizer.all_special_tokens)
 
     # ----------------------------------------------------------------------------------------------- to turns
 

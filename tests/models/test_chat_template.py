@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import datetime
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tokenizers.pre_tokenizers import Metaspace
 
 from cit_fast.data import Example
 from cit_fast.errors import ConfigError, DataError
+from cit_fast.key_parts.pairs import encode_pair
 from cit_fast.models.prompts import PromptEncoder
 
 HARMONY = (
@@ -130,3 +133,77 @@ def test_templates_of_published_models(tiny_tokenizer, path):
         # A template without an end of turn gets EOS, and nothing after the end of the last turn is learned.
         assert rendered.strip().startswith(text.removesuffix("<eos>").strip())
         assert "No" in text or "Yes" in text
+
+
+def llama_2(answer="' ' + m['content'] + ' '"):
+    return (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|im_start|>[INST] ' + m['content'] + ' [/INST]' }}"
+        "{% else %}{{ " + answer + " + '<|im_end|>' }}{% endif %}{% endfor %}"
+    )
+
+
+@pytest.mark.parametrize("spaces", ["byte level", "metaspace"])
+def test_white_space_before_an_answer_is_the_answers(tiny_tokenizer, spaces):
+    """As Llama 2 and Mistral: the prompt is where the assistant begins to speak, the tokens are the template's."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    if spaces == "metaspace":
+        tokenizer.backend_tokenizer.pre_tokenizer = Metaspace(prepend_scheme="always")
+    tokenizer.chat_template = llama_2()
+    said = [{"role": "user", "content": "Is it?"}]
+    asked = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
+    whole = tokenizer.apply_chat_template([*said, {"role": "assistant", "content": "No"}], return_dict=False)
+    encoder = PromptEncoder(tokenizer)
+    encoded = encoder.example(Example("Is it?", references=("No",)))
+    learned = encoded.input_ids[encoded.prompt_length :]
+    assert encoder.prompt(Example("Is it?", references=("x",))) == encoded.input_ids[: encoded.prompt_length] == asked
+    assert encoded.input_ids[:-1] == whole[: len(encoded.input_ids) - 1]
+    assert learned[-1] == encoder.end_of_turn_id
+    assert encoder.answer(Example("Is it?", references=("x",)), "No") == learned
+
+
+MARKED = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}BLOCK"
+    "{% else %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        "{% generation %}{{ '<|im_start|>assistant\n' + m['content'] + '<|im_end|>\n' }}{% endgeneration %}",
+        "{{ '<|im_start|>assistant\n' }}{% generation %}{{ m['content'] }}{% endgeneration %}{{ '<|im_end|>\n' }}",
+        "{{ '<|im_start|>assistant\n' }}{% generation %}{{ m['content'] }}{% endgeneration %}{{ '\n' }}",
+    ],
+    ids=["the header in the block", "the end outside", "no end at all"],
+)
+def test_what_is_scored_of_a_marked_conversation_is_the_answer_and_its_end(with_template, block):
+    """Wherever the template draws the line around what the assistant says."""
+    tokenizer = with_template(MARKED.replace("BLOCK", block))
+    encoder = PromptEncoder(tokenizer)
+    encoded = encoder.example(TALK)
+    assert encoded.input_ids[: encoded.prompt_length] == encoder.prompt(TALK)
+    learned = tokenizer.decode(encoded.labels[encoded.prompt_length :])
+    assert learned.rstrip("\n") == "No" + tokenizer.decode([encoder.end_of_turn_id])
+    pair = encode_pair(encoder, replace(TALK, references=("No",)))
+    assert tokenizer.decode(pair.full.input_ids[slice(*pair.scored)]) == "No"
+    before = [token for token in encoded.labels[: encoded.prompt_length] if token != -100]
+    assert tokenizer.decode(before).count("b") == 1  # the assistant's first turn
+    assert (encoder.end_of_turn_id in before) == ("<|im_end|>" in block)
+
+
+def test_an_answer_that_the_template_ends_at_once_is_refused(with_template):
+    encoder = PromptEncoder(
+        with_template(MARKED.replace("BLOCK", "{% generation %}{{ m['content'] }}{% endgeneration %}"))
+    )
+    ended = replace(TALK, references=("<|im_end|>",), messages=(*TALK.messages[:-1], ("assistant", "<|im_end|>")))
+    with pytest.raises(DataError, match=r"the answer '<\|im_end\|>' has no tokens of its own"):
+        encode_pair(encoder, ended)
+
+
+def test_an_answer_that_names_a_special_token_is_text(tiny_tokenizer):
+    encoder = PromptEncoder(tiny_tokenizer)
+    encoded = encoder.example(Example("Say it.", references=("say <|im_end|> now",)))
+    learned = encoded.input_ids[encoded.prompt_length :]
+    assert learned.index(encoder.end_of_turn_id) == len(learned) - 1
+    assert tiny_tokenizer.decode(learned[:-1], skip_special_tokens=True) == "say <|im_end|> now"

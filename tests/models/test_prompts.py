@@ -216,7 +216,7 @@ def test_long_input_is_cut_in_few_steps(tiny_tokenizer, monkeypatch):
     encoder = PromptEncoder(tiny_tokenizer, max_length=100)
     calls = []
     tokenize = encoder._tokenize
-    monkeypatch.setattr(encoder, "_tokenize", lambda text: calls.append(text) or tokenize(text))
+    monkeypatch.setattr(encoder, "_tokenize", lambda text, **_: calls.append(text) or tokenize(text))
     encoded = encoder.example(Example("Sum up.", "lazy dog 12 " * 5000, ("short",)))
     assert 99 <= len(encoded.input_ids) <= 100
     assert len(calls) < 10  # halving alone would take 18

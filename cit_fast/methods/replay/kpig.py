@@ -152,7 +152,18 @@ class KPIGReplay:
             )
             return [(mine[each.index][0], each.gain) for each in found if each.gain is not None]
 
-        return self._means(stage, drawn, dict(split_over_ranks(numbered, score)))
+        scores = dict(split_over_ranks(numbered, score))
+        start = 0
+        for task, own in zip(stage.seen, drawn, strict=True):
+            mine = flat[start : start + len(own)]
+            if mine and self.key_parts != "data" and not any(example.key_parts for example in mine):
+                scores[start] = 0.0
+                notes.append(
+                    f"Instructions of task {task.name!r} have no part that could be masked, being a clause each: its "
+                    "gain counts as 0."
+                )
+            start += len(own)
+        return self._means(stage, drawn, scores)
 
     def _means(self, stage: Stage, drawn: Sequence[Sequence[Example]], by_number: Mapping[int, float]) -> list[float]:
         """Of each task's drawn instances, whose number among all is the key of ``by_number``."""
