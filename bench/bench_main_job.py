@@ -4,7 +4,8 @@
 
 Both sides are processes of their own, in turns, that do the same job: start, answer the test prompts of the four tasks
 with the untrained model, tune on one task after another (same examples, same TrainingArguments, a checkpoint where the
-quickstart has one), keep the adapter of each stage, and answer all test prompts again. `trainer` is transformers'
+quickstart has one), keep the adapter of each stage, and answer all test prompts again, both in the dtype that
+`model.dtype: auto` means here. `trainer` is transformers'
 Trainer on PEFT's layers and `generate` in batches by length; `cit-fast` is `cit-fast run`, which also writes records,
 predictions and a report. Fetching or converting the model comes before and is not counted. Records the seconds of every
 part, the largest resident memory and the scores in bench/results.
@@ -24,9 +25,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer
 
 from bench.bench_evaluation import QUICKSTART, by_generate
 from bench.ceilings import record
@@ -34,6 +34,7 @@ from cit_fast.data import load_stream
 from cit_fast.evaluation import read_stages
 from cit_fast.evaluation.metrics import score
 from cit_fast.models.adapters import prompt_encoder
+from cit_fast.models.loading import computing_dtype
 from cit_fast.models.pretrained import resolve_model
 from cit_fast.run.arguments import training_arguments
 from cit_fast.run.config import load_config
@@ -46,8 +47,9 @@ def by_trainer(output: Path) -> None:
     config = load_config(QUICKSTART)
     folder, data = resolve_model(config.model), config.data
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    settings = AutoConfig.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, attn_implementation=config.model.attn_implementation
+        folder, dtype=computing_dtype(folder, settings), attn_implementation=config.model.attn_implementation
     )
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **(config.adapter or {})))
     encoder = prompt_encoder(tokenizer, data)

@@ -213,8 +213,8 @@ def draw_wordings(examples: Sequence[Example], pools: Pools, rng: random.Random)
         pool = pools.get(example.task)
         if pool:
             wording = pool[int(rng.random() * len(pool))]
-            reworded = {"instruction": wording.instruction, "key_parts": wording.key_parts, "instruction_span": None}
-            drawn.append(example if example.messages else replace(example, **reworded))
+            own = replace(example, instruction=wording.instruction, key_parts=wording.key_parts, instruction_span=None)
+            drawn.append(example if example.messages else own)
         else:
             drawn.append(example)
     return drawn

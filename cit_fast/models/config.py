@@ -29,7 +29,8 @@ class ModelConfig(Section):
     revision: str | None = None
     """A branch, tag or commit on the hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """``auto``: the dtype in which the weights are stored."""
+    """``auto``: the dtype in which the weights are stored, or float32 on an x86 processor that does not multiply that
+    one, where the weights in float32 fit into a quarter of the memory."""
     attn_implementation: str = "auto"
     """A name that transformers takes; ``auto``: the newest flash attention that runs on the device, else ``sdpa``."""
     trust_remote_code: bool = False

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
+import os
+import platform
 import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -16,6 +19,7 @@ from cit_fast.errors import ConfigError
 from cit_fast.text import first_line
 from cit_fast.values import choices
 
+logger = logging.getLogger(__name__)
 _PLACED = "nothing: the trainer and the launcher place the model"
 _FETCHED = "model.name and model.revision (a model is fetched before it is loaded)"
 # Set by cit-fast itself, or by another key.
@@ -230,3 +234,38 @@ def full_precision(model: Any) -> Any:
     except (NotImplementedError, ValueError, AttributeError, ImportError) as error:
         raise ConfigError(f"its quantised weights cannot be taken back: {first_line(error)}") from None
     return model.float()
+
+
+def computing_dtype(folder: Path, settings: Any) -> torch.dtype | Literal["auto"]:
+    """What ``model.dtype: auto`` means for a model on this machine.
+
+    Args:
+        folder: of the model.
+        settings: its configuration.
+    """
+    stored = getattr(settings, "dtype", None)
+    quantized = getattr(settings, "quantization_config", None) is not None
+    if torch.cuda.is_available() or stored is None or quantized or multiplies(stored):
+        return "auto"
+    weights = sum(path.stat().st_size for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
+    if 4 * 2 * weights > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        logger.warning(
+            "this processor does not multiply %s, in which the model computes slowly here; model.dtype: float32 would "
+            "take %.0f GB for the weights",
+            *(str(stored).removeprefix("torch."), 2 * weights / 1e9),
+        )
+        return "auto"
+    return torch.float32
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether this processor has instructions for products in this dtype; of others than x86 it is not known to lack
+    them.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    needed = {
+        torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
+        torch.float16: ("_is_amx_fp16_supported",),
+    }
+    return dtype not in needed or any(getattr(torch.cpu, name, bool)() for name in needed[dtype])

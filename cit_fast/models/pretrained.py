@@ -23,7 +23,7 @@ from cit_fast.files import commit_folder, is_disk_full
 from cit_fast.models.collation import resolve_attention
 from cit_fast.models.config import ModelConfig
 from cit_fast.models.fused_norms import fuse_norms
-from cit_fast.models.loading import COMPUTING, keep_gradients, known_loading, quantization_config
+from cit_fast.models.loading import COMPUTING, computing_dtype, keep_gradients, known_loading, quantization_config
 from cit_fast.text import first_line
 
 
@@ -216,6 +216,9 @@ def load_model(folder: Path, config: ModelConfig) -> Any:
     from transformers import AutoModelForCausalLM
 
     own, settings = known_loading(folder, config.kwargs, config.trust_remote_code)
+    dtype: Any = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
+    if config.dtype == "auto" and config.quantization is None:
+        dtype = computing_dtype(folder, settings)
     if config.quantization is not None:
         own["quantization_config"] = quantization_config(config.quantization)
     try:
@@ -223,7 +226,7 @@ def load_model(folder: Path, config: ModelConfig) -> Any:
             folder,
             config=settings,
             output_loading_info=True,
-            dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
+            dtype=dtype,
             attn_implementation=resolve_attention(
                 config.attn_implementation, "cuda" if torch.cuda.is_available() else "cpu"
             ),

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import platform
+
 import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from cit_fast import ContinualModel, ContinualTrainer
 from cit_fast.errors import ConfigError
 from cit_fast.inference.export import export_adapters, export_merged
 from cit_fast.models.config import ModelConfig
-from cit_fast.models.loading import RESERVED_LOADING, loading_names
+from cit_fast.models.loading import RESERVED_LOADING, loading_names, multiplies
 from cit_fast.models.pretrained import load_model
 
 
@@ -91,3 +95,33 @@ def test_a_model_trained_whole_keeps_how_it_computes(settings, stream):
     settings["adapter"] = None
     (folder,) = ContinualTrainer(settings, stream=stream, console=Console(quiet=True)).run()
     assert ContinualModel.from_run(folder).model.config._experts_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    ("native", "memory", "stored", "expected"),
+    [
+        (False, 1 << 40, torch.bfloat16, torch.float32),
+        (False, 1 << 40, torch.float16, torch.float32),
+        (False, 1 << 10, torch.bfloat16, torch.bfloat16),
+        (True, 1 << 40, torch.bfloat16, torch.bfloat16),
+        (False, 1 << 40, torch.float32, torch.float32),
+    ],
+)
+def test_auto_is_a_dtype_that_the_processor_multiplies(
+    tiny_model_folder, tmp_path, monkeypatch, caplog, native, memory, stored, expected
+):
+    """float32 is several times faster where there are no instructions for half precision, if there is room for it."""
+    AutoModelForCausalLM.from_pretrained(tiny_model_folder).to(stored).save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_amx_fp16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: native, raising=False)
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": memory}.get)
+    assert load_model(tmp_path, ModelConfig()).dtype == expected
+    assert load_model(tmp_path, ModelConfig(dtype="bfloat16")).dtype == torch.bfloat16
+    assert ("model.dtype: float32 would take" in caplog.text) == (memory == 1 << 10)
+
+
+def test_another_processor_than_x86_is_not_known_to_lack_half_precision(monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    assert multiplies(torch.bfloat16)
