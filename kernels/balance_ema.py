@@ -428,7 +428,7 @@ class _Call:
     ) -> Tensor:
         """Launch sweep_kernel; returns the slots."""
         sizes, chunks = self.layout
-        slots = torch.empty(len(chunks), 3, device=self.device)
+        slots = torch.empty(len(chunks), 3, dtype=torch.float32, device=self.device)
         sweep_kernel[(len(chunks),)](
             sizes,
             self.streams,

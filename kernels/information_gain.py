@@ -372,7 +372,7 @@ def _partials(
     blocks = -(-tokens // tiling.BLOCK_M)
     tiles = _tiles(blocks, -(-entries // tiling.BLOCK_N), _processors(full.device))
     splits = -(-entries // (tiles * tiling.BLOCK_N))
-    partials = torch.empty(splits, STATISTICS.value, tokens, device=full.device)
+    partials = torch.empty(splits, STATISTICS.value, tokens, dtype=torch.float32, device=full.device)
     gain_kernel[(blocks * splits,)](
         full,
         masked,

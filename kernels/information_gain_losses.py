@@ -275,7 +275,7 @@ def _workspace(tokens: int, entries: int, sides: int, device: torch.device) -> t
     most = most // 128 * 128 or most
     chunks = max(1, -(-tokens // most))
     size = min(most, -(-tokens // chunks // 128) * 128) if tokens else 1
-    return size, tuple(torch.empty(min(size, tokens), stride, device=device) for _ in range(sides))
+    return size, tuple(torch.empty(min(size, tokens), stride, dtype=torch.float32, device=device) for _ in range(sides))
 
 
 @cache

@@ -199,9 +199,9 @@ def _address(tensor: Tensor | None) -> int:
 def _empty_gradients(hidden: Tensor, weight: Tensor, needed: Needed) -> tuple[Tensor, Tensor, Tensor]:
     """In float32: hidden states (all of it is written), weight and bias (added to)."""
     return (
-        torch.empty(hidden.shape if needed.hidden else 0),
-        torch.zeros(weight.shape if needed.weight else 0),
-        torch.zeros(weight.shape[0] if needed.bias else 0),
+        torch.empty(hidden.shape if needed.hidden else 0, dtype=torch.float32),
+        torch.zeros(weight.shape if needed.weight else 0, dtype=torch.float32),
+        torch.zeros(weight.shape[0] if needed.bias else 0, dtype=torch.float32),
     )
 
 
