@@ -42,7 +42,7 @@ def word_count(text: str) -> int:
 def normalise_label(text: str) -> str:
     """The form in which labels are compared: case-folded, single spaces, no quotes around, no final stop."""
     text = composed(" ".join(text.casefold().split()))
-    return text.strip(_QUOTES).rstrip(".").strip(_QUOTES) or text
+    return text.strip(_QUOTES).rstrip(".\u3002").strip(_QUOTES) or text
 
 
 def is_file_name(name: str) -> bool:

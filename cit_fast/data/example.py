@@ -111,7 +111,8 @@ class Task(Constraints):
 
     Args:
         name: unique in its stream.
-        train, dev, test: the splits; ``dev`` and ``test`` may be empty where nothing is evaluated.
+        train, dev, test: the splits; ``dev`` and ``test`` may be empty where nothing is evaluated. Their examples get
+            the task's name.
         metric: a name in :data:`cit_fast.evaluation.metrics.METRICS`.
         labels, answer_pattern, answer_format, extractive, wordy_above: what the V-score judges answers by, each
             optional; see :class:`~cit_fast.data.constraints.Constraints`.
@@ -133,8 +134,8 @@ class Task(Constraints):
             raise DataError(f"task {self.name!r} is empty: it has neither training nor test examples")
         for split in ("train", "dev", "test"):
             examples = getattr(self, split)
-            if any(not example.task for example in examples):  # replay tells examples apart by their task
-                named = tuple(replace(e, task=self.name) if not e.task else e for e in examples)
+            if any(example.task != self.name for example in examples):  # replay tells examples apart by their task
+                named = tuple(e if e.task == self.name else replace(e, task=self.name) for e in examples)
                 object.__setattr__(self, split, named)
         self.check_constraints(f"task {self.name!r}: ")
         if self.extractive:

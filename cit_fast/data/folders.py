@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,19 +22,20 @@ _LABELS = "labels.json"
 _SAVED = ("dataset_dict.json", "state.json")  # marks of a dataset saved by save_to_disk
 _TABLES = {".parquet": "parquet", ".arrow": "arrow"}  # file suffix -> builder of `datasets`
 _KINDS = {".json", ".jsonl", ".csv", ".tsv", *_TABLES}
-_SHARD = re.compile(r"-\d+-of-\d+(-[0-9a-f]+)?$")  # train-00000-of-00002.parquet
+_SHARD = re.compile(r"-(\d+)-of-(\d+)(-[0-9a-f]+)?$")  # train-00000-of-00002.parquet
 
 
 def tasks_below(path: Path) -> list[Path]:
     """The path itself where it is one task, else the files and folders in it that are tasks.
 
     Raises:
-        DataError: a folder without data.
+        DataError: a folder without data, or a link in it to a file that is gone.
     """
     if not path.is_dir() or _is_task_folder(path):
         return [path]
     inside = sorted(path.iterdir())
     tasks = [each for each in inside if _is_data_file(each) or (each.is_dir() and _is_task_folder(each))]
+    _check_links(tasks)
     if not tasks:
         raise DataError(
             f"{path}: no tasks in it: no data files ({', '.join(sorted(_KINDS))}), no folders with a train file"
@@ -46,10 +48,11 @@ def split_files(folder: Path, splits: Mapping[str, str]) -> dict[str, list[Path]
 
     Args:
         folder: with one file or one set of shards per split, itself or in its sub-folder ``data``.
-        splits: split -> the stem of its file; without it the usual names.
+        splits: split -> the stem of its file; of a split without one the usual names.
 
     Raises:
-        DataError: no file for a split that is asked for, two that could be one, or none at all.
+        DataError: no file for a split that is asked for, two that could be one, none at all, a shard that is missing,
+            or a link to a file that is gone.
     """
     there = _data_files(folder)
     found: dict[str, list[Path]] = {}
@@ -64,6 +67,8 @@ def split_files(folder: Path, splits: Mapping[str, str]) -> dict[str, list[Path]
                 "name one with splits, or remove one"
             )
         if matches:
+            _check_links(matches[0])
+            _check_shards(matches[0])
             found[split] = matches[0]
         elif split in splits:
             raise DataError(f"{folder}: no file {splits[split]!r} for the {split} split; {_listing(there)}")
@@ -73,18 +78,24 @@ def split_files(folder: Path, splits: Mapping[str, str]) -> dict[str, list[Path]
 
 
 def wanted(splits: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """Split -> the names it may have: the one that is asked for, else the usual ones."""
-    return {split: (name,) for split, name in splits.items()} or dict(_SPLIT_NAMES)
+    """Split -> the names it may have: the one that is asked for, else the usual ones that are not asked for."""
+    given: dict[str, tuple[str, ...]] = {split: (name,) for split, name in splits.items()}
+    taken = {name.lower() for name in splits.values()}
+    usual = {split: tuple(name for name in names if name not in taken) for split, names in _SPLIT_NAMES.items()}
+    return given | {split: names for split, names in usual.items() if split not in given}
 
 
-def labels_file(folder: Path) -> tuple[str, ...]:
-    """The closed set of answers that a folder's ``labels.json`` names; none without that file.
+def labels_file(task: Path) -> tuple[str, ...]:
+    """The closed set of answers that a task's ``labels.json`` names; none without that file.
+
+    It lies in the task's folder, or beside its file. Beside several files that are a task each it is nobody's.
 
     Raises:
         DataError: it is no list of texts.
     """
+    folder = task if task.is_dir() else task.parent
     path = folder / _LABELS
-    if not path.exists():
+    if not path.exists() or not (folder == task or _is_task_folder(folder) or _has_one_file(folder)):
         return ()
     try:
         labels = json.loads(text_of_file(path))
@@ -145,7 +156,38 @@ def load_tables(path: Path, files: Mapping[str, Sequence[Path]], kinds: set[str]
 
 
 def _is_data_file(path: Path) -> bool:
-    return path.is_file() and kind(path) in _KINDS and path.name != _LABELS
+    """Whether it is data by its name: no file ``._name``, in which macOS keeps what is no data of a file ``name``."""
+    by_name = kind(path) in _KINDS and path.name != _LABELS and not path.name.startswith("._")
+    return by_name and (path.is_file() or _is_broken_link(path))
+
+
+def _has_one_file(folder: Path) -> bool:
+    return sum(map(_is_data_file, folder.iterdir())) == 1
+
+
+def _is_broken_link(path: Path) -> bool:
+    return path.is_symlink() and not path.exists()
+
+
+def _check_links(files: Sequence[Path]) -> None:
+    for file in filter(_is_broken_link, files):
+        raise DataError(f"{file}: a link to {file.readlink()}, which is not there; mend or remove the link")
+
+
+def _check_shards(files: Sequence[Path]) -> None:
+    """Shards are all there: their names say of how many each is one. Some count from 0, some from 1."""
+    numbered = [(file, match) for file in files if (match := _SHARD.search(stem(file)))]
+    there: dict[str, set[int]] = defaultdict(set)
+    for _, match in numbered:
+        there[match[2]].add(int(match[1]))
+    for file, match in numbered:
+        found, count = there[match[2]], int(match[2])
+        start = 0 if 0 in found or count not in found else 1
+        number = next((number for number in range(start, start + count) if number not in found), None)
+        if number is not None:
+            width, name = len(match[1]), stem(file)
+            missing = f"{name[: match.start()]}-{number:0{width}}-of-{match[2]}{file.name[len(name) :]}"
+            raise DataError(f"{file.with_name(missing)}: no such file, though {file.name} is one of {count} shards")
 
 
 def _is_task_folder(folder: Path) -> bool:

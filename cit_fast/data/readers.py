@@ -23,9 +23,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cit_fast.data.column_values import answer_names, plain_value, read_columns
 from cit_fast.data.example import Example
-from cit_fast.data.record_fields import FIELDS, ReadOptions
-from cit_fast.data.records import read_records
+from cit_fast.data.record_fields import ANSWER_OF, ReadOptions
+from cit_fast.data.records import read_records, tell_format
 from cit_fast.errors import DataError
 
 _DELIMITERS = (",", ";", "\t")
@@ -35,7 +36,8 @@ _ROWS_AT_A_TIME = 1000
 def read_file(path: str | Path, options: ReadOptions | None = None) -> list[Example]:
     """Read one ``.json``, ``.jsonl``, ``.csv`` or ``.tsv`` file (UTF-8, byte-order mark and CRLF accepted).
 
-    A CSV file may have commas, semicolons or tabs between its cells, and blanks after them if its header has.
+    A CSV file may have commas, semicolons or tabs between its cells, and blanks after them if its header has. The name
+    ``.tsv`` means tabs where the header has one.
 
     Args:
         path: the file; one of another name is read as JSON.
@@ -79,30 +81,33 @@ def read_dataset(
     Raises:
         DataError: no rows, or one that cannot be read.
     """
-    used = FIELDS.union(options.columns.values())  # another column may well be unlabelled
-    names = {column: labels for column, labels in class_names(dataset).items() if column in used}
-    single = {c for c, feature in dataset.features.items() if getattr(feature, "dtype", "") in ("float16", "float32")}
+    return read_records(_records_of_dataset(dataset, options, where, indices), options, where=where)
+
+
+def answer_labels(dataset: Any, options: ReadOptions, where: str) -> tuple[str, ...]:
+    """The closed set of answers of a ``datasets.Dataset``: the classes of the column that its format answers from."""
+    names = answer_names(dataset.features, options)
+    if not names or not len(dataset):
+        return names.get("output", ())
+    data_format, _ = tell_format(_records_of_dataset(dataset, options, where), options)
+    return names.get(ANSWER_OF.get(data_format, ""), ())
+
+
+def _records_of_dataset(
+    dataset: Any, options: ReadOptions, where: str, indices: Sequence[int] | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a ``datasets.Dataset`` as records, each with its source; see :func:`read_dataset`."""
+    features = read_columns(dataset.features, options)
     # As stored: images are not decoded, which would need another package.
     stored = dataset.with_format("arrow")
     wanted = range(len(dataset)) if indices is None else indices
-
-    def rows() -> Iterator[tuple[str, Any]]:
-        for start in range(0, len(wanted), _ROWS_AT_A_TIME):
-            chunk = wanted[start : start + _ROWS_AT_A_TIME]
-            for index, row in zip(chunk, _rows(stored, chunk, where), strict=True):
-                source = f"{where}: record {index + 1}"
-                for column, labels in names.items():
-                    row[column] = _class_name(row[column], labels, column, source)
-                for column in single & row.keys():  # 0.1 in single precision is not 0.10000000149
-                    row[column] = None if row[column] is None else _shortest(row[column])
-                yield source, row
-
-    return read_records(rows(), options, where=where)
-
-
-def class_names(dataset: Any) -> dict[str, tuple[str, ...]]:
-    """The names of the classes of every class-label column of a ``datasets.Dataset``."""
-    return {column: tuple(feature.names) for column, feature in dataset.features.items() if hasattr(feature, "int2str")}
+    for start in range(0, len(wanted), _ROWS_AT_A_TIME):
+        chunk = wanted[start : start + _ROWS_AT_A_TIME]
+        for index, row in zip(chunk, _rows(stored, chunk, where), strict=True):
+            source = f"{where}: record {index + 1}"
+            for column, feature in features.items():
+                row[column] = plain_value(row[column], feature, f"{source}: {column!r}")
+            yield source, row
 
 
 def _rows(stored: Any, indices: Sequence[int], where: str) -> list[dict[str, Any]]:
@@ -113,20 +118,6 @@ def _rows(stored: Any, indices: Sequence[int], where: str) -> list[dict[str, Any
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{where}: damaged ({' '.join(str(error).split())})") from error
     return rows
-
-
-def _class_name(value: int | None, labels: Sequence[str], column: str, source: str) -> str | None:
-    if value is None or value == -1:  # the usual mark of an example without a label
-        return None
-    if not 0 <= value < len(labels):
-        raise DataError(f"{source}: {column!r} has no label ({value}); it has {len(labels)} classes")
-    return labels[value]
-
-
-def _shortest(value: float) -> float:
-    import numpy as np
-
-    return float(str(np.float32(value)))
 
 
 # -------------------------------------------------------------------------------------------------------- JSON
@@ -144,7 +135,8 @@ def _records_of_file(path: Path) -> Iterator[tuple[str, Any]]:
         try:
             content = _json(text)
         except json.JSONDecodeError as error:
-            if not (error.msg == "Extra data" and _is_object(lines[0])):
+            first = next(line for line in lines if line.strip())
+            if not (error.msg == "Extra data" and _is_object(first)):
                 raise _broken_json(path, error.lineno, error) from None
             # One object per line under the name .json: read as lines below.
         except (ValueError, RecursionError) as error:
@@ -219,7 +211,7 @@ def _is_object(line: str) -> bool:
 
 def _records_of_csv(path: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
     """One record per row; cells are texts, as they stand in the file."""
-    delimiter, blanks = _dialect(text)
+    delimiter, blanks = _dialect(text, kind(path))
     before = csv.field_size_limit(len(text) + 1)  # a cell may be as long as the file
     try:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=blanks, strict=True)
@@ -253,9 +245,10 @@ def _numbered(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
         raise DataError(f"{path}:{line}: broken CSV: {error}") from None
 
 
-def _dialect(text: str) -> tuple[str, bool]:
+def _dialect(text: str, suffix: str) -> tuple[str, bool]:
     """The delimiter of the header, and whether blanks follow it."""
     header = next(line for line in text.split("\n") if line.strip())
-    delimiter = max(_DELIMITERS, key=header.count)
+    tabs = suffix == ".tsv" and "\t" in header
+    delimiter = "\t" if tabs else max(_DELIMITERS, key=header.count)
     cells = header.split(delimiter)[1:]
     return delimiter, bool(cells) and all(cell.startswith(" ") for cell in cells)

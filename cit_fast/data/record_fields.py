@@ -18,10 +18,10 @@ from cit_fast.errors import ConfigError, DataError
 
 FIELDS_OF = {
     "super_ni": ("Definition", "Instances"),
-    "alpaca": ("instruction", "input", "output"),
+    "alpaca": ("instruction", "input", "output", "system", "history"),
     "prompt_completion": ("prompt", "completion"),
     "trace": ("prompt", "answer"),
-    "messages": ("messages",),
+    "messages": ("messages", "system"),
     "conversations": ("conversations", "system"),
 }
 IMAGES = ("image", "images")
@@ -39,10 +39,10 @@ class ReadOptions:
 
     Args:
         task: task name given to every example.
-        format: one of :data:`FORMATS`, or ``None`` to tell it from the first record.
+        format: one of :data:`FORMATS`, or ``None`` to tell it from the first record that shows it.
         columns: field of the format -> the records' own name for it, dots for nested fields
             (``{"input": "sentence", "output": "answers.text"}``).
-        instruction: the instruction of every record, for data that has inputs and labels only.
+        instruction: the instruction of every record, for data that has inputs and labels only (not for Super-NI files).
         instruction_part: where in a turn that holds more the instruction stands: ``"first-line"``, ``"last-line"`` (of
             those that are not blank), or ``{"regex": ...}``, whose first group, or else whole first match, it is.
             Nothing is cut from what is trained: grouping and distances read this part alone.

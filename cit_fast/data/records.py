@@ -4,17 +4,18 @@
 format                 one record
 =====================  =================================================================================
 ``super_ni``           a whole Super-NI task file: ``Definition``, ``Instances`` of ``input``/``output``
-``alpaca``             ``instruction``, optional ``input``, ``output`` (a text or a list of accepted texts)
+``alpaca``             ``instruction``, optional ``input``, ``output`` (a text or a list of accepted texts); a
+                       ``system`` that is not empty makes it a conversation
 ``prompt_completion``  ``prompt`` and ``completion``, each a text or a list of ``{"role", "content"}`` turns
 ``trace``              ``prompt`` and ``answer`` (TRACE)
-``messages``           a list of ``{"role", "content"}`` turns that ends with the assistant's
+``messages``           a list of ``{"role", "content"}`` turns that ends with the assistant's; optional ``system``
 ``conversations``      the same as ``{"from": "human"|"gpt", "value"}`` (LLaVA, CoIN, ShareGPT)
 =====================  =================================================================================
 
 Every record may also carry ``image`` or ``images``, ``video(s)`` and ``audio(s)`` (paths, or objects with ``path``
 and ``bytes`` as Parquet files of the hub have them; kept by name) and ``key_parts``: a list of substrings of the
 instruction or of ``[start, end]`` character spans. Texts are never stripped or changed; numbers, truth values and dates
-are taken as they are written; NaN and null are missing values.
+are taken as they are written; NaN and null are missing values. Alpaca's ``history`` is not read; a warning counts it.
 
 Every error starts with where it is: ``file:line`` for JSON lines, ``file: record N`` (from 1) for JSON
 arrays.
@@ -22,6 +23,7 @@ arrays.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -31,7 +33,7 @@ from typing import Any
 from cit_fast.data.example import Example
 from cit_fast.data.record_fields import (
     ANSWER_OF,
-    FIELDS_OF,
+    FIELDS,
     FORMATS,
     IMAGES,
     OTHER_MEDIA,
@@ -52,6 +54,10 @@ _ROLES = {
 }
 
 
+class UnansweredError(DataError):
+    """None of the records has an answer, though those without one may be left out."""
+
+
 def read_records(records: Iterable[tuple[str, Any]], options: ReadOptions, *, where: str = "records") -> list[Example]:
     """Bring records to examples.
 
@@ -61,35 +67,78 @@ def read_records(records: Iterable[tuple[str, Any]], options: ReadOptions, *, wh
         where: what the records are, for the error when there are none.
 
     Raises:
+        UnansweredError: ``skip_unanswered`` leaves none of them.
         DataError: no records, or one that cannot be read.
     """
     examples: list[Example] = []
     skipped: list[Fields] = []
-    data_format = options.format
+    unread: list[Fields] = []
+    data_format, records = tell_format(records, options)
     for source, record in records:
-        if not isinstance(record, Mapping):
-            raise DataError(f"{source}: a record must be an object, not {kind_of(record)}")
-        fields = Fields(record, options, source)
-        data_format = data_format or _detect(fields)
+        fields = _fields(source, record, options)
         normalise = _NORMALISERS[data_format]
         # A Super-NI file is one record that holds all instances of its task.
         for one in _instances(fields) if data_format == "super_ni" else [fields]:
             parts = normalise(one)
             if parts.references:
                 examples.append(_example(parts, one))
+                unread += [one] if data_format == "alpaca" and one.get("history") else []
             elif options.skip_unanswered:
                 skipped.append(one)
             else:
                 raise one.error(_no_answer(one, data_format))
     if skipped and not examples:
-        raise skipped[0].error(
-            f"{_no_answer(skipped[0], f'{data_format}')}; nor has any other of {len(skipped)} records"
-        )
+        why = f"{_no_answer(skipped[0], data_format)}; nor has any other of {len(skipped)} records"
+        raise UnansweredError(f"{skipped[0].source}: {why}")
     if skipped:
         _log.warning("%s: skipped %d records without an answer, the first %s", where, len(skipped), skipped[0].source)
+    if unread:
+        _log.warning(
+            "%s: %d records have a 'history', which is not read, the first %s; write conversations as 'messages'",
+            *(where, len(unread), unread[0].source),
+        )
     if not examples:
         raise DataError(f"{where}:1: no records; at least one is needed")
     return examples
+
+
+def tell_format(records: Iterable[tuple[str, Any]], options: ReadOptions) -> tuple[str, Iterable[tuple[str, Any]]]:
+    """The format of records, and the records, none of them lost.
+
+    The first record tells it. One without an answer may not have the fields that do: where such records are left out,
+    the first that tells it counts.
+
+    Raises:
+        DataError: none tells it.
+    """
+    if options.format is not None:
+        return options.format, records
+    rest, looked_at = iter(records), list[tuple[str, Any]]()
+    for source, record in rest:
+        looked_at.append((source, record))
+        fields = _fields(source, record, options)
+        found = _detect(fields, {name for name in FIELDS if fields.get(name) is not None})
+        if found is not None:
+            return found, itertools.chain(looked_at, rest)
+        if not options.skip_unanswered:
+            break
+    if not looked_at:
+        return FORMATS[0], []  # nothing to read: any will do
+    first = _fields(*looked_at[0], options)
+    found = _detect(first, set(filter(first.has, FIELDS)))
+    if found is None:
+        there = ", ".join(map(repr, first.record)) or "none"
+        raise first.error(
+            f"cannot tell the format from the fields {there}; name the format ({', '.join(FORMATS)}) "
+            "and map its fields with columns"
+        )
+    return found, itertools.chain(looked_at, rest)
+
+
+def _fields(source: str, record: Any, options: ReadOptions) -> Fields:
+    if not isinstance(record, Mapping):
+        raise DataError(f"{source}: a record must be an object, not {kind_of(record)}")
+    return Fields(record, options, source)
 
 
 def _no_answer(fields: Fields, data_format: str) -> str:
@@ -97,10 +146,8 @@ def _no_answer(fields: Fields, data_format: str) -> str:
     name = ANSWER_OF.get(data_format)
     if name is not None and not fields.has(name):
         return fields.missing(name)
-    return (
-        "no reference answer; every record needs at least one that is not empty (skip_unanswered leaves such records "
-        "out)"
-    )
+    option = "" if fields.options.skip_unanswered else " (skip_unanswered leaves such records out)"
+    return f"no reference answer; every record needs at least one that is not empty{option}"
 
 
 @dataclass(frozen=True)
@@ -115,8 +162,8 @@ class _Parts:
     other_media: tuple[str, ...] = ()
 
 
-def _detect(fields: Fields) -> str:
-    has = {name for names in FIELDS_OF.values() for name in names if fields.get(name) is not None}
+def _detect(fields: Fields, has: set[str]) -> str | None:
+    """The format of a record that has these fields; ``None`` where they do not tell it."""
     if "Instances" in has or "Definition" in has:
         return "super_ni"
     if "messages" in has or "conversations" in has:
@@ -125,16 +172,14 @@ def _detect(fields: Fields) -> str:
         return "alpaca"
     if "prompt" in has and has & {"completion", "answer"}:
         return "prompt_completion" if "completion" in has else "trace"
-    there = ", ".join(map(repr, fields.record)) or "none"
-    raise fields.error(
-        f"cannot tell the format from the fields {there}; name the format ({', '.join(FORMATS)}) "
-        "and map its fields with columns"
-    )
+    return None
 
 
 def _instances(fields: Fields) -> Iterator[Fields]:
     """The instances of one Super-NI task file as Alpaca records."""
     options = fields.options
+    if options.instruction is not None:
+        raise fields.error("a Super-NI task has its instruction in 'Definition'; leave out the option instruction")
     instruction = "\n".join(fields.texts("Definition")) + _shown_examples(fields, options.positive_examples)
     instances = fields.required("Instances")
     if not isinstance(instances, list):
@@ -152,6 +197,7 @@ def _instances(fields: Fields) -> Iterator[Fields]:
                 instruction_part=options.instruction_part,
                 key_parts=options.key_parts,
                 key_part_markers=options.key_part_markers,
+                skip_unanswered=options.skip_unanswered,
             ),
             source,
         )
@@ -176,14 +222,17 @@ def _shown_examples(fields: Fields, count: int) -> str:
 
 
 def _alpaca(fields: Fields) -> _Parts:
-    fixed = fields.options.instruction
+    fixed, system = fields.options.instruction, fields.get("system")
     instruction = fields.text("instruction") if fixed is None or fields.get("instruction") else fixed
     value = fields.get("input")
-    return _Parts(
-        instruction=instruction,
-        input="" if value is None else fields.as_text(value, "input"),
-        references=fields.answers("output"),
-    )
+    text = "" if value is None else fields.as_text(value, "input")
+    references = fields.answers("output")
+    messages: tuple[tuple[str, str], ...] = ()
+    if system and references:
+        question = f"{instruction}\n\n{text}" if text.strip() else instruction
+        turns = ("system", fields.as_text(system, "system")), ("user", question), ("assistant", references[0])
+        messages = turns if turns[0][1].strip() else ()
+    return _Parts(instruction=instruction, input=text, references=references, messages=messages)
 
 
 def _trace(fields: Fields) -> _Parts:
@@ -201,7 +250,15 @@ def _prompt_completion(fields: Fields) -> _Parts:
 
 
 def _messages(fields: Fields) -> _Parts:
-    return _conversation(fields, fields.required("messages"), "role", "content")
+    turns, system = fields.required("messages"), fields.get("system")
+    if not isinstance(turns, list) or not system:
+        return _conversation(fields, turns, "role", "content")
+    first = turns[0] if turns and isinstance(turns[0], Mapping) else {}
+    if first.get("role") != "system":
+        turns = [{"role": "system", "content": system}, *turns]
+    elif first.get("content") != system:
+        raise fields.error("'system' says something else than the system turn of 'messages'; keep one of them")
+    return _conversation(fields, turns, "role", "content")
 
 
 def _conversations(fields: Fields) -> _Parts:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
-import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,18 +22,27 @@ from cit_fast.data.folders import (
     wanted,
 )
 from cit_fast.data.inferred_labels import inferred_labels
-from cit_fast.data.readers import class_names, kind, read_dataset, read_file, stem
+from cit_fast.data.opened import (
+    SPLITS,
+    Limits,
+    Opened,
+    among_labels,
+    choose_examples,
+    in_memory,
+    joined,
+    not_a_label,
+    read_splits,
+    say_repeated,
+    with_test_set,
+)
+from cit_fast.data.readers import answer_labels, kind, read_dataset, read_file, stem
 from cit_fast.data.record_fields import ReadOptions
 from cit_fast.errors import ConfigError, DataError
 from cit_fast.text import file_name, normalise_label
 from cit_fast.values import choices
 
-_log = logging.getLogger(__name__)
-
 DEFAULT_METRIC = "rouge_l"
 CLOSED_SET_METRIC = "accuracy"
-SPLITS = ("train", "dev", "test")
-Limits = Mapping[str, "int | None"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ class TaskSource(Constraints):
         infer_labels: where none of those says, take the distinct answers of the whole source for the closed set if
             they are few and come again and again (see :func:`cit_fast.data.inferred_labels.inferred_labels`).
         splits: ``train``, ``dev``, ``test`` -> the source's own split name or file stem, e.g.
-            ``{"train": "train", "test": "validation"}``; otherwise found by their usual names.
+            ``{"train": "train", "test": "validation"}``; those that are not given are found by their usual names.
         subset: configuration name of the dataset; ``revision``: its branch, tag or commit.
         format, columns, instruction, instruction_part, key_parts, key_part_markers, positive_examples: how to
             understand the records; see :class:`~cit_fast.data.ReadOptions`.
@@ -246,43 +254,6 @@ def _under_its_folder(source: TaskSource) -> TaskSource:
     return dataclasses.replace(source, name=f"{parent}.{source.name}" if parent else source.name)
 
 
-def choose_examples(counts: Mapping[str, int], limits: Limits, seed_text: str) -> dict[str, tuple[str, list[int]]]:
-    """Which examples make up each split.
-
-    Args:
-        counts: split -> number of examples the source has.
-        limits: split -> upper limit, ``None`` for all.
-        seed_text: equal texts choose equal examples, on every machine.
-
-    Returns:
-        Split -> (the source's split its examples come from, their positions there, ascending). Splits held
-        out of the training set and what remains of it are disjoint.
-    """
-    chosen: dict[str, tuple[str, list[int]]] = {}
-    pool = _shuffled(counts.get("train", 0), f"{seed_text}/train")
-    quarter = len(pool) // 4
-    for split in ("test", "dev"):
-        if split in counts:
-            order = _shuffled(counts[split], f"{seed_text}/{split}")
-            chosen[split] = (split, sorted(order[: limits[split]]))
-        elif pool:
-            limit = limits[split]
-            size = min(max(1, len(pool) // 10) if limit is None else limit, quarter)
-            # Test examples from one end and dev examples from the other: neither depends on the other's size.
-            held_out = pool[len(pool) - size :] if split == "test" else pool[:size]
-            chosen[split] = ("train", sorted(held_out))
-    taken = {index for origin, indices in chosen.values() if origin == "train" for index in indices}
-    left = [index for index in pool if index not in taken]
-    chosen["train"] = ("train", sorted(left[: limits["train"]]))
-    return chosen
-
-
-def _shuffled(count: int, seed_text: str) -> list[int]:
-    order = list(range(count))
-    random.Random(seed_text).shuffle(order)  # noqa: S311 - a sample, not a secret
-    return order
-
-
 # --------------------------------------------------------------------------------------------- built-in tasks
 
 
@@ -328,27 +299,19 @@ def _described(task: Task, source: TaskSource, labels: tuple[str, ...]) -> Task:
 # ----------------------------------------------------------------------------------------- files and datasets
 
 
-@dataclass(frozen=True)
-class _Opened:
-    """A source's splits, counted but not necessarily read: ``read(split, positions)`` gives examples."""
-
-    counts: dict[str, int]
-    read: Callable[[str, list[int]], list[Example]]
-    labels: tuple[str, ...] = ()
-
-
 def _read(source: TaskSource, seed: int, limits: Limits) -> Task:
     name = source.name or _name_of(source)
-    opened = _open(source, source.read_options(name))
+    opened = _open_all(source, source.read_options(name), seed, limits)
     labels = source.labels or opened.labels
-    if source.skip_unanswered:
-        opened = _answered(opened, labels, f"{source.path or source.dataset}")
+    if source.skip_unanswered and labels:
+        opened = among_labels(opened, labels, f"{source.path or source.dataset}")
     chosen = choose_examples(opened.counts, limits, f"{seed}/{name}")
     splits = {
         split: tuple(opened.read(origin, positions)) if positions else ()
         for split, (origin, positions) in chosen.items()
     }
     _check_labels(splits, labels)
+    say_repeated(splits, [split for split, (origin, _) in chosen.items() if origin != split], name)
     if source.infer_labels and not labels:
         every = (opened.read(split, list(range(count))) for split, count in opened.counts.items())
         labels = inferred_labels([example.references for examples in every for example in examples])
@@ -366,83 +329,37 @@ def _name_of(source: TaskSource) -> str:
     return file_name(text) or "task"
 
 
-def _answered(opened: _Opened, labels: tuple[str, ...], where: str) -> _Opened:
-    """The examples with an answer, one of the labels where there are some; they are read here to be counted."""
-    examples = {split: opened.read(split, list(range(count))) for split, count in opened.counts.items() if count}
-    if not labels:
-        return _in_memory(examples, labels)
-    known = {normalise_label(label) for label in labels}
-    kept: dict[str, list[Example]] = {split: [] for split in examples}
-    outside: list[Example] = []
-    for split, found in examples.items():
-        for example in found:
-            right = tuple(answer for answer in example.references if normalise_label(answer) in known)
-            if right:
-                kept[split].append(dataclasses.replace(example, references=right))
-            else:
-                outside.append(example)
-    if outside and not any(kept.values()):
-        raise DataError(_not_a_label(outside[0], outside[0].references[0], labels))
-    if outside:
-        first = _not_a_label(outside[0], outside[0].references[0], labels)
-        _log.warning("%s: skipped %d records, the first %s", where, len(outside), first)
-    return _in_memory(kept, labels)
-
-
-def _not_a_label(example: Example, answer: str, labels: Sequence[str]) -> str:
-    few = ", ".join(labels[:20]) + (", ..." if len(labels) > 20 else "")
-    return f"{example.source}: answer {answer!r} is not one of the labels: {few}"
-
-
-def _in_memory(examples: Mapping[str, list[Example]], labels: tuple[str, ...]) -> _Opened:
-    return _Opened(
-        counts={split: len(found) for split, found in examples.items()},
-        read=lambda split, positions: [examples[split][position] for position in positions],
-        labels=labels,
-    )
-
-
 def _check_labels(splits: Mapping[str, tuple[Example, ...]], labels: tuple[str, ...]) -> None:
     known = {normalise_label(label) for label in labels}
     for example in (example for examples in splits.values() for example in examples if known):
         for reference in example.references:
             if normalise_label(reference) not in known:
-                raise DataError(_not_a_label(example, reference, labels))
+                raise DataError(not_a_label(example, reference, labels))
 
 
 def _paths(source: TaskSource) -> tuple[str, ...]:
     return (source.path,) if isinstance(source.path, str) else source.path or ()
 
 
-def _joined(parts: Sequence[_Opened]) -> _Opened:
-    """Several sources as one, in their order; labels are a closed set only where each has one."""
-    counts = {split: sum(part.counts.get(split, 0) for part in parts) for split in SPLITS}
-
-    def read(split: str, positions: list[int]) -> list[Example]:
-        examples: list[Example] = []
-        start = 0
-        for part in parts:
-            end = start + part.counts.get(split, 0)
-            own = [position - start for position in positions if start <= position < end]
-            examples += part.read(split, own) if own else []
-            start = end
-        return examples
-
-    labels = {normalise_label(label): label for part in parts for label in part.labels}
-    closed = all(part.labels for part in parts)
-    there = {split: count for split, count in counts.items() if any(split in part.counts for part in parts)}
-    return _Opened(there, read, tuple(labels.values()) if closed else ())
+def _open_all(source: TaskSource, options: ReadOptions, seed: int, limits: Limits) -> Opened:
+    """A source, or its several parts as one: where only some of them have a test set, the others hold out their own."""
+    if not isinstance(source.path, tuple):
+        return _open(source, options)
+    sources = [dataclasses.replace(source, path=path) for path in source.path]
+    parts = [_open(part, options) for part in sources]
+    if any("test" in part.counts for part in parts):
+        named = zip(parts, map(_name_of, sources), strict=True)
+        parts = [with_test_set(part, limits, f"{seed}/{name}") for part, name in named]
+    return joined(parts)
 
 
-def _open(source: TaskSource, options: ReadOptions) -> _Opened:
-    if isinstance(source.path, tuple):
-        return _joined([_open(dataclasses.replace(source, path=path), options) for path in source.path])
+def _open(source: TaskSource, options: ReadOptions) -> Opened:
     if source.dataset is not None:
         return _open_dataset(_load_dataset(source.dataset, source.subset, source.revision), source, options)
     path = Path(f"{source.path}")
     if not _exists(f"{path}"):
         raise DataError(f"{path}: no such file or folder")
-    labels = labels_file(path) if path.is_dir() else ()
+    labels = labels_file(path)
     if path.is_dir() and is_saved_dataset(path):
         return _open_dataset(load_saved(path), source, options, labels)
     files = split_files(path, source.splits) if path.is_dir() else {"train": [path]}
@@ -450,8 +367,8 @@ def _open(source: TaskSource, options: ReadOptions) -> _Opened:
     if kinds & {".parquet", ".arrow"}:
         plain = dataclasses.replace(source, splits={})
         return _open_dataset(load_tables(path, files, kinds), plain, options, labels)
-    examples = {split: [e for file in shards for e in read_file(file, options)] for split, shards in files.items()}
-    return _in_memory(examples, labels)
+    reads = {split: [partial(read_file, file, options) for file in shards] for split, shards in files.items()}
+    return in_memory(read_splits(reads), labels)
 
 
 def _load_dataset(name: str, subset: str | None, revision: str | None) -> Any:
@@ -463,7 +380,7 @@ def _load_dataset(name: str, subset: str | None, revision: str | None) -> Any:
         raise DataError(f"dataset {name}: cannot be loaded: {' '.join(str(error).split())}") from error
 
 
-def _open_dataset(opened: Any, source: TaskSource, options: ReadOptions, labels: tuple[str, ...] = ()) -> _Opened:
+def _open_dataset(opened: Any, source: TaskSource, options: ReadOptions, labels: tuple[str, ...] = ()) -> Opened:
     """A ``Dataset`` (one split, taken for training) or a ``DatasetDict``."""
     where = source.dataset or source.path
     parts = dict(opened) if isinstance(opened, dict) else {"train": opened}
@@ -476,11 +393,16 @@ def _open_dataset(opened: Any, source: TaskSource, options: ReadOptions, labels:
             raise DataError(f"{where}: no split {names[0]!r}; it has {', '.join(map(repr, parts))}")
     if not splits:
         raise DataError(f"{where}: none of its splits {', '.join(map(repr, parts))} is known; name them with splits")
-    answer = options.columns.get("output", "output")
-    return _Opened(
-        counts={split: len(parts[name]) for split, name in splits.items()},
-        read=lambda split, positions: read_dataset(
-            parts[splits[split]], options, where=f"{where} [{splits[split]}]", indices=positions
-        ),
-        labels=labels or class_names(next(iter(parts.values()))).get(answer, ()),
-    )
+
+    def read(split: str, positions: Sequence[int]) -> list[Example]:
+        name = splits[split]
+        return read_dataset(parts[name], options, where=f"{where} [{name}]", indices=positions)
+
+    first = next(iter(splits.values()))
+    counts = {split: len(parts[name]) for split, name in splits.items()}
+    labels = labels or answer_labels(parts[first], options, f"{where} [{first}]")
+    if not source.skip_unanswered:
+        return Opened(counts, read, labels)
+    # The examples with an answer are counted by reading them.
+    reads = {split: [partial(read, split, range(count))] for split, count in counts.items() if count}
+    return in_memory(read_splits(reads), labels)

@@ -16,7 +16,8 @@
 ``bertscore``        F1 of contextual embeddings (Zhang et al. 2020, arXiv 1904.09675; package ``bert-score``, extra
                      ``bertscore``, with its model for English, which is fetched where it is not cached)
 ``judge``            a chat model's mark, see ``evaluation.judge`` of a configuration; never a default
-``edit_similarity``  ratio of matching characters (difflib's, as TRACE scores code), literals of Py150 put in plainly
+``edit_similarity``  ratio of matching characters (difflib's, as TRACE scores code), literals of Py150 put in plainly;
+                     white space around the code does not count
 ``first_letter``     100 if the first character that is no space is the same (TRACE's ScienceQA: letter, then reasons)
 ``set_match``        100 if the answers, split at commas, new lines and ``|``, are equal as sets; case and white
                      space around elements do not count, nor do empty elements and repetitions
@@ -319,7 +320,7 @@ def _plain_literals(code: str) -> str:
 
 
 def _edit_similarity(prediction: str, reference: str) -> float:
-    texts = _plain_literals(prediction), _plain_literals(reference)
+    texts = _plain_literals(prediction).strip(), _plain_literals(reference).strip()
     return 100.0 * difflib.SequenceMatcher(None, *texts, autojunk=False).ratio()
 
 

@@ -72,7 +72,7 @@ _Judge = Callable[[str, Sequence[str], str], bool]
 
 
 def _wrong_format(constraints: Constraints) -> _Judge:
-    pattern = re.compile(constraints.answer_pattern) if constraints.answer_pattern else None
+    pattern = re.compile(composed(constraints.answer_pattern)) if constraints.answer_pattern else None
     is_format = FORMATS[constraints.answer_format] if constraints.answer_format else None
 
     def judge(prediction: str, references: Sequence[str], text: str) -> bool:

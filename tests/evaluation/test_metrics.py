@@ -63,6 +63,7 @@ NOT_A_FUNCTION = 7
         ("rouge_l", "ไทย", ["ไทง"], 100 * 2 / 3),
         ("exact_match", "caf\u00e9", ["cafe\u0301"], 100.0),
         ("accuracy", "Caf\u00e9", ["cafe\u0301"], 100.0),
+        ("accuracy", "\u662f\u3002", ["\u662f"], 100.0),
         ("token_f1", "caf\u00e9", ["cafe\u0301"], 100.0),
         ("set_match", "caf\u00e9, a", ["a, cafe\u0301"], 100.0),
         ("bleu", "un caf\u00e9 au lait", ["un cafe\u0301 au lait"], 100.0),
@@ -74,6 +75,9 @@ NOT_A_FUNCTION = 7
         ("set_match", "new\nYork  city", ["york city|NEW"], 100.0),
         ("bleu", "a b c d e", ["x y", "a b c d e"], 100.0),
         ("bleu", "", ["a b c d e"], 0.0),
+        ("edit_similarity", "return x", ["  return x\n"], 100.0),
+        ("edit_similarity", "x =", ["x = <STR_LIT>\n"], 100.0),
+        ("edit_similarity", "ab", ["ax"], 50.0),
     ],
 )
 def test_one_answer(metric, prediction, references, expected):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import unicodedata
 
 import pytest
 from hypothesis import given
@@ -40,6 +41,13 @@ def test_wrong_format_by_pattern_is_about_the_whole_answer():
     assert rates(dates, answers) == {"WFR": 60}
     alternatives = Constraints(answer_pattern="now|later")
     assert rates(alternatives, ["now", "later", "nowlater", "later on"]) == {"WFR": 50}
+
+
+def test_a_pattern_may_write_an_accent_as_a_character_of_its_own():
+    for form in ("NFC", "NFD"):
+        drinks = Constraints(answer_pattern=unicodedata.normalize(form, "café|thé"))
+        answers = [unicodedata.normalize(other, text) for other in ("NFC", "NFD") for text in ("café", "thé", "cafe")]
+        assert [rates(drinks, [answer])["WFR"] for answer in answers] == [0, 0, 100] * 2
 
 
 @pytest.mark.parametrize(

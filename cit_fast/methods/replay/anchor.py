@@ -33,7 +33,8 @@ class Anchor:
 
     Args:
         prompts: a text file with a prompt in each line, or whatever ``data.tasks`` takes as text (a built-in name, a
-            data file, a folder), of which the training prompts count and the answers do not.
+            data file, a folder), of which the training prompts count and the answers do not. What the tasks so far are
+            evaluated on stays out.
         count: examples that come back in a stage (all, where there are fewer).
         max_new_tokens, batch_size: of the answers; prompts whose answer does not end are left out.
     """
@@ -47,7 +48,7 @@ class Anchor:
         """The examples of a stage, and what to say of them.
 
         Raises:
-            ConfigError: the prompts cannot be read, or none got an answer.
+            ConfigError: the prompts cannot be read, none got an answer, or all are evaluated on.
             RunError: what the base model said is gone, and it cannot be asked again.
         """
         if self._answered is None:
@@ -60,10 +61,17 @@ class Anchor:
                 f"replay.anchor: none of the {self._asked} prompts of {self.prompts} got an answer of the base model "
                 f"that ends within {self.max_new_tokens} tokens"
             )
-        drawn = stage.rng(NAME).sample(self._answered, min(self.count, len(self._answered)))
+        # Both the same file: what a task holds out of its training set is here, too.
+        evaluated = {(each.instruction, each.input) for task in stage.known for each in (*task.dev, *task.test)}
+        free = [each for each in self._answered if (each.instruction, each.input) not in evaluated]
+        if not free:
+            raise ConfigError(f"replay.anchor: all prompts of {self.prompts} are evaluated on; give others")
+        drawn = stage.rng(NAME).sample(free, min(self.count, len(free)))
+        left_out = len(self._answered) - len(free)
         return drawn, (
             f"Anchor: {len(drawn)} prompts come back with what the base model says; it answered "
             f"{len(self._answered)} of {self._asked}."
+            + (f" {left_out} stay out: a task's dev or test split has them." if left_out else "")
         )
 
     def _read(self) -> list[Example]:

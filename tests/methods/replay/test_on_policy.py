@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from peft import PeftModel
 from rich.console import Console
 
 from cit_fast import ContinualTrainer
-from cit_fast.data import Example, Task
+from cit_fast.data import Example, Task, load_task
 from cit_fast.errors import ConfigError
 from cit_fast.evaluation import read_stages
 from cit_fast.key_parts.gain import answer_surprise
@@ -323,3 +325,22 @@ def test_prompts_of_a_data_file_and_what_cannot_be_read(model, encoder, tmp_path
     says(lambda k, sample: Answer("on and on", False))
     with pytest.raises(ConfigError, match=r"none of the 2 prompts of .* got an answer"):
         OnPolicyReplay(anchor=str(one)).select(stage)
+
+
+def test_what_a_task_is_evaluated_on_is_no_anchor(model, encoder, tmp_path, says):
+    path = tmp_path / "same.jsonl"
+    rows = [{"instruction": "Say it.", "input": f"{k}", "output": "x"} for k in range(40)]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    says(lambda k, sample: f"own {k}")
+    same, replay = load_task(str(path)), OnPolicyReplay(anchor=str(path), anchor_examples=99)
+    first = replay.select(Stage(model, encoder, index=1, tasks=(NEW,), seed="0/1"))
+    assert len(first.examples) == 40
+    assert first.record.notes == ["Anchor: 40 prompts come back with what the base model says; it answered 40 of 40."]
+    stage = Stage(model, encoder, index=2, tasks=(same,), seed="0/2")
+    second = replay.select(stage)
+    evaluated = {each.input for each in (*same.dev, *same.test)}
+    assert {each.input for each in second.examples} == {row["input"] for row in rows} - evaluated
+    assert second.record.notes[0].endswith(f" {len(evaluated)} stay out: a task's dev or test split has them.")
+    only = Task("only", NEW.train, test=tuple(replace(each, task="only") for each in (*same.train, *same.test)))
+    with pytest.raises(ConfigError, match=r"replay.anchor: all prompts of .*same.jsonl are evaluated on"):
+        replay.select(Stage(model, encoder, index=3, tasks=(only,), seen=(same,), seed="0/3"))
