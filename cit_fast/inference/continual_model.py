@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from cit_fast.methods.routing import Router, SharedRouter, load_router
 from cit_fast.methods.stage import Stage
 from cit_fast.models.adapter_bank import BASE, AdapterBank, NotPlainLoraError
 from cit_fast.models.adapters import load_adapter, load_weights, prompt_encoder
+from cit_fast.models.forward import undisturbed
 from cit_fast.models.generation import generate
 from cit_fast.models.pretrained import load_model, load_tokenizer, resolve_model
-from cit_fast.models.prompts import PromptEncoder
+from cit_fast.models.prompts import PromptEncoder, learned_positions
 from cit_fast.run.config import RunConfig, describe
 
 
@@ -143,7 +145,7 @@ class ContinualModel:
         """Name of the adapter set that answers each prompt, ``"__base__"`` for the base model alone.
 
         Raises:
-            DataError: an empty prompt, or a model that was trained whole and has no sets.
+            DataError: an empty prompt, one text instead of a list, or a model that was trained whole and has no sets.
         """
         if self.router is None:
             raise DataError("route: the run trained the whole model; there are no adapter sets to choose from")
@@ -153,9 +155,14 @@ class ContinualModel:
         if self.router is None or not examples:
             return [BASE] * len(examples)
         context = Stage(self.model, self.encoder, damaged=frozenset(self.unusable))
-        chosen = self.router.answer(examples, context)
+        with self._undisturbed():
+            chosen = self.router.answer(examples, context)
         # A router of the user's own may not know of sets that are unusable.
         return [BASE if name in self.unusable else name for name in chosen]
+
+    def _undisturbed(self) -> AbstractContextManager[None]:
+        """For a model that is there: one that is still to be read answers nothing."""
+        return undisturbed(self.model) if isinstance(self.model, torch.nn.Module) else nullcontext()
 
     def generate(
         self,
@@ -164,15 +171,16 @@ class ContinualModel:
         batch_size: int = 16,
         adapters: Sequence[str] | None = None,
     ) -> list[str]:
-        """Greedy answers.
+        """Greedy answers; of several threads, one at a time.
 
         Args:
-            prompts: texts (instruction and input together) or examples.
+            prompts: texts (instruction and input together) or examples; cut to ``data.max_length`` tokens, of models
+                with learned positions together with the longest answer.
             max_new_tokens: longest answer; ``batch_size``: prompts at a time, whatever their sets.
             adapters: the set of each prompt, as :meth:`route` gives them; routed where not given.
 
         Raises:
-            DataError: an empty prompt, or a set that is not there.
+            DataError: an empty prompt, one that cannot be cut, one text instead of a list, or a set that is not there.
         """
         examples = _examples(prompts)
         if adapters is None and self.router is not None:
@@ -180,9 +188,11 @@ class ContinualModel:
         for name in adapters or ():
             if name in self.unusable:
                 raise DataError(f"adapter set {name!r} cannot be used: {self.unusable[name]}")
+        # Where positions are learned there is no place for an answer behind the last of them.
+        reserve = max_new_tokens if learned_positions(self.model) is not None else 0
         return generate(
             self.model,
-            [self.encoder.prompt(example) for example in examples],
+            [self.encoder.prompt(example, reserve=reserve) for example in examples],
             tokenizer=self.encoder.tokenizer,
             pad_token_id=self.encoder.pad_token_id,
             eos_token_ids=self.encoder.stop_token_ids,
@@ -273,6 +283,8 @@ def _load_with_peft(model: Any, folders: Mapping[str, Path]) -> tuple[Any, dict[
 
 
 def _examples(prompts: Sequence[str | Example]) -> list[Example]:
+    if isinstance(prompts, str | Example):
+        raise DataError("prompts: one prompt alone; expected a list of them, [prompt]")
     for index, prompt in enumerate(prompts):
         if isinstance(prompt, str) and not prompt.strip():
             raise DataError(f"prompt {index} is empty")

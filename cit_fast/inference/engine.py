@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import logging
 import queue
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from cit_fast.inference.continual_model import ContinualModel
 from cit_fast.inference.questions import WHOLE, BusyError, Heard, Question, Reply, Said, StoppingError
 from cit_fast.models.adapter_bank import BASE, RowsLostError
 from cit_fast.models.generation import Answer, Sampling, can_run_on, decoded, generate_answers, generating
-from cit_fast.models.prefix_cache import PromptReader
+from cit_fast.models.prefix_cache import CacheLostError, PromptReader
 from cit_fast.models.prompts import ExampleTooLongError
 from cit_fast.models.running_batch import Chance, Row, RunningBatch
 
@@ -33,6 +34,7 @@ class _Waiting:
     heard: Heard | None = None
     reply: Future[Reply] = field(default_factory=Future)
     tokens: Sequence[int] = ()
+    longest: int = 0
     adapter: str = WHOLE
     said: Said = field(default_factory=Said)
 
@@ -77,9 +79,9 @@ class Engine:
         self, model: ContinualModel, batch_size: int = 16, most_waiting: int = 256, grace: float = 30.0
     ) -> None:
         self.batch_size, self.most_waiting, self.grace = batch_size, most_waiting, grace
-        # Reentrant, for a signal's handler stops the engine; None wakes the worker.
-        self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
-        self._lock, self._waiting = threading.Lock(), 0
+        self._lock, self._queue = threading.Lock(), deque[_Waiting]()
+        # Wakes the worker; reentrant, for a signal's handler stops the engine.
+        self._calls: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._stopping, self._ended = False, threading.Event()
         self._thread = threading.Thread(target=self._work, name="cit-fast-engine", daemon=True)
         self._running: dict[Row, _Waiting] = {}
@@ -110,7 +112,7 @@ class Engine:
     def stop(self) -> None:
         """Take no more questions; what is being answered is answered, what waits is refused."""
         self._stopping = True
-        self._queue.put(None)
+        self._calls.put(None)
 
     @property
     def sets(self) -> tuple[str, ...]:
@@ -125,10 +127,10 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Questions that wait."""
-        return self._waiting
+        return len(self._queue)
 
     def ask(self, question: Question, heard: Heard | None = None) -> Future[Reply]:
-        """Put a question into the queue; one whose reply is cancelled leaves the running batch.
+        """Put a question into the queue; one whose reply is cancelled leaves it, or the running batch.
 
         Args:
             heard: is told the answer's text as it comes, in this engine's thread.
@@ -138,12 +140,13 @@ class Engine:
         """
         if self._stopping or self._ended.is_set():
             raise StoppingError("the server is being stopped")
-        with self._lock:
-            if self._waiting >= self.most_waiting:
-                raise BusyError(f"{self.most_waiting} requests are waiting; try again later")
-            self._waiting += 1
         waiting = _Waiting(question, heard)
-        self._queue.put(waiting)
+        with self._lock:
+            if len(self._queue) >= self.most_waiting:
+                raise BusyError(f"{self.most_waiting} requests are waiting; try again later")
+            self._queue.append(waiting)
+        waiting.reply.add_done_callback(lambda _: self._forget(waiting))
+        self._calls.put(None)
         if self._ended.is_set():  # in between
             self._refuse()
         return waiting.reply
@@ -157,7 +160,7 @@ class Engine:
         """
         with self._lock:
             self._replacement = load
-        self._queue.put(None)
+        self._calls.put(None)
 
     @property
     def replacing(self) -> bool:
@@ -215,36 +218,39 @@ class Engine:
     def _let_in(self) -> None:
         """Questions that there is room for; waits for one where nothing is being answered."""
         while len(self._running) + len(self._joining) < self.batch_size and not self._stopping:
-            try:
-                each = self._taken(wait=not self._running and not self._joining)
-            except queue.Empty:
-                return
-            if each is None:  # somebody wants something else
+            each = self._taken(wait=not self._running and not self._joining)
+            if each is None:
                 return
             if not each.reply.cancelled() and self._fits(each):
                 self._joining.append(each)
 
     def _taken(self, wait: bool) -> _Waiting | None:
-        each = self._queue.get(block=wait)
-        if each is not None:
+        """The first in the queue; ``None``: there is none, after having been called where it waits."""
+        for again in (wait, False):
             with self._lock:
-                self._waiting -= 1
-        return each
+                if self._queue:
+                    with contextlib.suppress(queue.Empty):
+                        self._calls.get_nowait()  # its own, or as good as that
+                    return self._queue.popleft()
+            if again:
+                self._calls.get()
+        return None
+
+    def _forget(self, each: _Waiting) -> None:
+        """Take a question out of the queue, if it is still there."""
+        with self._lock, contextlib.suppress(ValueError):
+            self._queue.remove(each)
 
     def _refuse(self) -> None:
         """Tell what waits that nobody will answer it."""
-        while True:
-            try:
-                left = self._taken(wait=False)
-            except queue.Empty:
-                return
-            if left is not None:
-                left.fail(StoppingError("the server is being stopped"))
+        while (left := self._taken(wait=False)) is not None:
+            left.fail(StoppingError("the server is being stopped"))
 
     def _fits(self, each: _Waiting) -> bool:
         """Whether a question can be answered; where it cannot, the client is told, and the others go on without it."""
         try:
             each.tokens = self._prompt(each.question)
+            each.longest = each.question.longest(None if self.context is None else self.context - len(each.tokens))
             adapter = each.question.adapter
             if self.model.router is not None and adapter not in (None, BASE, *self.sets):
                 raise DataError(f"there is no adapter set {adapter!r}")
@@ -259,10 +265,11 @@ class Engine:
 
     def _prompt(self, question: Question) -> list[int]:
         ids = self._encoder.prompt(question.example)
-        if self.context is not None and len(ids) + question.max_new_tokens > self.context:
+        longest = question.longest(1)  # at least
+        if self.context is not None and len(ids) + longest > self.context:
             raise ExampleTooLongError(
-                f"the prompt has {len(ids)} tokens and the answer may have {question.max_new_tokens}; the model's "
-                f"context is {self.context}"
+                f"the prompt has {len(ids)} tokens and the answer may have {longest}; the model's context is "
+                f"{self.context}"
             )
         return ids
 
@@ -293,20 +300,25 @@ class Engine:
                 return
         except RowsLostError:  # e.g. experts, each given the tokens that are routed to it
             self._mixes = False
+        except CacheLostError:  # from now on this model answers batch after batch
+            _log.info("%d prompts are read again", len(new), exc_info=True)
         except Exception as error:  # noqa: BLE001  # whatever it is, the client is told and the next one served
             _log.exception("%d prompts could not be read", len(new))
             failure = error
         self._joining = []
-        self._again(new, failure)
+        self._again(new, failure if len(new) > 1 else None)  # one alone may have failed because it was to join
 
     def _step(self) -> None:
         """Some tokens of every answer that is running, and the end of those that end."""
-        with contextlib.suppress(RowsLostError):
+        try:
             if self._batch.rows:  # those that have just joined may have ended with it
                 self._batch.step(_AT_A_TIME)
             self._told()
             return
-        self._mixes = False
+        except RowsLostError:
+            self._mixes = False
+        except CacheLostError:  # as in _join
+            _log.info("%d answers are begun again", len(self._running), exc_info=True)
         self._again(self._lost())
 
     def _told(self) -> None:
@@ -319,14 +331,14 @@ class Engine:
             each.said.grow(decoded(self._encoder.tokenizer, row.tokens), last)
             if last or each.said.stopped:
                 done.append(row)
-                self._finish(each, Answer(each.said.text, row.ended or each.said.stopped, len(row.tokens)))
+                self._finish(each, row.tokens, row.ended)
         self._leave(done)
 
     def _row(self, each: _Waiting) -> Row:
         question = each.question
         each.said = each.new_said()
-        chance = Chance(question.temperature, question.seed) if question.temperature else None
-        return Row(each.tokens, question.max_new_tokens, each.adapter if self.model.router else None, chance)
+        chance = Chance(question.temperature, question.seed, question.top_p) if question.temperature else None
+        return Row(each.tokens, each.longest, each.adapter if self.model.router else None, chance)
 
     def _leave(self, rows: Sequence[Row]) -> None:
         self._batch.leave(rows)
@@ -339,12 +351,29 @@ class Engine:
         self._running, self._joining, self._batch = {}, [], self._empty_batch()
         return lost
 
-    def _finish(self, each: _Waiting, answer: Answer) -> None:
+    def _finish(self, each: _Waiting, tokens: Sequence[int], ended: bool) -> None:
+        """Tell a client that the answer is complete: what has been said, of these tokens up to the end of a stop text.
+
+        Args:
+            ended: whether an end token came.
+        """
+        count = self._until_stop(each.question.stop, tokens) if each.said.stopped else len(tokens)
+        answer = Answer(each.said.text, ended or each.said.stopped, count)
         if each.reply.set_running_or_notify_cancel():
             self.counts["answers"] += 1
             self.counts["prompt_tokens"] += len(each.tokens)
             self.counts["answer_tokens"] += answer.tokens
             each.reply.set_result(Reply(answer, each.adapter, len(each.tokens)))
+
+    def _until_stop(self, stop: Sequence[str], tokens: Sequence[int]) -> int:
+        """How many of the tokens it takes until a stop text is there."""
+
+        def stopped(count: int) -> bool:
+            said = Said(stop)
+            said.grow(decoded(self._encoder.tokenizer, tokens[:count]))
+            return said.stopped
+
+        return bisect.bisect_left(range(len(tokens)), True, key=stopped)
 
     def _route(self, asked: Sequence[_Waiting]) -> None:
         if self.model.router is None:
@@ -389,30 +418,28 @@ class Engine:
         for each, answer in zip(asked, answers, strict=True):
             if not each.said.told:
                 each.said = each.new_said()
-            if each.said.go_on(answer.text):
-                ended = answer.ended or each.said.stopped
-                self._finish(each, Answer(each.said.text, ended, answer.tokens))
+            if each.said.go_on(decoded(self._encoder.tokenizer, answer.ids)):
+                self._finish(each, answer.ids, answer.ended)
             else:  # rounding has made another answer of it
                 each.fail(RuntimeError("the answer broke off"))
 
     def _answers(self, asked: Sequence[_Waiting]) -> list[Answer]:
         found = [Answer("", False)] * len(asked)
-        kinds = Counter((each.question.max_new_tokens, each.question.temperature) for each in asked)
-        for kind in kinds:
-            own = [
-                k for k, q in enumerate(each.question for each in asked) if (q.max_new_tokens, q.temperature) == kind
-            ]
+        kinds = [(each.longest, each.question.temperature, each.question.top_p) for each in asked]
+        for kind in dict.fromkeys(kinds):
+            own = [k for k, other in enumerate(kinds) if other == kind]
+            longest, temperature, top_p = kind
             answers = generate_answers(
                 self.model.model,
                 [asked[k].tokens for k in own],
                 tokenizer=self._encoder.tokenizer,
                 pad_token_id=self._encoder.pad_token_id,
                 eos_token_ids=self._encoder.stop_token_ids,
-                max_new_tokens=kind[0],
+                max_new_tokens=longest,
                 batch_size=self.batch_size,
                 adapters=None if self.model.router is None else [asked[k].adapter for k in own],
                 bank=self.model.bank,
-                sampling=Sampling(kind[1], [asked[k].question.seed for k in own]) if kind[1] else None,
+                sampling=Sampling(temperature, [asked[k].question.seed for k in own], top_p) if temperature else None,
             )
             for k, answer in zip(own, answers, strict=True):
                 found[k] = answer

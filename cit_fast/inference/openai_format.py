@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
 import uuid
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -28,15 +29,22 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[dict[str, Any]]
+    content: str | list[dict[str, Any]] | None = None
+    tool_calls: list[Any] | None = None
 
     @property
     def text(self) -> str:
-        """The parts that are text, joined.
+        """The parts that are text, joined; empty where the assistant said nothing.
 
         Raises:
-            DataError: a part of another kind.
+            DataError: a part of another kind, a call of a tool, or nothing said by somebody else.
         """
+        if self.tool_calls:
+            raise DataError("messages: this model reads text alone, and one calls a tool")
+        if self.content is None:
+            if self.role != "assistant":
+                raise DataError(f"messages: one of the {self.role} has no content")
+            return ""
         if isinstance(self.content, str):
             return self.content
         for part in self.content:
@@ -53,15 +61,11 @@ class CompletionRequest(BaseModel):
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     temperature: float = Field(default=0.0, ge=0.0, le=2.0)
+    top_p: float = Field(default=1.0, ge=0.0, le=1.0)
     seed: int | None = None
     stop: str | list[str] | None = None
     stream: bool = False
     stream_options: dict[str, Any] | None = None
-    # What would change the answer and is not there.
-    n: Literal[1] | None = None
-    logprobs: Literal[False, 0] | None = None
-    tools: list[Any] | None = Field(default=None, max_length=0)
-    response_format: dict[str, Any] | None = None
 
     def question(self, example: Example, names: Mapping[str, str | None]) -> Question:
         """For the engine.
@@ -74,12 +78,10 @@ class CompletionRequest(BaseModel):
         """
         if self.model not in names:
             raise UnknownModelError(f"the model {self.model!r} does not exist; there are {', '.join(names)}")
-        if self.response_format not in (None, {"type": "text"}):
-            raise DataError("response_format: only text is given")
-        longest = self.max_completion_tokens or self.max_tokens or 256
+        longest = self.max_completion_tokens or self.max_tokens
         seed = secrets.randbits(62) if self.seed is None else self.seed
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        return Question(example, names[self.model], longest, self.temperature, seed, stop)
+        return Question(example, names[self.model], longest, self.temperature, seed, stop, self.top_p)
 
 
 class ChatRequest(CompletionRequest):
@@ -114,12 +116,35 @@ class TextRequest(CompletionRequest):
 _Kind = TypeVar("_Kind", bound=CompletionRequest)
 
 
+# What would change the answer and is not there: the one value that changes nothing.
+_NEUTRAL: Final[Mapping[str, Any]] = {
+    "best_of": 1,
+    "echo": False,
+    "frequency_penalty": 0,
+    "functions": [],
+    "logit_bias": {},
+    "logprobs": False,
+    "modalities": ["text"],
+    "n": 1,
+    "presence_penalty": 0,
+    "response_format": {"type": "text"},
+    "suffix": "",
+    "tools": [],
+    "top_logprobs": 0,
+}
+
+
 def parsed(body: Any, kind: type[_Kind]) -> _Kind:
-    """A request, checked.
+    """A request, checked; ``null`` is as if it were not there.
 
     Raises:
         DataError: what is wrong with it, and where.
     """
+    if isinstance(body, dict):
+        body = {name: value for name, value in body.items() if value is not None}
+        for name, neutral in _NEUTRAL.items():
+            if body.get(name, neutral) != neutral:
+                raise DataError(f"{name}: only {json.dumps(neutral)} is possible here; leave it out")
     try:
         return kind.model_validate(body)
     except ValidationError as error:

@@ -16,6 +16,8 @@ from cit_fast.models.generation import Answer
 
 WHOLE = "auto"
 """What answers where the model itself was trained, and there are no sets."""
+_UNASKED = 256
+"""Tokens of an answer at most, where nobody says how many."""
 
 
 class BusyError(CitFastError):
@@ -37,17 +39,29 @@ class Question:
     Args:
         example: the prompt. ``adapter``: the set that answers, :data:`~cit_fast.models.adapter_bank.BASE` for none;
             ``None``: the router chooses.
-        max_new_tokens: of the answer. ``temperature``: 0 for the most likely token at every step; ``seed``: of the
-            draws otherwise.
+        max_new_tokens: of the answer; ``None``: 256, or what is left of the model's context.
+        temperature: 0 for the most likely token at every step; ``seed``: of the draws otherwise; ``top_p``: from 0 to
+            1, they are of the likeliest tokens that have so much of the probability together.
         stop: the answer ends before the first of these texts.
     """
 
     example: Example
     adapter: str | None = None
-    max_new_tokens: int = 256
+    max_new_tokens: int | None = None
     temperature: float = 0.0
     seed: int = 0
     stop: tuple[str, ...] = ()
+    top_p: float = 1.0
+
+    def longest(self, left: int | None) -> int:
+        """Tokens that the answer may have.
+
+        Args:
+            left: of the model's context after the prompt; ``None``: it has no limit.
+        """
+        if self.max_new_tokens is not None:
+            return self.max_new_tokens
+        return _UNASKED if left is None else min(_UNASKED, left)
 
 
 @dataclass(frozen=True)
@@ -98,7 +112,7 @@ class Answerer(Protocol):
 class Said:
     """An answer's text as it grows; hands out what no later token can change.
 
-    White space around an answer is no part of it, and a stop text may be half there.
+    White space around an answer is no part of it, though a stop text may be white space; and one may be half there.
 
     Args:
         stop: the answer ends before the first of these texts.
@@ -132,11 +146,10 @@ class Said:
         Args:
             text: all of it. ``last``: nothing more comes.
         """
-        text = text.lstrip()
         places = [place for stop in self._stop if (place := text.find(stop)) >= 0]
         self.stopped = bool(places)
-        self.text = text[: min(places)] if places else text.rstrip() if last else text
-        safe = len(self.text) if last or self.stopped else len(self._certain(self.text))
+        self.text = (text[: min(places)] if places else text.rstrip() if last else text).lstrip()
+        safe = len(self.text) if last or self.stopped else len(self._certain(text).lstrip())
         if self._heard is not None and safe > self._told:
             self._heard(self.text[self._told : safe])
         self._told = max(self._told, safe)

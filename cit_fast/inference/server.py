@@ -196,7 +196,7 @@ class Server:
         async def handle(request: Request) -> Response:
             try:
                 if self.key is not None:
-                    given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
+                    given = _given_key(request.headers.get("authorization", ""))
                     if not secrets.compare_digest(given.encode(), self.key.encode()):
                         body = {"message": "wrong or no API key", "type": "invalid_request_error", "param": None}
                         return self._counted(JSONResponse({"error": {**body, "code": "invalid_api_key"}}, 401))
@@ -213,6 +213,12 @@ class Server:
     def _counted(self, response: Response) -> Response:
         self._statuses[response.status_code] = self._statuses.get(response.status_code, 0) + 1
         return response
+
+
+def _given_key(header: str) -> str:
+    """The key in an ``Authorization`` header, whose scheme may be written in any case, or left out."""
+    scheme, _, key = header.strip().partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else header.strip()
 
 
 async def _body(request: Request) -> Any:

@@ -129,6 +129,7 @@ class Upstream:
         self._thread = threading.Thread(target=self._loop.run_forever, name="cit-fast-upstream", daemon=True)
         self._asked: set[Future[Reply]] = set()
         self._names: dict[str, str] = {}
+        self._context: int | None = None  # of the other server, once it has been asked
         self.counts: Counter[str] = Counter()
 
     def __enter__(self) -> Upstream:
@@ -196,8 +197,8 @@ class Upstream:
         said = Said(question.stop, None if heard is None else lambda text: heard(text, adapter))
         body = {
             "prompt": tokens,
-            "max_tokens": question.max_new_tokens,
             "temperature": question.temperature,
+            "top_p": question.top_p,
             "seed": question.seed,
             "stop_token_ids": list(self._encoder.stop_token_ids),
             "stream": True,
@@ -205,7 +206,9 @@ class Upstream:
         }
         for attempt in range(1 + _RETRIES):
             try:
-                answer = await self._answer({"model": await self._name_there(adapter), **body}, said)
+                name = await self._name_there(adapter)
+                left = None if self._context is None else max(1, self._context - len(tokens))
+                answer = await self._answer({"model": name, "max_tokens": question.longest(left), **body}, said)
             except (httpx.TransportError, _TryAgainError) as error:
                 # What has been told cannot be taken back.
                 if said.told or attempt == _RETRIES:
@@ -249,6 +252,7 @@ class Upstream:
                 cards = response.json()["data"]
                 sets = {card["id"] for card in cards if card.get("parent") or card["id"] in self.sets}
                 base = next(card for card in cards if card["id"] not in sets)
+                self._context = base.get("max_model_len")
             except (httpx.TransportError, _TryAgainError) as error:
                 if attempt == _RETRIES:
                     raise UpstreamError(f"{self._shown}: {_why(error)}") from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -19,6 +21,26 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = model.module  # type: ignore[assignment]
     get_base_model = getattr(model, "get_base_model", None)
     return get_base_model() if get_base_model is not None else model
+
+
+_locks: weakref.WeakKeyDictionary[nn.Module, AbstractContextManager[object]] = weakref.WeakKeyDictionary()
+_registry = threading.Lock()
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Inside, no other thread changes what the base model computes with (adapter sets, settings, modes, hooks).
+
+    Whoever changes one of these for a while does so in here; a second thread waits. One thread may be inside more than
+    once.
+
+    Args:
+        model: in wrappers or not; all around one base model wait for each other.
+    """
+    with _registry:
+        lock = _locks.setdefault(unwrap(model), threading.RLock())
+    with lock:
+        yield
 
 
 @contextmanager

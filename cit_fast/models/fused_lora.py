@@ -234,8 +234,7 @@ class _Pending(threading.local):
 def _state(layer: FusedLoraLinear, x: Tensor) -> tuple[Any, ...]:
     """What a layer's output depends on, beside which input it is."""
     if layer.cast is not None:  # nobody changes anything meanwhile, and a step of generation is short
-        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        return (None if x.is_inference() else x._version, *modes)
+        return None if x.is_inference() else x._version, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     tensors = [x, layer.base_layer.weight, layer.base_layer.bias]
     for name in names:

@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 
 from cit_fast.errors import DataError, RunError
 from cit_fast.models.adapter_bank import BASE, AdapterBank, RowsLostError
-from cit_fast.models.forward import evaluating, whole_rows
+from cit_fast.models.forward import evaluating, undisturbed, whole_rows
 from cit_fast.models.fused_lora import adapters_cast_once
 from cit_fast.models.growing_adapter import activate
 from cit_fast.models.parked_sets import bank_of, parked, set_names
@@ -23,12 +23,14 @@ from cit_fast.models.prefix_cache import (
     PASS,
     AtWork,
     BatchLimit,
+    CacheLostError,
     PromptReader,
     batches_of_pieces,
     can_continue,
     for_trial,
     padded,
     same_logits,
+    turns_by_length,
 )
 from cit_fast.models.running_batch import Chance, Row, RunningBatch, drawing, until_end
 
@@ -40,6 +42,8 @@ class Sampling(NamedTuple):
     """Divides the logits, > 0 and finite."""
     seeds: Sequence[int]
     """One for each prompt."""
+    top_p: float = 1.0
+    """From 0 to 1: only the likeliest tokens are drawn that have so much of the probability together."""
 
 
 class Answer(NamedTuple):
@@ -51,6 +55,8 @@ class Answer(NamedTuple):
     """Whether an end token came; without one the answer is as long as answers may be."""
     tokens: int = 0
     """How many it has, without the end token."""
+    ids: tuple[int, ...] = ()
+    """Those tokens, where they are known."""
 
 
 def generate(model: Any, prompts: Sequence[Sequence[int]], **options: Any) -> list[str]:
@@ -84,9 +90,11 @@ def generate_answers(
     Where the model can, prompts are read apart and answered together (:mod:`cit_fast.models.prefix_cache`); else a
     batch is padded on the left. The longest go first: memory runs out at once or never. An answer depends on its prompt
     alone, not on the batch it is in, up to the rounding of the model's dtype. A model that does not skip padding
-    (linear attention, state spaces), which is tried once, gets prompts of one length in a batch; one that mixes the
-    rows of a batch up gets them one by one. The model's own generation defaults (sampling, penalties, lengths) play no
-    part; they, and which modules are in training mode, are as before afterwards. No gradients are kept.
+    (linear attention, state spaces), which is tried once, or whose positions depend on the length (LongRoPE, dynamic
+    scaling), gets prompts of one length in a batch; one that mixes the rows of a batch up gets them one by one. The
+    model's own generation defaults (sampling, penalties, lengths) play no part; they, and which modules are in training
+    mode, are as before afterwards. No gradients are kept. Of several threads with one base model, one answers at a
+    time.
 
     Args:
         model: a causal language model of transformers, or a PEFT model around one.
@@ -129,6 +137,8 @@ def generate_answers(
         raise DataError(f"generate: {len(adapters)} adapter sets for {len(prompts)} prompts")
     if sampling is not None and not (sampling.temperature > 0 and math.isfinite(sampling.temperature)):
         raise DataError(f"generate: the temperature is {sampling.temperature}; it must be positive and finite")
+    if sampling is not None and not 0 <= sampling.top_p <= 1:
+        raise DataError(f"generate: top_p is {sampling.top_p}; it must be from 0 to 1")
     if sampling is not None and len(sampling.seeds) != len(prompts):
         raise DataError(f"generate: {len(sampling.seeds)} seeds for {len(prompts)} prompts")
     answers = [Answer("", False)] * len(prompts)
@@ -136,11 +146,11 @@ def generate_answers(
 
     def chance(index: int) -> Chance | None:
         """From its start: a batch may be tried twice."""
-        return None if sampling is None else Chance(sampling.temperature, sampling.seeds[index])
+        return None if sampling is None else Chance(sampling.temperature, sampling.seeds[index], sampling.top_p)
 
     def answered(batch: Sequence[int], found: Sequence[tuple[Sequence[int], bool]]) -> None:
         for index, (tokens, ended) in zip(batch, found, strict=True):
-            answers[index] = Answer(decoded(tokenizer, tokens).strip(), ended, len(tokens))
+            answers[index] = Answer(decoded(tokenizer, tokens).strip(), ended, len(tokens), tuple(tokens))
             done.add(index)
         if progress is not None:
             progress(len(batch))
@@ -149,23 +159,24 @@ def generate_answers(
     with generating(model, config):
         several = batch_size > 1 and len(prompts) > 1
         together = _batched_together(model, prompts[0], pad_token_id) if several else "any"
-        apart = several and can_run_on(model, prompts[longest_first[0]], pad_token_id)
+
+        def answer_apart(indices: Sequence[int], reader: PromptReader, sets: Sequence[str] | None) -> None:
+            for pieces in batches_of_pieces(prompts, indices, limit, sets):
+                batch = [index for piece in pieces for index in piece.indices]
+                rows = [Row(prompts[i], max_new_tokens, None if sets is None else sets[i], chance(i)) for i in batch]
+                running = RunningBatch(reader, pad_token_id, end_tokens)
+                running.join_read(rows, reader.read(prompts, pieces, 1 + max_new_tokens, sets))
+                while running.rows:
+                    running.step()
+                answered(batch, [(row.tokens, row.ended) for row in rows])
 
         def answer(indices: Sequence[int], at_work: AtWork | None = None) -> None:
             sets = adapters if at_work is not None else None
             reader = PromptReader(model, at_work)
-            if apart:
-                for pieces in batches_of_pieces(prompts, indices, limit, sets):
-                    batch = [index for piece in pieces for index in piece.indices]
-                    rows = [
-                        Row(prompts[i], max_new_tokens, None if sets is None else sets[i], chance(i)) for i in batch
-                    ]
-                    running = RunningBatch(reader, pad_token_id, end_tokens)
-                    running.join_read(rows, reader.read(prompts, pieces, 1 + max_new_tokens, sets))
-                    while running.rows:
-                        running.step()
-                    answered(batch, [(row.tokens, row.ended) for row in rows])
-                return
+            if several and can_run_on(model, prompts[longest_first[0]], pad_token_id):
+                with contextlib.suppress(CacheLostError):
+                    answer_apart(indices, reader, sets)
+                indices = [index for index in indices if index not in done]
             for batch in _batches(prompts, indices, limit, together):
                 own, names = [prompts[i] for i in batch], None if sets is None else [sets[i] for i in batch]
                 input_ids, mask = padded(own, pad_token_id, model.device)
@@ -240,6 +251,7 @@ def _batched_together(model: Any, prompt: Sequence[int], pad_token_id: int) -> _
         with _only_defaults(model, config):
             alone, beside, padded = (_logits(model, start, *how, config) for how in ((1, 0), (2, 0), (1, _PADDING)))
         doubles, skips = (same_logits(base, alone, other) for other in (beside, padded))
+        skips = skips and not turns_by_length(base)  # so few tokens are too short a text to show it
         _found[base] = "none" if not doubles else "any" if skips else "equal"
     return _found[base]
 
@@ -277,7 +289,8 @@ def _answer_with_sets(
 
 @contextlib.contextmanager
 def one_set(model: Any, name: str, bank: AdapterBank | None = None) -> Iterator[None]:
-    """Activate adapter set ``name`` inside; afterwards restore the active set and every ``requires_grad``.
+    """Activate adapter set ``name`` inside, for one thread at a time; afterwards restore the active set and every
+    ``requires_grad``.
 
     Args:
         model: a PEFT model, with parked sets or without, or a base model whose sets are in ``bank``.
@@ -286,38 +299,42 @@ def one_set(model: Any, name: str, bank: AdapterBank | None = None) -> Iterator[
     Raises:
         RunError: a parked set, and the one in the model is of another kind.
     """
-    if bank is None and name in parked(model).configs:
-        bank = bank_of(model)
-        if bank is None:
-            raise RunError(f"adapter set {name!r} cannot answer while the set in the model is no plain LoRA")
-    if bank is not None:
-        with bank.answering([name]):
-            yield
-        return
-    if not isinstance(model, PeftModel):  # BASE, which is all there is
-        yield
-        return
-    before, trained = list(model.active_adapters), [each for each in model.parameters() if each.requires_grad]
-    try:
-        if name == BASE:
-            with model.disable_adapter():
+    with undisturbed(model):
+        if bank is None and name in parked(model).configs:
+            bank = bank_of(model)
+            if bank is None:
+                raise RunError(f"adapter set {name!r} cannot answer while the set in the model is no plain LoRA")
+        if bank is not None:
+            with bank.answering([name]):
                 yield
-        else:
-            model.set_adapter(name)
+            return
+        if not isinstance(model, PeftModel):  # BASE, which is all there is
             yield
-    finally:
-        activate(model, before, before)
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        for parameter in trained:
-            parameter.requires_grad_(True)
+            return
+        before, trained = list(model.active_adapters), [each for each in model.parameters() if each.requires_grad]
+        try:
+            if name == BASE:
+                with model.disable_adapter():
+                    yield
+            else:
+                model.set_adapter(name)
+                yield
+        finally:
+            activate(model, before, before)
+            for parameter in model.parameters():
+                parameter.requires_grad_(False)
+            for parameter in trained:
+                parameter.requires_grad_(True)
 
 
 @contextlib.contextmanager
 def generating(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """Inside, the model generates as ``config`` says, without gradients; afterwards it is as it was."""
+    """Inside, the model generates as ``config`` says, without gradients, for one thread at a time; afterwards it is as
+    it was.
+    """
     cast = adapters_cast_once(model)
-    with evaluating(model), _only_defaults(model, config), whole_rows(model), cast, torch.inference_mode():
+    only = _only_defaults(model, config)
+    with undisturbed(model), evaluating(model), only, whole_rows(model), cast, torch.inference_mode():
         yield
 
 

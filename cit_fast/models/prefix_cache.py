@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -413,12 +413,42 @@ _can: weakref.WeakKeyDictionary[torch.nn.Module, bool] = weakref.WeakKeyDictiona
 _TRIED, _SHORTER, _NEW = 16, 3, 3  # tokens
 
 
+class CacheLostError(Exception):
+    """A model went on from another cache than the one that it was given; from then on :func:`can_continue` says no."""
+
+
+def check_kept(model: Any, cache: DynamicCache, tokens: int) -> None:
+    """Check that a cache holds what has gone through the model.
+
+    Raises:
+        CacheLostError: it does not.
+    """
+    if (found := cache.get_seq_length()) != tokens:
+        _can[unwrap(model)] = False
+        raise CacheLostError(f"{type(unwrap(model)).__name__}: {tokens} tokens were read, the cache holds {found}")
+
+
+def turns_by_length(model: Any) -> bool:
+    """Whether how far a token's position turns its keys depends on the length of the whole text.
+
+    Then keys that were computed for a shorter text are not those of a longer one, and a row in a batch is as long as
+    the longest.
+    """
+    config = unwrap(model).config.get_text_config()  # type: ignore[union-attr,operator]
+    given = [getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")]
+    settings = [each for one in given if isinstance(one, Mapping) for each in (one, *one.values())]  # of layer types
+    kinds = [str(each.get("rope_type") or each.get("type")) for each in settings if isinstance(each, Mapping)]
+    return any(kind in ("longrope", "su") or "dynamic" in kind for kind in kinds)
+
+
 def can_continue(model: Any, prompt: Sequence[int], pad_token_id: int) -> bool:
     """Whether the model answers from a cache that was read apart, with padding, as if it had read all at once.
 
     Tried once per model, on the start of a prompt.
     """
     base = unwrap(model)
+    if base not in _can and turns_by_length(model):
+        _can[base] = False  # the start of a prompt is too short to show it
     if base not in _can:
         start = list(prompt[:_TRIED])
         if len(start) < _SHORTER + 2:

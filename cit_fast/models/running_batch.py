@@ -16,6 +16,7 @@ from cit_fast.models.prefix_cache import (
     CACHE,
     Beginnings,
     PromptReader,
+    check_kept,
     joined_caches,
     padded,
     used_columns,
@@ -31,11 +32,15 @@ class Chance:
 
     Args:
         temperature: divides the logits, > 0 and finite.
-        seed: of the draws.
+        seed: of the draws, any whole number.
+        top_p: from 0 to 1; only the likeliest tokens are drawn that have so much of the probability together, at least
+            the first.
     """
 
-    def __init__(self, temperature: float, seed: int) -> None:
-        self.temperature, self._random = temperature, random.Random(seed)  # noqa: S311  # no secret
+    def __init__(self, temperature: float, seed: int, top_p: float = 1.0) -> None:
+        self.temperature, self.top_p = temperature, top_p
+        # Of a number, the sign is left out.
+        self._random = random.Random(seed if seed >= 0 else str(seed))  # noqa: S311  # no secret
 
     def uniform(self) -> float:
         """The next draw, in [0, 1)."""
@@ -51,14 +56,26 @@ class Drawing(LogitsProcessor):  # type: ignore[misc]
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """[rows, V]: of drawn rows 0 where the cumulated probability first exceeds the uniform draw, else -inf."""
         rows = torch.tensor(list(self._chances), device=scores.device)
-        temperatures, uniforms = (
+        temperatures, shares, uniforms = (
             torch.tensor([[x] for x in found], dtype=torch.float64, device=scores.device)
-            for found in zip(*((c.temperature, c.uniform()) for c in self._chances.values()), strict=True)
+            for found in zip(*((c.temperature, c.top_p, c.uniform()) for c in self._chances.values()), strict=True)
         )
-        cumulated = (scores[rows].double() / temperatures).softmax(1).cumsum(1)
+        drawn_from = scores[rows].double()
+        # Of the smallest temperature nothing becomes infinite but what is below the largest.
+        probabilities = ((drawn_from - drawn_from.amax(1, keepdim=True)) / temperatures).softmax(1)
+        if any(chance.top_p < 1 for chance in self._chances.values()):
+            probabilities = _likeliest(probabilities, shares)
+        cumulated = probabilities.cumsum(1)
         place = torch.searchsorted(cumulated, uniforms * cumulated[:, -1:], right=True)
         drawn = torch.full_like(cumulated, -math.inf, dtype=scores.dtype)
         return scores.index_copy(0, rows, drawn.scatter_(1, place.clamp_(max=scores.shape[1] - 1), 0.0))
+
+
+def _likeliest(probabilities: Tensor, shares: Tensor) -> Tensor:
+    """[rows, V]: 0 but for the likeliest tokens that have a row's share [rows, 1] together; all, of a share of 1."""
+    ordered, order = probabilities.sort(stable=True, dim=1, descending=True)
+    before = ordered.cumsum(1) - ordered
+    return probabilities.scatter(1, order, ordered.masked_fill_((before >= shares) & (before > 0) & (shares < 1), 0))
 
 
 def drawing(chances: Sequence[Chance | None]) -> LogitsProcessorList | None:
@@ -187,7 +204,11 @@ class RunningBatch:
         return self._note(self._generate(tokens))
 
     def _generate(self, tokens: int) -> Tensor:
-        """[rows, new tokens]."""
+        """[rows, new tokens].
+
+        Raises:
+            CacheLostError: they do not come from the cache.
+        """
         config = GenerationConfig(
             do_sample=False, num_beams=1, use_cache=True, pad_token_id=self._pad, eos_token_id=self._ends,
             max_new_tokens=min(tokens, *(row.left for row in self.rows)),
@@ -202,6 +223,8 @@ class RunningBatch:
                 logits_processor=drawing([row.chance for row in self.rows]),
                 **options,
             )
+        if self._cache is not None:
+            check_kept(self._reader.model, self._cache, output.shape[1] - 1)
         new = output[:, self._ids.shape[1] :]
         self._ids, self._mask = output, torch.cat([self._mask, self._mask.new_ones(new.shape)], 1)
         return new

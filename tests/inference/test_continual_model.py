@@ -8,10 +8,13 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 import warnings
 
 import pytest
+import torch
 from growth import predictions
+from transformers import GPT2Config, GPT2LMHeadModel
 from worded_run import WORDINGS
 
 from cit_fast import ContinualModel, cli
@@ -21,6 +24,9 @@ from cit_fast.evaluation import read_stages
 from cit_fast.inference.export import export_adapters, export_merged
 from cit_fast.models import adapter_bank as mixed_batches
 from cit_fast.models.adapter_bank import BASE
+from cit_fast.models.forward import undisturbed
+from cit_fast.models.generation import generate
+from cit_fast.models.prompts import PromptEncoder
 
 
 @pytest.fixture
@@ -131,6 +137,43 @@ def test_an_empty_prompt(model, prompt):
     for ask in (model.route, model.generate):
         with pytest.raises(DataError, match="prompt 1 is empty"):
             ask(["Write the date.", prompt])
+
+
+@pytest.mark.parametrize("prompt", ["Write the date.", Example("Say it.", references=("-",))])
+def test_one_prompt_is_no_list(model, prompt):
+    for ask in (model.route, model.generate):
+        with pytest.raises(DataError, match="one prompt alone; expected a list of them"):
+            ask(prompt)
+
+
+def test_a_prompt_leaves_room_for_the_answer_where_positions_end(tiny_tokenizer):
+    """As in the evaluation."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(tiny_tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    network, encoder = GPT2LMHeadModel(config).eval(), PromptEncoder(tiny_tokenizer, max_length=64)
+    encoder.fit_to(network)
+    model = ContinualModel(network, encoder)
+    asked = [Example("Count.", "0 1 2 3 " * 40, references=("-",)), Example("Count.", references=("-",))]
+    encoded = encoder.encode_prompts(asked, reserve=20)
+    assert encoded.truncated == 1
+    options = {
+        "tokenizer": tiny_tokenizer, "pad_token_id": encoder.pad_token_id, "eos_token_ids": encoder.stop_token_ids
+    }  # fmt: skip
+    assert model.generate(asked, 20) == generate(network, encoded.prompts, max_new_tokens=20, **options)
+
+
+@pytest.mark.parametrize("ask", [lambda model, each: model.route([each]), lambda model, each: model.generate([each])])
+def test_a_second_thread_waits_for_the_base_model(model, stream, ask):
+    """A router may look into it, too."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(ask(model, stream[0].test[0])))
+    with undisturbed(model.model):
+        thread.start()
+        thread.join(0.2)
+        assert not found
+        right = ask(model, stream[0].test[0])
+    thread.join(60)
+    assert found == [right]
 
 
 def test_a_set_that_is_not_there(model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from concurrent.futures import CancelledError
@@ -9,12 +10,14 @@ from concurrent.futures import CancelledError
 import pytest
 from asking import Slow, client, serving, text
 
+from cit_fast.data import Example
 from cit_fast.errors import DataError, RunError
 from cit_fast.inference import engine as engine_module
 from cit_fast.inference.engine import Engine
-from cit_fast.inference.questions import Question, StoppingError
+from cit_fast.inference.questions import BusyError, Question, StoppingError
 from cit_fast.models.adapter_bank import RowsLostError
 from cit_fast.models.generation import Answer
+from cit_fast.models.prefix_cache import CacheLostError
 from cit_fast.models.running_batch import RunningBatch
 
 
@@ -61,6 +64,37 @@ def test_prompts_that_cannot_be_read_are_tried_in_halves(model, monkeypatch, exa
     assert sizes == [2, 1, 1, 2]
 
 
+def test_a_prompt_that_cannot_join_is_tried_alone_once(model, monkeypatch, examples):
+    sizes = failing(monkeypatch, 5)
+    with Engine(model) as engine:
+        with pytest.raises(MemoryError):
+            engine.ask(Question(examples[0], max_new_tokens=5)).result(30)
+        assert sizes == [1]
+        monkeypatch.setattr(RunningBatch, "join", lambda *_: 1 / 0)
+        assert engine.ask(Question(examples[0], max_new_tokens=4)).result(30).answer.text
+    assert sizes == [1, 1]
+
+
+@pytest.mark.parametrize("joins", [True, False])
+def test_tokens_are_counted_to_the_end_of_a_stop_text(model, monkeypatch, examples, joins):
+    """However many more have been made of it by then."""
+    monkeypatch.setattr(engine_module, "can_run_on", lambda *_: joins)
+    with Engine(model) as engine:
+        whole = engine.ask(Question(examples[0], max_new_tokens=24)).result(30).answer
+        for stop in set(whole.text[1:].replace(" ", "")):
+            found = engine.ask(Question(examples[0], max_new_tokens=24, stop=(stop,))).result(30).answer
+            assert found.text == whole.text[: whole.text.index(stop)]
+            most = whole.text.index(stop) + 1  # of a character or more each
+            assert 1 <= found.tokens <= most
+            again = engine.ask(Question(examples[0], max_new_tokens=found.tokens)).result(30).answer
+            assert again.text.startswith(found.text + stop)
+            assert found.tokens == 1 or stop not in shorter(engine, examples[0], found.tokens - 1)
+
+
+def shorter(engine: Engine, example: Example, tokens: int) -> str:
+    return engine.ask(Question(example, max_new_tokens=tokens)).result(30).answer.text
+
+
 def test_answers_that_fail_together_are_tried_apart(model, monkeypatch, examples):
     """One that was told a part of its answer is told the rest, or that it broke off where it became another one."""
     plain, calls = RunningBatch.step, []
@@ -78,7 +112,7 @@ def test_answers_that_fail_together_are_tried_apart(model, monkeypatch, examples
         heard: list[str] = []
         with Engine(model, batch_size=4) as engine, monkeypatch.context() as patch:
             if changed:
-                patch.setattr(engine, "_answers", lambda some: [Answer("another", True, 2)] * len(some))
+                patch.setattr(engine, "_answers", lambda some: [Answer("other", True, 1, (5,))] * len(some))
             engine._let_in, held = (lambda: time.sleep(0.01)), engine._let_in
             asked = [engine.ask(Question(examples[k], max_new_tokens=24)) for k in range(2)]
             told = engine.ask(Question(examples[2], max_new_tokens=24), lambda text, _, heard=heard: heard.append(text))
@@ -179,15 +213,15 @@ def test_a_listener_that_fails_loses_its_own_answer_alone(model, examples):
 
 
 def test_where_rows_cannot_be_mixed_batches_are_answered(model, monkeypatch, examples):
-    """Experts lose the batch's rows; models of states keep no keys and values at all."""
+    """Experts lose the batch's rows, others the cache; models of states keep no keys and values at all."""
     expected = model.generate(examples[:3], 4)
+    for name, error in itertools.product(("step", "join"), (RowsLostError, CacheLostError)):
 
-    def lost(batch, tokens):
-        raise RowsLostError
+        def lost(batch, tokens, error=error):
+            raise error
 
-    for name, replaced in (("step", lost), ("join", lost)):
         with monkeypatch.context() as patch, Engine(model) as engine:
-            patch.setattr(RunningBatch, name, replaced)
+            patch.setattr(RunningBatch, name, lost)
             for _ in range(2):
                 asked = [engine.ask(Question(each, max_new_tokens=4)) for each in examples[:3]]
                 assert [each.result(30).answer.text for each in asked] == expected
@@ -216,6 +250,22 @@ def test_stopping_answers_the_batch_and_refuses_the_rest(model, monkeypatch, exa
         waiting.result(1)
     with pytest.raises(StoppingError):
         engine.ask(Question(examples[2]))
+
+
+def test_a_question_that_is_given_up_leaves_its_place(model, monkeypatch, examples):
+    slow = Slow(monkeypatch)
+    with Engine(model, batch_size=1, most_waiting=2) as engine:
+        first = engine.ask(Question(examples[0], max_new_tokens=4))
+        assert slow.begun.wait(30)
+        given_up = [engine.ask(Question(examples[1], max_new_tokens=4)) for _ in range(2)]
+        with pytest.raises(BusyError):
+            engine.ask(Question(examples[2], max_new_tokens=4))
+        assert [each.cancel() for each in given_up] == [True, True]
+        assert engine.waiting == 0
+        last = engine.ask(Question(examples[2], max_new_tokens=4))
+        slow.go.set()
+        assert [each.result(30).answer.text for each in (first, last)] == model.generate([examples[0], examples[2]], 4)
+        assert engine.counts["answers"] == 2
 
 
 def test_replacing_takes_no_place_in_the_queue(model, monkeypatch, examples):

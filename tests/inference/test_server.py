@@ -141,7 +141,28 @@ def test_a_stream_comes_as_the_answer_is_made(model, address, examples):
         ({"max_tokens": 0}, "max_tokens: "),
         ({"max_tokens": 100_000}, "the model's context is "),
         ({"tools": [{"type": "function"}]}, "tools: "),
-        ({"response_format": {"type": "json_object"}}, "only text"),
+        ({"response_format": {"type": "json_object"}}, 'response_format: only {"type": "text"} is possible here'),
+        ({"frequency_penalty": 0.5}, "frequency_penalty: only 0 "),
+        ({"presence_penalty": -1}, "presence_penalty: only 0 "),
+        ({"logit_bias": {"5": 100}}, "logit_bias: only {} "),
+        ({"echo": True}, "echo: only false "),
+        ({"suffix": "x"}, 'suffix: only "" '),
+        ({"best_of": 3}, "best_of: only 1 "),
+        ({"functions": [{"name": "f"}]}, "functions: only "),
+        ({"logprobs": True, "top_logprobs": 5}, "logprobs: only false "),
+        ({"top_logprobs": 5}, "top_logprobs: only 0 "),
+        ({"modalities": ["text", "audio"]}, "modalities: only "),
+        ({"top_p": 1.5}, "top_p: "),
+        ({"messages": [{"role": "user", "content": None}]}, "messages: one of the user has no content"),
+        (
+            {
+                "messages": [
+                    {"role": "assistant", "content": None, "tool_calls": [{}]},
+                    {"role": "user", "content": "a"},
+                ]
+            },
+            "messages: this model reads text alone, and one calls a tool",
+        ),
     ],
 )
 def test_what_cannot_be_asked_is_named(address, change, message):
@@ -151,6 +172,48 @@ def test_what_cannot_be_asked_is_named(address, change, message):
     assert reply.status_code == 400
     assert error["type"] == "invalid_request_error"
     assert re.search(message, error["message"]), error["message"]
+
+
+def test_what_changes_nothing_may_be_asked(address):
+    neutral = {
+        "n": 1, "best_of": 1, "echo": False, "suffix": "", "functions": [], "tools": [], "logprobs": False,
+        "top_logprobs": 0, "frequency_penalty": 0.0, "presence_penalty": 0, "logit_bias": {}, "modalities": ["text"],
+        "response_format": {"type": "text"}, "top_p": 1,
+    }  # fmt: skip
+    said = [{"role": "user", "content": "Say hello."}]
+    plain = {"model": "auto", "messages": said, "max_tokens": 6}
+    nothing = dict.fromkeys([*neutral, "model", "temperature", "stream", "stop", "seed", "user", "stream_options"])
+    silent = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": None}, *said]
+    bodies = [plain, plain | neutral, plain | nothing, plain | {"messages": silent}]
+    replies = [httpx.post(f"{address}/chat/completions", json=body, timeout=60) for body in bodies]
+    assert [reply.status_code for reply in replies] == [200] * 4
+    said_each = [reply.json()["choices"][0]["message"]["content"] for reply in replies]
+    assert said_each[0] == said_each[1] == said_each[2]
+
+
+def test_an_answer_without_a_limit_may_have_what_is_left_of_the_context(model, examples, monkeypatch):
+    with Engine(model) as engine, serving(engine) as url:
+        tokens = len(model.encoder.prompt(Example(text(examples[0]), references=("-",))))
+        monkeypatch.setattr(engine, "context", tokens + 3)
+        said = {"messages": [{"role": "user", "content": text(examples[0])}]}
+        reply = httpx.post(f"{url}/chat/completions", json=said, timeout=60)
+        assert reply.status_code == 200
+        usage, reason = reply.json()["usage"], reply.json()["choices"][0]["finish_reason"]
+        assert (usage["prompt_tokens"], usage["completion_tokens"], reason) == (tokens, 3, "length")
+        monkeypatch.setattr(engine, "context", tokens)
+        reply = httpx.post(f"{url}/chat/completions", json=said, timeout=60)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (400, "context_length_exceeded")
+
+
+def test_only_the_likeliest_are_drawn(address, examples):
+    """Of so small a share, the most likely token alone, whatever the seed."""
+    greedy = asked(address, text(examples[0])).choices[0].message.content
+    options = [{"temperature": 2.0, "seed": seed} for seed in range(4)]
+    every = {asked(address, text(examples[0]), **each).choices[0].message.content for each in options}
+    assert len(every) > 1
+    assert {asked(address, text(examples[0]), top_p=1e-6, **each).choices[0].message.content for each in options} == {
+        greedy
+    }
 
 
 def test_other_bad_requests(address):
@@ -169,6 +232,8 @@ def test_a_key_is_asked_for(model, examples):
             assert (reply.status_code, reply.json()["error"]["code"]) == (401, "invalid_api_key")
         with client(url, "secret") as one:
             assert one.models.list().data
+        for header in ("bearer secret", "BEARER  secret", "secret"):
+            assert httpx.get(f"{url}/models", headers={"Authorization": header}).status_code == 200
         assert httpx.get(url.removesuffix("/v1") + "/health").status_code == 200
 
 

@@ -53,6 +53,7 @@ class StandIn:
         self.lock = threading.Lock()
         self.ended = 0
         self.base, self.text = "the/base", ""
+        self.context: int | None = None
         self.app = Starlette(
             routes=[
                 Route("/v1/models", self.models),
@@ -65,7 +66,7 @@ class StandIn:
             self.failures.pop()
             return JSONResponse({"error": "loading"}, 503)
         card = {"object": "model", "owned_by": self.kind}
-        found = [{**card, "id": self.base, "parent": None}]
+        found = [{**card, "id": self.base, "parent": None, "max_model_len": self.context}]
         found += [{**card, "id": name, "parent": self.base} for name in self.sets]
         return JSONResponse({"object": "list", "data": found})
 
@@ -180,16 +181,23 @@ def test_what_is_asked_goes_with_it(model, there, upstream, examples):
     answer = model.generate([examples[0]], 12)[0]
     stop = answer[len(answer) // 2 :][:3]
     heard: list[tuple[str, str]] = []
-    question = Question(examples[0], max_new_tokens=12, temperature=0.5, seed=3, stop=(stop,))
+    question = Question(examples[0], max_new_tokens=12, temperature=0.5, seed=3, stop=(stop,), top_p=0.9)
     reply = upstream.ask(question, lambda *piece: heard.append(piece)).result(30)
     (asked,) = there.asked
     assert asked["prompt"] == model.encoder.prompt(examples[0])
-    assert (asked["max_tokens"], asked["temperature"], asked["seed"]) == (12, 0.5, 3)
-    assert "stop" not in asked  # cut here: there, white space before an answer would count
+    assert (asked["max_tokens"], asked["temperature"], asked["seed"], asked["top_p"]) == (12, 0.5, 3, 0.9)
+    assert "stop" not in asked  # cut here, as without another server
     assert reply.answer.text == answer[: answer.index(stop)] == "".join(piece for piece, _ in heard)
     assert reply.answer.ended
     assert reply.prompt_tokens == len(asked["prompt"])
     assert {adapter for _, adapter in heard} == {reply.adapter} == set(model.route([examples[0]]))
+
+
+@pytest.mark.parametrize(("left", "longest"), [(5, 5), (1000, 256), (None, 256)])
+def test_an_answer_without_a_limit_may_have_what_is_left_there(model, there, upstream, examples, left, longest):
+    there.context = None if left is None else len(model.encoder.prompt(examples[0])) + left
+    upstream.ask(Question(examples[0])).result(30)
+    assert there.asked[0]["max_tokens"] == longest
 
 
 def test_sglang_is_told_base_and_set(model, finished, examples):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,6 +106,7 @@ def test_beside_lora_copies_and_files(make_model, tmp_path, calls):
     model.save_pretrained(tmp_path)
     again = type(make_model("Llama")).from_pretrained(tmp_path)
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in again.state_dict().items())
+    torch.manual_seed(0)
     config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear", init_lora_weights=False)
     adapted = get_peft_model(model, config)
     right, right_gradients = logits_and_gradients(adapted)
@@ -162,3 +166,38 @@ def test_a_run_fuses_by_itself_and_can_be_told_not_to(tiny_model_folder):
     for fuse in (True, False):
         model = load_model(tiny_model_folder, ModelConfig(name=str(tiny_model_folder), fuse_norms=fuse))
         assert any(isinstance(module, FusedNorm) for module in model.modules()) == fuse
+
+
+@pytest.mark.parametrize("way", ["pickle", "torch.save", "copy"])
+def test_a_model_goes_through_a_file(make_model, way, monkeypatch):
+    """And is fused again where that can be."""
+    model = make_model("Gemma2")  # whose norms count from one
+    right = model(input_ids=IDS).logits
+    count = fuse_norms(model)
+    fused = model(input_ids=IDS).logits
+    kept = through(model, way)
+    for there in (True, False):
+        if not there:
+            monkeypatch.setattr(fused_norms, "available_backends", lambda: {"native": SimpleNamespace(available=False)})
+        again = kept()
+        assert sum(isinstance(module, FusedNorm) for module in again.modules()) == (count if there else 0)
+        assert torch.equal(again(input_ids=IDS).logits, fused if there else right)
+        assert [name for name, _ in again.named_parameters()] == [name for name, _ in model.named_parameters()]
+        assert unfuse_norms(again) == (count if there else 0)
+
+
+def through(model, way):
+    """What reads the model again."""
+    if way == "copy":
+        return partial(copy.deepcopy, model)
+    file = io.BytesIO()
+    if way == "pickle":
+        pickle.dump(model, file)
+    else:
+        torch.save(model, file)
+
+    def read():
+        file.seek(0)
+        return pickle.load(file) if way == "pickle" else torch.load(file, weights_only=False)  # noqa: S301  # its own
+
+    return read

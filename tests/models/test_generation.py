@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import math
+import threading
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -7,7 +10,16 @@ from toy_models import decided_llama
 from transformers import GenerationConfig, LlamaForCausalLM
 
 from cit_fast.errors import DataError
-from cit_fast.models.generation import Sampling, _batched_together, generate, generate_answers
+from cit_fast.models.adapter_bank import BASE
+from cit_fast.models.generation import (
+    Sampling,
+    _batched_together,
+    generate,
+    generate_answers,
+    generating,
+    one_set,
+)
+from cit_fast.models.running_batch import Chance, Drawing
 
 PAD, BOS, EOS = 0, 1, 2
 VOCABULARY = 32
@@ -172,6 +184,67 @@ def test_a_draw_depends_on_its_seed_and_not_on_its_batch(model):
     assert cold == answer(model, PROMPTS, max_new_tokens=20)
 
 
+@pytest.mark.parametrize("top_p", [0.0, 0.3, 0.7, 0.999])
+def test_only_the_likeliest_tokens_are_drawn(model, top_p):
+    """As few as have the share of the probability, with their own distribution."""
+    draws, prompt = 2000, PROMPTS[1]
+    options = {"max_new_tokens": 1, "eos_token_ids": [], "batch_size": 500, "pad_token_id": PAD}
+    sampling = Sampling(2.0, range(draws), top_p)
+    found = generate_answers(model, [prompt] * draws, tokenizer=NumberTokenizer(), sampling=sampling, **options)
+    with torch.no_grad():
+        right = (model(torch.tensor([prompt])).logits[0, -1].double() / 2.0).softmax(0)
+    order = right.argsort(descending=True).tolist()
+    count = next(k for k in range(1, VOCABULARY + 1) if k == VOCABULARY or right[order[:k]].sum() >= top_p)
+    drawn = torch.bincount(torch.tensor([answer.ids[0] for answer in found]), minlength=VOCABULARY) / draws
+    assert not drawn[order[count:]].any()
+    expected = right[order[:count]] / right[order[:count]].sum()
+    distance = 0.5 * (drawn[order[:count]] - expected).abs().sum()
+    assert distance <= 4 * 0.5 * (expected * (1 - expected) / draws).sqrt().sum()
+
+
+def test_each_row_is_drawn_from_its_own_share():
+    scores = torch.tensor([[3.0, 2.9, 2.8, -math.inf]] * 3)
+    drawn = [
+        Drawing([Chance(1.0, seed, 0.0), None, Chance(1.0, seed, 1.0)])(torch.empty(3, 0), scores).argmax(1).tolist()
+        for seed in range(60)
+    ]
+    assert [{row[k] for row in drawn} for k in range(3)] == [{0}, {0}, {0, 1, 2}]
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-300, 1e-4])
+def test_the_smallest_temperatures_draw_the_most_likely(temperature):
+    scores = torch.tensor([[1.0, 5.0, 4.9], [-700.0, -900.0, -math.inf]])
+    for seed in range(20):
+        drawn = Drawing([Chance(temperature, seed), Chance(temperature, seed)])(torch.empty(2, 0), scores)
+        assert drawn.argmax(1).tolist() == [1, 0]
+
+
+def test_a_seed_and_its_negative_are_two():
+    assert Chance(1.0, -1).uniform() == Chance(1.0, -1).uniform() != Chance(1.0, 1).uniform()
+
+
+def test_a_second_thread_waits_for_the_base_model(model):
+    """Whatever wrapper it comes through; the thread that is inside may go further in."""
+    torch.manual_seed(0)
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    try:
+        config = GenerationConfig(do_sample=False, pad_token_id=PAD, eos_token_id=[EOS])
+        expected, found = answer(model, PROMPTS, max_new_tokens=5), []
+        thread = threading.Thread(target=lambda: found.append(answer(wrapped, PROMPTS, max_new_tokens=5)))
+        with generating(model, config):
+            thread.start()
+            thread.join(0.2)
+            assert model.generation_config is config
+            with one_set(wrapped, BASE):
+                assert answer(model, PROMPTS, max_new_tokens=5) == expected
+            assert thread.is_alive()
+        thread.join(60)
+        assert found == [expected]
+        assert model.generation_config is not config
+    finally:
+        wrapped.unload()
+
+
 def test_an_answer_says_whether_it_ended(model):
     options = {"pad_token_id": PAD, "tokenizer": NumberTokenizer(), "max_new_tokens": 10}
     free = generate_answers(model, PROMPTS[:2], eos_token_ids=[], **options)
@@ -200,6 +273,7 @@ def test_no_prompts(model):
         ([[3]], {"batch_size": 0}, "batch_size is 0; it must be at least 1"),
         ([[3]], {"sampling": Sampling(0.0, [1])}, "the temperature is 0.0; it must be positive"),
         ([[3]], {"sampling": Sampling(1.0, [1, 2])}, "2 seeds for 1 prompts"),
+        ([[3]], {"sampling": Sampling(1.0, [1], 1.5)}, "top_p is 1.5; it must be from 0 to 1"),
     ],
 )
 def test_bad_input(model, prompts, options, message):

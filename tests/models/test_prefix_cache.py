@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,12 +26,15 @@ from cit_fast.models import generation, prefix_cache
 from cit_fast.models.generation import generate
 from cit_fast.models.prefix_cache import (
     BatchLimit,
+    CacheLostError,
     Piece,
     PromptReader,
     batches_of_pieces,
     can_continue,
     common_beginning,
+    turns_by_length,
 )
+from cit_fast.models.running_batch import Row, RunningBatch
 
 VOCABULARY = 32
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -155,6 +159,64 @@ def test_what_keeps_something_else_reads_every_prompt_whole(make):
     prompts = prompts_of(40, rests=(4, 4, 4))
     assert not can_continue(model, prompts[0], 0)
     assert answers(model, prompts) == [answers(model, [prompt])[0] for prompt in prompts]
+
+
+_TURNS = {
+    "longrope": {"short_factor": [1.0] * 4, "long_factor": [1.5, 3.0, 6.0, 8.0], "partial_rotary_factor": 1.0},
+    "dynamic": {"factor": 4.0},
+}
+
+
+def turning(make_model, name, kind):
+    """A model whose keys turn otherwise from the 25th token on."""
+    rope = {"rope_type": kind, "rope_theta": 1e4, "original_max_position_embeddings": 24, **_TURNS[kind]}
+    positions = {} if kind == "dynamic" else {"original_max_position_embeddings": 24}
+    most = 24 if kind == "dynamic" else 128
+    return make_model(name, rope_parameters=rope, max_position_embeddings=most, **positions)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("Phi3", "longrope"), ("Llama", "longrope"), ("Llama", "dynamic")])
+def test_positions_that_depend_on_the_length_of_a_text(make_model, name, kind):
+    """Neither a cache nor a longer neighbour changes what a prompt is answered."""
+    model = turning(make_model, name, kind)
+    prompts = sorted(prompts_of(10, 20, rests=(1, 2, 3, 3, 12)), key=len)
+    alone = [answers(model, [prompt])[0] for prompt in prompts]
+    assert answers(model, prompts, batch_size=10) == alone
+    assert not can_continue(model, prompts[0], 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "turns"),
+    [
+        ({"rope_parameters": {"rope_type": "yarn"}}, False),
+        ({"rope_parameters": {"full_attention": {"rope_type": "longrope"}, "sliding_attention": None}}, True),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, False),
+        ({"rope_scaling": {"type": "su"}}, True),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, True),
+        ({"rope_scaling": None}, False),
+        ({}, False),
+    ],
+)
+def test_which_positions_depend_on_the_length(settings, turns):
+    model = torch.nn.Module()
+    model.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(**settings))
+    assert turns_by_length(model) == turns
+
+
+def test_a_cache_that_a_model_leaves_is_none(make_model, monkeypatch):
+    """From then on it reads every prompt whole; what was begun is answered anew."""
+    for module in (generation, prefix_cache):
+        monkeypatch.setattr(module, "turns_by_length", lambda _: False)
+    model = turning(make_model, "Phi3", "longrope")
+    prompts = [random_tokens(20, seed) for seed in range(4)]
+    alone = [answers(model, [prompt])[0] for prompt in prompts]
+    assert can_continue(model, prompts[0], 0)
+    with pytest.raises(CacheLostError, match="Phi3ForCausalLM: 28 tokens were read, the cache holds 0"):
+        RunningBatch(PromptReader(model), 0, [2]).join([Row(random_tokens(28, 0), 8)])
+    assert not can_continue(model, prompts[0], 0)
+    prefix_cache._can[model] = True
+    assert answers(model, prompts) == alone
+    assert not can_continue(model, prompts[0], 0)
 
 
 def test_learned_positions_do_not_count_the_padding(groups_read):
