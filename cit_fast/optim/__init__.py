@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from cit_fast.optim.adamw import AdamWBalanceEMA
-from cit_fast.optim.averaging import AveragingOptimizer, BalanceSummary
+from cit_fast.optim.averaging import AveragingOptimizer
 from cit_fast.optim.balance_ema import BalanceEMA, find_balance_ema
+from cit_fast.optim.reporting import BalanceSummary
 
 if TYPE_CHECKING:
     from cit_fast.optim.callback import BalanceEMACallback

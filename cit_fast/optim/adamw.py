@@ -48,16 +48,28 @@ class AdamWSweep(Sweep):
         alphas: [tensors], float32: weights of the last step, to be applied when the parameters are read next.
         steps: [n], float32: ``state[p]["step"]`` are its elements.
         step: their common value.
+        version: of ``steps``, which tells whether somebody else wrote to it.
         group: the first parameter group with the options of these parameters.
     """
 
     STATE = (AVERAGE, EXP_AVG, EXP_AVG_SQ)
     COUNTERS = (STEP,)
 
-    alphas: Tensor = field(default_factory=lambda: torch.empty(0))
-    steps: Tensor = field(default_factory=lambda: torch.empty(0))
+    alphas: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float32))
+    steps: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float32))
     step: int = 0
+    version: int = 0
     group: int = 0
+
+    def is_current(self) -> bool:
+        """Whether the entries still hold what the plan was made for."""
+        return self.steps._version == self.version and super().is_current()
+
+    def count(self) -> None:
+        """One step more."""
+        self.step += 1
+        self.steps.add_(1)
+        self.version = self.steps._version
 
 
 class AdamWBalanceEMA(AveragingOptimizer):
@@ -131,12 +143,14 @@ class AdamWBalanceEMA(AveragingOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self.flush()
-        return {**super().__getstate__(), "options": self._options(), "state_dtype": self.state_dtype}
+        own = {"options": self._options(), "state_dtype": self.state_dtype, "starting": self._starting}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         if "options" in state:  # unpickled; Optimizer.load_state_dict calls this too
             self._begin(state.pop("options"), state.pop("state_dtype"))
+            self._starting = state.pop("starting", {})
             super().__setstate__(state)
             self._given.add(self.param_groups)
             self._watch_loading()
@@ -190,11 +204,12 @@ class AdamWBalanceEMA(AveragingOptimizer):
         same_as = tuple(_first_equal(options))
         self._begin_report(present)
         spread: dict[Reduction | Partition, list[tuple[AdamWSweep, Tensor]]] = {}
-        for i, sweep in enumerate(self._sweeps_of(present, also=(same_as, *sizes))):
+        sweeps = self._sweeps_of(present, also=(same_as, *sizes))
+        self._behind = True  # also where a later one of them fails
+        for i, sweep in enumerate(sweeps):
             norms = self._run(sweep, options[sweep.group], i)
             if sweep.over is not None:
                 spread.setdefault(sweep.over, []).append((sweep, norms))
-        self._behind = True
         for over, parts in spread.items():
             for (sweep, _), norms in zip(parts, over.sum_norms([norms for _, norms in parts]), strict=True):
                 weights = balance_weights(
@@ -254,8 +269,7 @@ class AdamWBalanceEMA(AveragingOptimizer):
                 store_grads=sweep.copies,
                 seed=seed,
             )
-        sweep.step = step
-        sweep.steps.add_(1)
+        sweep.count()
         sweep.keep(grads)
         if sweep.over is None:
             self._report(sweep, weights)
@@ -294,13 +308,13 @@ class AdamWBalanceEMA(AveragingOptimizer):
         return sweeps
 
     def _make_sweep(self, params: list[Tensor], group: int, step: int) -> AdamWSweep:
-        steps = torch.full((len(params),), float(step))  # on the host, as torch.optim.AdamW keeps them
+        steps = torch.full((len(params),), float(step), dtype=torch.float32)  # on the host, as torch's AdamW has them
         for param, each in zip(params, steps.unbind(), strict=True):
             self.state[param][STEP] = each
         alphas = [
             self._pending[param].to(param.device)
             if param in self._pending
-            else torch.zeros(self._weights_of(param), device=param.device)
+            else torch.zeros(self._weights_of(param), dtype=torch.float32, device=param.device)
             for param in params
         ]
         return self._fill_sweep(
@@ -309,6 +323,7 @@ class AdamWBalanceEMA(AveragingOptimizer):
             alphas=torch.cat(alphas),
             steps=steps,
             step=step,
+            version=steps._version,
             group=group,
         )
 
@@ -316,13 +331,15 @@ class AdamWBalanceEMA(AveragingOptimizer):
         entry = self.state[param]
         if EXP_AVG not in entry:
             dtype = torch.float64 if param.dtype == torch.float64 else self.state_dtype
-            entry[STEP] = torch.tensor(0.0)
+            entry[STEP] = torch.tensor(0.0, dtype=torch.float32)
             entry[EXP_AVG] = zeros_like_parameter(param, dtype)
             entry[EXP_AVG_SQ] = zeros_like_parameter(param, dtype)
         if AVERAGE not in entry:
             if param not in self._starting:
                 self._fresh.append(param)
             entry[AVERAGE] = self._new_average(param)
+            self._starting.pop(param, None)
+            self._pending.pop(param, None)  # that was of an average that somebody took away
 
     # Pending weights
 
@@ -333,16 +350,15 @@ class AdamWBalanceEMA(AveragingOptimizer):
         self._last = [
             step._replace(weights=step.weights._replace(alphas=step.weights.alphas.clone())) for step in self._last
         ]
-        if not self._is_current():
-            self._set_aside_pending()
-        for i, sweep in enumerate(self._sweeps):
-            self._flush(sweep.params, sweep.alphas, i)
         by_device: dict[torch.device, list[Tensor]] = {}
-        for param in self._pending:
+        pending = self._all_pending()
+        for param in pending:
             by_device.setdefault(param.device, []).append(param)
-        for i, params in enumerate(by_device.values(), len(self._sweeps)):
-            alphas = torch.cat([self._pending[param] for param in params])
+        for i, params in enumerate(by_device.values()):
+            alphas = torch.cat([pending[param].to(param.device) for param in params])
             self._flush(params, alphas, i)
+        for sweep in self._sweeps:
+            sweep.alphas.zero_()
         self._pending = {}
         self._behind = False
 
@@ -360,14 +376,20 @@ class AdamWBalanceEMA(AveragingOptimizer):
     def _set_aside_pending(self) -> None:
         """Keep what is pending by parameter, while sweeps are made anew."""
         if self._behind:
-            for sweep in self._sweeps:
-                alphas = torch.split(sweep.alphas, sweep.weights)
-                self._pending.update(
-                    (param, each)
-                    for param, each in zip(sweep.params, alphas, strict=True)
-                    if AVERAGE in self.state.get(param, {})
-                )
+            self._pending = self._all_pending()
         self._sweeps, self._planned = [], None
+
+    def _all_pending(self) -> dict[Tensor, Tensor]:
+        """The pending weights of each parameter that has an average."""
+        pending = dict(self._pending)
+        for sweep in self._sweeps:
+            pending.update(zip(sweep.params, torch.split(sweep.alphas, sweep.weights), strict=True))
+        return {param: each for param, each in pending.items() if AVERAGE in self.state.get(param, {})}
+
+    def _follow_groups(self) -> None:
+        super()._follow_groups()
+        known = {*self._parameters(), *self.state}
+        self._pending = {param: each for param, each in self._pending.items() if param in known}
 
     def _forget_sweeps(self) -> None:
         super()._forget_sweeps()
@@ -428,7 +450,7 @@ class AdamWBalanceEMA(AveragingOptimizer):
             for param in params:
                 step = self.state[param].get(STEP) if param in self.state else None
                 if step is not None:
-                    self.state[param][STEP] = torch.tensor(float(step))
+                    self.state[param][STEP] = torch.tensor(float(step), dtype=torch.float32)
             loaded.clear()
             self._forget_sweeps()
             self._last = []

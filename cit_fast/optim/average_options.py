@@ -8,8 +8,7 @@ import torch
 
 from cit_fast.errors import CitFastError
 from cit_fast.ops.balance_ema import BalanceRule, Rounding, check_rule
-
-_STATE_DTYPES = (torch.float32, torch.bfloat16)
+from cit_fast.ops.balance_ema.native import STATE_DTYPES
 
 
 class AverageOptions(NamedTuple):
@@ -41,5 +40,5 @@ class AverageOptions(NamedTuple):
 
 def check_dtype(owner: str, name: str, dtype: torch.dtype) -> None:
     """Raise CitFastError unless state can be kept in ``dtype``."""
-    if dtype not in _STATE_DTYPES:
+    if dtype not in STATE_DTYPES:
         raise CitFastError(f"{owner}: {name}={dtype} cannot follow small updates; accepted: float32, bfloat16")

@@ -7,21 +7,17 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from operator import attrgetter, is_
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from cit_fast.errors import CitFastError
-from cit_fast.ops.balance_ema import (
-    BalanceRule,
-    BalanceWeights,
-    Rounding,
-)
+from cit_fast.ops.balance_ema import BalanceRule, Rounding
 from cit_fast.optim.average_options import AverageOptions
 from cit_fast.optim.engines import GivenParameters, refuse_partitions, refuse_swap
 from cit_fast.optim.partitions import Partition, can_publish, find_partition, publish
+from cit_fast.optim.reporting import LastStep, ReportingOptimizer
 from cit_fast.optim.sharding import Reduction, is_sharded, local, reduction, reshard
 from cit_fast.optim.sweeps import AVERAGE, PREVIOUS_GRAD, REMAINING, Sweep, owns_its_memory, unique
 
@@ -29,24 +25,7 @@ _is_meta = attrgetter("is_meta")
 AnySweep = TypeVar("AnySweep", bound=Sweep)
 
 
-class BalanceSummary(NamedTuple):
-    """The last step's balance weights in four numbers, over the tensors that were averaged (0 where none was)."""
-
-    mean: float
-    minimum: float
-    maximum: float
-    fallback_fraction: float
-
-
-class LastStep(NamedTuple):
-    """What one call of the op decided: parameters, a weight for each; for which flat partition."""
-
-    params: list[Tensor]
-    weights: BalanceWeights
-    flat: Tensor | None = None
-
-
-class AveragingOptimizer(Optimizer):
+class AveragingOptimizer(ReportingOptimizer):
     """Base of the optimizers that keep an average of their parameters in ``state[p]["average"]``."""
 
     rule: BalanceRule
@@ -178,6 +157,7 @@ class AveragingOptimizer(Optimizer):
                 engine, or a value does not have its parameter's shape.
         """
         self._refuse_inside_averaged("start_averages_at()")
+        self._follow_groups()
         name, known = f"{type(self).__name__}.start_averages_at", set(self._parameters())
         for param, value in values.items():
             if param not in known or is_sharded(param) or self._given.is_partition(param):
@@ -195,62 +175,6 @@ class AveragingOptimizer(Optimizer):
     def in_partitions(self) -> bool:
         """Whether the averages are those of an engine's partitions: all processes have to call :meth:`averaged`."""
         return any(map(self._given.is_partition, self.state))
-
-    # Reporting
-
-    def balance_weights(self) -> dict[str | int, float]:
-        """The last step's weight alpha, the share of the new values, of each parameter that had a gradient.
-
-        0 means that the parameter was left out. Keys are the names, where the optimizer was given
-        ``named_parameters()``, else the positions over all groups; what has left the groups since is not in it. Waits
-        for the device; empty before the first step.
-        """
-        keys = self._given.keys()  # the engine's groups hold other tensors
-        keys.update((id(param), i) for i, param in enumerate(self._parameters()))
-        for group in self.param_groups:
-            keys.update(
-                {id(param): name for param, name in zip(group["params"], group.get("param_names", ()), strict=False)}
-            )
-        found: dict[str | int, float] = {}
-        for params, weights, _ in self._last:
-            for param, alpha in zip(params, weights.alphas.tolist(), strict=True):
-                if id(param) in keys:
-                    found[keys[id(param)]] = alpha
-        return found
-
-    def balance_summary(self) -> BalanceSummary | None:
-        """Mean, minimum and maximum of the last step's weights and the fraction that fell back.
-
-        None before the first step. What was left out does not count. Waits for the device, so call it when you log,
-        not in every step.
-        """
-        if not self._last:
-            return None
-        alphas = torch.cat([step.weights.alphas.cpu() for step in self._last])
-        fallbacks = torch.cat([step.weights.fallbacks.cpu() for step in self._last])
-        used = alphas > 0
-        if not used.any():
-            return BalanceSummary(0.0, 0.0, 0.0, 0.0)
-        alphas, fell_back = alphas[used].double(), fallbacks[used].double()
-        return BalanceSummary(alphas.mean().item(), alphas.min().item(), alphas.max().item(), fell_back.mean().item())
-
-    @property
-    def skipped_updates(self) -> int:
-        """How often an average was left out for values not finite, since this object was made."""
-        return sum(int(count) for count in self._skipped.values())
-
-    def _report(self, sweep: Sweep, weights: BalanceWeights) -> None:
-        device = weights.alphas.device
-        skipped = (weights.alphas == 0).sum()
-        self._skipped[device] = self._skipped[device] + skipped if device in self._skipped else skipped
-        if sweep.partition is None:
-            self._last.append(LastStep(sweep.params, weights))
-        else:
-            self._last.append(LastStep(sweep.partition.params, weights, sweep.params[0]))
-
-    def _begin_report(self, present: Sequence[Tensor]) -> None:
-        """A new step, or the part of an engine's step that concerns the partitions in ``present``."""
-        self._last = [last for last in self._last if last.flat is not None and not any(last.flat is p for p in present)]
 
     # Gradients
 
@@ -276,9 +200,6 @@ class AveragingOptimizer(Optimizer):
 
     # The parameters and their state
 
-    def _parameters(self) -> list[Tensor]:
-        return list(chain.from_iterable(group["params"] for group in self.param_groups))
-
     def _averages(self) -> Iterator[tuple[Tensor, Tensor]]:
         # ZeRO-3 leaves its partitions in the groups only while they step.
         partitions = filter(self._given.is_partition, self.state)
@@ -293,7 +214,7 @@ class AveragingOptimizer(Optimizer):
 
     def _new_average(self, param: Tensor) -> Tensor:
         dtype = torch.float64 if param.dtype == torch.float64 else self.average_dtype
-        value = self._starting.pop(param, param)
+        value = self._starting.get(param, param)  # until the average is in ``state``, lest a failed step lose it
         return value.detach().to(param.device, dtype, copy=True)
 
     def _check_parameters(self, params: Sequence[Tensor]) -> None:
@@ -325,7 +246,7 @@ class AveragingOptimizer(Optimizer):
     # Partitions
 
     def _refuse_partitions(self, call: str) -> None:
-        if self.in_partitions() and not can_publish(self._given.alive()):
+        if self.in_partitions() and not can_publish(self._given.all()):
             raise refuse_swap(f"{type(self).__name__}.{call}")
 
     def _publish(self, model: nn.Module | None) -> None:
@@ -333,7 +254,7 @@ class AveragingOptimizer(Optimizer):
         reshard(model)
         if self.in_partitions():
             with torch.no_grad():
-                publish(self._given.alive())
+                publish(self._given.all())
 
     def _partition_of(self, param: Tensor) -> Partition | None:
         """Whose pieces ``param`` holds, if it is a flat partition.
@@ -343,7 +264,7 @@ class AveragingOptimizer(Optimizer):
         if not self._given.is_partition(param):
             return None
         if param not in self._partitions:
-            found = find_partition(self._given.alive(), param)
+            found = find_partition(self._given.all(), param)
             if found is None and self.rule != "fixed":
                 raise refuse_partitions(type(self).__name__, self.rule)
             self._partitions[param] = found
@@ -363,6 +284,11 @@ class AveragingOptimizer(Optimizer):
         return 1 if partition is None else len(partition.pieces)
 
     # Sweeps
+
+    def _follow_groups(self) -> None:
+        """Others may have added parameters to the groups, or taken some away, without a word."""
+        self._given.follow(self.param_groups, self.state)
+        self._copied &= {*self._parameters(), *self.state}
 
     def _forget_sweeps(self) -> None:
         """``state`` no longer is what the sweeps hold."""
@@ -388,8 +314,12 @@ class AveragingOptimizer(Optimizer):
             or any(sweep.partition is not None for sweep in self._sweeps)  # their memory may have moved
         ):
             params = unique(present)
+            self._follow_groups()
             for param in params:
                 self._partition_of(param)  # which is refused here, before anything is written
+            staying = set(params)
+            for sweep in self._sweeps:
+                sweep.release(staying)
             self._planned = None  # if making them fails, the next step must not take the rest for all
             self._sweeps = self._make_sweeps(params)
             self._planned = (present, also)
@@ -464,15 +394,16 @@ class AveragingOptimizer(Optimizer):
         if self.rule == "fixed":
             sweep.watch()
             return sweep
-        # A gradient that somebody else holds may be overwritten before the next step: such a one is copied first.
-        if sweep.copies:
-            for param, entry in zip(params, entries, strict=True):
-                grad = cast("Tensor", param.grad).detach()
-                kept = entry.get(PREVIOUS_GRAD)
-                if kept is None or kept is param.grad:
-                    entry[PREVIOUS_GRAD] = grad.clone()
-                elif not self._owned(kept):
-                    entry[PREVIOUS_GRAD] = kept.detach().clone()
+        for param, entry in zip(params, entries, strict=True):
+            grad = cast("Tensor", param.grad)
+            kept = entry.get(PREVIOUS_GRAD)
+            if kept is not None and kept.device != grad.device:  # only the parameter has moved
+                kept = entry[PREVIOUS_GRAD] = kept.detach().to(grad.device)
+            # A gradient that somebody else holds may be overwritten before the next step: it is copied first.
+            if sweep.copies and (kept is None or kept is grad):
+                entry[PREVIOUS_GRAD] = grad.detach().clone()
+            elif sweep.copies and not self._owned(kept):
+                entry[PREVIOUS_GRAD] = kept.detach().clone()
         sweep.watch()
         return sweep
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from cit_fast.errors import CitFastError, ConfigError
@@ -24,9 +26,10 @@ from cit_fast.ops.balance_ema import (
     resolve_for,
 )
 from cit_fast.optim.average_options import AverageOptions
-from cit_fast.optim.averaging import AveragingOptimizer, BalanceSummary
-from cit_fast.optim.engines import is_engine, refuse_partitions, steps_in_backward
+from cit_fast.optim.averaging import AveragingOptimizer
+from cit_fast.optim.engines import hides_steps, is_engine, refuse_partitions, steps_in_backward
 from cit_fast.optim.partitions import Partition
+from cit_fast.optim.reporting import BalanceSummary
 from cit_fast.optim.saving import StateLoading, decoded, encode
 from cit_fast.optim.sharding import Reduction
 from cit_fast.optim.sweeps import AVERAGE, PREVIOUS_GRAD, REMAINING, Sweep, unique
@@ -34,6 +37,7 @@ from cit_fast.optim.sweeps import AVERAGE, PREVIOUS_GRAD, REMAINING, Sweep, uniq
 __all__ = ["BalanceEMA", "BalanceSummary", "find_balance_ema"]
 
 _HANDLE = "_cit_fast_balance_ema"  # where an optimizer that is watched keeps who watches it
+_WRAPPER = "_cit_fast_balance_ema_around"  # where one that is wrapped has a weak reference to the wrapper
 _STEPS = "balance_ema_steps"  # in param_groups[0], the only place that every way of saving a state keeps
 
 
@@ -105,6 +109,11 @@ class BalanceEMA(AveragingOptimizer):
             )
         if find_balance_ema(optimizer) is not None:
             raise CitFastError("BalanceEMA: this optimizer has an average already; find_balance_ema(optimizer) has it")
+        wrapper = getattr(innermost(optimizer), _WRAPPER, None)
+        if wrapper is not None and wrapper() is not None:
+            raise CitFastError("BalanceEMA: this optimizer has an average already, that of the BalanceEMA around it")
+        if reason := hides_steps(optimizer):
+            raise CitFastError(f"BalanceEMA: {reason}")
         options.check("BalanceEMA")
         if rule != "fixed" and is_engine(optimizer):
             raise refuse_partitions("BalanceEMA", rule)
@@ -162,16 +171,24 @@ class BalanceEMA(AveragingOptimizer):
     # remains: hooks.
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer, "options": self._options(), "attached": self._attached}
+        return {
+            "optimizer": self.optimizer,
+            "options": self._options(),
+            "attached": self._attached,
+            "starting": self._starting,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.optimizer: Optimizer = state["optimizer"]
         self._start(state["options"])
+        self._starting = state.get("starting", {})
         self._attached = False
+        self._unscaled_inside = False
         self._handles: list[RemovableHandle] = []
         self._starts: dict[Tensor, Tensor] = {}
         super().__setstate__({})
         self._given.add(self.param_groups)
+        setattr(innermost(self.optimizer), _WRAPPER, weakref.ref(self))
         self._watch_loading()
         if state["attached"]:
             self._watch()
@@ -247,15 +264,32 @@ class BalanceEMA(AveragingOptimizer):
     def _before_step(self, closure: Any) -> None:
         self._refuse_inside_averaged("step()")
         self._check_options()
+        self._keep_gradients_whole()
         # Which parameters step with a closure is known only afterwards.
         stepping = self._present() if closure is None else [p for p in self._parameters() if p.requires_grad]
         self._check_parameters(stepping)
         # Averages enter ``state`` after the wrapped optimizer's step: many take an empty state as the sign to
         # initialise.
         starting = [param for param in stepping if param not in self.state or AVERAGE not in self.state[param]]
+        if starting:
+            self._follow_groups()
         for param in starting:
             self._partition_of(param)  # which is refused here, before anything is written
         self._starts = {} if self.start == "after" else {param: self._new_average(param) for param in starting}
+
+    def _keep_gradients_whole(self) -> None:
+        """SGD of torch with Nesterov's momentum writes to the gradients where it steps them all at once."""
+        if not isinstance(innermost(self.optimizer), SGD):
+            return
+        for group in self.param_groups:
+            if group.get("nesterov") and group.get("foreach") is not False and not group.get("fused"):
+                if group.get("foreach"):
+                    warnings.warn(
+                        f"{type(self).__name__}: SGD(nesterov=True, foreach=True) writes to the gradients in its step, "
+                        "which the average needs after it; foreach is False from now on",
+                        stacklevel=4,
+                    )
+                group["foreach"] = False
 
     @_disable_dynamo
     @torch.no_grad()
@@ -265,6 +299,7 @@ class BalanceEMA(AveragingOptimizer):
             if AVERAGE not in self.state[param]:
                 start = self._starts.pop(param, None)
                 self.state[param][AVERAGE] = self._new_average(param) if start is None else start
+                self._starting.pop(param, None)
         self._starts = {}
         self._begin_report(present)
         seed = self._next_seed()
@@ -357,18 +392,19 @@ class BalanceEMA(AveragingOptimizer):
     def _watch_loading(self) -> None:
         """Hooks on the wrapped optimizer itself, which somebody may load directly."""
         loaded: dict[int, Any] = {}
+        me: Any = weakref.proxy(self)  # the wrapped optimizer must not keep its wrapper alive
 
         def take(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            state_dict, ours = loading.take(state_dict, self._parameters())
+            state_dict, ours = loading.take(state_dict, me._parameters())
             loaded.clear()
             loaded.update(ours)
             return state_dict
 
         def put(_: Optimizer) -> None:
-            loading.put(loaded, self._parameters(), self.state)
+            loading.put(loaded, me._parameters(), me.state)
             loaded.clear()
-            self._forget_sweeps()
-            self._last = []
+            me._forget_sweeps()
+            me._last = []
 
         inner = innermost(self.optimizer)
         # Other people's optimizers may keep moments of another shape under these names (low-rank, 8-bit).
@@ -378,10 +414,10 @@ class BalanceEMA(AveragingOptimizer):
             {AVERAGE: self.average_dtype, PREVIOUS_GRAD: None, REMAINING: torch.float32},
             like_parameter=("exp_avg", "exp_avg_sq", "momentum_buffer") if torchs else (),
         )
-        self._handles += [
-            inner.register_load_state_dict_pre_hook(take),
-            inner.register_load_state_dict_post_hook(put),
-        ]
+        handles = [inner.register_load_state_dict_pre_hook(take), inner.register_load_state_dict_post_hook(put)]
+        for handle in handles:
+            weakref.finalize(self, handle.remove).atexit = False
+        self._handles += handles
 
     # Watching
 
@@ -407,17 +443,23 @@ class BalanceEMA(AveragingOptimizer):
         ]
         setattr(inner, _HANDLE, self)
         # A fused optimizer unscales gradients inside its step, so its hooks would see scaled ones.
-        if getattr(inner, "_step_supports_amp_scaling", False):
+        self._unscaled_inside = getattr(inner, "_step_supports_amp_scaling", False)
+        if self._unscaled_inside:
             inner._step_supports_amp_scaling = False  # type: ignore[attr-defined]
 
     def detach(self) -> None:
         """Stop watching an optimizer given to :meth:`attach`; averages stay in its state as they are."""
         if not self._attached:
             raise CitFastError("BalanceEMA.detach: this one wraps its optimizer; only what attach() made can detach")
+        if not self._handles:
+            raise CitFastError("BalanceEMA.detach: this one is detached already")
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        delattr(self.optimizer, _HANDLE)
+        for mark in (_HANDLE, _WRAPPER):
+            delattr(self.optimizer, mark)
+        if self._unscaled_inside:
+            self.optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
 
 
 def innermost(optimizer: Optimizer) -> Optimizer:

@@ -6,6 +6,7 @@ would round a float32 average of bfloat16 parameters at every resume.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -49,7 +50,7 @@ class StateLoading:
                 others[key] = saved
                 continue
             param = params[place[key]]
-            entry = decoded(saved, param)
+            entry = {name: value for name, value in decoded(saved, param).items() if not self._is_empty(name, value)}
             ours[place[key]] = {name: entry[name] for name in self.dtypes if entry.get(name) is not None}
             others[key] = {name: value for name, value in entry.items() if name not in self.dtypes}
             for name, value in entry.items():
@@ -60,6 +61,18 @@ class StateLoading:
                         f"the parameter has {tuple(param.shape)}: this state belongs to another model"
                     )
         return {**state_dict, "state": others}, ours
+
+    def _is_empty(self, name: str, value: Any) -> bool:
+        """What torch.distributed.checkpoint puts where a flattened state has no such entry."""
+        empty = name in self.dtypes and isinstance(value, dict) and not value
+        if empty and name == AVERAGE:
+            warnings.warn(
+                f"{self.owner}.load_state_dict: the flattened state has no average of a parameter, so it starts anew "
+                "(those of 16-bit parameters that BalanceEMA.attach keeps are bits in a state, which only "
+                "flatten_optimizer_state_dict=False can load)",
+                stacklevel=2,
+            )
+        return empty
 
     def put(self, ours: Mapping[int, Any], params: Sequence[Tensor], state: Any) -> None:
         """Copies of the tensors into ``state``, on their parameters' devices."""

@@ -13,7 +13,7 @@ counter moved.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from operator import attrgetter, eq, is_, itemgetter
 from typing import Any, ClassVar, cast
@@ -21,16 +21,19 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from cit_fast.ops.balance_ema.native import DTYPES, STATE_DTYPES
 from cit_fast.optim.partitions import Partition
 from cit_fast.optim.sharding import local, local_gradient
 
-_KERNEL_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 AVERAGE, PREVIOUS_GRAD = "average", "previous_grad"
 REMAINING = "remaining"
 """State entry of ``rule="paper"``: the distance that the last update left between parameter and average."""
 
-_dtype, _version = attrgetter("dtype"), attrgetter("_version")
+_dtype, _shape, _version = attrgetter("dtype"), attrgetter("shape"), attrgetter("_version")
+_PLAIN = {Tensor, Parameter}
+_KERNEL_DTYPES = set(DTYPES)
 
 
 @dataclass(eq=False)
@@ -52,8 +55,10 @@ class Sweep:
             dispatcher of the public op, which over a few hundred small tensors cost more than the sweep itself.
         plain_grads, plain_kept: the same of the gradients of the step in hand, and of those kept by reference.
         seen: of each state entry, by name, the tensors that the plan was made for.
-        numels: elements of each local parameter at that time.
+        shapes: of each local parameter at that time.
         versions, pointers: of the gradients that are kept by reference, see :meth:`changed`.
+        read: pointers of the gradients of the step in hand, once they were asked for.
+        moved: whether one of them has other memory now, as ``model.double()`` gives a gradient.
     """
 
     STATE: ClassVar[tuple[str, ...]] = (AVERAGE,)
@@ -73,9 +78,11 @@ class Sweep:
     plain_grads: bool = True
     plain_kept: bool = True
     seen: dict[str, list[weakref.ref[Tensor]]] = field(default_factory=dict)
-    numels: list[int] = field(default_factory=list)
+    shapes: list[torch.Size] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
     pointers: list[int] = field(default_factory=list)
+    read: list[int] = field(default_factory=list)
+    moved: bool = False
 
     def watch(self) -> None:
         """Note what the state holds, once it is complete."""
@@ -89,23 +96,27 @@ class Sweep:
         self.versions = [0 if each is None else each._version for each in kept]
         self.pointers = [0 if each is None or self.copies else each.data_ptr() for each in kept]
         params = self.local_params()
-        self.numels = [param.numel() for param in params]
+        self.shapes = list(map(_shape, params))
         previous = [p if k is None else k for p, k in zip(params, self.kept_gradients(), strict=True)]
-        lists = [params, *map(self.state, self.STATE), previous]
+        self.plain_kept = self._fit(previous, _KERNEL_DTYPES)
+        self.plain = (
+            bool(params)
+            and self._fit(params, _KERNEL_DTYPES)
+            and all(self._fit(self.state(name), STATE_DTYPES) for name in self.STATE)
+        )
+
+    def _fit(self, tensors: Sequence[Tensor], dtypes: Set[torch.dtype]) -> bool:
         device = self.params[0].device
-        self.plain = bool(params) and all(
-            tensor.is_contiguous()
-            and tensor.dtype in _KERNEL_DTYPES
-            and tensor.device == device
-            and tensor.shape == param.shape
-            for tensors in lists
-            for param, tensor in zip(params, tensors, strict=True)
+        return (
+            _are_plain(tensors, dtypes)
+            and list(map(_shape, tensors)) == self.shapes
+            and all(tensor.device == device for tensor in tensors)
         )
 
     def is_current(self) -> bool:
         """Whether the entries still hold what the plan was made for."""
         try:
-            return all(
+            return not self.moved and all(
                 all(map(is_, map(itemgetter(name), self.entries), [each() for each in seen]))
                 for name, seen in self.seen.items()
             )
@@ -155,12 +166,14 @@ class Sweep:
     def takes(self, params: Sequence[Tensor], grads: Sequence[Tensor], *state: Sequence[Tensor]) -> bool:
         """Whether the kernels take these lists as they are; ``p.data`` may have become another tensor's."""
         self.plain_grads = _are_plain(grads)
-        if not (self.plain and self.plain_grads and self.plain_kept) or torch.compiler.is_compiling():
+        if not (self.plain and self.plain_grads and self.plain_kept):
+            return False
+        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
             return False
         device = {params[0].get_device()}
         return (
             all(set(map(Tensor.get_device, tensors)) <= device for tensors in (params, grads, *state))
-            and list(map(Tensor.numel, params)) == self.numels
+            and list(map(_shape, params)) == self.shapes
             and _are_plain(params)
         )
 
@@ -184,7 +197,10 @@ class Sweep:
             if kept is None or kept is not noted:  # somebody has put another there
                 continue
             overwritten = kept._version != version
-            if grad is kept or overwritten or (grad is not None and pointer != 0 and grad.data_ptr() == pointer):
+            moved = kept.data_ptr() != pointer
+            self.moved = self.moved or moved
+            shared = grad is not None and not moved and pointer != 0 and grad.data_ptr() == pointer
+            if grad is kept or overwritten or shared:
                 found.append(param)
                 written = written or overwritten or grad is not kept
         return found, written
@@ -192,15 +208,26 @@ class Sweep:
     def _untouched(self, seen: Sequence[Tensor | None]) -> bool:
         """All at once, for lists of hundreds of small tensors. False: look at each."""
         try:
+            self.read = []
             kept = [entry[PREVIOUS_GRAD] for entry in self.entries]
-            pointers = map(Tensor.data_ptr, [cast("Tensor", param.grad) for param in self.params])
+            self.read = list(map(Tensor.data_ptr, [cast("Tensor", param.grad) for param in self.params]))
             return (
                 all(map(is_, kept, seen))
                 and list(map(_version, kept)) == self.versions
-                and not any(map(eq, pointers, self.pointers))
+                and list(map(Tensor.data_ptr, kept)) == self.pointers
+                and not any(map(eq, self.read, self.pointers))
             )
         except (KeyError, TypeError):  # one is not there
             return False
+
+    def release(self, staying: Container[Tensor]) -> None:
+        """Copy the kept gradients of all parameters but these: a sweep without them watches those no more."""
+        if self.copies or PREVIOUS_GRAD not in self.seen:
+            return
+        for param, entry, seen in zip(self.params, self.entries, self.seen[PREVIOUS_GRAD], strict=True):
+            kept: Tensor | None = entry.get(PREVIOUS_GRAD)
+            if param not in staying and kept is not None and kept is seen():
+                entry[PREVIOUS_GRAD] = kept.clone()
 
     def keep(self, grads: list[Tensor]) -> None:
         """The gradients of this step become the previous ones; with ``copies`` the op has done that."""
@@ -210,18 +237,22 @@ class Sweep:
             entry[PREVIOUS_GRAD] = grad
         self.seen[PREVIOUS_GRAD] = list(map(weakref.ref, grads))
         self.versions = list(map(_version, grads))
-        self.pointers = list(map(Tensor.data_ptr, grads))
+        self.pointers, self.read = self.read or list(map(Tensor.data_ptr, grads)), []
         self.plain_kept = self.plain_grads
 
 
-def _are_plain(tensors: Sequence[Tensor]) -> bool:
-    return all(map(Tensor.is_contiguous, tensors)) and set(map(_dtype, tensors)) <= _KERNEL_DTYPES
+def _are_plain(tensors: Sequence[Tensor], dtypes: Set[torch.dtype] = _KERNEL_DTYPES) -> bool:
+    return (
+        set(map(type, tensors)) <= _PLAIN
+        and all(map(Tensor.is_contiguous, tensors))
+        and set(map(_dtype, tensors)) <= dtypes
+    )
 
 
 def owns_its_memory(grad: Tensor) -> bool:
     """Whether the gradient can be kept: a plain tensor, not part of a graph, alone in its storage."""
     return (
-        type(grad) in (Tensor, Parameter)
+        type(grad) in _PLAIN
         and not grad.requires_grad
         and grad.untyped_storage().nbytes() == grad.numel() * grad.element_size()
     )

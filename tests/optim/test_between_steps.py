@@ -279,3 +279,73 @@ def test_a_gradient_in_another_order_of_memory_is_a_previous_gradient_too(kind: 
 
     for expected, found in zip(train(None), train(1), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("how", ["in place", "replaced"])
+def test_a_step_count_that_somebody_sets_is_the_one_that_counts(how: str) -> None:
+    """As in ``torch.optim.AdamW``: with its moments at 0 too, the optimizer starts again."""
+
+    def train(make: Any) -> list[Tensor]:
+        model = make_model()
+        optimizer = make(model.parameters(), lr=0.05)
+        for step in range(6):
+            backward(model, step)
+            optimizer.step()
+            for entry in optimizer.state.values() if step == 3 else ():
+                entry["exp_avg"].zero_()
+                entry["exp_avg_sq"].zero_()
+                if how == "in place":
+                    entry["step"].zero_()
+                else:
+                    entry["step"] = torch.tensor(0.0)
+        assert {float(entry["step"]) for entry in optimizer.state.values()} == {2.0}
+        return values(model)
+
+    for found, expected in zip(train(AdamWBalanceEMA), train(AdamW), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_what_is_pending_outlives_a_step_that_fails_halfway(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    groups = [{"params": [first], "lr": 0.1}, {"params": [second], "lr": 0.2}]
+    optimizer = AdamWBalanceEMA(groups, rule="fixed", decay=0.5)
+    first.grad, second.grad = torch.ones(3), torch.ones(3)
+    optimizer.step()
+    start = averages(optimizer)[0]
+    run = AdamWBalanceEMA._run
+
+    def fail(self: Any, sweep: Any, group: Any, index: int) -> Tensor:
+        if index == 1:
+            raise RuntimeError("out of memory")
+        return run(self, sweep, group, index)
+
+    monkeypatch.setattr(AdamWBalanceEMA, "_run", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step()
+    torch.testing.assert_close(averages(optimizer)[0], torch.lerp(start, first.detach(), 0.5))
+
+
+@each_kind
+@pytest.mark.parametrize("how", ["as always", "failed", "closure", "copied"])
+def test_averages_start_where_they_were_told_to(kind: str, how: str) -> None:
+    """Also after a step that failed, one in which the parameter had no gradient, or as a copy of the optimizer."""
+    first, second = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = KINDS[kind]([first, second], rule="fixed", decay=0.5)
+    optimizer.start_averages_at({param: torch.full((3,), 5.0) for param in (first, second)})
+
+    def closure() -> float:
+        first.grad = torch.ones(3)
+        if how == "failed":
+            raise RuntimeError("out of memory")
+        return 0.0
+
+    if how == "failed":
+        with pytest.raises(RuntimeError, match="out of memory"):
+            optimizer.step(closure)
+    if how == "closure":
+        optimizer.step(closure)
+    if how == "copied":
+        (first, second), optimizer = copy.deepcopy(((first, second), optimizer))
+    first.grad, second.grad = torch.ones(3), torch.ones(3)
+    optimizer.step()
+    torch.testing.assert_close(averages(optimizer)[1], torch.lerp(torch.full((3,), 5.0), second.detach(), 0.5))

@@ -296,7 +296,8 @@ def flush_balance_ema_(
 
 
 def _nothing() -> BalanceWeights:
-    return BalanceWeights(torch.empty(0), torch.empty(0, dtype=torch.bool), torch.empty(0, 3, dtype=torch.float64))
+    norms = torch.empty(0, 3, dtype=torch.float64)
+    return BalanceWeights(norms.new_empty(0, dtype=torch.float32), norms.new_empty(0, dtype=torch.bool), norms)
 
 
 # The ops as torch knows them; the backend is chosen when one runs. An option is spelt in the function above, in

@@ -168,7 +168,7 @@ class _Chunk:
         return [
             _flatten_dense_tensors(self.lists[column]).to(self.dtype)  # type: ignore[no-untyped-call]
             if self.lists[column]
-            else torch.empty(0)
+            else torch.empty(0, dtype=self.dtype)
             for column in columns
         ]
 

@@ -20,7 +20,7 @@ from cit_fast.ops.balance_ema.reference import AdamWLists, AdamWOptions, Balance
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/cpu/dtype.h
 RULES: dict[str, int] = {rule: number for number, rule in enumerate(BALANCE_RULES)}  # csrc/cpu/balance_ema/
 _dtype = attrgetter("dtype")
-_STATE_DTYPES = {torch.float32, torch.bfloat16}
+STATE_DTYPES = {torch.float32, torch.bfloat16}  # of averages and moments
 _KERNELS = {"cpu": (Backend.NATIVE, Backend.TRITON), "cuda": (Backend.CUDA, Backend.TRITON)}
 
 
@@ -125,7 +125,7 @@ def empty_weights(params: Sequence[Tensor]) -> BalanceWeights:
     """Memory for the results of one call."""
     count, device = len(params), params[0].device
     return BalanceWeights(
-        torch.empty(count, device=device),
+        torch.empty(count, device=device, dtype=torch.float32),
         torch.empty(count, device=device, dtype=torch.bool),
         torch.empty(count, 3, device=device, dtype=torch.float64),
     )
@@ -163,7 +163,7 @@ def kernels_cannot(state: Sequence[Tensor], *lists: Sequence[Tensor]) -> dict[Ba
 
 def _why_not(state: Sequence[Tensor], lists: tuple[Sequence[Tensor], ...]) -> str | None:
     state_dtypes = set(map(_dtype, state))
-    for dtype in state_dtypes - _STATE_DTYPES:
+    for dtype in state_dtypes - STATE_DTYPES:
         return f"it keeps averages and moments in float32 or bfloat16, not {dtype}"
     for dtype in set(map(_dtype, chain(*lists))) - DTYPES.keys():
         return f"it takes no {dtype}"
