@@ -67,8 +67,7 @@ def read_records(records: Iterable[tuple[str, Any]], options: ReadOptions, *, wh
         where: what the records are, for the error when there are none.
 
     Raises:
-        UnansweredError: ``skip_unanswered`` leaves none of them.
-        DataError: no records, or one that cannot be read.
+        DataError: no records, or one that cannot be read; an ``UnansweredError`` where ``skip_unanswered`` leaves none.
     """
     examples: list[Example] = []
     skipped: list[Fields] = []
