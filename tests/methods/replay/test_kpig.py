@@ -140,6 +140,14 @@ def test_a_task_that_cannot_be_scored_is_named(model, encoder):
         KPIGReplay(key_parts="data").select(stage([make_task("delta", ())], model, encoder))
 
 
+def test_a_task_whose_instruction_is_one_clause_counts_as_unheeded(model, encoder, tmp_path):
+    """Nothing of it can be masked, and the run goes on."""
+    bare = Task("short", tuple(Example("Summarize", f"text {k}", (f"words {k}",), "short") for k in range(6)))
+    found = KPIGReplay().select(stage([make_task("alpha"), bare], model, encoder, kept=tmp_path)).record
+    assert found.gains["short"] == 0
+    assert any("'short' have no part that could be masked" in note for note in found.notes)
+
+
 def test_nothing_seen_nothing_replayed(model, encoder):
     assert KPIGReplay().select(stage([], model, encoder)) == Selection([])
 
