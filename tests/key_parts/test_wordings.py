@@ -55,3 +55,15 @@ def test_one_wording_is_drawn_for_each_example():
         (e.input, e.source, e.references) for e in [*examples, other]
     ]
     assert {e.key_part_texts for e in drawn if e.instruction == TWO.instruction} == {("words",)}
+
+
+def test_a_conversation_keeps_its_own_wording():
+    """Its instruction stands in its turns, where another one would not be found."""
+    messages = (("user", "Name it."), ("assistant", "Paris"))
+    talk = Example("Name it.", references=("Paris",), task="towns", messages=messages)
+    pools = {"towns": (Wording("Say which town.", ((10, 14),)),)}
+    plain = replace(talk, messages=())
+    assert draw_wordings([talk, plain], pools, random.Random(0)) == [
+        talk,
+        replace(plain, instruction="Say which town.", key_parts=((10, 14),)),
+    ]

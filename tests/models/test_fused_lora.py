@@ -7,60 +7,18 @@ import gc
 import logging
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear
 from safetensors.torch import load_file
-from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, LlamaForCausalLM
+from toy_lora import IDS, adapted, base_model, compare, logits_and_gradients
+from transformers import BartConfig, BartForConditionalGeneration
 
 from cit_fast import fuse_lora, unfuse_lora
 from cit_fast.models import fused_lora
 from cit_fast.models.fused_lora import FusedLoraLinear, adapters_cast_once
-
-IDS = torch.tensor([[3, 7, 11, 2, 9, 30], [5, 1, 8, 60, 4, 2]])
-
-
-def base_model(dtype=torch.float64, **options):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        attention_bias=True,
-        **options,
-    )
-    return LlamaForCausalLM(config).to(dtype)
-
-
-def adapted(base=None, **options):
-    torch.manual_seed(1)
-    options = {"r": 3, "lora_alpha": 7, "target_modules": "all-linear", "init_lora_weights": False, **options}
-    base = base if base is not None else base_model()
-    return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **options), autocast_adapter_dtype=False).train()
-
-
-def logits_and_gradients(model):
-    torch.manual_seed(2)
-    model.zero_grad()
-    logits = model(input_ids=IDS).logits
-    logits.square().mean().backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return {"logits": logits.detach(), **found}
-
-
-def compare(model, other, **tolerance):
-    found, right = logits_and_gradients(model), logits_and_gradients(other)
-    assert found.keys() == right.keys()
-    assert len(found) > 1
-    for name in right:
-        torch.testing.assert_close(found[name], right[name], **tolerance)
 
 
 @pytest.fixture
@@ -438,69 +396,3 @@ def test_adapters_cast_once_give_the_same_bits_and_are_forgotten_afterwards():
         with model.disable_adapter():
             assert torch.equal(changed, model(input_ids=IDS).logits)
     assert layer.cast is None
-
-
-def projections(model):
-    model = fuse_lora(model) and model
-    return model.base_model.model.model.layers[0].self_attn
-
-
-@pytest.mark.parametrize("what", ["input", "factor", "scale", "set", "inference"])
-@torch.no_grad()
-def test_layers_called_one_by_one_see_what_has_changed_between(what):
-    """Query, key and value are computed together; what was computed counts only for what it was computed from."""
-    model = adapted()
-    torch.manual_seed(3)
-    model.add_adapter("other", LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
-    other = copy.deepcopy(model)
-    attention, right = projections(model), other.base_model.model.model.layers[0].self_attn
-
-    def change(module, x):
-        if what == "input":
-            x.mul_(2)
-        elif what == "factor":
-            module.k_proj.lora_B["default"].weight.zero_()
-        elif what == "scale":
-            module.k_proj.set_scale("default", 0.25)
-        elif what == "set":
-            module.k_proj.set_adapter("other")
-
-    x, y = (torch.linspace(-1, 1, 64, dtype=torch.float64).reshape(2, 32) for _ in range(2))
-    with torch.inference_mode() if what == "inference" else nullcontext():
-        torch.testing.assert_close(attention.q_proj(x), right.q_proj(y))
-    change(attention, x)
-    change(right, y)
-    found = attention.k_proj(x)
-    torch.testing.assert_close(found, right.k_proj(y))
-    assert not found.is_inference()
-    torch.testing.assert_close(attention.v_proj(x), right.v_proj(y))
-
-
-def test_what_a_layer_gives_may_be_changed_in_place():
-    """OLMo clamps queries, keys and values where they lie."""
-    model, other = adapted(), adapted()
-    attention, right = projections(model), other.base_model.model.model.layers[0].self_attn
-    gradients = []
-    for module in (attention, right):
-        x = torch.linspace(-1, 1, 128, dtype=torch.float64).reshape(2, 2, 32).requires_grad_()
-        outputs = [layer(x).clamp_(-0.5, 0.5) for layer in (module.q_proj, module.k_proj, module.v_proj, module.o_proj)]
-        sum(each.square().sum() for each in outputs).backward()
-        gradients.append([x.grad, module.k_proj.lora_A["default"].weight.grad])
-    for found, expected in zip(*gradients, strict=True):
-        torch.testing.assert_close(found, expected)
-
-
-@pytest.mark.parametrize("how", ["backward hook", "backward pre-hook", "forward replaced"])
-def test_layers_whose_parts_somebody_watches_go_peft_s_way(how):
-    model = adapted()
-    part = projections(model).o_proj.lora_A["default"]
-    calls = []
-    if how == "backward hook":
-        part.register_full_backward_hook(lambda *_: calls.append(1))
-    elif how == "backward pre-hook":
-        part.register_full_backward_pre_hook(lambda *_: calls.append(1))
-    else:
-        own = part.forward
-        part.forward = lambda x: calls.append(1) or own(x)
-    logits_and_gradients(model)
-    assert calls

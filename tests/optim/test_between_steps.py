@@ -302,7 +302,7 @@ def test_a_step_count_that_somebody_sets_is_the_one_that_counts(how: str) -> Non
         return values(model)
 
     for found, expected in zip(train(AdamWBalanceEMA), train(AdamW), strict=True):
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_what_is_pending_outlives_a_step_that_fails_halfway(monkeypatch: pytest.MonkeyPatch) -> None:
