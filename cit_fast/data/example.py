@@ -27,8 +27,11 @@ class Example:
             data of more than one turn or with a system turn; empty otherwise.
         instruction_span: characters ``(start, end)`` of ``instruction`` that say what the task is, where a turn holds
             more than that (a question and then the instruction); what tells tasks apart reads these alone.
-        images: paths or addresses of images; ``other_media``: of videos and recordings. Carried through untouched: a
-            text model does not see them (:func:`unseen_media` says so).
+        images: each an absolute path, a ``data:`` URI that holds the file itself, or an address, which a model that
+            sees images refuses (:func:`~cit_fast.data.images.open_image`). They stand in their order where
+            ``<image>`` is written in instruction and input, or in the user's turns of a conversation: as often as there
+            are images, or nowhere, which means before the text of the (first) question.
+        other_media: paths or addresses of videos and recordings, which no model sees (:func:`unseen_media` says so).
         source: ``file:line`` (or generator and index) the example came from, for error messages.
 
     Raises:

@@ -31,6 +31,7 @@ from cit_fast.errors import DataError
 
 _DELIMITERS = (",", ";", "\t")
 _ROWS_AT_A_TIME = 1000
+_PICTURES_AT_A_TIME = 50  # rows, whose bytes are in memory more than once while they are read
 
 
 def read_file(path: str | Path, options: ReadOptions | None = None) -> list[Example]:
@@ -41,7 +42,8 @@ def read_file(path: str | Path, options: ReadOptions | None = None) -> list[Exam
 
     Args:
         path: the file; one of another name is read as JSON.
-        options: how to understand the records; the file's stem is the task name where it names none.
+        options: how to understand the records; the file's stem is the task name where it names none, and images lie
+            beside the file where it says nothing else.
 
     Returns:
         The examples in file order, at least one; ``source`` of each says where it came from.
@@ -51,8 +53,7 @@ def read_file(path: str | Path, options: ReadOptions | None = None) -> list[Exam
     """
     path = Path(path)
     options = options or ReadOptions()
-    if not options.task:
-        options = replace(options, task=stem(path))
+    options = replace(options, task=options.task or stem(path), images=options.images or str(path.parent))
     return read_records(_records_of_file(path), options, where=str(path))
 
 
@@ -74,7 +75,8 @@ def read_dataset(
 
     Args:
         dataset: one split.
-        options: how to understand the rows.
+        options: how to understand the rows; images that are paths start from the working directory where it says
+            nothing else.
         where: the dataset's name and split, for ``Example.source``.
         indices: the rows to read, in this order; ``None`` for all.
 
@@ -98,11 +100,12 @@ def _records_of_dataset(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of a ``datasets.Dataset`` as records, each with its source; see :func:`read_dataset`."""
     features = read_columns(dataset.features, options)
-    # As stored: images are not decoded, which would need another package.
+    # As stored: images are not decoded before a model is shown them.
     stored = dataset.with_format("arrow")
     wanted = range(len(dataset)) if indices is None else indices
-    for start in range(0, len(wanted), _ROWS_AT_A_TIME):
-        chunk = wanted[start : start + _ROWS_AT_A_TIME]
+    size = _PICTURES_AT_A_TIME if "binary" in str(stored.features.arrow_schema) else _ROWS_AT_A_TIME
+    for start in range(0, len(wanted), size):
+        chunk = wanted[start : start + size]
         for index, row in zip(chunk, _rows(stored, chunk, where), strict=True):
             source = f"{where}: record {index + 1}"
             for column, feature in features.items():

@@ -10,10 +10,12 @@ import decimal
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from cit_fast.data.images import name_of, name_of_bytes
 from cit_fast.errors import ConfigError, DataError
 
 FIELDS_OF = {
@@ -49,6 +51,8 @@ class ReadOptions:
         key_parts: texts that are key parts of every instruction whose record gives no ``key_parts`` itself.
         key_part_markers: an opening and a closing mark, e.g. ``("[[", "]]")``. Text between them becomes a
             key part and the marks are removed. Without this option marks are ordinary text.
+        images: the folder that paths of images start from; otherwise the data file's own. (LLaVA, CoIN and UCIT lay
+            images elsewhere.)
         positive_examples: how many of a Super-NI file's ``Positive Examples`` to append to its definition.
         skip_unanswered: leave out records without an answer (absent, null, NaN, blank, or a class label of -1), with a
             warning that counts them, instead of raising an error. (Published data has such records.)
@@ -64,6 +68,7 @@ class ReadOptions:
     instruction_part: str | dict[str, str] | None = None
     key_parts: tuple[str, ...] = ()
     key_part_markers: tuple[str, str] | None = None
+    images: str | None = None
     positive_examples: int = 0
     skip_unanswered: bool = False
 
@@ -169,22 +174,39 @@ class Fields:
         there = (one for one in values if one is not None and not (isinstance(one, float) and math.isnan(one)))
         return tuple(text for one in there if (text := self.as_text(one, name)).strip())
 
-    def media(self, names: Iterable[str]) -> tuple[str, ...]:
-        """The names of the images, or of other media, in these fields."""
-        found: list[str] = []
+    def images(self) -> tuple[str, ...]:
+        """The names of the images in the record's own fields."""
+        return tuple(self.image(value, name) for name, value in self._several(IMAGES))
+
+    def image(self, value: Any, name: str) -> str:
+        """The name of an image, as examples have it; of bytes and a path the path only where it is of this machine."""
+        content = value.get("bytes") if isinstance(value, Mapping) else value
+        if not isinstance(content, bytes):
+            return name_of(self._place(value, name), self.options.images or "")
+        path = value.get("path") if isinstance(value, Mapping) else None
+        return path if isinstance(path, str) and _is_file_here(path) else name_of_bytes(content)
+
+    def other_media(self) -> tuple[str, ...]:
+        """The names of videos and recordings in the record's own fields."""
+        return tuple(self.medium(value, name) for name, value in self._several(OTHER_MEDIA))
+
+    def medium(self, value: Any, name: str) -> str:
+        """Path or address of a video or a recording; of one without, a digest of its bytes."""
+        content = value.get("bytes") if isinstance(value, Mapping) else None
+        if isinstance(content, bytes) and not any(isinstance(value.get(key), str) for key in ("path", "url", name)):
+            return f"sha256:{hashlib.sha256(content).hexdigest()[:32]}"
+        return self._place(value, name)
+
+    def _several(self, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
         for name in names:
             value = self.get(name)
             values = value if isinstance(value, list) else [value]
-            found += [self.medium(one, name) for one in values if one is not None and one != ""]
-        return tuple(found)
+            yield from ((name, one) for one in values if one is not None and one != "")
 
-    def medium(self, value: Any, name: str) -> str:
-        """Path or address of an image, a video or a recording; of one without, a digest of its bytes."""
+    def _place(self, value: Any, name: str) -> str:
         if not isinstance(value, Mapping):
             return self.as_text(value, name)
         place = next((value[key] for key in ("path", "url", name) if isinstance(value.get(key), str)), None)
-        if place is None and isinstance(value.get("bytes"), bytes):
-            place = f"sha256:{hashlib.sha256(value['bytes']).hexdigest()[:32]}"
         if place is None:
             raise self.error(f"{name!r} must be a path, or an object with 'path' or 'bytes'")
         return str(place)
@@ -192,6 +214,13 @@ class Fields:
     def error(self, message: str) -> DataError:
         """An error that says where the record is."""
         return DataError(f"{self.source}: {message}")
+
+
+def _is_file_here(path: str) -> bool:
+    try:
+        return Path(path).is_absolute() and Path(path).is_file()
+    except (OSError, ValueError):  # longer than a name can be, or with a null character
+        return False
 
 
 def kind_of(value: Any) -> str:

@@ -13,9 +13,13 @@ format                 one record
 =====================  =================================================================================
 
 Every record may also carry ``image`` or ``images``, ``video(s)`` and ``audio(s)`` (paths, or objects with ``path``
-and ``bytes`` as Parquet files of the hub have them; kept by name) and ``key_parts``: a list of substrings of the
-instruction or of ``[start, end]`` character spans. Texts are never stripped or changed; numbers, truth values and dates
-are taken as they are written; NaN and null are missing values. Alpaca's ``history`` is not read; a warning counts it.
+and ``bytes`` as Parquet files of the hub have them) and ``key_parts``: a list of substrings of the instruction or of
+``[start, end]`` character spans. Videos and recordings are kept by name. What images are called and where they stand in
+the texts is said in :class:`~cit_fast.data.example.Example`; questions of LLaVA, CoIN and UCIT that are to be answered
+(``text``, ``answer``, ``image``) are read as ``trace`` with ``columns: {prompt: text}``.
+
+Apart from marks of images, texts are never stripped or changed; numbers, truth values and dates are taken as they are
+written; NaN and null are missing values. Alpaca's ``history`` is not read; a warning counts it.
 
 Every error starts with where it is: ``file:line`` for JSON lines, ``file: record N`` (from 1) for JSON
 arrays.
@@ -31,16 +35,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from cit_fast.data.example import Example
-from cit_fast.data.record_fields import (
-    ANSWER_OF,
-    FIELDS,
-    FORMATS,
-    IMAGES,
-    OTHER_MEDIA,
-    Fields,
-    ReadOptions,
-    kind_of,
-)
+from cit_fast.data.image_marks import Content, TurnParts, named_images, places_of
+from cit_fast.data.images import IMAGE_MARK
+from cit_fast.data.record_fields import ANSWER_OF, FIELDS, FORMATS, Fields, ReadOptions, kind_of
 from cit_fast.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -157,7 +154,7 @@ class _Parts:
     references: tuple[str, ...]  # without empty ones
     input: str = ""
     messages: tuple[tuple[str, str], ...] = ()
-    images: tuple[str, ...] = ()
+    images: tuple[str | None, ...] = ()  # of the turns, as Content has them
     other_media: tuple[str, ...] = ()
 
 
@@ -196,6 +193,7 @@ def _instances(fields: Fields) -> Iterator[Fields]:
                 instruction_part=options.instruction_part,
                 key_parts=options.key_parts,
                 key_part_markers=options.key_part_markers,
+                images=options.images,
                 skip_unanswered=options.skip_unanswered,
             ),
             source,
@@ -272,7 +270,7 @@ def _conversation(fields: Fields, turns: Any, role_key: str, content_key: str) -
     if not isinstance(turns, list) or not turns:
         raise fields.error(f"a conversation must be a non-empty list of turns, not {kind_of(turns)}")
     messages: list[tuple[str, str]] = []
-    images: list[str] = []
+    images: list[str | None] = []
     other_media: list[str] = []
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, Mapping) or role_key not in turn or content_key not in turn:
@@ -284,7 +282,13 @@ def _conversation(fields: Fields, turns: Any, role_key: str, content_key: str) -
         content = turn[content_key]
         if content is None and role == "assistant" and number == len(turns):
             content = ""  # no answer, which the caller knows how to treat
-        messages.append((role, _content(fields, content, number, images, other_media)))
+        found = _content(fields, content, number)
+        if role == "user":
+            images += found.images
+        elif any(name != IMAGE_MARK for name in found.images):
+            raise fields.error(f"turn {number}: an image in the {role}'s turn; images stand in the user's turns")
+        other_media += found.other_media
+        messages.append((role, found.text))
     if messages[-1][0] != "assistant":
         raise fields.error(f"the last turn is the {messages[-1][0]}'s; it must be the assistant's answer")
     questions = [content for role, content in messages if role == "user"]
@@ -300,25 +304,39 @@ def _conversation(fields: Fields, turns: Any, role_key: str, content_key: str) -
     )
 
 
-def _content(fields: Fields, content: Any, number: int, images: list[str], other_media: list[str]) -> str:
-    """The text of one turn; the names of images go to ``images``, those of videos and recordings to ``other_media``."""
+def _content(fields: Fields, content: Any, number: int) -> Content:
+    """The text of one turn, with a mark where an image stands, and the media in it."""
+    found = TurnParts()
     if not isinstance(content, list):
-        return fields.as_text(content, f"content of turn {number}")
-    texts = []
+        found.add_text(fields.as_text(content, f"content of turn {number}"))
+        return found.content()
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text":
-            texts.append(fields.as_text(part.get("text"), f"text of turn {number}"))
-        elif kind in ("image", "video", "audio"):
-            address = next((part[key] for key in (kind, "url", "path") if part.get(key) is not None), None)
+            found.add_text(fields.as_text(part.get("text"), f"text of turn {number}"))
+        elif kind in ("image", "image_url"):
+            found.add_image(_image_of_part(fields, part, number))
+        elif kind in ("video", "audio"):
+            address = _address(part, kind, "url", "path")
             if address is not None:  # a bare placeholder: the addresses are in the record's own field
-                found = images if kind == "image" else other_media
-                found.append(fields.medium(address, f"{kind} of turn {number}"))
+                found.add_other_medium(fields.medium(address, f"{kind} of turn {number}"))
         else:
             raise fields.error(
-                f"turn {number}: a part of the content must be of type 'text', 'image', 'video' or 'audio'"
+                f"turn {number}: a part of the content must be of type 'text', 'image', 'image_url', 'video' or 'audio'"
             )
-    return "\n".join(texts)
+    return found.content()
+
+
+def _image_of_part(fields: Fields, part: Mapping[str, Any], number: int) -> str | None:
+    """The name of the image in a part of a turn; ``None`` for a bare placeholder."""
+    address = _address(part, "image", "image_url", "url", "path", "bytes")
+    if address is None and isinstance(part.get("base64"), str):
+        address = f"data:image/png;base64,{part['base64']}"
+    return None if address is None else fields.image(address, f"image of turn {number}")
+
+
+def _address(part: Mapping[str, Any], *keys: str) -> Any:
+    return next((part[key] for key in keys if part.get(key) is not None), None)
 
 
 _NORMALISERS: dict[str, Callable[[Fields], _Parts]] = {
@@ -344,16 +362,18 @@ def _example(parts: _Parts, fields: Fields) -> Example:
         if parts.messages and instruction != marked:
             raise fields.error("key part marks work in single instructions, not in conversations; use key_parts")
     spans += _key_parts(fields, instruction)
+    images = named_images(fields, parts.images)
+    places = places_of(fields, (instruction, parts.input, parts.messages), len(images))
     return Example(
-        instruction=instruction,
+        instruction=places.instruction,
         input=parts.input,
         references=parts.references,
         task=fields.options.task,
-        key_parts=tuple(sorted(spans)),
-        messages=parts.messages,
-        images=(*fields.media(IMAGES), *parts.images),
-        other_media=(*fields.media(OTHER_MEDIA), *parts.other_media),
-        instruction_span=_instruction_span(fields, instruction),
+        key_parts=tuple(sorted(places.moved(span) for span in spans)),
+        messages=places.messages,
+        images=images,
+        other_media=(*fields.other_media(), *parts.other_media),
+        instruction_span=_instruction_span(fields, places.instruction),
         source=fields.source,
     )
 

@@ -67,7 +67,7 @@ class TaskSource(Constraints):
         splits: ``train``, ``dev``, ``test`` -> the source's own split name or file stem, e.g.
             ``{"train": "train", "test": "validation"}``; those that are not given are found by their usual names.
         subset: configuration name of the dataset; ``revision``: its branch, tag or commit.
-        format, columns, instruction, instruction_part, key_parts, key_part_markers, positive_examples: how to
+        format, columns, instruction, instruction_part, key_parts, key_part_markers, images, positive_examples: how to
             understand the records; see :class:`~cit_fast.data.ReadOptions`.
         skip_unanswered: the same; it leaves out answers that are not among the labels, too.
 
@@ -93,6 +93,7 @@ class TaskSource(Constraints):
     instruction_part: str | dict[str, str] | None = None
     key_parts: tuple[str, ...] = ()
     key_part_markers: tuple[str, str] | None = None
+    images: str | None = None
     positive_examples: int = 0
     skip_unanswered: bool = False
 
@@ -361,14 +362,20 @@ def _open(source: TaskSource, options: ReadOptions) -> Opened:
         raise DataError(f"{path}: no such file or folder")
     labels = labels_file(path)
     if path.is_dir() and is_saved_dataset(path):
-        return _open_dataset(load_saved(path), source, options, labels)
+        return _open_dataset(load_saved(path), source, _beside(path, options), labels)
     files = split_files(path, source.splits) if path.is_dir() else {"train": [path]}
     kinds = {kind(file) for shards in files.values() for file in shards}
     if kinds & {".parquet", ".arrow"}:
         plain = dataclasses.replace(source, splits={})
-        return _open_dataset(load_tables(path, files, kinds), plain, options, labels)
+        folder = next(file.parent for shards in files.values() for file in shards)
+        return _open_dataset(load_tables(path, files, kinds), plain, _beside(folder, options), labels)
     reads = {split: [partial(read_file, file, options) for file in shards] for split, shards in files.items()}
     return in_memory(read_splits(reads), labels)
+
+
+def _beside(folder: Path, options: ReadOptions) -> ReadOptions:
+    """The options, with images that lie beside the data where they say nothing else."""
+    return dataclasses.replace(options, images=options.images or str(folder))
 
 
 def _load_dataset(name: str, subset: str | None, revision: str | None) -> Any:

@@ -20,11 +20,12 @@ from cit_fast.files import damaged_files
 from cit_fast.methods.routing import Router, SharedRouter, load_router
 from cit_fast.methods.stage import Stage
 from cit_fast.models.adapter_bank import BASE, AdapterBank, NotPlainLoraError
-from cit_fast.models.adapters import load_adapter, load_weights, prompt_encoder
+from cit_fast.models.adapters import load_adapter, load_encoder, load_weights
 from cit_fast.models.forward import undisturbed
 from cit_fast.models.generation import generate
-from cit_fast.models.pretrained import load_model, load_tokenizer, resolve_model
-from cit_fast.models.prompts import PromptEncoder, learned_positions
+from cit_fast.models.pretrained import load_model, resolve_model
+from cit_fast.models.prompts import PromptEncoder
+from cit_fast.models.wrappers import learned_positions
 from cit_fast.run.config import RunConfig, describe
 
 
@@ -89,9 +90,8 @@ class ContinualModel:
         base = config.model.model_copy(update={"trust_remote_code": trust_remote_code})
         shared = like if like is not None and like.bank is not None and like.run == run else None
         folder = resolve_model(base)
-        tokenizer = load_tokenizer(folder, trust_remote_code) if shared is None else shared.encoder.tokenizer
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        encoder = prompt_encoder(tokenizer, config.data)
+        encoder = load_encoder(folder, base, config.data) if shared is None else shared.encoder
         weights = stage_folder(run, stages[-1])
         model = load_model(folder, base) if shared is None else shared.model
         encoder.fit_to(model)

@@ -19,6 +19,7 @@ from cit_fast.inference.continual_model import ContinualModel
 from cit_fast.inference.questions import WHOLE, BusyError, Heard, Question, Reply, Said, StoppingError
 from cit_fast.models.adapter_bank import BASE, RowsLostError
 from cit_fast.models.generation import Answer, Sampling, can_run_on, decoded, generate_answers, generating
+from cit_fast.models.image_reader import pictures_of
 from cit_fast.models.prefix_cache import CacheLostError, PromptReader
 from cit_fast.models.prompts import ExampleTooLongError
 from cit_fast.models.running_batch import Chance, Row, RunningBatch
@@ -264,6 +265,8 @@ class Engine:
         return True
 
     def _prompt(self, question: Question) -> list[int]:
+        if question.example.images and self._encoder.images is None:
+            raise DataError("messages: this model takes no images")
         ids = self._encoder.prompt(question.example)
         longest = question.longest(1)  # at least
         if self.context is not None and len(ids) + longest > self.context:
@@ -287,7 +290,13 @@ class Engine:
             yield
 
     def _join(self) -> None:
-        """Read the prompts of what was let in; where that fails, they are answered apart."""
+        """Read the prompts of what was let in; where that fails, they are answered apart, as those with images are."""
+        apart = [each for each in self._joining if pictures_of(each.tokens) is not None]
+        self._joining = [each for each in self._joining if each not in apart]
+        if apart:
+            self._answer(apart)
+        if not self._joining:
+            return
         new, failure = self._joining, None
         try:
             self._route(new)

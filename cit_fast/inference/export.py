@@ -256,6 +256,8 @@ def export_merged(
         try:
             model.save_pretrained(target)
             tokenizer.save_pretrained(target)
+            for path in folder.glob("*processor_config.json"):  # of images
+                shutil.copyfile(path, target / path.name)
         except ValueError as error:  # a generation configuration that transformers itself refuses to write
             raise ConfigError(f"{folder}: cannot be saved again: {first_line(error)}") from None
         _write_card(target, merged_card(record, config, stages, "" if whole else name, license_))

@@ -10,10 +10,13 @@ from huggingface_hub import ModelCardData
 
 from cit_fast.data.builtin import builtin_task_names
 from cit_fast.data.sources import TaskSource
+from cit_fast.errors import ConfigError
 from cit_fast.evaluation.records import RunRecord, StageRecord
 from cit_fast.methods.config import descriptions
 from cit_fast.models.config import ModelConfig
-from cit_fast.models.loading import quantization_config
+from cit_fast.models.loading import known_loading, quantization_config
+from cit_fast.models.pretrained import local_model
+from cit_fast.models.wrappers import sees_images
 from cit_fast.run.config import RunConfig
 
 UNKNOWN = "unknown"
@@ -32,6 +35,7 @@ def adapter_card(run: RunRecord, config: RunConfig, stages: Sequence[StageRecord
     base, revision = config.model.name, config.model.revision
     pinned = f', revision="{revision}"' if revision else ""
     kind, loaded = _loaded(config.model)
+    model, reader, variable = _classes(config.model)
     lines = [
         f"An adapter for {_linked(base)}{beside}, trained by cit-fast.",
         "",
@@ -39,14 +43,26 @@ def adapter_card(run: RunRecord, config: RunConfig, stages: Sequence[StageRecord
         "",
         "```python",
         "from peft import PeftModel",
-        f"from transformers import AutoModelForCausalLM, AutoTokenizer{kind}",
+        f"from transformers import {model}, {reader}{kind}",
         "",
-        f'base = AutoModelForCausalLM.from_pretrained("{base}"{pinned}{loaded})',
-        f'tokenizer = AutoTokenizer.from_pretrained("{base}"{pinned})',
+        f'base = {model}.from_pretrained("{base}"{pinned}{loaded})',
+        f'{variable} = {reader}.from_pretrained("{base}"{pinned})',
         f'model = PeftModel.from_pretrained(base, "{name}")  # this folder',
         "```",
     ]
     return _card(base, "peft", license_, f"{name}, {run.method_name}", lines)
+
+
+def _classes(model: ModelConfig) -> tuple[str, str, str]:
+    """transformers' classes that load the model and what reads for it, and what the latter is called."""
+    folder = local_model(model)
+    try:
+        config = None if folder is None else known_loading(folder, model.kwargs, trust_remote_code=False)[1]
+    except ConfigError:  # with code of its own, which is not run for a card
+        config = None
+    if sees_images(config):
+        return "AutoModelForImageTextToText", "AutoProcessor", "processor"
+    return "AutoModelForCausalLM", "AutoTokenizer", "tokenizer"
 
 
 def _loaded(model: ModelConfig) -> tuple[str, str]:
@@ -62,6 +78,7 @@ def _loaded(model: ModelConfig) -> tuple[str, str]:
 def merged_card(run: RunRecord, config: RunConfig, stages: Sequence[StageRecord], name: str, license_: str) -> str:
     """The README.md of a base model with a set merged into it; without a ``name``, of one that was trained whole."""
     base = config.model.name
+    model, reader, variable = _classes(config.model)
     what = f"with the adapter set `{name}` merged into its weights" if name else "with all its weights trained"
     lines = [
         f"{_linked(base)} {what}, by cit-fast.",
@@ -69,10 +86,10 @@ def merged_card(run: RunRecord, config: RunConfig, stages: Sequence[StageRecord]
         *_learned(run, config, stages, name),
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {model}, {reader}",
         "",
-        'model = AutoModelForCausalLM.from_pretrained("this folder", dtype="auto")',
-        'tokenizer = AutoTokenizer.from_pretrained("this folder")',
+        f'model = {model}.from_pretrained("this folder", dtype="auto")',
+        f'{variable} = {reader}.from_pretrained("this folder")',
         "```",
     ]
     return _card(base, "transformers", license_, f"{run.method_name} of {_short(base)}", lines)

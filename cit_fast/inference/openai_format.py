@@ -12,6 +12,7 @@ from typing import Any, Final, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cit_fast.data.example import Example
+from cit_fast.data.images import IMAGE_MARK
 from cit_fast.errors import CitFastError, DataError
 from cit_fast.inference.questions import Question, Reply
 from cit_fast.models.adapter_bank import BASE
@@ -34,23 +35,38 @@ class Message(BaseModel):
 
     @property
     def text(self) -> str:
-        """The parts that are text, joined; empty where the assistant said nothing.
+        """The parts that are text, joined, with a mark where an image stands; empty where the assistant said nothing.
 
         Raises:
             DataError: a part of another kind, a call of a tool, or nothing said by somebody else.
         """
         if self.tool_calls:
-            raise DataError("messages: this model reads text alone, and one calls a tool")
+            raise DataError("messages: this model calls no tools, and one of them does")
         if self.content is None:
             if self.role != "assistant":
                 raise DataError(f"messages: one of the {self.role} has no content")
             return ""
         if isinstance(self.content, str):
             return self.content
-        for part in self.content:
-            if part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise DataError(f"messages: this model reads text alone, and a part is {part.get('type')!r}")
-        return "".join(part["text"] for part in self.content)
+        return "".join(map(self._part, self.content))
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """The images in it, as examples have them."""
+        parts = self.content if isinstance(self.content, list) else []
+        return tuple(part["image_url"]["url"] for part in parts if part.get("type") == "image_url")
+
+    def _part(self, part: Mapping[str, Any]) -> str:
+        kind, address = part.get("type"), part.get("image_url")
+        if kind == "text" and isinstance(part.get("text"), str):
+            return str(part["text"])
+        if kind != "image_url" or not isinstance(address, Mapping) or self.role != "user":
+            raise DataError(
+                f"messages: a part of the {self.role}'s is {kind!r}; text, and a user's image_url, are read"
+            )
+        if not str(address.get("url")).startswith("data:"):  # neither a file here nor anything else is fetched
+            raise DataError("messages: an image must come as a data: URI; addresses and paths are not opened")
+        return IMAGE_MARK
 
 
 class CompletionRequest(BaseModel):
@@ -95,9 +111,10 @@ class ChatRequest(CompletionRequest):
         turns = [("system" if one.role == "developer" else one.role, one.text) for one in self.messages]
         if turns[-1][0] != "user" or not turns[-1][1].strip():
             raise DataError("messages: the last one must be the user's, and say something")
+        images = tuple(image for one in self.messages for image in one.images)
         if len(turns) == 1:
-            return Example(turns[0][1], references=("-",))
-        return Example("", references=("-",), messages=(*turns, ("assistant", "-")))
+            return Example(turns[0][1], references=("-",), images=images)
+        return Example("", references=("-",), messages=(*turns, ("assistant", "-")), images=images)
 
 
 class TextRequest(CompletionRequest):

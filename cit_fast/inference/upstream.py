@@ -28,10 +28,10 @@ from cit_fast.evaluation.run_files import check_files, stage_folder
 from cit_fast.inference.continual_model import ContinualModel, adapter_folders, read_trained, router_of
 from cit_fast.inference.questions import BusyError, Heard, Question, Reply, Said, StoppingError, UpstreamError
 from cit_fast.models.adapter_bank import BASE
-from cit_fast.models.adapters import prompt_encoder
+from cit_fast.models.adapters import load_encoder
 from cit_fast.models.config import ModelConfig
 from cit_fast.models.generation import Answer
-from cit_fast.models.pretrained import load_model, load_tokenizer, resolve_model
+from cit_fast.models.pretrained import load_model, resolve_model
 
 _log = logging.getLogger(__name__)
 KEY = "CIT_FAST_UPSTREAM_API_KEY"
@@ -88,7 +88,7 @@ def routing_model(run: str | Path, stage: int | None = None) -> ContinualModel:
     router = router_of(record, weights)
     base = config.model.model_copy(update={"trust_remote_code": False})
     folder = resolve_model(base)
-    encoder = prompt_encoder(load_tokenizer(folder, trust_remote_code=False), config.data)
+    encoder = load_encoder(folder, base, config.data)
     sets = tuple(adapter_folders(run, stages, router.sets))
     return ContinualModel(LateModel(folder, base), encoder, None, router, sets)
 
@@ -226,6 +226,8 @@ class Upstream:
     def _routed(self, question: Question) -> tuple[list[int], str]:
         """The prompt's tokens and its set."""
         with self._routing:  # a router may use a model, and a tokenizer is not for two at once
+            if question.example.images:
+                raise DataError("messages: images are not forwarded; ask the server behind this one")
             tokens = self._encoder.prompt(question.example)
             return tokens, question.adapter or self.model.route([question.example])[0]
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from cit_fast.errors import ConfigError
-from cit_fast.models.forward import evaluating, unwrap
+from cit_fast.models.forward import evaluating
+from cit_fast.models.wrappers import unwrap
 
 # What the configurations of transformers call the cap and the factor of the logits.
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma; RecurrentGemma; xLSTM

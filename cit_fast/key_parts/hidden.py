@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from cit_fast.errors import ConfigError
 from cit_fast.key_parts.pairs import EncodedPair, PairCollator
 from cit_fast.models.collation import LENGTHS
-from cit_fast.models.forward import evaluating, hidden_rows, router_loss, unwrap
-from cit_fast.models.prompts import IGNORED, Encoded, learned_positions
+from cit_fast.models.forward import evaluating, hidden_rows, router_loss
+from cit_fast.models.prompts import IGNORED, Encoded
+from cit_fast.models.wrappers import learned_positions, sees_images, unwrap
 
 _log = logging.getLogger(__name__)
 
@@ -125,7 +126,8 @@ def pair_collator(
     Raises:
         ConfigError: ``share_prefix`` is True and the model does not take it.
     """
-    packed = "flash" in str(unwrap(model).config._attn_implementation) and _device(model).type == "cuda"  # type: ignore[union-attr]
+    flash = "flash" in str(unwrap(model).config._attn_implementation) and _device(model).type == "cuda"  # type: ignore[union-attr]
+    packed = flash and not sees_images(unwrap(model).config)
     share = can_share_prefixes(model, share_prefix)
     positions = learned_positions(model)
     if positions is not None:  # padding must not go beyond them either
@@ -157,6 +159,8 @@ def honours_4d_mask(model: nn.Module) -> bool:
     attention that makes its own mask (flash attention) and positions that are not read from ``position_ids`` all show.
     """
     base = unwrap(model)
+    if sees_images(base.config):  # places of images have positions, and see each other, in ways of their own
+        return False
     if base not in _can:
         if "flash" in str(base.config._attn_implementation):  # type: ignore[union-attr]
             return False  # another implementation may be set later

@@ -23,6 +23,7 @@ import torch
 from cit_fast.data.example import MASK, Example
 from cit_fast.errors import ConfigError, DataError
 from cit_fast.models.collation import LENGTHS, padded_length
+from cit_fast.models.image_reader import Pictures, picture_inputs
 from cit_fast.models.prompts import IGNORED, Encoded, ExampleTooLongError, PromptEncoder
 from cit_fast.text import cut
 
@@ -161,7 +162,8 @@ class PairCollator:
             ``labels`` [R, S], labels being those of the full sequences and -100 elsewhere, so that counting them counts
             T; and one of
 
-            * ``attention_mask`` [R, S]: ordinary rows, the full sequences first, then the masked ones;
+            * ``attention_mask`` [R, S]: ordinary rows, the full sequences first, then the masked ones; with what a
+              model that takes images takes beside;
             * ``position_ids``, ``branch`` and ``visible`` [R, S]: shared rows. A place sees those before it of its own
               branch (0: full, -1: padding), and the first ``visible`` of its row;
             * ``position_ids`` [1, S], ``cu_seq_lens_q``, ``cu_seq_lens_k`` (int32) and ``max_length_q``,
@@ -315,6 +317,7 @@ class _Sequences(NamedTuple):
 
     ids: list[list[int]]
     labels: list[list[int]]
+    pictures: list[Pictures | None]
     full: list[int]
     masked: list[int]
 
@@ -327,6 +330,7 @@ def _separate(groups: _Groups) -> _Sequences:
     return _Sequences(
         [list(one.input_ids) for one in (*fulls, *masked)],
         [*(list(one.labels) for one in fulls), *([IGNORED] * len(one.input_ids) for one in masked)],
+        [one.pictures for one in (*fulls, *masked)],
         [number for number, _ in of],
         [number if pair.masked is None else next(numbers) for number, pair in of],
     )
@@ -338,6 +342,7 @@ def _pad(sequences: _Sequences, pad: int, lengths: Sequence[int]) -> _Layout:
         "input_ids": torch.tensor([ids + [pad] * (width - len(ids)) for ids in sequences.ids]),
         "labels": torch.tensor([labels + [IGNORED] * (width - len(labels)) for labels in sequences.labels]),
         "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in sequences.ids]),
+        **picture_inputs(list(zip(sequences.ids, sequences.pictures, strict=True)), width),
     }
     return batch, [
         (width * full, width * masked, 0) for full, masked in zip(sequences.full, sequences.masked, strict=True)

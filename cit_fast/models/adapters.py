@@ -16,10 +16,12 @@ from transformers.integrations import unset_hf_deepspeed_config
 from cit_fast.errors import ConfigError, RunError
 from cit_fast.files import write_json
 from cit_fast.models.adapter_bank import is_plain_lora, read_adapter_config, read_adapter_weights
-from cit_fast.models.config import DataConfig
+from cit_fast.models.config import DataConfig, ModelConfig
 from cit_fast.models.fused_lora import fuse_lora
 from cit_fast.models.fused_norms import FusedNorm, fuse_norms
 from cit_fast.models.growing_adapter import GrowingAdapter
+from cit_fast.models.image_reader import load_image_reader
+from cit_fast.models.loading import known_loading
 from cit_fast.models.osf import MergedModel, is_osf
 from cit_fast.models.parked_sets import (
     park_others,
@@ -30,8 +32,10 @@ from cit_fast.models.parked_sets import (
     take_in,
     weights_of,
 )
+from cit_fast.models.pretrained import load_tokenizer
 from cit_fast.models.prompts import PromptEncoder
 from cit_fast.models.rewritten_base import RewrittenBase, rewrites_base
+from cit_fast.models.seeing_adapters import adapter_fields, freeze_tower
 from cit_fast.text import first_line
 
 
@@ -48,8 +52,14 @@ def loading_whole() -> Iterator[None]:
             os.environ[name] = before
 
 
-def prompt_encoder(tokenizer: Any, config: DataConfig) -> PromptEncoder:
-    """The encoder that a configuration's section ``data`` describes."""
+def load_encoder(folder: Path, model: ModelConfig, config: DataConfig) -> PromptEncoder:
+    """The encoder of a model folder that a configuration's sections ``model`` and ``data`` describe.
+
+    Raises:
+        ConfigError: the folder holds no tokenizer, or no processor for a model that takes images.
+    """
+    tokenizer = load_tokenizer(folder, model.trust_remote_code)
+    _, settings = known_loading(folder, model.kwargs, model.trust_remote_code)
     return PromptEncoder(
         tokenizer,
         max_length=config.max_length,
@@ -57,6 +67,7 @@ def prompt_encoder(tokenizer: Any, config: DataConfig) -> PromptEncoder:
         on_overflow=config.on_overflow,
         template_options=config.template_options,
         date=config.date,
+        images=load_image_reader(folder, settings, tokenizer),
     )
 
 
@@ -84,6 +95,7 @@ def train_adapter(
         model, or the set grows, or puts it into the model's own weights (OSF).
     """
     if adapter is None:
+        freeze_tower(model)
         return model, None
     from peft import get_peft_config, get_peft_model, set_peft_model_state_dict
     from transformers import set_seed
@@ -94,7 +106,7 @@ def train_adapter(
         )
     if grow and isinstance(model, PeftModel) and name in model.peft_config:
         set_seed(seed)
-        grown = GrowingAdapter(model, name, get_peft_config({"task_type": "CAUSAL_LM", **adapter}))
+        grown = GrowingAdapter(model, name, get_peft_config(adapter_fields(model, adapter, projector=False)))
         if fuse:
             fuse_lora(model)
         return model, grown
@@ -111,7 +123,7 @@ def train_adapter(
         raise ConfigError("router.start: previous cannot go with an adapter whose initialisation rewrites the base")
     set_seed(seed)  # a new set starts from the same numbers in a resumed run
     try:
-        config = get_peft_config({"task_type": "CAUSAL_LM", **adapter})
+        config = get_peft_config(adapter_fields(model, adapter, projector=not grow))
         if isinstance(model, PeftModel):
             model.add_adapter(name, config)
         else:

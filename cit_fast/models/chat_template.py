@@ -22,7 +22,8 @@ from transformers import PreTrainedTokenizerBase
 from cit_fast.errors import ConfigError, DataError
 from cit_fast.text import first_line
 
-Turns = list[dict[str, str]]
+Turns = list[dict[str, Any]]
+"""Each with ``role`` and ``content``: a text, or a list of parts where an image stands in it."""
 
 _ANSWER, _QUESTION = "Xyzzy42", "Plugh17"
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\b")
@@ -109,6 +110,15 @@ class ChatTemplate:
         opened = self._render([*system, {"role": "user", "content": _QUESTION}], add_generation_prompt=True)
         before, _, after = opened.partition(_QUESTION)
         return before, after
+
+    def writes(self, place: str) -> bool:
+        """Whether the template writes the place of an image for a part of that type; else it takes texts alone."""
+        parts = [{"type": "image"}, {"type": "text", "text": _QUESTION}]
+        try:
+            text = self._render([{"role": "user", "content": parts}], add_generation_prompt=True)
+        except DataError:
+            return False
+        return text.count(place) == 1 and _QUESTION in text
 
     def marked(self, turns: Turns, where: str) -> tuple[list[int], list[int]]:
         """A whole conversation as tokens, and 1 for each of them that the template says the assistant speaks."""

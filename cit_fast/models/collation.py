@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from cit_fast.errors import ConfigError
+from cit_fast.models.image_reader import Pictures, picture_inputs
 from cit_fast.models.prompts import IGNORED, Encoded
 
 LENGTHS: tuple[int, ...] = (
@@ -54,7 +55,8 @@ class PaddingCollator:
 
         Returns:
             ``input_ids``, ``attention_mask`` (1 for tokens, 0 for padding) and ``labels`` (-100 for padding):
-            int64, ``[B, T]``.
+            int64, ``[B, T]``; and what a model that takes images takes beside
+            (:func:`~cit_fast.models.image_reader.picture_inputs`).
         """
         rows = [_row(feature) for feature in features]
         longest = max(len(ids) for ids, _ in rows)
@@ -69,7 +71,10 @@ class PaddingCollator:
             input_ids[row, : len(ids)] = torch.tensor(ids)
             labels[row, : len(ids)] = torch.tensor(targets)
             attention_mask[row, : len(ids)] = 1
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        pictures = picture_inputs(
+            [(ids, _pictures(feature)) for (ids, _), feature in zip(rows, features, strict=True)], length
+        )
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, **pictures}
 
 
 class PackingCollator:
@@ -114,16 +119,18 @@ def choose_collator(
     pad_token_id: int,
     lengths: Sequence[int] = LENGTHS,
     max_length: int | None = None,
+    images: bool = False,
 ) -> Collator:
-    """Packing where the attention is a flash attention on CUDA, else padding.
+    """Packing where the attention is a flash attention on CUDA and the model takes no images, else padding.
 
     Args:
         attn_implementation: ``"auto"`` or a name that transformers takes; see :func:`resolve_attention`.
         device: where the model runs.
         pad_token_id, lengths, max_length: of :class:`PaddingCollator`.
+        images: whether the model takes images.
     """
     name = resolve_attention(attn_implementation, device)
-    if torch.device(device).type == "cuda" and "flash" in name:
+    if not images and torch.device(device).type == "cuda" and "flash" in name:
         return PackingCollator()
     return PaddingCollator(pad_token_id, tuple(lengths), max_length)
 
@@ -158,6 +165,10 @@ def _check_lengths(lengths: Sequence[int]) -> None:
     ascending = all(a < b for a, b in itertools.pairwise(lengths))
     if not lengths or lengths[0] < 1 or not ascending:
         raise ConfigError(f"lengths must be one or more ascending positive numbers of tokens, not {list(lengths)}")
+
+
+def _pictures(feature: Feature) -> Pictures | None:
+    return feature.pictures if isinstance(feature, Encoded) else None
 
 
 def _row(feature: Feature) -> tuple[list[int], list[int]]:

@@ -80,6 +80,11 @@ class DataConfig(Section):
     on_overflow: Literal["truncate", "error", "skip"] = "truncate"
     """An example that is too long has the end of its input cut off. Where that is not enough, ``truncate`` is an error
     and ``skip`` leaves it out. ``error`` refuses every example that is too long."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """An image that cannot be read is an error, or its example is left out and counted (``skip``)."""
+    ignore_media: bool = False
+    """Train on the texts alone where examples have images, videos or recordings that the model does not take; without
+    it, they are an error."""
     template_options: dict[str, Any] = Field(default_factory=dict)
     """Variables of the chat template (``enable_thinking: false``)."""
     date: datetime.date = Field(default_factory=datetime.date.today)

@@ -13,15 +13,7 @@ from torch import Tensor, nn
 
 from cit_fast.errors import ConfigError
 from cit_fast.models.prompts import IGNORED
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside DDP, DeepSpeed and PEFT wrappers."""
-    while isinstance(getattr(model, "module", None), nn.Module):
-        model = model.module  # type: ignore[assignment]
-    get_base_model = getattr(model, "get_base_model", None)
-    return get_base_model() if get_base_model is not None else model
-
+from cit_fast.models.wrappers import unwrap
 
 _locks: weakref.WeakKeyDictionary[nn.Module, AbstractContextManager[object]] = weakref.WeakKeyDictionary()
 _registry = threading.Lock()

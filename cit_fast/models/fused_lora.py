@@ -24,7 +24,7 @@ import torch
 from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
 
-from cit_fast.models.forward import unwrap
+from cit_fast.models.wrappers import unwrap
 from cit_fast.ops import lora_linear, lora_linears
 
 logger = logging.getLogger(__name__)

@@ -18,6 +18,7 @@ from cit_fast.models.adapter_bank import BASE, AdapterBank, RowsLostError
 from cit_fast.models.forward import evaluating, undisturbed, whole_rows
 from cit_fast.models.fused_lora import adapters_cast_once
 from cit_fast.models.growing_adapter import activate
+from cit_fast.models.image_reader import picture_inputs, pictures_of, spoken
 from cit_fast.models.parked_sets import bank_of, parked, set_names
 from cit_fast.models.prefix_cache import (
     PASS,
@@ -98,7 +99,8 @@ def generate_answers(
 
     Args:
         model: a causal language model of transformers, or a PEFT model around one.
-        prompts: N token sequences, each of one token or more, template and all.
+        prompts: N token sequences, each of one token or more, template and all; those with images are
+            :class:`~cit_fast.models.image_reader.Prompt`.
         pad_token_id: any token; padded places are masked. ``eos_token_ids``: the tokens that end an answer.
         tokenizer: turns the new tokens into text.
         max_new_tokens: tokens per answer, >= 1. ``batch_size``: prompts per batch, >= 1; ``batch_tokens``: and no more
@@ -158,7 +160,10 @@ def generate_answers(
     longest_first = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     with generating(model, config):
         several = batch_size > 1 and len(prompts) > 1
-        together = _batched_together(model, prompts[0], pad_token_id) if several else "any"
+        texts = [each for each in prompts if pictures_of(each) is None]
+        together: _Together = "any"
+        if several:
+            together = _batched_together(model, texts[0] if texts else spoken(prompts[0]), pad_token_id)
 
         def answer_apart(indices: Sequence[int], reader: PromptReader, sets: Sequence[str] | None) -> None:
             for pieces in batches_of_pieces(prompts, indices, limit, sets):
@@ -173,17 +178,22 @@ def generate_answers(
         def answer(indices: Sequence[int], at_work: AtWork | None = None) -> None:
             sets = adapters if at_work is not None else None
             reader = PromptReader(model, at_work)
-            if several and can_run_on(model, prompts[longest_first[0]], pad_token_id):
+            texts = [index for index in indices if pictures_of(prompts[index]) is None]
+            if several and texts and can_run_on(model, prompts[texts[0]], pad_token_id):
                 with contextlib.suppress(CacheLostError):
-                    answer_apart(indices, reader, sets)
+                    answer_apart(texts, reader, sets)
                 indices = [index for index in indices if index not in done]
             for batch in _batches(prompts, indices, limit, together):
                 own, names = [prompts[i] for i in batch], None if sets is None else [sets[i] for i in batch]
                 input_ids, mask = padded(own, pad_token_id, model.device)
+                seen = picture_inputs(
+                    [(each, getattr(each, "pictures", None)) for each in own], input_ids.shape[1], left=True
+                )
                 with reader.having(names):
                     output = model.generate(
                         input_ids=input_ids,
                         attention_mask=mask,
+                        **{name: value.to(model.device) for name, value in seen.items()},
                         generation_config=config,
                         logits_processor=drawing([chance(i) for i in batch]),
                     )

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from cit_fast.errors import ConfigError
+from cit_fast.models.wrappers import sees_images
 from cit_fast.text import first_line
 from cit_fast.values import choices
 
@@ -117,6 +118,13 @@ def known_loading(folder: Path, kwargs: Mapping[str, Any], trust_remote_code: bo
         except Exception as error:  # whatever a configuration's own checks think of the values
             raise ConfigError(f"model.kwargs: {', '.join(fields)}: {first_line(error)}") from error
     return own, config
+
+
+def auto_class(config: Any) -> Any:
+    """transformers' class that loads a model of this configuration."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if sees_images(config) else AutoModelForCausalLM
 
 
 def checked_quantization(value: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,8 @@ from torch import Tensor
 from transformers import DynamicCache, DynamicLayer, GenerationConfig
 from transformers.generation.utils import ALL_CACHE_NAMES
 
-from cit_fast.models.forward import head_input, unwrap
+from cit_fast.models.forward import head_input
+from cit_fast.models.wrappers import unwrap
 
 _log = logging.getLogger(__name__)
 

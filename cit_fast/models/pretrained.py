@@ -23,7 +23,14 @@ from cit_fast.files import commit_folder, is_disk_full
 from cit_fast.models.collation import resolve_attention
 from cit_fast.models.config import ModelConfig
 from cit_fast.models.fused_norms import fuse_norms
-from cit_fast.models.loading import COMPUTING, computing_dtype, keep_gradients, known_loading, quantization_config
+from cit_fast.models.loading import (
+    COMPUTING,
+    auto_class,
+    computing_dtype,
+    keep_gradients,
+    known_loading,
+    quantization_config,
+)
 from cit_fast.text import first_line
 
 
@@ -208,13 +215,11 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False, *, where: str 
 
 
 def load_model(folder: Path, config: ModelConfig) -> Any:
-    """The causal language model of a model folder, on the CPU.
+    """The model of a folder, a causal language model that may take images, on the CPU.
 
     Raises:
         ConfigError: the folder holds no model that transformers can load, or not with these options.
     """
-    from transformers import AutoModelForCausalLM
-
     own, settings = known_loading(folder, config.kwargs, config.trust_remote_code)
     dtype: Any = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
     if config.dtype == "auto" and config.quantization is None:
@@ -222,7 +227,7 @@ def load_model(folder: Path, config: ModelConfig) -> Any:
     if config.quantization is not None:
         own["quantization_config"] = quantization_config(config.quantization)
     try:
-        model, told = AutoModelForCausalLM.from_pretrained(
+        model, told = auto_class(settings).from_pretrained(
             folder,
             config=settings,
             output_loading_info=True,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import bisect
 import datetime
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -22,12 +22,15 @@ from transformers import PreTrainedTokenizerBase
 from cit_fast.data.example import Example
 from cit_fast.errors import ConfigError, DataError
 from cit_fast.models.chat_template import ChatTemplate, Turns, asks_for_date
+from cit_fast.models.image_places import from_turn, least_input, with_places, without_images
+from cit_fast.models.image_reader import ImageReader, Pictures, Prompt, pictures_of
+from cit_fast.models.wrappers import learned_positions
 
 IGNORED = -100
 Overflow = Literal["truncate", "skip", "error"]
 
 _Tokens = tuple[list[int], list[int]]  # input ids, labels
-_Encode = Callable[[Turns], _Tokens]
+_Encode = Callable[[Turns, Example], _Tokens]
 
 
 class ExampleTooLongError(DataError):
@@ -43,12 +46,14 @@ class Encoded:
         labels: length T; the token id where the loss counts, else -100.
         prompt_length: tokens before the (last) response.
         truncated: whether the input was shortened to fit the length limit.
+        pictures: the prompt's images, where the model takes some.
     """
 
     input_ids: list[int]
     labels: list[int]
     prompt_length: int
     truncated: bool = False
+    pictures: Pictures | None = None
 
     def __len__(self) -> int:
         """T."""
@@ -98,6 +103,7 @@ class PromptEncoder:
             raises, ``"skip"`` leaves it out and counts it. ``"error"`` raises for any example over the limit.
         template_options: further variables of the chat template, e.g. ``{"enable_thinking": False}``.
         date: what a chat template takes for today where it writes the date; ``None``: the day on which this is made.
+        images: of a model that takes images; without it, those of the examples are passed over.
 
     Raises:
         ConfigError: a tokenizer without EOS token, a chat template that takes no system turn though one is
@@ -113,6 +119,7 @@ class PromptEncoder:
         on_overflow: Overflow = "truncate",
         template_options: Mapping[str, Any] | None = None,
         date: datetime.date | None = None,
+        images: ImageReader | None = None,
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise ConfigError(
@@ -132,6 +139,8 @@ class PromptEncoder:
         self._template: ChatTemplate | None = None
         if tokenizer.chat_template:
             self._template = ChatTemplate(tokenizer, self._system(), self.template_options, self.date)
+        self.images = images
+        self._image_parts = images is not None and self._template is not None and self._template.writes(images.token)
         self._bos = self._leading_bos()
         self._vocabulary: int | None = None  # of the model, once it is known
         self.end_of_turn_id = int(tokenizer.eos_token_id if self._template is None else self._template.end_of_turn_id)
@@ -145,6 +154,7 @@ class PromptEncoder:
             on_overflow=on_overflow,
             template_options=self.template_options,
             date=self.date,
+            images=self.images,
         )
         found._vocabulary = self._vocabulary
         return found
@@ -195,6 +205,11 @@ class PromptEncoder:
         """
         return self._prompt(example, reserve, masked)[0]
 
+    def text_of(self, prompt: Sequence[int]) -> str:
+        """A prompt's text; where an image stands in it, what the chat template writes for one."""
+        pictures = pictures_of(prompt)
+        return str(self.tokenizer.decode(prompt)) if pictures is None else pictures.text
+
     def user_turn(self) -> tuple[list[int], int] | None:
         """Token ids up to where a user speaks, and the special token that ends what is said; ``None`` without a chat
         template that has one.
@@ -221,11 +236,12 @@ class PromptEncoder:
             DataError: the chat template refuses the conversation.
         """
         (ids, labels), fitted = self._fitted(example, self._trained(example), self.max_length, masked)
-        return Encoded(ids, labels, _start_of_last_run(labels), fitted is not example)
+        pictures = getattr(ids, "pictures", None)
+        return Encoded(list(ids), labels, _start_of_last_run(labels), fitted is not example, pictures)
 
     def answer(self, example: Example, text: str) -> list[int]:
         """Token ids of an answer to the example's prompt and of its end, as training would have it learned."""
-        example = replace(example, references=(text,))
+        example = replace(without_images(example), references=(text,))
         return self._split(self._turns(example, False), example)[1]
 
     def pair(self, example: Example) -> tuple[Encoded, Encoded]:
@@ -276,18 +292,21 @@ class PromptEncoder:
 
     def _prompt(self, example: Example, reserve: int, masked: bool) -> tuple[list[int], bool]:
         limit = None if self.max_length is None else self.max_length - reserve
-        (ids, _), fitted = self._fitted(example, lambda turns: (self._split(turns, example)[0], []), limit, masked)
+        (ids, _), fitted = self._fitted(example, lambda turns, one: (self._split(turns, one)[0], []), limit, masked)
         return ids, fitted is not example
 
     def _trained(self, example: Example) -> _Encode:
         """How the turns before the example's answer become the tokens and labels to train on."""
-        if example.messages and self._template is not None and self._template.marks_assistant:
+        pictured = self.images is not None and example.images  # whose tokens the template does not know
+        if example.messages and self._template is not None and self._template.marks_assistant and not pictured:
             answer = {"role": "assistant", "content": example.references[0]}
-            return lambda turns: self._marked([*turns, answer], example)
+            return lambda turns, one: self._marked([*turns, answer], one)
 
-        def encode(turns: Turns) -> _Tokens:
-            prompt, response = self._split(turns, example)
-            return prompt + response, [IGNORED] * len(prompt) + response
+        def encode(turns: Turns, one: Example) -> _Tokens:
+            prompt, response = self._split(turns, one)
+            ids = prompt + response
+            pictures = getattr(prompt, "pictures", None)
+            return ids if pictures is None else Prompt(ids, pictures), [IGNORED] * len(prompt) + response
 
         return encode
 
@@ -296,17 +315,24 @@ class PromptEncoder:
         answer = example.references[0]
         if self._template is not None:
             prompt, said = self._template.split(turns, answer, _where(example))
-            opened, lead = self._tokenize(prompt), self._template.lead
+            opened, lead = self._prompt_tokens(prompt, example), self._template.lead
             plain = said == lead + answer  # and not what the template makes of it
             if (
                 lead
-                and (whole := self._tokenize(prompt + said))[: len(opened)] == opened
+                and (whole := self._prompt_tokens(prompt + said, example))[: len(opened)] == opened
                 and not self._has_special(answer)
             ):
                 return opened, [*whole[len(opened) :], self.end_of_turn_id]
             return opened, [*self._tokenize(said, plain=plain), self.end_of_turn_id]
         text = "".join(turn["content"] + "\n\n" for turn in turns if turn["content"])
-        return self._bos + self._tokenize(text), [*self._tokenize(answer, plain=True), self.end_of_turn_id]
+        opened = self._prompt_tokens(text, example, self._bos)
+        return opened, [*self._tokenize(answer, plain=True), self.end_of_turn_id]
+
+    def _prompt_tokens(self, text: str, example: Example, before: Sequence[int] = ()) -> list[int]:
+        """A prompt's text as tokens, some before it; for a model that takes images a :class:`Prompt`."""
+        if self.images is None:
+            return [*before, *self._tokenize(text)]
+        return self.images.prompt(text, example.images, _where(example), before, self._tokenize)
 
     def _marked(self, turns: Turns, example: Example) -> _Tokens:
         """A whole conversation, labelled where the chat template says that the assistant speaks."""
@@ -347,7 +373,7 @@ class PromptEncoder:
         instruction = example.masked_instruction if masked else example.instruction
         if not example.messages:
             content = f"{instruction}\n\n{example.input}" if example.input.strip() else instruction
-            return [*self._system(), {"role": "user", "content": content}]
+            return self._placed([*self._system(), {"role": "user", "content": content}], example)
         turns = [{"role": role, "content": content} for role, content in example.messages[:-1]]
         if masked and example.key_parts:
             users = [turn for turn in turns if turn["role"] == "user"]
@@ -355,13 +381,21 @@ class PromptEncoder:
                 raise DataError(f"{_where(example)}: the instruction with the key parts is not in the last user turn")
             content = users[-1]["content"]
             users[-1]["content"] = content.replace(example.instruction, instruction, 1)
-        return turns if turns[:1] and turns[0]["role"] == "system" else [*self._system(), *turns]
+        if not turns or turns[0]["role"] != "system":
+            turns = [*self._system(), *turns]
+        return self._placed(turns, example)
+
+    def _placed(self, turns: Turns, example: Example) -> Turns:
+        """The turns with places for the images that the model is to see."""
+        if self.images is None or not example.images:
+            return turns
+        return with_places(turns, len(example.images), self._image_parts, self.images.token, _where(example))
 
     # ------------------------------------------------------------------------------------------- to the limit
 
     def _fitted(self, example: Example, encode: _Encode, limit: int | None, masked: bool) -> tuple[_Tokens, Example]:
         """The example's tokens, and the example itself: another one if it had to be shortened."""
-        whole = encode(self._turns(example, masked))
+        whole = encode(self._turns(example, masked), example)
         length = len(whole[0])
         outside = max(whole[0], default=0)
         if self._vocabulary is not None and outside >= self._vocabulary:
@@ -374,7 +408,7 @@ class PromptEncoder:
             return whole, example
         if self.on_overflow != "error":
             shorten = self._drop_turns if example.messages else self._cut_input
-            shorter = shorten(example, lambda one: encode(self._turns(one, masked)), limit, length)
+            shorter = shorten(example, lambda one: encode(self._turns(one, masked), one), limit, length)
             if shorter is not None:
                 return shorter
         raise ExampleTooLongError(
@@ -389,8 +423,8 @@ class PromptEncoder:
         example: Example, encode: Callable[[Example], _Tokens], limit: int, length: int
     ) -> tuple[_Tokens, Example] | None:
         """The longest start of the input that fits, to within a token; ``None`` if even none is too much."""
-        low, high, high_length = 0, len(example.input), length
-        fitted = replace(example, input="")
+        low, high, high_length = least_input(example), len(example.input), length
+        fitted = replace(example, input=example.input[:low])
         best = encode(fitted)
         if len(best[0]) > limit:
             return None
@@ -418,7 +452,7 @@ class PromptEncoder:
         starts = [start for start in range(len(system) + 1, len(turns)) if turns[start][0] == "user"]
 
         def later(start: int) -> Example:
-            return replace(example, messages=system + turns[start:])
+            return from_turn(example, start, system)
 
         # The later the start, the fewer tokens: a conversation of n turns is rendered log n times.
         first = bisect.bisect_left(starts, True, key=lambda start: len(encode(later(start))[0]) <= limit)
@@ -463,18 +497,3 @@ def _start_of_last_run(labels: list[int]) -> int:
 
 def _where(example: Example) -> str:
     return example.source or f"an example of task {example.task!r}"
-
-
-def learned_positions(model: Any) -> int | None:
-    """How many positions the model has learned embeddings of; ``None``: it computes them, for any number."""
-    from torch import nn
-
-    for name, module in model.named_modules():
-        last = name.rpartition(".")[2]
-        if isinstance(module, nn.Embedding) and ("position" in last or last == "wpe"):
-            # OPT and BART keep two rows, RoBERTa one more than its padding token's, that stand for no position.
-            unused = getattr(module, "offset", None)
-            if unused is None:
-                unused = 0 if module.padding_idx is None else module.padding_idx + 1
-            return int(module.num_embeddings - unused)
-    return None

@@ -116,7 +116,7 @@ def evaluate(
     started = time.perf_counter()
     sets = routed(model, encoder, [example for _, example in asked], router)
     routing_seconds = time.perf_counter() - started
-    texts = [encoder.tokenizer.decode(prompt) for prompt in prompts]
+    texts = [encoder.text_of(prompt) for prompt in prompts]
     answers, taken_over = _taken_over(before, [task.name for task, _ in asked], texts, sets)
     new = [index for index, answer in enumerate(answers) if answer is None]
     questions = [_Question(*asked[index], prompts[index], None if sets is None else sets[index]) for index in new]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import PositiveInt
+from pydantic import NonNegativeFloat, PositiveInt
 
 from cit_fast.errors import ConfigError
 from cit_fast.text import first_line
@@ -47,8 +47,9 @@ RESERVED_TRAINING = {
         "the stages/*/adapters folders, which can be pushed after the run",
     ),
 }  # fmt: skip
-OWN_TRAINING = ("tokens_per_batch",)
-"""Keys of the section ``training`` that are not transformers': the tokens that a batch holds at most."""
+OWN_TRAINING = {"tokens_per_batch": PositiveInt, "projector_learning_rate": NonNegativeFloat}
+"""Keys of the section ``training`` that are not transformers': the tokens that a batch holds at most, and the learning
+rate of what brings images into the language model's space."""
 # Other ways to say what a batch is.
 _BATCHES = ("per_device_train_batch_size", "train_sampling_strategy", "dataloader_drop_last", "auto_find_batch_size")
 # (smallest, whether that itself is allowed, largest) of numbers that transformers takes as they come.
@@ -58,6 +59,7 @@ _RANGES: dict[str, tuple[float, bool, float]] = {
     "num_train_epochs": (0, False, 1e6),
     "max_steps": (-1, True, 2**40),
     "learning_rate": (0, True, 1e38),
+    "projector_learning_rate": (0, True, 1e38),
     "weight_decay": (0, True, 1e6),
     "adam_beta1": (0, True, 1),
     "adam_beta2": (0, True, 1),
@@ -112,7 +114,7 @@ def over(training: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
     if changes.get("tokens_per_batch") is not None:
         gone = _BATCHES
     elif any(key in changes for key in _BATCHES):
-        gone = OWN_TRAINING
+        gone = ("tokens_per_batch",)
     return {**{key: value for key, value in training.items() if key not in gone}, **changes}
 
 
@@ -136,10 +138,10 @@ def checked_training(value: Mapping[str, Any]) -> dict[str, Any]:
     switches = {key: given for key, given in value.items() if key == "fsdp" and isinstance(given, bool)}
     others = {key: given for key, given in value.items() if key not in switches and key not in OWN_TRAINING}
     checked = {**_checked_fields(TrainingArguments, others), **switches}
-    if "tokens_per_batch" in value and value["tokens_per_batch"] is None:
-        checked["tokens_per_batch"] = None
-    elif "tokens_per_batch" in value:
-        checked |= {key: checked_value(key, value[key], {key: PositiveInt}) for key in OWN_TRAINING}
+    for key in OWN_TRAINING:
+        if key in value:
+            checked[key] = None if value[key] is None else checked_value(key, value[key], OWN_TRAINING)
+    if checked.get("tokens_per_batch") is not None:
         for key in _BATCHES:
             if value.get(key):
                 raise ValueError(f"tokens_per_batch: a batch is what fits into it; leave out {key}")

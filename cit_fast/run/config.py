@@ -119,8 +119,9 @@ class EvaluationConfig(Section):
 
 
 class RunConfig(Section):
-    """A whole run. ``training`` holds transformers.TrainingArguments, and ``tokens_per_batch``, the tokens that a batch
-    holds at most; ``adapter`` a PEFT configuration (or null).
+    """A whole run. ``training`` holds transformers.TrainingArguments, ``tokens_per_batch``, the tokens that a batch
+    holds at most, and ``projector_learning_rate``, that of a vision-language model's projector; ``adapter`` a PEFT
+    configuration (or null).
 
     Read one with :func:`load_config`, or build it from keyword arguments or a dictionary
     (``RunConfig.model_validate({...})``).

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from cit_fast.data.example import Task
+from cit_fast.data.images import image_digest
 from cit_fast.data.kept_task import RecalledTask
-from cit_fast.errors import ConfigError
+from cit_fast.errors import ConfigError, DataError
 
 
 def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,14 +42,28 @@ def task_digest(task: Task) -> str:
     """Digest of everything a task is, but not of where its examples were read from; of a recalled one as it was."""
     if isinstance(task, RecalledTask):
         return task.digest
-    plain = dataclasses.asdict(task)
+    plain = _plain(task)
     for name in ("answer_format", "extractive", "wordy_above"):
         if not plain[name]:  # experts that were cached before there were such fields stay what they are
             del plain[name]
+    return digest(plain)
+
+
+def _plain(task: Task) -> dict[str, Any]:
+    """Everything a task is. Where an example was read from does not change it, nor where its images lie."""
+    plain = dataclasses.asdict(task)
     for split in ("train", "dev", "test"):
         for example in plain[split]:
-            example.pop("source")  # where an example was read from does not change what it is
-    return digest(plain)
+            example.pop("source")
+            example["images"] = list(map(_image, example["images"]))
+    return plain
+
+
+def _image(name: str) -> str:
+    try:
+        return image_digest(name)
+    except DataError:  # of a model that is not shown it
+        return name
 
 
 _SPLITS = {"train": "training", "dev": "development", "test": "test"}
@@ -60,12 +75,10 @@ def task_parts(task: Task) -> dict[str, str]:
     """
     if isinstance(task, RecalledTask):
         return {}
-    plain = dataclasses.asdict(task)
+    plain = _plain(task)
     found = {}
     for split in _SPLITS:
         examples = plain.pop(split)
-        for example in examples:
-            example.pop("source")
         found[split] = f"{len(examples)} {digest(examples)[:16]}"
     return {**found, "declared": digest(plain)[:16]}
 

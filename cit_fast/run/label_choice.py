@@ -110,7 +110,8 @@ def _scores(
     pairs: list[EncodedPair] = []
     for prompt, choices in asked:
         for choice in choices:
-            one = Encoded([*prompt, *choice], [IGNORED] * len(prompt) + [*choice], len(prompt))
+            labels = [IGNORED] * len(prompt) + [*choice]
+            one = Encoded([*prompt, *choice], labels, len(prompt), pictures=getattr(prompt, "pictures", None))
             pairs.append(EncodedPair(one, None, len(pairs), (len(prompt), len(one))))
     head = head_of(model)
     hidden = hidden_of(model, collate, pairs)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from rich.console import Console
+from rich.markup import escape
 
 from cit_fast.data import Task, TaskStream
 from cit_fast.data.kept_task import RecalledTask
@@ -23,9 +24,11 @@ from cit_fast.errors import ConfigError, DataError, RunError
 from cit_fast.files import is_disk_full
 from cit_fast.methods.config import MethodConfig
 from cit_fast.methods.registry import build_parts
-from cit_fast.models.adapters import loading_whole, prompt_encoder
+from cit_fast.models.adapters import load_encoder, loading_whole
 from cit_fast.models.osf import is_osf
-from cit_fast.models.pretrained import load_tokenizer, resolve_model
+from cit_fast.models.pretrained import resolve_model
+from cit_fast.models.prompts import PromptEncoder
+from cit_fast.run import media
 from cit_fast.run.arguments import training_arguments
 from cit_fast.run.config import HarnessConfig, RunConfig, load_config, validated
 from cit_fast.run.harness import check_harness
@@ -133,6 +136,18 @@ class ContinualTrainer:
         release_memory()  # the next method has a model of its own
         return folder
 
+    def _look(self, encoder: PromptEncoder) -> None:
+        """See that the model takes what the examples have beside their texts, and that their images can be read.
+
+        Raises:
+            DataError: it does not, or an image cannot be read and ``data.on_bad_image`` is error.
+        """
+        seen = encoder.images is not None
+        tasks, notes = media.looked_at([*self.stream, *self.held_out], seen, self.config)
+        for note in notes:
+            self.console.print(f"  {escape(note)}", highlight=False)
+        self.stream, self.held_out = TaskStream(tasks[: len(self.stream)]), tasks[len(self.stream) :]
+
     def _clock(self) -> TimeLeft:
         """What knows how long all methods still take."""
         arguments = training_arguments(self.config.training, self.config.seed, self.config.folder)
@@ -155,7 +170,8 @@ class ContinualTrainer:
         config = self.config
         with self._state.main_process_first():  # one process fetches or converts, the others find it done
             folder = resolve_model(config.model)
-        encoder = prompt_encoder(load_tokenizer(folder, config.model.trust_remote_code), config.data)
+        encoder = load_encoder(folder, config.model, config.data)
+        self._look(encoder)
         adapters = [config.adapter if method.adapter is None else method.adapter for method in config.methods]
         try_base(folder, config.model, adapters)
         with loading_whole():

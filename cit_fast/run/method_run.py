@@ -30,11 +30,11 @@ from cit_fast.methods.registry import PARTS, build_parts, part_name
 from cit_fast.methods.routing import SharedRouter, routing_record
 from cit_fast.methods.stage import Selection, Stage
 from cit_fast.methods.updates import stream_wide
-from cit_fast.models.adapters import load_weights, loading_whole, prompt_encoder, save_weights, train_adapter
+from cit_fast.models.adapters import load_encoder, load_weights, loading_whole, save_weights, train_adapter
 from cit_fast.models.digests import model_identity
 from cit_fast.models.osf import of_stage
 from cit_fast.models.parked_sets import parked
-from cit_fast.models.pretrained import load_model, load_tokenizer, resolve_model
+from cit_fast.models.pretrained import load_model, resolve_model
 from cit_fast.run.answer import Evaluated
 from cit_fast.run.cached_scores import CachedScores
 from cit_fast.run.candidates import refuse_candidate, refused
@@ -91,8 +91,7 @@ class MethodRun:
         self.parts = Parts(parts_of(method, config.training), self._say)
         with self.state.main_process_first():  # one process fetches or converts, the others find it done
             self.model_path = resolve_model(config.model)
-        self.tokenizer = load_tokenizer(self.model_path, config.model.trust_remote_code)
-        self.encoder = prompt_encoder(self.tokenizer, self.config.data)
+        self.encoder = load_encoder(self.model_path, config.model, self.config.data)
         self.identity = model_identity(self.model_path, config.model.name)
         self.cached = CachedScores(self.config, method, self.encoder, self.identity)
         self.stage_parts = StageParts(self.config, method, self.parts, parts_of, folder, self.encoder, self._say)

@@ -18,8 +18,8 @@ from cit_fast.methods.config import MethodConfig
 from cit_fast.methods.registry import build_parts
 from cit_fast.methods.replay import KPIGReplay, NoReplay
 from cit_fast.methods.replay.allocation import Budget
-from cit_fast.models.adapters import prompt_encoder
-from cit_fast.models.pretrained import load_tokenizer, local_model
+from cit_fast.models.adapters import load_encoder
+from cit_fast.models.pretrained import local_model
 from cit_fast.run.arguments import training_arguments
 from cit_fast.run.config import RunConfig
 from cit_fast.run.stage_settings import training_at
@@ -167,7 +167,7 @@ def _tokens_by(folder: Path | None, config: RunConfig) -> Any:
     """What counts the tokens of examples."""
     if folder is None:
         return _guessed
-    encoder = prompt_encoder(load_tokenizer(folder, config.model.trust_remote_code), config.data)
+    encoder = load_encoder(folder, config.model, config.data)
 
     def count(examples: Sequence[Example]) -> int:
         try:

@@ -65,6 +65,10 @@ def config_schema() -> _Schema:
                 "description": "tokens that a batch holds at most, padding counted, instead of a number of examples",
                 "anyOf": [{"type": "integer", "exclusiveMinimum": 0}, {"type": "null"}],
             },
+            "projector_learning_rate": {
+                "description": "learning rate of a vision-language model's projector; without it, learning_rate",
+                "anyOf": [{"type": "number", "minimum": 0}, {"type": "null"}],
+            },
         },
         "additionalProperties": False,
     }

@@ -24,6 +24,7 @@ from cit_fast.methods.stage import Stage
 from cit_fast.methods.updates import PlainUpdate, Update, stream_wide
 from cit_fast.models.collation import is_packed, padded_length, row_sizes
 from cit_fast.models.growing_adapter import keeping_active, trained_sets
+from cit_fast.models.seeing_adapters import is_of_projector
 from cit_fast.run.pace import duration
 from cit_fast.run.run_folder import mark_complete
 from cit_fast.run.token_batches import TokenBatches
@@ -42,6 +43,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         progress: what an earlier part of this stage left in its checkpoint's marker (see ``record``).
         tokens_per_batch: see :class:`~cit_fast.run.token_batches.TokenBatches`; ``None``: batches are of
             ``per_device_train_batch_size`` examples.
+        projector_learning_rate: of a vision-language model's projector; ``None``: as of everything else.
         trackers: told of losses, learning rate and balance weights.
         **kwargs: of transformers.Trainer.
     """
@@ -57,11 +59,12 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         progress: dict[str, Any],
         trackers: RunTrackers,
         tokens_per_batch: int | None = None,
+        projector_learning_rate: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.objective, self.update, self.stage = objective, update, stage
-        self.tokens_per_batch = tokens_per_batch
+        self.tokens_per_batch, self.projector_learning_rate = tokens_per_batch, projector_learning_rate
         self.optimizer: torch.optim.Optimizer | None
         # Our loss divides by the response tokens of the whole accumulated batch, so the Trainer has to count them.
         self.model_accepts_loss_kwargs = True
@@ -111,8 +114,20 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         """The optimizer of TrainingArguments inside the update's."""
         if self.optimizer is None:
             made: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+            if self.projector_learning_rate is not None:
+                self._slow_projector(made, self.projector_learning_rate)
             self.optimizer = self.update.wrap(made, self.stage)
         return self.optimizer
+
+    def _slow_projector(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
+        """Give the projector's parameters groups of their own, with their learning rate."""
+        own = {id(each) for name, each in self.model.named_parameters() if is_of_projector(name)}
+        for group in list(optimizer.param_groups):
+            apart = [each for each in group["params"] if id(each) in own]
+            if apart:
+                group["params"] = [each for each in group["params"] if id(each) not in own]
+                optimizer.add_param_group({**group, "params": apart, "lr": rate})
+        optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The Trainer's own, or batches of so many tokens."""

@@ -13,7 +13,6 @@ from accelerate import PartialState
 from peft import PeftModel
 from rich.markup import escape
 
-from cit_fast.data.example import unseen_media
 from cit_fast.errors import CitFastError, ConfigError, DataError, RunError
 from cit_fast.evaluation.records import RunRecord, StageRecord
 from cit_fast.evaluation.run_files import adapter_sets, set_folder, stage_folder
@@ -105,7 +104,6 @@ class StageTraining:
         """The model with the set ``adapter`` trained on the stage's examples, and nothing else of it changed."""
         model = stage.model
         where = f"stage {stage.index} ({stage.task.name})"
-        notes = [note for note in [unseen_media(stage.examples)] if note is not None]
         inputs = self.parts.prepare(stage)
         if not inputs.features:
             raise DataError(
@@ -122,7 +120,7 @@ class StageTraining:
         seconds = trainer.record.seconds + inputs.seconds
         finished = self.parts.finish(trainer.optimizer, dataclasses.replace(stage, steps=trainer.state.global_step))
         model = self._unwrapped(trainer, stage.index, adapter)
-        notes += weights.notes(model)
+        notes = weights.notes(model)
         if rewritten is not None:
             model = rewritten.undo(model, adapter)
             if isinstance(model, PeftModel):
@@ -170,6 +168,7 @@ class StageTraining:
     def _trainer(self, stage: Stage, title: str, inputs: StageInputs) -> tuple[StageTrainer, str | None]:
         index = stage.index
         checkpoint = self.folder.last_checkpoint(index)
+        training = training_at(self.config.training, self.config.stages, index)
         trainer = StageTrainer(
             objective=self.parts.objective,
             update=self.parts.update,
@@ -182,7 +181,8 @@ class StageTraining:
             train_dataset=inputs.features,
             data_collator=inputs.collator,
             trackers=self.trackers,
-            tokens_per_batch=training_at(self.config.training, self.config.stages, index).get("tokens_per_batch"),
+            tokens_per_batch=training.get("tokens_per_batch"),
+            projector_learning_rate=training.get("projector_learning_rate"),
         )
         if (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled) and rewrites_base(self.config.adapter):
             raise refuse_sharded()

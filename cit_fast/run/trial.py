@@ -17,10 +17,11 @@ import torch
 from cit_fast.data.example import Example, Task
 from cit_fast.errors import ConfigError
 from cit_fast.models.config import ModelConfig
-from cit_fast.models.loading import known_loading, try_quantization
+from cit_fast.models.loading import auto_class, known_loading, try_quantization
 from cit_fast.models.osf import is_osf
 from cit_fast.models.prompts import PromptEncoder
 from cit_fast.models.rewritten_base import rewrites_base
+from cit_fast.models.seeing_adapters import adapter_fields
 from cit_fast.run.config import RunConfig
 from cit_fast.text import first_line
 
@@ -30,13 +31,11 @@ _PATTERNS = ("target_modules", "exclude_modules", "layers_pattern")
 
 def skeleton(folder: Path, model: ModelConfig) -> Any:
     """The model of a folder without its weights; ``None`` where it cannot be made without them."""
-    from transformers import AutoModelForCausalLM
-
     _, config = known_loading(folder, model.kwargs, model.trust_remote_code)
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+            return auto_class(config).from_config(config, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError):
         return None  # loaded whole, the model says what is wrong itself
 
@@ -82,7 +81,7 @@ def try_adapter(bare: Any, adapter: Mapping[str, Any]) -> None:
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            adapted = get_peft_model(bare, get_peft_config({"task_type": "CAUSAL_LM", **adapter}), adapter_name="trial")
+            adapted = get_peft_model(bare, get_peft_config(adapter_fields(bare, adapter)), adapter_name="trial")
     except Exception as error:  # whatever PEFT thinks of the options, in a dozen kinds
         if "meta" in str(error).lower():  # it looks at the weights' values, which are not there
             return
@@ -185,7 +184,11 @@ def try_lengths(encoder: PromptEncoder, tasks: Sequence[Task], held_out: Sequenc
     around = len(encoder.example(Example("a", "", ("a",))).input_ids)
 
     def long(examples: Sequence[Example], room: int, answers: bool) -> list[Example]:
-        return [example for example in examples if around + _bytes(example, whole, answers) > room]
+        some = [example for example in examples if around + _bytes(example, whole, answers) > room]
+        seen = [example for example in examples if example.images] if encoder.images is not None else []
+        # Its images' tokens are known when they have been read: of those with most of them, the longest text stands in.
+        most = max(seen, key=lambda one: (len(one.images), _bytes(one, whole, answers)), default=None)
+        return some if most is None or most in some else [*some, most]
 
     for task in tasks:
         encoder.encode_all(long(task.train, encoder.max_length, True))

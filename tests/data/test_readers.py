@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -70,7 +71,7 @@ def test_broken_super_ni(write, task, said):
 def test_alpaca():
     example = one({"instruction": "Add.", "input": "1 2", "output": "3", "image": "a.png"})
     assert (example.instruction, example.input, example.references) == ("Add.", "1 2", ("3",))
-    assert example.images == ("a.png",)
+    assert example.images == (str(Path("a.png").absolute()),)
     bare = one({"instruction": " Say hi.\n", "input": None, "output": [7, "hi"]})
     assert (bare.instruction, bare.input, bare.references) == (" Say hi.\n", "", ("7", "hi"))
 
@@ -100,26 +101,27 @@ def test_messages():
                 {"role": "assistant", "content": "a"},
                 {
                     "role": "user",
-                    "content": [{"type": "text", "text": "v"}, {"type": "image", "url": "b.png"}, {"type": "image"}],
+                    "content": [{"type": "text", "text": "v"}, {"type": "image", "url": "/b.png"}, {"type": "image"}],
                 },
                 {"role": "assistant", "content": "b"},
             ],
-            "images": ["a.png"],
+            "images": ["/a.png"],
         }
     )
-    assert several.messages == (("user", "u"), ("assistant", "a"), ("user", "v"), ("assistant", "b"))
-    assert (several.instruction, several.references, several.images) == ("v", ("b",), ("a.png", "b.png"))
+    question = "v<image><image>"
+    assert several.messages == (("user", "u"), ("assistant", "a"), ("user", question), ("assistant", "b"))
+    assert (several.instruction, several.references, several.images) == (question, ("b",), ("/b.png", "/a.png"))
 
 
 def test_conversations():
     example = one(
         {
-            "image": "coco/1.jpg",
+            "image": "/coco/1.jpg",
             "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}],
         }
     )
-    assert (example.instruction, example.references) == ("<image>\nWhat?", ("A cat.",))
-    assert (example.images, example.messages) == (("coco/1.jpg",), ())
+    assert (example.instruction, example.references) == ("What?", ("A cat.",))
+    assert (example.images, example.messages) == (("/coco/1.jpg",), ())
     system = one({"system": "s", "conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]})
     assert system.messages == (("system", "s"), ("user", "u"), ("assistant", "a"))
 
@@ -136,7 +138,7 @@ def test_conversations():
         ([{"role": "user", "content": "u"}], "the last turn is the user's"),
         ([{"role": "assistant", "content": "u"}], "has no user turn"),
         ([{"role": "user", "content": None}], "'content of turn 1' must be a text, not null"),
-        ([{"role": "user", "content": [{"type": "tool"}]}], "must be of type 'text', 'image', 'video' or 'audio'"),
+        ([{"role": "user", "content": [{"type": "tool"}]}], "must be of type 'text', 'image', 'image_url', 'video' or"),
         ([{"role": "user", "content": "u"}, {"role": "assistant", "content": " "}], "no reference answer"),
     ],
 )

@@ -85,10 +85,11 @@ def test_broken_positive_examples(shown):
 # ------------------------------------------------------------------------------------------------------------ media
 
 
-def test_media_are_kept_by_name():
-    assert one({"instruction": "i", "output": "x", "image": {"bytes": b"x", "path": "a.png"}}).images == ("a.png",)
-    unnamed = one({"instruction": "i", "output": "x", "images": [{"bytes": b"x", "path": None}, "b.png"]})
-    assert unnamed.images == ("sha256:2d711642b726b04401627ca9fbac32f5", "b.png")
+def test_videos_and_recordings_are_kept_by_name():
+    unnamed = one({"instruction": "i", "output": "x", "videos": [{"bytes": b"x", "path": None}, "b.mp4"]})
+    assert unnamed.other_media == ("sha256:2d711642b726b04401627ca9fbac32f5", "b.mp4")
+    named = one({"instruction": "i", "output": "x", "video": {"bytes": b"x", "path": "a.mp4"}})
+    assert named.other_media == ("a.mp4",)
     moving = one({"instruction": "i", "output": "x", "videos": ["a.mp4"], "audio": "b.wav"})
     assert (moving.images, moving.other_media) == ((), ("a.mp4", "b.wav"))
     part = {"type": "video", "video": "c.mp4"}

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from cit_fast.data import Example
 from cit_fast.errors import ConfigError, DataError
-from cit_fast.models.prompts import ExampleTooLongError, PromptEncoder, learned_positions
+from cit_fast.models.prompts import ExampleTooLongError, PromptEncoder
+from cit_fast.models.wrappers import learned_positions
 
 END = "<|im_end|>"
 TURN = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"

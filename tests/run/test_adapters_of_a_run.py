@@ -218,19 +218,6 @@ def test_adapters_can_be_exported_without_their_base_model(loud, stream, tmp_pat
         assert export_adapters(folder, tmp_path / "out") == ["shared"]
 
 
-# ---------------------------------------------------------------------------------------------------------- media
-
-
-def test_media_are_said_to_be_unseen(settings, stream, tmp_path):
-    from dataclasses import replace
-
-    pictures = replace(stream[0], train=tuple(replace(e, images=("a.png",)) for e in stream[0].train))
-    folder = run(settings, TaskStream((pictures, stream[1])), "sequential")
-    first, second = read_stages(folder)[1:]
-    assert first.notes == ["Of 16 examples 16 have images, which this model does not see: only their text is used."]
-    assert second.notes == []
-
-
 def test_kinds_that_cannot_be_trained_here_say_why(settings, stream):
     for adapter, said in (
         ({"peft_type": "ADALORA"}, "moves its ranks between the steps"),

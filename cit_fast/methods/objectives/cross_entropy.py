@@ -20,8 +20,9 @@ from cit_fast.key_parts.layout import PrefixCollator
 from cit_fast.methods.objectives.objective import plain_inputs
 from cit_fast.methods.stage import Stage, StageInputs
 from cit_fast.models.collation import PaddingCollator
-from cit_fast.models.forward import evaluating, hidden_rows, per_item, response_logits, router_loss, unwrap
+from cit_fast.models.forward import evaluating, hidden_rows, per_item, response_logits, router_loss
 from cit_fast.models.prompts import IGNORED
+from cit_fast.models.wrappers import unwrap
 from cit_fast.ops import linear_cross_entropy
 from cit_fast.ops.information_gain.reference import entropy_gates
 

@@ -40,5 +40,6 @@ def plain_inputs(stage: Stage, examples: Sequence[Example]) -> StageInputs:
         stage.model.device,
         pad_token_id=stage.encoder.pad_token_id,
         max_length=stage.encoder.max_length,
+        images=stage.encoder.images is not None,
     )
     return StageInputs(encoded.encoded, collator, encoded.truncated, encoded.skipped)

@@ -107,7 +107,7 @@ class SDFT:
         """The request to answer in its own words."""
         text = f"{example.instruction}\n{example.input}".strip()
         asked = self.template.replace("{reference}", example.references[0]).replace("{instruction}", text)
-        return Example(asked, "", example.references[:1], example.task, source=example.source)
+        return Example(asked, "", example.references[:1], example.task, images=example.images, source=example.source)
 
     def _good(self, stage: Stage, found: Mapping[int, str], tasks: Mapping[str, Task]) -> set[int]:
         """Those of the examples whose own answers may stand for the reference."""

@@ -85,13 +85,14 @@ class Anchor:
         conversations = [example for task in tasks for example in task.train if example.messages]
         if conversations:
             raise ConfigError(f"replay.anchor: {conversations[0].source or self.prompts}: a conversation; give prompts")
-        return [Example(each.instruction, each.input, _UNKNOWN, NAME) for task in tasks for each in task.train]
+        given = [each for task in tasks for each in task.train]
+        return [Example(each.instruction, each.input, _UNKNOWN, NAME, images=each.images) for each in given]
 
     def _answers(self, stage: Stage, asked: Sequence[Example]) -> list[str]:
         """What the base model says to each prompt, an empty text where that does not end."""
         setting = {"max_new_tokens": self.max_new_tokens, "greedy": True}
         kept = JsonCache(None if stage.kept is None else stage.kept / NAME, setting)
-        texts = json.dumps([[each.instruction, each.input] for each in asked])
+        texts = json.dumps([[each.instruction, each.input, *each.images] for each in asked])
         key = hashlib.blake2b(texts.encode(), digest_size=16).hexdigest()
         found = (kept.get(key) or {}).get("answers")
         if isinstance(found, list) and len(found) == len(asked):

@@ -38,6 +38,7 @@ from cit_fast.methods.routing.router import (
 from cit_fast.methods.routing.switch_network import SwitchNetwork, train_switch
 from cit_fast.methods.stage import Assignment, Learned, Stage
 from cit_fast.models.adapter_bank import BASE
+from cit_fast.models.image_places import without_images
 
 _TENSORS = "switch.safetensors"
 _PROMPTS = "prompts-{:0>4}.safetensors"
@@ -295,7 +296,7 @@ class SwitchTokensRouter(SavedRouter):
         for example in examples:
             routing_text(example)  # refuses an empty one, which a template would fill
         encoder = stage.encoder.with_limit(None, "error")
-        return [encoder.tokenizer.decode(encoder.prompt(example)) for example in examples]
+        return [encoder.tokenizer.decode(encoder.prompt(without_images(example))) for example in examples]
 
     def _features(self, stage: Stage) -> Embedder:
         if self.features in ("base", "tokens"):  # of a model that is another object after every stage

@@ -17,8 +17,9 @@ from cit_fast.key_parts.layout import PrefixCollator
 from cit_fast.methods.objectives import CrossEntropy, cross_entropy
 from cit_fast.methods.stage import Stage
 from cit_fast.models.collation import PaddingCollator
-from cit_fast.models.forward import response_logits, unwrap
+from cit_fast.models.forward import response_logits
 from cit_fast.models.prompts import Encoded, PromptEncoder
+from cit_fast.models.wrappers import unwrap
 from cit_fast.ops import linear_cross_entropy
 
 
