@@ -96,7 +96,7 @@ def named_images(fields: Fields, of_turns: Sequence[str | None]) -> tuple[str, .
             names.append(rest.pop(0))
         elif name is None:
             places = sum(each is None for each in of_turns)
-            raise fields.error(f"{_images(len(own))} for {places} parts that name none; name each in 'images'")
+            raise fields.error(f"image parts without a name: {places}, names in 'images': {len(own)}; name each")
     return (*rest, *names)
 
 
@@ -122,7 +122,7 @@ def places_of(fields: Fields, texts: tuple[str, str, Turns], count: int) -> Plac
             "then they stand before the text"
         )
     start = _AT_THE_START.match(asked[0])
-    if start is None or start.group().count(IMAGE_MARK) != count or start.end() == len(asked[0]):
+    if start is None or start.group().count(IMAGE_MARK) != count:
         return Places(instruction, messages)
     bare = _without_start(instruction)
     first = next((number for number, (role, _) in enumerate(messages) if role == "user"), None)

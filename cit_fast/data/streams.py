@@ -29,8 +29,9 @@ class StreamFile:
     Args:
         name: of the stream; ``says``: what it is; ``source``: who made it; ``where``: where its data is to be had.
         orders: name of an order -> the tasks in it.
-        tasks: task -> options of its :class:`~cit_fast.data.sources.TaskSource`, with ``path`` below the user's folder;
-            ``digests``: task -> file below that path -> SHA-256, for the parts that are known.
+        tasks: task -> options of its :class:`~cit_fast.data.sources.TaskSource`, with ``path``, and the folder of
+            ``images``, below the user's folder; ``digests``: task -> file below that path -> SHA-256, for the parts
+            that are known.
         data: what the section ``data`` of a configuration takes from the stream where it does not say otherwise.
     """
 
@@ -45,10 +46,13 @@ class StreamFile:
 
     def sources(self, order: str, root: str | Path) -> tuple[TaskSource, ...]:
         """The tasks of an order, read from below ``root``."""
-        return tuple(
-            TaskSource(**{**self.tasks[task], "name": task, "path": str(Path(root) / self.tasks[task]["path"])})
-            for task in self.orders[order]
-        )
+
+        def source(task: str) -> TaskSource:
+            options = self.tasks[task]
+            below = {key: str(Path(root) / options[key]) for key in ("path", "images") if key in options}
+            return TaskSource(**{**options, **below, "name": task})
+
+        return tuple(map(source, self.orders[order]))
 
 
 @functools.cache

@@ -21,10 +21,17 @@
 ``first_letter``     100 if the first character that is no space is the same (TRACE's ScienceQA: letter, then reasons)
 ``set_match``        100 if the answers, split at commas, new lines and ``|``, are equal as sets; case and white
                      space around elements do not count, nor do empty elements and repetitions
+``truth_alignment``  100 if the texts are the same but for case and white space around them: CoIN's and LCIA's strict
+                     equality (Chen et al. 2024, arXiv 2403.08350)
+``iou``              100 if the answer is a box (``[x1, y1, x2, y2]``, brackets or not) and overlaps the wanted one by
+                     more than half of their union (CoIN's grounding); another answer is wrong
+``vqa_accuracy``     an answer that at least three of the other persons gave is right, fewer count in thirds (Antol et
+                     al. 2015, arXiv 1505.00468); see :func:`cit_fast.evaluation.visual_metrics.vqa_accuracy`
 ===================  ===========================================================================================
 
-With several references the best one counts (for corpus BLEU: sacrebleu's own multi-reference rule). Texts are compared
-in Unicode's form NFC: a letter with its accent is the same text in one character or in two.
+With several references the best one counts (for corpus BLEU: sacrebleu's own multi-reference rule; for VQA accuracy
+they are votes). Texts are compared in Unicode's form NFC: a letter with its accent is the same text in one character or
+in two.
 """
 
 from __future__ import annotations
@@ -38,6 +45,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cit_fast.errors import ConfigError, DataError
+from cit_fast.evaluation.visual_metrics import iou_accuracy, truth_alignment, vqa_accuracy
 from cit_fast.text import composed, first_line, normalise_label, words
 from cit_fast.values import choices, imported
 
@@ -348,5 +356,8 @@ METRICS: dict[str, Metric] = {
     "first_letter": _best_of(_first_letter),
     "sari": _sari(()),  # score() gives it the inputs
     "bertscore": _bertscore,
+    "truth_alignment": _best_of(truth_alignment),
+    "iou": iou_accuracy,
+    "vqa_accuracy": vqa_accuracy,
 }
 """The metrics by name; the top of this module says what each is."""

@@ -63,7 +63,7 @@ def _image(name: str) -> str:
     try:
         return image_digest(name)
     except DataError:  # of a model that is not shown it
-        return name
+        return name.rpartition("/")[2]
 
 
 _SPLITS = {"train": "training", "dev": "development", "test": "test"}

@@ -158,8 +158,10 @@ def test_parts_of_a_turn(content, own, expected, images):
 
 
 def test_placeholders_without_names():
-    assert "1 image for 2 parts that name none" in failing(chat([{"type": "image"}, {"type": "image"}, TEXT], image=A))
-    assert "no images for 1 parts that name none; name each in 'images'" in failing(chat([{"type": "image"}, TEXT]))
+    assert "image parts without a name: 2, names in 'images': 1; name each" in failing(
+        chat([{"type": "image"}, {"type": "image"}, TEXT], image=A)
+    )
+    assert "image parts without a name: 1, names in 'images': 0; name each" in failing(chat([{"type": "image"}, TEXT]))
     assert "3 images and 1 <image>" in failing(chat([{"type": "image"}, TEXT], images=[A, A, B]))
     drawn = {"role": "assistant", "content": [{"type": "image", "url": A}]}
     said = failing({"messages": [{"role": "user", "content": "Draw."}, drawn]})

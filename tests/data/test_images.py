@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import struct
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cit_fast.data import Example
+from cit_fast.data import Example, images
 from cit_fast.data.images import MOST_PIXELS, checked_images, image_digest, name_of, name_of_bytes, open_image
 from cit_fast.errors import DataError
 
@@ -119,6 +120,7 @@ def clear_pixels(mode, blue):
         (clear_pixels("RGBA", (*BLUE, 51)), (204, 204, 255)),
         (clear_pixels("LA", (9, 255)), (9, 9, 9)),
     ],
+    ids=["palette", "one colour", "pixels", "half clear", "grey"],
 )
 def test_what_is_transparent_is_white(content, second):
     image = open_image(name_of_bytes(content))
@@ -188,6 +190,7 @@ def test_the_bytes_may_be_of_any_format_and_declare_another():
         ("a.png", vast_png(20_000, 20_000), f"more than {MOST_PIXELS:,}"),
         ("a.png", vast_png(10_000, 10_000), f"more than {MOST_PIXELS:,}"),
     ],
+    ids=["text", "empty", "cut png", "cut jpeg", "no pixels", "eps", "gif", "apng", "tiff", "20000", "10000"],
 )
 @pytest.mark.filterwarnings("ignore:Image size")
 def test_what_cannot_be_read(put, name, content, said):
@@ -308,8 +311,6 @@ def test_a_file_is_digested_once(put, monkeypatch):
 
 
 def test_every_image_is_opened_once(put, monkeypatch):
-    from cit_fast.data import images
-
     opened = []
     inner = images._opened
     monkeypatch.setattr(images, "_opened", lambda name: opened.append(name) or inner(name))
@@ -328,6 +329,22 @@ def test_the_first_bad_image_is_an_error(put, tmp_path):
     nowhere = Example("What?", references=("x",), images=(bad,), task="shapes")
     with pytest.raises(DataError, match=r"^task 'shapes': image .*b\.png: no image, "):
         checked_images([nowhere], "error")
+
+
+def test_nothing_more_is_opened_after_an_error(monkeypatch):
+    opened = []
+
+    def slow(name):
+        opened.append(name)
+        if name == "/0.png":
+            raise images._UnreadableError("broken")
+        time.sleep(0.01)
+
+    monkeypatch.setattr(images, "_opened", slow)
+    monkeypatch.setattr(images, "image_digest", lambda name: "")
+    with pytest.raises(DataError, match=r"^here:1: broken"):
+        checked_images([example(f"/{number}.png") for number in range(200)], "error")
+    assert len(opened) < 100
 
 
 def test_examples_with_a_bad_image_are_left_out_and_counted(put, tmp_path):

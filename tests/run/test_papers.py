@@ -115,6 +115,7 @@ def test_a_paper_plans_with_nothing_here(path, monkeypatch, capsys, tmp_path):
 def test_a_paper_runs_at_toy_size(path, small, monkeypatch):
     monkeypatch.setattr(loop, "check_stream", lambda text, root: None)  # toy data has other digests
     monkeypatch.setitem(metrics.METRICS, "bertscore", metrics.METRICS["rouge_1"])  # its model is not here
+    monkeypatch.setitem(metrics.METRICS, "iou", metrics.METRICS["exact_match"])  # toy answers are no boxes
     overrides = small(path)
     config = load_config(path, overrides)
     planned = plan_run(config)
@@ -135,7 +136,7 @@ def test_a_paper_runs_at_toy_size(path, small, monkeypatch):
 RUN = {
     "inscl-categories": ["inscl"],
     "kpig-ablations": ["kpig-no-mask"],
-    "lcia-coin-text": ["lcia"],
+    "lcia-coin-llava7b": ["lcia"],
     "lcia-instrdialog": ["lcia-always"],
     "superni-15": ["kpig"],
     "switchcit-five": ["switchcit", "oracle"],
