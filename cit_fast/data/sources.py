@@ -182,9 +182,9 @@ def load_stream(
 def origin(source: TaskSource | str) -> tuple[str, ...]:
     """Identify the place that a source reads from, whatever its name and options are, and whether it is there."""
     if isinstance(source, str):
-        from cit_fast.data.builtin import builtin_task_names
+        from cit_fast.data.builtin import is_builtin_task
 
-        source = TaskSource(builtin=source) if source in builtin_task_names() else TaskSource(path=source)
+        source = TaskSource(builtin=source) if is_builtin_task(source) else TaskSource(path=source)
     if source.path is not None:
         return "path", *(str(Path(path).resolve()) for path in _paths(source))
     return ("builtin", source.builtin) if source.builtin else ("dataset", f"{source.dataset}", f"{source.subset}")
@@ -203,9 +203,9 @@ def possible_names(source: TaskSource | str) -> tuple[str, ...]:
 def is_gone(source: TaskSource | str) -> bool:
     """Whether the files or folders of a source are no longer there."""
     if isinstance(source, str):
-        from cit_fast.data.builtin import builtin_task_names
+        from cit_fast.data.builtin import is_builtin_task
 
-        return source not in builtin_task_names() and not _exists(source)
+        return not is_builtin_task(source) and not _exists(source)
     if source.path is not None:
         return not all(_exists(path) for path in _paths(source))
     return False
@@ -259,16 +259,15 @@ def _under_its_folder(source: TaskSource) -> TaskSource:
 
 
 def _source_of_text(text: str) -> TaskSource:
-    from cit_fast.data.builtin import builtin_task_names
+    from cit_fast.data.builtin import builtin_task_names, is_builtin_task
 
-    names = builtin_task_names()
-    if text in names:
+    if is_builtin_task(text):
         return TaskSource(builtin=text)
     if _exists(text):
         return TaskSource(path=text)
     if "/" in text or Path(text).suffix:
         raise DataError(f"{text}: no such file or folder")
-    raise DataError(f"{text!r} is neither a built-in task nor a file or folder; {choices(text, names)}")
+    raise DataError(f"{text!r} is neither a built-in task nor a file or folder; {choices(text, builtin_task_names())}")
 
 
 def _exists(path: str) -> bool:

@@ -48,9 +48,10 @@ class StreamFile:
         """The tasks of an order, read from below ``root``."""
 
         def source(task: str) -> TaskSource:
-            options = self.tasks[task]
-            below = {key: str(Path(root) / options[key]) for key in ("path", "images") if key in options}
-            return TaskSource(**{**options, **below, "name": task})
+            options = dict(self.tasks[task])
+            for key in {"path", "images"} & options.keys():
+                options[key] = str(Path(root) / options[key])
+            return TaskSource(**{**options, "name": task})
 
         return tuple(map(source, self.orders[order]))
 

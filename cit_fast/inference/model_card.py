@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from cit_fast.data.builtin import builtin_task_names
+from cit_fast.data.builtin import is_builtin_task
 from cit_fast.data.sources import TaskSource
 from cit_fast.errors import ConfigError
 from cit_fast.evaluation.records import RunRecord, StageRecord
@@ -153,7 +153,7 @@ def _learned(run: RunRecord, config: RunConfig, stages: Sequence[StageRecord], n
 def _source(task: str | TaskSource) -> str:
     """Where a task's data is from, without folders of this machine."""
     if isinstance(task, str):
-        return f"built-in task {task}" if task in builtin_task_names() else Path(task).name
+        return f"built-in task {task}" if is_builtin_task(task) else Path(task).name
     if task.dataset is not None:
         parts = [task.dataset, task.subset, task.revision and f"revision {task.revision}"]
         return ", ".join(part for part in parts if part)

@@ -21,6 +21,10 @@ _RESERVED_TEMPLATE = {
 }  # fmt: skip
 
 
+TINY_VISION = "cit-fast/tiny-vision"
+"""What ``model.name`` calls the tiny model that sees (:mod:`cit_fast.models.tiny_vision`)."""
+
+
 class ModelConfig(Section):
     """Which language model, and how it is loaded."""
 

@@ -1,4 +1,5 @@
-"""Where a pretrained model comes from: a folder, the model hub, or (for the quickstart's model) a PyPI wheel."""
+"""Where a pretrained model comes from: a folder, the model hub, a PyPI wheel (the quickstart's), or this machine itself
+(the tiny one that sees)."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from cit_fast.cache import cache_folder
 from cit_fast.errors import ConfigError
 from cit_fast.files import commit_folder, is_disk_full
 from cit_fast.models.collation import resolve_attention
-from cit_fast.models.config import ModelConfig
+from cit_fast.models.config import TINY_VISION, ModelConfig
 from cit_fast.models.fused_norms import fuse_norms
 from cit_fast.models.loading import (
     COMPUTING,
@@ -61,6 +62,10 @@ def resolve_model(config: ModelConfig) -> Path:
     Raises:
         ConfigError: it is neither a folder nor to be had.
     """
+    if config.name == TINY_VISION and not Path(TINY_VISION).is_dir():
+        from cit_fast.models.tiny_vision import tiny_vision_folder
+
+        return tiny_vision_folder()
     name, wheel = config.name, _WHEELS.get(config.name) if config.revision is None else None
     converted = cache_folder() / "models" / name.replace("/", "--")
     if wheel is not None and not Path(name).is_dir() and (converted / "config.json").exists():
@@ -82,6 +87,10 @@ def local_model(config: ModelConfig) -> Path | None:
     """The folder of a model that is on this machine already; ``None`` where it would have to be fetched."""
     if Path(config.name).is_dir():
         return Path(config.name)
+    if config.name == TINY_VISION:
+        from cit_fast.models.tiny_vision import kept_tiny_vision
+
+        return kept_tiny_vision()
     converted = cache_folder() / "models" / config.name.replace("/", "--")
     if config.revision is None and (converted / "config.json").exists():
         return converted

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, PositiveInt, ValidationError, field_validator, model_validator
 
-from cit_fast.data.builtin import builtin_task_names
+from cit_fast.data.builtin import is_builtin_task
 from cit_fast.data.sources import TaskSource
 from cit_fast.errors import ConfigError
 from cit_fast.methods.config import MethodConfig
@@ -362,7 +362,7 @@ def _spelt_out(first_key: str, text: str) -> dict[str, Any]:
     """The mapping that a method or a task given by its name alone stands for."""
     if first_key == "methods":
         return {"preset": text}
-    return {"builtin" if text in builtin_task_names() else "path": text}
+    return {"builtin" if is_builtin_task(text) else "path": text}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

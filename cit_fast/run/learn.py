@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from cit_fast.data import TaskStream, load_task
-from cit_fast.data.builtin import builtin_task_names
+from cit_fast.data.builtin import builtin_task_names, is_builtin_task
 from cit_fast.data.kept_task import read_kept
 from cit_fast.data.sources import TaskSource
 from cit_fast.errors import ConfigError, RunError
@@ -164,5 +164,5 @@ def grown(
 def _plain(task: str | dict[str, Any]) -> dict[str, Any]:
     """A task as ``data.tasks`` spells it out."""
     if isinstance(task, str):
-        return {"builtin": task} if task in builtin_task_names() else {"path": task}
+        return {"builtin": task} if is_builtin_task(task) else {"path": task}
     return {key: value for key, value in task.items() if value not in (None, False, 0, [], (), {})}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from cit_fast.data.builtin import builtin_task_names
+from cit_fast.data.builtin import builtin_task_names, is_builtin_task
 from cit_fast.data.sources import TaskSource
 from cit_fast.errors import ConfigError, RunError
 from cit_fast.files import write_file
@@ -58,7 +58,7 @@ def task_entry(given: str) -> str | dict[str, Any]:
     Raises:
         ConfigError: neither a built-in task nor a file or folder that is there.
     """
-    if given in builtin_task_names():
+    if is_builtin_task(given):
         return given
     if not Path(given).exists():
         known = ", ".join(builtin_task_names())
@@ -81,7 +81,7 @@ def new_config(model: str, tasks: Sequence[str], goal: Goal, machine: Machine, n
     if not tasks:
         raise ConfigError("data: name at least one task: a folder, a file or a built-in name")
     listed = "\n".join(f"    - {json.dumps(task_entry(task), ensure_ascii=False)}" for task in tasks)
-    limits = "" if any(task not in builtin_task_names() for task in tasks) else "  train: 240\n  test: 16\n"
+    limits = "" if any(not is_builtin_task(task) for task in tasks) else "  train: 240\n  test: 16\n"
     return f"""\
 # yaml-language-server: $schema={SCHEMA}
 # `cit-fast run THIS --plan` says what it would do and how long that takes; `cit-fast run THIS` does it, and goes on

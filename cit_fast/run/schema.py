@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserError, TypeAdapter
 from pydantic.errors import PydanticInvalidForJsonSchema
 
-from cit_fast.data.builtin import builtin_task_names
+from cit_fast.data.builtin import builtin_task_names, visual_task_names
 from cit_fast.data.constraints import Constraints
 from cit_fast.data.record_fields import ReadOptions
 from cit_fast.data.sources import TaskSource
@@ -52,7 +52,11 @@ def config_schema() -> _Schema:
         of_stage[kind] = {**_says(of_stage[kind]), "$ref": f"#/$defs/{kind}"}
     of_stage["preset"] = {**_says(of_stage["preset"]), "oneOf": presets}
     task: _Schema = {
-        "anyOf": [{"enum": list(builtin_task_names())}, {"type": "string"}, {"$ref": "#/$defs/TaskSource"}]
+        "anyOf": [
+            {"enum": [*builtin_task_names(), *visual_task_names()]},
+            {"type": "string"},
+            {"$ref": "#/$defs/TaskSource"},
+        ]
     }
     of_data = kinds["DataConfig"]["properties"]
     of_data["tasks"] = {**_says(of_data["tasks"]), "anyOf": [{"items": task, "type": "array"}, {"type": "null"}]}

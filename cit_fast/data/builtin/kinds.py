@@ -7,7 +7,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 Split = Literal["train", "dev", "test"]
 _Item = TypeVar("_Item")
@@ -57,6 +57,17 @@ class Draw:
         return self.pick([item for i, item in enumerate(pool) if _SPLIT_OF_PART[i % 8] == self.split])
 
 
+class Sample(NamedTuple):
+    """What a generator of a kind gives."""
+
+    input: str
+    answer: str
+    identity: str = ""
+    """What tells it from other examples and decides its split; empty: its input does."""
+    image: Callable[[], str] | None = None
+    """Draws its picture: gives an entry of ``Example.images``."""
+
+
 @dataclass(frozen=True)
 class Kind:
     """A generated task before anything is drawn.
@@ -64,16 +75,18 @@ class Kind:
     Args:
         name, metric, labels, answer_pattern, wordy_above: as in :class:`cit_fast.data.example.Task`.
         wordings: instructions, each with its key parts in braces: ``"Give the date {as YYYY-MM-DD}."``
-        generate: draws one ``(input, answer)``.
+        generate: draws one ``(input, answer)``, or a whole :class:`Sample`.
+        drawn_as: the name that the drawing depends on instead of its own: kinds that share it differ in wordings alone.
     """
 
     name: str
     metric: str
     answer_pattern: str
     wordings: tuple[str, ...]
-    generate: Callable[[Draw], tuple[str, str]]
+    generate: Callable[[Draw], tuple[str, str] | Sample]
     labels: tuple[str, ...] = ()
     wordy_above: float = 2.0  # every wording asks for the short answer alone
+    drawn_as: str = ""
 
 
 def parse_wording(marked: str) -> tuple[str, tuple[tuple[int, int], ...]]:

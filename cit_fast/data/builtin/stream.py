@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from cit_fast.data.builtin import goods, messages, notes
-from cit_fast.data.builtin.kinds import Draw, Kind, Split, parse_wording, split_of
+from cit_fast.data.builtin import goods, messages, notes, visual
+from cit_fast.data.builtin.kinds import Draw, Kind, Sample, Split, parse_wording, split_of
 from cit_fast.data.example import Example, Task, TaskStream
 from cit_fast.errors import DataError
 from cit_fast.values import choices
@@ -26,24 +26,32 @@ _ORDER = (
 )
 _BY_NAME: dict[str, Kind] = {kind.name: kind for kind in (*notes.KINDS, *goods.KINDS, *messages.KINDS)}
 _KINDS: dict[str, Kind] = {name: _BY_NAME[name] for name in _ORDER}
+_VISUAL_KINDS: dict[str, Kind] = {kind.name: kind for kind in visual.KINDS}
 # A generator that gives nothing new so many times in a row has nothing left.
 _MOST_MISSES = 2000
 
 
 def builtin_task_names() -> tuple[str, ...]:
-    """Names of the built-in tasks, in the default order of arrival."""
+    """Names of the built-in tasks on texts, in the default order of arrival."""
     return tuple(_KINDS)
+
+
+def is_builtin_task(name: str) -> bool:
+    """Whether :func:`builtin_task` knows the name: a task on texts or one on pictures, in any wording."""
+    return name in _KINDS or name in _VISUAL_KINDS
 
 
 def builtin_task(name: str, *, seed: int = 0, train: int = 320, dev: int = 32, test: int = 32) -> Task:
     """One built-in task.
 
     The i-th example of a split depends on ``name``, ``seed`` and i alone: a larger split starts with the smaller one,
-    on every platform. No input of one split occurs in another, whatever the seeds and sizes. Within a split inputs
-    differ; only a training split larger than the number of different inputs starts over, with newly drawn wordings.
+    on every platform (pictures too, to the byte). No input of one split occurs in another, whatever the seeds and
+    sizes; of tasks on pictures an input is the question with what is shown where, whatever the sizes and shades.
+    Within a split inputs differ; only a training split larger than the number of different inputs starts over, with
+    newly drawn wordings.
 
     Args:
-        name: one of :func:`builtin_task_names`.
+        name: one of :func:`builtin_task_names` or :func:`visual_task_names`.
         seed: any integer.
         train, dev, test: number of examples, each >= 0.
 
@@ -54,9 +62,10 @@ def builtin_task(name: str, *, seed: int = 0, train: int = 320, dev: int = 32, t
     >>> task.metric, task.answer_pattern
     ('exact_match', '\\\\d{4}-\\\\d{2}-\\\\d{2}')
     """
-    if name not in _KINDS:
-        raise DataError(f"there is no built-in task {name!r}; {choices(name, _KINDS)}")
-    kind = _KINDS[name]
+    if not is_builtin_task(name):
+        known = _VISUAL_KINDS if name.startswith("visual") else _KINDS
+        raise DataError(f"there is no built-in task {name!r}; {choices(name, known)}")
+    kind = _KINDS.get(name) or _VISUAL_KINDS[name]
     return Task(
         name=name,
         train=_examples(kind, "train", seed, train),
@@ -75,7 +84,7 @@ def builtin_stream(
     """Built-in tasks, in the given order.
 
     Args:
-        names: names of tasks; ``None``: all, in the default order.
+        names: names of tasks; ``None``: all on texts, in the default order.
         seed, train, dev, test: of every task, as in :func:`builtin_task`.
 
     Raises:
@@ -88,15 +97,16 @@ def builtin_stream(
 def _examples(kind: Kind, split: Split, seed: int, count: int) -> tuple[Example, ...]:
     if count < 0:
         raise DataError(f"built-in task {kind.name!r}: {split}={count}; a size is 0 or more")
-    draw = Draw(f"{kind.name}/{split}/{seed}", split)
+    draw = Draw(f"{kind.drawn_as or kind.name}/{split}/{seed}", split)
     wordings = [parse_wording(marked) for marked in kind.wordings]
     examples: list[Example] = []
     seen: set[str] = set()
     misses = 0
     while len(examples) < count:
-        text, answer = kind.generate(draw)
-        # The text itself decides its split, so that no input is in two of them, whatever the sizes and the seed.
-        if text in seen or split_of(text) != split:
+        text, answer, identity, image = Sample(*kind.generate(draw))
+        identity = identity or text
+        # The input itself decides its split, so that no input is in two of them, whatever the sizes and the seed.
+        if identity in seen or split_of(identity) != split:
             misses += 1
             if misses < _MOST_MISSES:
                 continue
@@ -108,8 +118,9 @@ def _examples(kind: Kind, split: Split, seed: int, count: int) -> tuple[Example,
             misses = 0
             continue
         misses = 0
-        seen.add(text)
+        seen.add(identity)
         instruction, key_parts = draw.pick(wordings)
         source = f"built-in {kind.name} {split} {len(examples)}, seed {seed}"
-        examples.append(Example(instruction, text, (answer,), kind.name, key_parts, source=source))
+        images = () if image is None else (image(),)
+        examples.append(Example(instruction, text, (answer,), kind.name, key_parts, images=images, source=source))
     return tuple(examples)
