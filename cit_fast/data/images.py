@@ -1,6 +1,6 @@
 """Images of examples: what they are called, and how they are opened, checked and told apart.
 
-An image's name in :attr:`~cit_fast.data.example.Example.images` is an absolute path, a ``data:`` URI that holds the
+An image's name in ``Example.images`` is an absolute path, a ``data:`` URI that holds the
 file itself, or an address, behind which nobody looks.
 """
 
@@ -92,7 +92,7 @@ def open_image(name: str, where: str = "") -> Image:
         name: as examples have it. ``where``: the example, for messages.
 
     Raises:
-        DataError: no such file, no image, a broken one, one of more than :data:`MOST_PIXELS` pixels, an animation, or
+        DataError: no such file, no image, a broken one, one of more than ``MOST_PIXELS`` pixels, an animation, or
             an address.
     """
     try:
@@ -195,7 +195,7 @@ def _of_8_bits(image: Image) -> Image:
 
 @functools.cache
 def _known_formats() -> tuple[str, ...]:
-    """Those of :data:`FORMATS` that this Pillow has been built with."""
+    """Those of ``FORMATS`` that this Pillow has been built with."""
     import PIL.Image
 
     PIL.Image.init()
@@ -216,7 +216,7 @@ def _bad(name: str, why: str) -> _UnreadableError:
 def image_digest(name: str) -> str:
     """SHA-256 of an image's file: wherever it lies, and whether examples have its path or the bytes themselves.
 
-    A file is read once, by :func:`checked_images` or here, and again when its size or its time of change is another.
+    A file is read once, by ``checked_images`` or here, and again when its size or its time of change is another.
 
     Raises:
         DataError: no such file, or an address.

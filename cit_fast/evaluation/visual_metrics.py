@@ -52,7 +52,7 @@ def overlap(one: Box, other: Box) -> float:
 
 
 def iou_accuracy(predictions: Sequence[str], references: Sequence[Sequence[str]], labels: Sequence[str]) -> list[float]:
-    """100 for each answer that is a box and overlaps a wanted box by more than :data:`IOU_THRESHOLD`, else 0.
+    """100 for each answer that is a box and overlaps a wanted box by more than ``IOU_THRESHOLD``, else 0.
 
     CoIN's evaluation of grounding, where ``IoU > 0.5`` counts. Its script also cuts the last digit off every answer,
     which is not done here.
@@ -124,7 +124,7 @@ def vqa_accuracy(predictions: Sequence[str], references: Sequence[Sequence[str]]
 
     References are what each person answered, ten in VQA. For each person left out, an answer that at least three of the
     others gave is worth 1 and one that k < 3 gave k/3; the mean of these counts. Answers are compared as
-    :func:`vqa_answer` makes them, always: the official script leaves them as they are where all persons agree. With
+    ``vqa_answer`` makes them, always: the official script leaves them as they are where all persons agree. With
     fewer than four references no three others can agree, and an answer equal to any of them is right.
     """
     values = []

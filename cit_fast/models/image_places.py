@@ -1,4 +1,4 @@
-"""Where the images of an example stand in its turns: see :attr:`cit_fast.data.example.Example.images`."""
+"""Where the images of an example stand in its turns: see ``Example.images``."""
 
 from __future__ import annotations
 

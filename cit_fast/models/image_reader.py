@@ -99,7 +99,7 @@ class ImageReader:
 
         Args:
             text: the prompt, with :attr:`token` where an image goes. ``names``: the images in that order, as
-                :attr:`~cit_fast.data.example.Example.images` has them. ``where``: the example, for messages.
+                ``Example.images`` has them. ``where``: the example, for messages.
 
         Returns:
             ``input_ids`` [1, T] int64, and the other inputs as the processor makes them for a batch of one.

@@ -3,7 +3,7 @@
 It is for tests, for the quickstart on pictures and for comparing methods where no other model can be had: it sees the
 drawings of the built-in visual tasks and nothing else. Pretraining has two parts. The vision tower first learns to tell
 what lies in each cell of a picture; then all of the model learns to say it, in sentences
-(:mod:`cit_fast.models.tiny_vision_texts`).
+(``cit_fast.models.tiny_vision_texts``).
 """
 
 from __future__ import annotations
