@@ -51,7 +51,7 @@ nitpick_ignore_regex = [
     # Types of other packages and of Python, which the site does not link: it is built without the network.
     ("py:.*", r"(torch|transformers|peft|numpy|pydantic|pydantic_core|annotated_types|rich|sklearn|openai)(\..*)?"),
     ("py:.*", r"(abc|collections|concurrent|contextlib|datetime|enum|pathlib|random|types|typing)(\..*)?"),
-    ("py:.*", r"Tensor|Path|nn\.Module|PositiveInt"),
+    ("py:.*", r"Tensor|Path|nn\.Module|PositiveInt|Image|OnBad"),
     ("py:.*", r"cit_fast\.ops\.(backends\.Implementation|balance_ema\.reference\.Word)"),  # type variables
     # What is private has no page.
     ("py:.*", r"cit_fast\.(\w+\.)*_\w+(\.\w+)*"),
