@@ -137,13 +137,12 @@ def _decoded(file: IO[bytes], name: str) -> Image:
     import PIL.Image
 
     try:
-        with PIL.Image.open(file, formats=_known_formats()) as found:
-            _check_size(found, name)
-            if getattr(found, "is_animated", False) and found.format != "MPO":  # a photograph and its previews
-                raise _bad(name, "more than one frame; give one of them, as an image of its own")
-            found.load()
-            return _rgb(found, name)
-    except _UnreadableError:
+        found = PIL.Image.open(file, formats=_known_formats())
+        _check_size(found, name)
+        if getattr(found, "is_animated", False) and found.format != "MPO":  # a photograph and its previews
+            raise _bad(name, "more than one frame; give one of them, as an image of its own")
+        found.load()
+    except (_UnreadableError, MemoryError):  # the latter says nothing of the file
         raise
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):
         raise _bad(name, f"more than {MOST_PIXELS:,} pixels; make it smaller") from None
@@ -151,6 +150,7 @@ def _decoded(file: IO[bytes], name: str) -> Image:
         raise _bad(name, f"no image, or one broken at its start; {', '.join(FORMATS)} can be read") from None
     except Exception as error:  # decoders raise many kinds for a broken file
         raise _bad(name, f"broken ({_said(error)})") from error
+    return _rgb(found, name)
 
 
 def _check_size(image: Image, name: str) -> None:
@@ -171,7 +171,10 @@ def _rgb(image: Image, name: str) -> Image:
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
-    found = image.convert("RGB")
+    try:
+        found = image.convert("RGB")
+    except ValueError as error:  # Pillow knows no way from this mode
+        raise _bad(name, f"its colours ({image.mode}) cannot be made RGB ({_said(error)})") from error
     if orientation in _UPRIGHT:
         found = found.transpose(PIL.Image.Transpose(_UPRIGHT[orientation]))
     found.info = {}  # or a processor would turn it once more

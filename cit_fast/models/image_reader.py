@@ -16,6 +16,8 @@ from cit_fast.errors import ConfigError, DataError
 from cit_fast.models.wrappers import sees_images
 from cit_fast.text import first_line
 
+# What transformers' processors raise for files, sizes and counts that they do not take.
+_REFUSED = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 _OF_TOKENS = ("token_type_ids", "mm_token_type_ids")
 """Inputs that have a number for every token."""
 
@@ -60,7 +62,7 @@ def load_image_reader(folder: Path, config: Any, tokenizer: Any) -> ImageReader 
         kind = without_videos(kind)
     try:
         processor = kind.from_pretrained(folder)
-    except Exception as error:  # a file or a package is missing, or a field is of another kind
+    except (*_REFUSED, ImportError) as error:  # ImportError: a package that it wants
         raise ConfigError(
             f"model.name: {folder}: its processor of images cannot be loaded: {first_line(error)}"
         ) from error
@@ -90,7 +92,7 @@ class ImageReader:
 
         try:
             found = self._read(self.token, [Image.new("RGB", (32, 32))])
-        except Exception as error:  # whatever a processor with other parts than it wants raises
+        except _REFUSED as error:
             raise ConfigError(f"model.name: its processor of images does not work: {first_line(error)}") from error
         self.of_tokens = tuple(name for name in _OF_TOKENS if name in found)
 
@@ -110,7 +112,7 @@ class ImageReader:
         images = [open_image(name, where) for name in names]
         try:
             return self._read(text, images)
-        except Exception as error:  # transformers' checks of sizes and counts
+        except _REFUSED as error:
             raise DataError(
                 f"{where}: the model's processor does not take these images: {first_line(error)}"
             ) from error

@@ -199,6 +199,8 @@ class Sweep:
             overwritten = kept._version != version
             moved = kept.data_ptr() != pointer
             self.moved = self.moved or moved
+            if moved and kept.dtype not in _KERNEL_DTYPES and kept.dtype != param.dtype:
+                entry[PREVIOUS_GRAD] = kept.to(param.dtype)  # model.double() took it along, and model.float() does not
             shared = grad is not None and not moved and pointer != 0 and grad.data_ptr() == pointer
             if grad is kept or overwritten or shared:
                 found.append(param)

@@ -60,7 +60,7 @@ def test_a_batch_is_what_each_of_its_examples_is_alone(seeing):
         together = model(**collate(encoded)).logits
         for row, one in enumerate(encoded):
             alone = model(**collate([one])).logits[0, : len(one)]
-            torch.testing.assert_close(together[row, : len(one)], alone, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(together[row, : len(one)], alone, rtol=1e-5, atol=1e-5)
 
 
 def test_the_model_sees_its_own_image_at_its_place(seeing):
@@ -77,7 +77,7 @@ def test_the_model_sees_its_own_image_at_its_place(seeing):
     assert (first[0] - first[1]).abs().amax() > 1e-3
     assert (logits(TWO) - logits(swapped)).abs().amax() > 1e-3
     # Another row's image changes nothing.
-    torch.testing.assert_close(logits(NONE, ONE)[0], logits(NONE, other)[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(NONE, ONE)[0], logits(NONE, other)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_the_answer_alone_is_learned_and_no_token_of_an_image(seeing):
@@ -181,8 +181,11 @@ def test_an_image_that_changes_size_later_is_an_error(tmp_path, seeing):
     encoded = encoder.example(replace(ONE, images=(str(file),), source="d: record 1"))
     Image.new("RGB", (16, 200), "red").save(file)
     again = encoder.example(replace(ONE, images=(str(file),)))
-    if len(again) == len(encoded):
-        pytest.skip("every image has the same number of tokens here")
+    if len(again) == len(encoded):  # every image has as many tokens: LLaVA 1.5, Gemma 3
+        assert encoder.images.processor.__class__.__name__ in ("LlavaProcessor", "Gemma3Processor")
+        seen, now = (PaddingCollator(0)([each])["pixel_values"] for each in (encoded, again))
+        assert torch.equal(seen, now), "what is there when the batch is made"
+        return
     with pytest.raises(DataError, match="d: record 1: an image has changed"):
         PaddingCollator(0)([encoded])
 
