@@ -40,6 +40,8 @@ OnBad = Literal["error", "skip"]
 _DATA = "data:image/png;base64,"
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _SHOWN = 120  # characters of a name in a message
+_RECORDED = 4096  # characters of a data URI in a record
+_THUMBNAIL = 128  # pixels of the longer side
 _ORIENTATION = 0x0112  # the EXIF tag
 _UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # its value -> Pillow's Transpose
 _THREADS = 4
@@ -78,6 +80,31 @@ def shortened(name: str) -> str:
     if name.startswith("data:"):
         return f"{name[:40]}... ({len(name)} characters)" if len(name) > 40 else name
     return name if len(name) <= _SHOWN else "..." + name[3 - _SHOWN :]
+
+
+def recorded_name(name: str) -> str:
+    """An image's name for records, which are many: that of a thumbnail in the place of a large ``data:`` URI.
+
+    Raises:
+        DataError: such a URI that holds no image.
+    """
+    return thumbnail(name) if name.startswith("data:") and len(name) > _RECORDED else name
+
+
+def thumbnail(name: str) -> str:
+    """An image as a ``data:`` URI of at most 128 pixels a side, for people to look at.
+
+    Raises:
+        DataError: as :func:`open_image`.
+    """
+    image = open_image(name)
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    made = []
+    for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 80})):  # drawings, photographs
+        file = io.BytesIO()
+        image.save(file, kind, **options)
+        made.append(f"data:image/{kind};base64," + base64.b64encode(file.getvalue()).decode("ascii"))
+    return min(made, key=len)
 
 
 # ---------------------------------------------------------------------------------------------------------- opening

@@ -23,6 +23,7 @@ class Prediction:
 
     ``input`` is the example's, kept where its score is computed from it (an answer that has to be a span of it, SARI);
     elsewhere ``None``. ``adapter`` is the set that a router chose for the prompt; ``None`` where there is no choice.
+    ``images``: their names, as :func:`cit_fast.data.images.recorded_name` gives them; ``None`` of a text alone.
     """
 
     prompt: str
@@ -31,6 +32,7 @@ class Prediction:
     score: float
     input: str | None = None
     adapter: str | None = None
+    images: tuple[str, ...] | None = None
 
 
 def predictions_path(run_folder: Path, stage: int, task: str) -> Path:
@@ -86,10 +88,10 @@ def _prediction(line: str, where: str) -> Prediction:
     except (ValueError, RecursionError) as error:
         raise RunError(f"{where}: broken JSON ({error})") from None
     kinds = {"prompt": str, "prediction": str, "references": list, "score": (int, float)}
-    optional = {"input", "adapter"}
-    if not isinstance(raw, dict) or set(raw) - optional != set(kinds):
+    optional: dict[str, type] = {"input": str, "adapter": str, "images": list}
+    if not isinstance(raw, dict) or set(raw) - set(optional) != set(kinds):
         raise RunError(f"{where}: an object with the keys {', '.join(kinds)} was expected")
-    for key, kind in {**kinds, **{key: str for key in optional if key in raw}}.items():
+    for key, kind in {**kinds, **{key: kind for key, kind in optional.items() if key in raw}}.items():
         if not isinstance(raw[key], kind):  # type: ignore[arg-type]
             raise RunError(f"{where}: {key} has the wrong type ({type(raw[key]).__name__})")
     return Prediction(
@@ -99,6 +101,7 @@ def _prediction(line: str, where: str) -> Prediction:
         float(raw["score"]),
         raw.get("input"),
         raw.get("adapter"),
+        tuple(map(str, raw["images"])) if "images" in raw else None,
     )
 
 

@@ -15,7 +15,8 @@ import yaml
 from matplotlib.figure import Figure
 
 from cit_fast.data.constraints import KINDS
-from cit_fast.errors import RunError
+from cit_fast.data.images import thumbnail
+from cit_fast.errors import DataError, RunError
 from cit_fast.evaluation.predictions import Prediction, predictions_after, read_predictions
 from cit_fast.evaluation.records import StageRecord
 from cit_fast.evaluation.run_files import check_files
@@ -32,6 +33,7 @@ from cit_fast.report.values import report_values
 
 _RIGHT = 99.95
 _SHOWN_OF_EACH = 2
+_SHOWN_IMAGES = 4
 _LONGEST_TEXT = 700
 _SHOWN_RANKED = 20
 
@@ -349,12 +351,26 @@ def _selection(predictions: Sequence[Prediction]) -> list[Prediction]:
 
 def _example(prediction: Prediction) -> dict[str, Any]:
     return {
+        "images": _thumbnails(prediction.images or ()),
         "prompt": _cut(prediction.prompt),
         "prediction": _cut(prediction.prediction) or "(empty)",
         "references": [_cut(each) for each in prediction.references[:3]],
         "score": prediction.score,
         "right": prediction.score >= _RIGHT,
     }
+
+
+def _thumbnails(images: Sequence[str]) -> list[tuple[str, str]]:
+    """Address and description of each image; no address, and why, of one that cannot be read any more."""
+    found = []
+    for number, name in enumerate(images[:_SHOWN_IMAGES], start=1):
+        try:
+            found.append((thumbnail(name), f"image {number} of the prompt"))
+        except DataError as error:
+            found.append(("", _cut(str(error))))
+    if len(images) > _SHOWN_IMAGES:
+        found.append(("", f"and {len(images) - _SHOWN_IMAGES} more"))
+    return found
 
 
 def _cut(text: str) -> str:

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from cit_fast.cache import cache_folder
 from cit_fast.data.constraints import Constraints
 from cit_fast.data.example import Example, Task
+from cit_fast.data.images import recorded_name
 from cit_fast.errors import ConfigError, DataError
 from cit_fast.evaluation.metrics import JUDGE, score
 from cit_fast.evaluation.predictions import Prediction, judged
@@ -29,6 +30,8 @@ from cit_fast.run.config import EvaluationConfig
 from cit_fast.run.judge import judge_score
 from cit_fast.run.label_choice import most_likely
 from cit_fast.run.outside_engine import OutsideEngine
+
+Images = tuple[str, ...] | None
 
 
 @dataclass(frozen=True)
@@ -72,13 +75,13 @@ class Before:
     stage: Mapping[str, int]
     changed: Mapping[str, Collection[str]]
 
-    def answer(self, task: str, position: int, prompt: str, adapter: str) -> str | None:
+    def answer(self, task: str, position: int, prompt: str, images: Images, adapter: str) -> str | None:
         """The answer to the same prompt by the same set, if that has not changed."""
         known = self.predictions.get(task, ())
         if position >= len(known) or adapter in self.changed[task]:
             return None
         one = known[position]
-        return one.prediction if (one.prompt, one.adapter) == (prompt, adapter) else None
+        return one.prediction if (one.prompt, one.images, one.adapter) == (prompt, images, adapter) else None
 
 
 def evaluate(
@@ -117,7 +120,8 @@ def evaluate(
     sets = routed(model, encoder, [example for _, example in asked], router)
     routing_seconds = time.perf_counter() - started
     texts = [encoder.text_of(prompt) for prompt in prompts]
-    answers, taken_over = _taken_over(before, [task.name for task, _ in asked], texts, sets)
+    images = [tuple(map(recorded_name, example.images)) or None for _, example in asked]
+    answers, taken_over = _taken_over(before, [task.name for task, _ in asked], texts, images, sets)
     new = [index for index, answer in enumerate(answers) if answer is None]
     questions = [_Question(*asked[index], prompts[index], None if sets is None else sets[index]) for index in new]
     if engine is not None:
@@ -146,7 +150,10 @@ def evaluate(
         if sets is not None:
             answered_by[task.name] = dict(Counter(sets[index] for index in own))
         predictions[task.name] = [
-            Prediction(texts[index], answer, right, points, text, None if sets is None else sets[index])
+            Prediction(
+                *(texts[index], answer, right, points, text, None if sets is None else sets[index]),
+                images=images[index],
+            )
             for index, answer, right, points, text in zip(
                 own, own_answers, references, result.per_example, inputs, strict=True
             )
@@ -161,14 +168,18 @@ def evaluate(
 
 
 def _taken_over(
-    before: Before | None, tasks: Sequence[str], prompts: Sequence[str], sets: Sequence[str] | None
+    before: Before | None,
+    tasks: Sequence[str],
+    prompts: Sequence[str],
+    images: Sequence[Images],
+    sets: Sequence[str] | None,
 ) -> tuple[list[str | None], int]:
     """For each prompt the answer that still holds, or ``None``; and how many hold."""
     answers: list[list[str | None]] = [[None] * len(prompts)]
     if before is not None and sets is not None:
         place: Counter[str] = Counter()
-        for index, (task, prompt, name) in enumerate(zip(tasks, prompts, sets, strict=True)):
-            answers[0][index] = before.answer(task, place[task], prompt, name)
+        for index, (task, prompt, shown, name) in enumerate(zip(tasks, prompts, images, sets, strict=True)):
+            answers[0][index] = before.answer(task, place[task], prompt, shown, name)
             place[task] += 1
         broadcast_object_list(answers)  # one process decides, as about the sets
     return answers[0], sum(answer is not None for answer in answers[0])

@@ -17,7 +17,16 @@ import pytest
 from PIL import Image
 
 from cit_fast.data import Example, images
-from cit_fast.data.images import MOST_PIXELS, checked_images, image_digest, name_of, name_of_bytes, open_image
+from cit_fast.data.images import (
+    MOST_PIXELS,
+    checked_images,
+    image_digest,
+    name_of,
+    name_of_bytes,
+    open_image,
+    recorded_name,
+    thumbnail,
+)
 from cit_fast.errors import DataError
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -366,3 +375,17 @@ def test_names(tmp_path):
     assert name_of("file:///a%20b.png", "/data") == "/a b.png"
     assert name_of("https://example.org/a.png", "/data") == "https://example.org/a.png"
     assert name_of("data:image/png;base64,eA==", "/data") == "data:image/png;base64,eA=="
+
+
+def test_a_record_has_a_thumbnail_in_the_place_of_much_data(tmp_path):
+    small, large = name_of_bytes(saved(two_colours())), name_of_bytes(saved(noise((400, 300))))
+    assert [recorded_name(name) for name in ("/a/b.png", small)] == ["/a/b.png", small]
+    kept = recorded_name(large)
+    assert kept == thumbnail(large)
+    assert len(kept) < len(large) / 10
+    assert open_image(kept).size == (128, 96)
+    # A drawing keeps its pixels; what is small is not made larger.
+    drawn = open_image(thumbnail(small))
+    assert (drawn.size, drawn.getpixel((0, 0)), drawn.getpixel((7, 15))) == ((8, 16), RED, BLUE)
+    with pytest.raises(DataError, match="no such file"):
+        thumbnail(str(tmp_path / "gone.png"))

@@ -44,6 +44,7 @@ def test_what_is_written_is_read(tmp_path):
         Prediction("a\nb", "line\u2028separator", ("r1", "ü字"), 12.5),
         Prediction("", "\ud800 lone surrogate", ("x",), 0.0),
         Prediction("p", "a", ("a",), 100.0, None, "set-01"),
+        Prediction("<image>p", "a", ("a",), 100.0, images=("/pictures/1.png",)),
     ]
     write_predictions(tmp_path / "deep" / "task.jsonl", predictions)
     assert read_predictions(tmp_path / "deep" / "task.jsonl") == predictions

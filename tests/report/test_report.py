@@ -1,19 +1,30 @@
 from __future__ import annotations
 
+import base64
+import io
 import json
 import math
 import re
 import shutil
 
+import numpy as np
 import pytest
 from made_up_runs import REPLAY, SEQUENTIAL, TASKS, Page, printed, write_run
+from PIL import Image
 
+from cit_fast.data.images import name_of_bytes
 from cit_fast.errors import RunError
 from cit_fast.evaluation.predictions import Prediction, predictions_path, write_predictions
 from cit_fast.report import comparison_table, write_report
 from cit_fast.report import figures as pictures
 from cit_fast.report.collect import collect, number
 from cit_fast.report.headline import headline
+
+
+def png(image):
+    file = io.BytesIO()
+    image.save(file, "png")
+    return file.getvalue()
 
 
 def test_page_is_self_contained_and_its_pictures_are_pngs(folders, tmp_path):
@@ -171,6 +182,26 @@ def test_hostile_names_and_answers_are_text(tmp_path):
     assert "[…]" in page.text
     printed(comparison_table([folder, other]))
     assert "[bold" in printed(comparison_table([write_run(tmp_path / "c", SEQUENTIAL, method="[bold")]), width=120)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_answers_have_their_images_beside_them(tmp_path):
+    colours = np.random.default_rng(0).integers(0, 256, (300, 600, 3), dtype=np.uint8)
+    Image.fromarray(colours).save(tmp_path / "noise.png")
+    gone = str(tmp_path / "<gone>.png")
+    folder = write_run(tmp_path / "a", SEQUENTIAL)
+    names = (str(tmp_path / "noise.png"), gone, drawn := name_of_bytes(png(Image.new("RGB", (40, 20), "red"))))
+    write_predictions(
+        predictions_path(folder, 3, "dates"),
+        [Prediction("p", "a", ("b",), 0.0, images=names), Prediction("p", "a", ("a",), 100.0, images=(drawn,) * 6)],
+    )
+    page = Page(write_report([folder]))
+    found = [Image.open(io.BytesIO(base64.b64decode(each.partition(",")[2]))) for each in page.references]
+    sizes = [(image.format, image.size) for image in found if max(image.size) > 2]  # not the figures, undrawn
+    assert sizes == [("PNG", (40, 20))] * 4 + [("JPEG", (128, 64)), ("PNG", (40, 20))]
+    assert f"image {gone}: no such file" in page.text
+    assert "and 2 more" in page.text
+    assert "<gone>" not in page.tags
 
 
 def test_missing_scores_and_odd_sizes(tmp_path):

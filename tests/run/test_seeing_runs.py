@@ -20,7 +20,7 @@ from seeing_models import KINDS, seeing_model_folder
 from cit_fast import ContinualTrainer
 from cit_fast.data import Example, Task, TaskStream
 from cit_fast.errors import ConfigError, DataError, RunError
-from cit_fast.evaluation import read_stages
+from cit_fast.evaluation import predictions_after, read_predictions, read_stages
 from cit_fast.inference.continual_model import ContinualModel
 from cit_fast.inference.engine import Engine
 from cit_fast.inference.export import export_adapters, export_merged
@@ -131,8 +131,37 @@ def test_every_kind_of_method_trains_with_images(method, folder_of, seeing_setti
     assert last.index == 2
     assert all(loss == loss for _, loss in last.losses)
     assert not [note for note in last.notes if "have not moved" in note]
+    answered = read_predictions(predictions_after(folder, last, "colour"))
+    assert [one.images for one in answered] == [example.images for example in stream[0].test]
     model = ContinualModel.from_run(folder)
     assert model.generate([*stream[0].test, *stream[1].test], max_new_tokens=2)
+
+
+def test_the_switch_tells_tasks_apart_by_their_images(folder_of, seeing_settings):
+    """Of one instruction and one answer, and in an order in which texts stand between them."""
+
+    def examples(name: str, colours: tuple[str, ...], start: int) -> tuple[Example, ...]:
+        images = [(picture(colour, 30 + k),) for k in range(start, start + 4) for colour in colours]
+        return tuple(Example("Look.", "", ("yes",), name, images=each, source=name) for each in images)
+
+    def of(name: str, colours: tuple[str, ...]) -> Task:
+        texts = tuple(Example("Look.", word, ("no",), name, source=name) for word in ("here", "there"))
+        train, test = examples(name, colours, 0), examples(name, colours, 20)
+        return Task(name, (*train[:3], *texts, *train[3:]), (), (*test[:3], *texts, *test[3:]), metric="exact_match")
+
+    stream = TaskStream((of("dark", ("black", "navy")), of("light", ("white", "yellow"))))
+    router = {"name": "switch", "fraction": 1.0, "epochs": 200}
+    seeing_settings |= {
+        "model": {"name": str(folder_of("llava"))},
+        "methods": [{"preset": "switchcit", "router": router}],
+    }
+    (folder,) = start(seeing_settings, stream)
+    model = ContinualModel.from_run(folder)
+    for task in stream:
+        seen = [example for example in task.test if example.images]
+        assert set(model.route(seen)) == {f"task-{task.name}"}
+        texts = [replace(example, images=()) for example in seen]
+        assert len(set(model.route(texts))) == 1
 
 
 def test_images_are_served_beside_texts(folder_of, seeing_settings, stream):

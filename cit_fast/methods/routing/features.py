@@ -20,6 +20,7 @@ from cit_fast.embeddings.token_mean import TokenMeanEmbedder
 from cit_fast.errors import ConfigError, DataError
 from cit_fast.methods.stage import Stage
 from cit_fast.models.digests import model_digest
+from cit_fast.models.image_reader import Prompt, picture_inputs
 from cit_fast.models.pretrained import model_folder
 from cit_fast.text import first_line
 
@@ -82,7 +83,17 @@ class LastTokenFeatures:
         Raises:
             DataError: a text without tokens; the message gives its index.
         """
-        tokens = [self._cut(ids) for ids in self._tokenize(texts)]
+        return self._states([self._cut(ids) for ids in self._tokenize(texts)])
+
+    def embed_seen(self, prompts: Sequence[Prompt]) -> Tensor:
+        """The same of prompts with images, as the model is given them: none of their tokens is left out.
+
+        Raises:
+            DataError: an image that cannot be read any more, or that has changed.
+        """
+        return self._states(prompts)
+
+    def _states(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         longest_first = sorted(range(len(tokens)), key=lambda index: -len(tokens[index]))
         rows: list[Tensor] = [torch.empty(0)] * len(tokens)
         with _as_the_base(self._model) as decoder, torch.inference_mode():
@@ -94,8 +105,12 @@ class LastTokenFeatures:
                     ids[row, : len(tokens[index])] = torch.as_tensor(tokens[index])
                     mask[row, : len(tokens[index])] = 1
                 device = next(decoder.parameters()).device
+                seen = picture_inputs(
+                    [(tokens[index], getattr(tokens[index], "pictures", None)) for index in batch], width
+                )
+                inputs = {"input_ids": ids, "attention_mask": mask, **seen}
                 hidden = decoder(
-                    input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
+                    **{name: value.to(device) for name, value in inputs.items()}, use_cache=False
                 ).last_hidden_state
                 last = (mask.sum(1) - 1).to(device)
                 states = hidden[torch.arange(len(batch), device=device), last].float().cpu()

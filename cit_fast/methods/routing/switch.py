@@ -10,7 +10,7 @@ import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from safetensors import SafetensorError
@@ -24,7 +24,7 @@ from cit_fast.errors import ConfigError, RunError
 from cit_fast.evaluation.run_files import stages_until
 from cit_fast.files import write_file
 from cit_fast.methods.routing.familiarity import Familiarity
-from cit_fast.methods.routing.features import build_features
+from cit_fast.methods.routing.features import LastTokenFeatures, build_features
 from cit_fast.methods.routing.rejection import Rejection, lowest_trusted, rejection_threshold
 from cit_fast.methods.routing.router import (
     Reads,
@@ -39,6 +39,7 @@ from cit_fast.methods.routing.switch_network import SwitchNetwork, train_switch
 from cit_fast.methods.stage import Assignment, Learned, Stage
 from cit_fast.models.adapter_bank import BASE
 from cit_fast.models.image_places import without_images
+from cit_fast.models.image_reader import Prompt
 
 _TENSORS = "switch.safetensors"
 _PROMPTS = "prompts-{:0>4}.safetensors"
@@ -70,7 +71,8 @@ class SwitchTokensRouter(SavedRouter):
         max_length: tokens of a prompt that a model reads for its last-token state, the middle of a longer one left out.
         hidden, learning_rate, epochs, batch_size, balanced: of the network, see :func:`train_switch`.
         reads: what of a prompt is read, ``"prompt"`` (instruction and input, as a plain text has them),
-            ``"instruction"``, or ``"whole"``: the text that the model is given, chat template and all.
+            ``"instruction"``, or ``"whole"``: the text that the model is given, chat template and all. Images are seen
+            with ``reads: whole`` and ``features: base``, then with every token of their prompt.
         reject: share of the known prompts that may go to the base model, in [0, 1); 0: every prompt goes to some set.
         reject_reworded: the same of known prompts in a wording that the task is not known by.
         held_out: tasks that are never trained (built-in names, files, folders), whose prompts the threshold must keep
@@ -282,7 +284,30 @@ class SwitchTokensRouter(SavedRouter):
     # -- features ------------------------------------------------------------------------------------------------
 
     def _read(self, examples: Sequence[Example], stage: Stage) -> tuple[Tensor, int]:
-        """Features [examples, d], and how many prompts were too long to be read whole; equal texts are read once."""
+        """Features [examples, d], and how many prompts were too long to be read whole; equal prompts are read once."""
+        seen = self._seen(examples, stage)
+        plain = [index for index in range(len(examples)) if index not in seen]
+        features, truncated = self._read_texts([examples[index] for index in plain], stage)
+        if not seen:
+            return features, truncated
+        keys = {index: (examples[index].images, *prompt) for index, prompt in seen.items()}
+        prompts = {key: seen[index] for index, key in keys.items()}
+        position = {key: number for number, key in enumerate(prompts)}
+        states = cast("LastTokenFeatures", self._features(stage)).embed_seen(list(prompts.values()))
+        rows = dict(zip(plain, features, strict=True))
+        rows |= {index: states[position[key]] for index, key in keys.items()}
+        return torch.stack([rows[index] for index in range(len(examples))]), truncated
+
+    def _seen(self, examples: Sequence[Example], stage: Stage) -> dict[int, Prompt]:
+        """The prompts that are read with their images, by the index of their examples."""
+        if (self.features, self.reads) != ("base", "whole"):
+            return {}
+        encoder = stage.encoder.with_limit(None, "error")
+        asked = {index: encoder.prompt(example) for index, example in enumerate(examples) if example.images}
+        return {index: prompt for index, prompt in asked.items() if isinstance(prompt, Prompt)}
+
+    def _read_texts(self, examples: Sequence[Example], stage: Stage) -> tuple[Tensor, int]:
+        """The same of their texts alone."""
         texts = self._texts(examples, stage)
         position = {text: index for index, text in enumerate(dict.fromkeys(texts))}
         extractor = self._features(stage)
