@@ -2,8 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Modules are compiled when they are first imported; all 20,000 of torch and the rest take a minute.
+# Modules are compiled when they are first imported; all 20,000 of torch and the rest take a minute. What is compiled
+# must be kept, also where the environment (images of containers) says otherwise: it is 10 s of every process.
 PIP := $(BIN)/pip install --quiet --no-compile
+export PYTHONDONTWRITEBYTECODE =
 # Where the CPU build of torch comes from; empty: the index that uv knows for it, or else the one pip is configured for.
 TORCH_INDEX ?=
 TORCH := torch==2.13.0
