@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks are no package of the wheel
+from bench import paired
 from bench.testbed import __main__ as bed
 from bench.testbed import model, runs
 from bench.testbed.pretraining_tasks import KIND_OF, PRETRAINING
@@ -82,12 +83,12 @@ def test_tasks_contradict_each_other_on_the_same_inputs(pair):
 
 
 def test_differences_are_paired():
-    found = bed.difference([3.0, 5.0, 9.0, 4.0], [1.0, 4.0, 9.0, 5.0], 1)
+    found = paired.difference([3.0, 5.0, 9.0, 4.0], [1.0, 4.0, 9.0, 5.0], 1)
     assert found["mean"] == pytest.approx(0.5)
     assert found["wins"] == pytest.approx(0.625)
     assert found["low"] < 0.5 < found["high"]
     assert -1 <= found["low"] <= found["high"] <= 2
-    assert bed.difference([2.0, 3.0], [1.0, 2.0], -1) == {"mean": 1.0, "low": 1.0, "high": 1.0, "wins": 0.0}
+    assert paired.difference([2.0, 3.0], [1.0, 2.0], -1) == {"mean": 1.0, "low": 1.0, "high": 1.0, "wins": 0.0}
 
 
 def test_an_interrupted_pretraining_goes_on_where_it_was(tmp_path, monkeypatch):
@@ -138,7 +139,7 @@ def test_a_job_leaves_its_figures_and_is_not_run_twice(tiny_model_folder, tmp_pa
 def test_a_job_that_fails_is_named_and_the_call_ends_with_an_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CIT_FAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(bed, "pretrained", lambda: Path("gone"))
-    monkeypatch.setattr(bed, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+    monkeypatch.setattr(paired, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
     monkeypatch.setattr(runs, "general", lambda test: [PRETRAINING[0].task(1, 2, "0")])
     monkeypatch.setenv("TQDM_DISABLE", "1")
     arguments = ["--methods", "sequential", "--seeds", "1", "--orders", "1", "--output", str(tmp_path)]

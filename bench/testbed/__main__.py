@@ -17,43 +17,23 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import multiprocessing
 import os
 import statistics
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from traceback import format_exception
 from typing import Any
 
-import numpy as np
 from rich import box
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
-from scipy.stats import bootstrap
 
+from bench.paired import difference, in_processes
 from bench.testbed.model import pretrained
 from bench.testbed.picture import picture
-from bench.testbed.runs import FIGURES, GENERAL_TEST, TEST, TRAIN, TRAINING, Job, begin, run
+from bench.testbed.runs import FIGURES, GENERAL_TEST, TEST, TRAIN, TRAINING, Job, run
 from cit_fast.files import write_file
 
 COMPARED = {"AP": 1, "forgetting": -1, "New.ACC": 1, "general": 1, "reworded": 1}
 """Figures, and whether more (1) or less (-1) of them is better."""
-
-
-def difference(ours: Sequence[float], theirs: Sequence[float], better: int) -> dict[str, float]:
-    """Mean of the paired differences, its 95 % bootstrap interval, and the share of pairs in which ours is better.
-
-    A tie counts half. Of one pair the interval is the difference itself.
-    """
-    pairs = np.asarray(ours) - np.asarray(theirs)
-    low = high = float(pairs.mean())
-    if len(pairs) > 1 and np.ptp(pairs) > 0:
-        found = bootstrap((pairs,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(0))
-        low, high = map(float, found.confidence_interval)
-    wins = float(np.mean((better * pairs > 0) + 0.5 * (pairs == 0)))
-    return {"mean": float(pairs.mean()), "low": low, "high": high, "wins": wins}
 
 
 def summary(found: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
@@ -133,14 +113,7 @@ def main() -> None:
     record = recorded(options.results, setting)
     known = record["runs"]
     open_jobs = [job for job in jobs if job.name not in known and not job.file(options.output).exists()]
-    if open_jobs:
-        os.environ["TQDM_DISABLE"] = "1"  # read by the workers
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(options.workers, context, initializer=begin, initargs=(1,)) as pool:
-            futures = {pool.submit(run, job, model, options.output, options.keep): job for job in open_jobs}
-            for future in track(as_completed(futures), "runs", len(futures), console=console):
-                if (error := future.exception()) is not None:  # the others go on; the call ends with an error
-                    console.print(f"{futures[future]}:", "".join(format_exception(error)), markup=False)
+    in_processes(run, open_jobs, options.workers, console, model, options.output, options.keep)
     for job in jobs:
         if job.name not in known and job.file(options.output).exists():
             known[job.name] = json.loads(job.file(options.output).read_text())

@@ -112,10 +112,3 @@ def run(job: Job, model: Path, output: Path, keep: bool) -> None:
     write_file(file, json.dumps({**figures(made), "cpu minutes": seconds / 60, "machine": hardware}))
     if not keep:
         shutil.rmtree(folder)
-
-
-def begin(threads: int) -> None:
-    """Set up a worker process: so many threads."""
-    import torch
-
-    torch.set_num_threads(threads)
