@@ -31,7 +31,8 @@ from bench.paired import difference, in_processes
 from cit_fast import ContinualTrainer
 from cit_fast.evaluation import read_run, read_stages
 from cit_fast.files import write_file
-from cit_fast.models.pretrained import model_folder
+from cit_fast.models.config import ModelConfig
+from cit_fast.models.pretrained import resolve_model
 
 TASKS = ("colour", "count", "box", "yesno", "bars", "left")
 ORDERS = {1: TASKS, 2: TASKS[::-1], 3: ("yesno", "box", "colour", "left", "count", "bars")}
@@ -160,7 +161,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="JSON file of runs, with hardware, and tables; added to")
     options = parser.parse_args()
     console = Console(width=160)
-    model = model_folder(MODEL, where="model.name")  # pretrained once, before the processes begin
+    model = resolve_model(ModelConfig(name=MODEL))  # pretrained once, before the processes begin
     setting = {"model": model.name, "data": DATA, "training": TRAINING, "methods": METHODS, "orders": ORDERS}
     setting = json.loads(json.dumps(setting))
     record: dict[str, Any] = {"setting": setting, "runs": {}, "tables": {}}

@@ -17,7 +17,7 @@ from bench import visual
 @pytest.fixture
 def called(monkeypatch, tmp_path):
     """Calls ``main`` with arguments, and a model that is pretrained already."""
-    monkeypatch.setattr(visual, "model_folder", lambda name, where: Path("pretrained"))
+    monkeypatch.setattr(visual, "resolve_model", lambda config: Path("pretrained"))
 
     def call(*arguments: str) -> None:
         monkeypatch.setattr("sys.argv", ["bench.visual", "--output", str(tmp_path / "runs"), *arguments])

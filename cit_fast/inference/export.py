@@ -34,6 +34,7 @@ from cit_fast.models.adapter_bank import (
 )
 from cit_fast.models.adapters import load_adapter, load_weights
 from cit_fast.models.config import ModelConfig
+from cit_fast.models.encoder_decoder import few_tokens
 from cit_fast.models.loading import full_precision
 from cit_fast.models.pretrained import load_model, load_tokenizer, resolve_model
 from cit_fast.text import first_line
@@ -166,8 +167,8 @@ def start_vllm(base: str, revision: str | None, adapters: Mapping[str, Any]) -> 
     for name, adapter in adapters.items():
         if not served_elsewhere(adapter):
             raise RunError(
-                f"adapter set {name!r}: vLLM serves LoRA of one rank up to {MOST_SERVED_RANK} and one alpha, without "
-                f"biases; merge it instead: cit-fast export RUN OUT --merge {name}"
+                f"adapter set {name!r}: vLLM serves LoRA of a causal model, of one rank up to {MOST_SERVED_RANK} and "
+                f"one alpha, without biases; merge it instead: cit-fast export RUN OUT --merge {name}"
             )
     rank = next(rank for rank in _VLLM_RANKS if rank >= max(adapter.r for adapter in adapters.values()))
     words = ["vllm", "serve", base, *(["--revision", revision] if revision else []), "--served-model-name", "base"]
@@ -302,7 +303,7 @@ _ROUNDING = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2}
 def _few_logits(model: Any) -> Tensor:
     """[16, V] for tokens from all over the vocabulary."""
     tokens = torch.linspace(0, model.get_input_embeddings().weight.shape[0] - 1, _TOKENS).long()[None]
-    logits: Tensor = model.eval()(input_ids=tokens.to(model.device), use_cache=False).logits[0]
+    logits: Tensor = model.eval()(**few_tokens(model, tokens.to(model.device)), use_cache=False).logits[0]
     return logits.cpu()
 
 

@@ -14,6 +14,7 @@ from cit_fast.errors import ConfigError
 from cit_fast.evaluation.records import RunRecord, StageRecord
 from cit_fast.methods.config import descriptions
 from cit_fast.models.config import ModelConfig
+from cit_fast.models.encoder_decoder import is_encoder_decoder
 from cit_fast.models.loading import known_loading, quantization_config
 from cit_fast.models.pretrained import local_model
 from cit_fast.models.wrappers import sees_images
@@ -60,6 +61,8 @@ def _classes(model: ModelConfig) -> tuple[str, str, str]:
         config = None if folder is None else known_loading(folder, model.kwargs, trust_remote_code=False)[1]
     except ConfigError:  # with code of its own, which is not run for a card
         config = None
+    if is_encoder_decoder(config):
+        return "AutoModelForSeq2SeqLM", "AutoTokenizer", "tokenizer"
     if sees_images(config):
         return "AutoModelForImageTextToText", "AutoProcessor", "processor"
     return "AutoModelForCausalLM", "AutoTokenizer", "tokenizer"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from cit_fast.errors import ConfigError
+from cit_fast.models.encoder_decoder import few_tokens
 from cit_fast.models.forward import evaluating
 from cit_fast.models.wrappers import unwrap
 
@@ -160,7 +161,7 @@ def _check(base: nn.Module, projection: nn.Module, head: Head) -> None:
     tokens = torch.arange(min(4, head.vocabulary), device=head.weight.device)[None]
     try:
         with evaluating(base):
-            logits = base(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
+            logits = base(**few_tokens(base, tokens), use_cache=False).logits
     finally:
         handle.remove()
     wide = torch.promote_types(logits.dtype, torch.float32)

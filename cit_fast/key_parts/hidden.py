@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cit_fast.errors import ConfigError
 from cit_fast.key_parts.pairs import EncodedPair, PairCollator
 from cit_fast.models.collation import LENGTHS
+from cit_fast.models.encoder_decoder import decoder_start
 from cit_fast.models.forward import evaluating, hidden_rows, router_loss
 from cit_fast.models.prompts import IGNORED, Encoded
 from cit_fast.models.wrappers import learned_positions, sees_images, unwrap
@@ -127,12 +128,14 @@ def pair_collator(
         ConfigError: ``share_prefix`` is True and the model does not take it.
     """
     flash = "flash" in str(unwrap(model).config._attn_implementation) and _device(model).type == "cuda"  # type: ignore[union-attr]
-    packed = flash and not sees_images(unwrap(model).config)
+    start = decoder_start(model)
+    packed = flash and start is None and not sees_images(unwrap(model).config)
     share = can_share_prefixes(model, share_prefix)
     positions = learned_positions(model)
     if positions is not None:  # padding must not go beyond them either
         lengths = [*(length for length in lengths if length < positions), positions]
-    return PairCollator(pad_token_id, share, packed and not share, shortest_window(model), lengths=tuple(lengths))
+    window = shortest_window(model)
+    return PairCollator(pad_token_id, share, packed and not share, window, lengths=tuple(lengths), decoder_start=start)
 
 
 def can_share_prefixes(model: nn.Module, share_prefix: bool | Literal["auto"]) -> bool:
@@ -160,6 +163,8 @@ def honours_4d_mask(model: nn.Module) -> bool:
     """
     base = unwrap(model)
     if sees_images(base.config):  # places of images have positions, and see each other, in ways of their own
+        return False
+    if decoder_start(base) is not None:  # the answers stand in other rows than the prompts
         return False
     if base not in _can:
         if "flash" in str(base.config._attn_implementation):  # type: ignore[union-attr]

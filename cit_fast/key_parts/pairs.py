@@ -23,6 +23,7 @@ import torch
 from cit_fast.data.example import MASK, Example
 from cit_fast.errors import ConfigError, DataError
 from cit_fast.models.collation import LENGTHS, padded_length
+from cit_fast.models.encoder_decoder import DECODER_LENGTHS, cut_rows
 from cit_fast.models.image_reader import Pictures, picture_inputs
 from cit_fast.models.prompts import IGNORED, Encoded, ExampleTooLongError, PromptEncoder
 from cit_fast.text import cut
@@ -138,6 +139,7 @@ class PairCollator:
         row: places a shared row of several maskings should not exceed: attention over a longer row costs more than is
             saved. Another row takes those that are too many.
         lengths: padded lengths in tokens, ascending.
+        decoder_start: of an encoder-decoder, the token that its decoder begins with; without the others.
 
     Raises:
         ConfigError: both ``share_prefix`` and ``packed``.
@@ -149,6 +151,7 @@ class PairCollator:
     window: int | None = None
     row: int = 1024
     lengths: tuple[int, ...] = LENGTHS
+    decoder_start: int | None = None
 
     def __post_init__(self) -> None:
         if self.share_prefix and self.packed:
@@ -167,7 +170,9 @@ class PairCollator:
             * ``position_ids``, ``branch`` and ``visible`` [R, S]: shared rows. A place sees those before it of its own
               branch (0: full, -1: padding), and the first ``visible`` of its row;
             * ``position_ids`` [1, S], ``cu_seq_lens_q``, ``cu_seq_lens_k`` (int32) and ``max_length_q``,
-              ``max_length_k`` (int): one packed row.
+              ``max_length_k`` (int): one packed row;
+            * ``attention_mask`` [R, P] and ``decoder_input_ids`` [R, S], with ``input_ids`` [R, P]: prompts and answers
+              apart, of an encoder-decoder (:func:`~cit_fast.models.encoder_decoder.cut_rows`).
 
             Of the pairs: ``full_at`` and ``masked_at`` [T], the places (in the flattened rows) whose hidden states
             predict the labelled tokens of each pair; ``offsets`` [E + 1], where each pair's tokens start among the T;
@@ -179,6 +184,8 @@ class PairCollator:
             layout = _shared(_short_rows(groups, self.row), self.pad_token_id, self.lengths)
         elif self.packed:
             layout = _pack(_separate(groups))
+        elif self.decoder_start is not None:
+            layout = _cut(_separate(groups), self.decoder_start, self.pad_token_id, self.lengths)
         else:
             layout = _pad(_separate(groups), self.pad_token_id, self.lengths)
         return of_pairs(features, *layout)
@@ -317,6 +324,7 @@ class _Sequences(NamedTuple):
 
     ids: list[list[int]]
     labels: list[list[int]]
+    prompts: list[int]
     pictures: list[Pictures | None]
     full: list[int]
     masked: list[int]
@@ -330,6 +338,7 @@ def _separate(groups: _Groups) -> _Sequences:
     return _Sequences(
         [list(one.input_ids) for one in (*fulls, *masked)],
         [*(list(one.labels) for one in fulls), *([IGNORED] * len(one.input_ids) for one in masked)],
+        [one.prompt_length for one in (*fulls, *masked)],
         [one.pictures for one in (*fulls, *masked)],
         [number for number, _ in of],
         [number if pair.masked is None else next(numbers) for number, pair in of],
@@ -347,6 +356,17 @@ def _pad(sequences: _Sequences, pad: int, lengths: Sequence[int]) -> _Layout:
     return batch, [
         (width * full, width * masked, 0) for full, masked in zip(sequences.full, sequences.masked, strict=True)
     ]
+
+
+def _cut(sequences: _Sequences, start: int, pad: int, lengths: Sequence[int]) -> _Layout:
+    def width_of(longest: int, answers: bool) -> int:
+        return padded_length(longest, (*DECODER_LENGTHS, *lengths) if answers else lengths)
+
+    rows = list(zip(sequences.ids, sequences.labels, sequences.prompts, strict=True))
+    batch = cut_rows(rows, start, pad, width_of)
+    width = batch["labels"].shape[1]
+    zero = [row * width - prompt + 1 for row, prompt in enumerate(sequences.prompts)]
+    return batch, [(zero[full], zero[masked], 0) for full, masked in zip(sequences.full, sequences.masked, strict=True)]
 
 
 def _pack(sequences: _Sequences) -> _Layout:

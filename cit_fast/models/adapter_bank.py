@@ -73,10 +73,11 @@ MOST_SERVED_RANK = 512
 
 
 def served_elsewhere(config: Any) -> bool:
-    """Whether an inference server (vLLM, SGLang) answers as this set does: plain LoRA of one rank and one alpha,
-    without biases. They read over what they do not know.
+    """Whether an inference server (vLLM, SGLang) answers as this set does: plain LoRA on a causal model, of one rank
+    and one alpha, without biases. They read over what they do not know.
     """
     plain = is_plain_lora(config) and config.bias == "none" and not config.lora_bias
+    plain = plain and config.task_type != "SEQ_2_SEQ_LM"
     return plain and not (config.rank_pattern or config.alpha_pattern) and config.r <= MOST_SERVED_RANK
 
 

@@ -17,6 +17,7 @@ from cit_fast.errors import ConfigError, RunError
 from cit_fast.files import write_json
 from cit_fast.models.adapter_bank import is_plain_lora, read_adapter_config, read_adapter_weights
 from cit_fast.models.config import DataConfig, ModelConfig
+from cit_fast.models.encoder_decoder import is_encoder_decoder
 from cit_fast.models.fused_lora import fuse_lora
 from cit_fast.models.fused_norms import FusedNorm, fuse_norms
 from cit_fast.models.growing_adapter import GrowingAdapter
@@ -68,6 +69,7 @@ def load_encoder(folder: Path, model: ModelConfig, config: DataConfig) -> Prompt
         template_options=config.template_options,
         date=config.date,
         images=load_image_reader(folder, settings, tokenizer),
+        closes=is_encoder_decoder(settings),
     )
 
 

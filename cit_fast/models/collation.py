@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from cit_fast.errors import ConfigError
+from cit_fast.models.encoder_decoder import DECODER_LENGTHS, cut_rows
 from cit_fast.models.image_reader import Pictures, picture_inputs
 from cit_fast.models.prompts import IGNORED, Encoded
 
@@ -38,6 +39,7 @@ class PaddingCollator:
         pad_token_id: token that fills ``input_ids``; it is masked out and never learned, so EOS may serve.
         lengths: the lengths in tokens, ascending.
         max_length: never pad beyond this length, e.g. the model's number of positions.
+        decoder_start: of an encoder-decoder, the token that its decoder begins with.
 
     Raises:
         ConfigError: no lengths, or lengths that do not ascend.
@@ -46,6 +48,7 @@ class PaddingCollator:
     pad_token_id: int
     lengths: tuple[int, ...] = LENGTHS
     max_length: int | None = None
+    decoder_start: int | None = None
 
     def __post_init__(self) -> None:
         _check_lengths(self.lengths)
@@ -56,13 +59,14 @@ class PaddingCollator:
         Returns:
             ``input_ids``, ``attention_mask`` (1 for tokens, 0 for padding) and ``labels`` (-100 for padding):
             int64, ``[B, T]``; and what a model that takes images takes beside
-            (:func:`~cit_fast.models.image_reader.picture_inputs`).
+            (:func:`~cit_fast.models.image_reader.picture_inputs`). For an encoder-decoder what
+            :func:`~cit_fast.models.encoder_decoder.cut_rows` makes.
         """
         rows = [_row(feature) for feature in features]
-        longest = max(len(ids) for ids, _ in rows)
-        length = padded_length(longest, self.lengths)
-        if self.max_length is not None:
-            length = max(longest, min(length, self.max_length))
+        if self.decoder_start is not None:
+            cut = [(*row, _prompt_length(feature)) for row, feature in zip(rows, features, strict=True)]
+            return dict(cut_rows(cut, self.decoder_start, self.pad_token_id, self._width))
+        length = self._width(max(len(ids) for ids, _ in rows))
         shape = (len(rows), length)
         input_ids = torch.full(shape, self.pad_token_id, dtype=torch.int64)
         labels = torch.full(shape, IGNORED, dtype=torch.int64)
@@ -75,6 +79,10 @@ class PaddingCollator:
             [(ids, _pictures(feature)) for (ids, _), feature in zip(rows, features, strict=True)], length
         )
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, **pictures}
+
+    def _width(self, longest: int, answers: bool = False) -> int:
+        length = padded_length(longest, (*DECODER_LENGTHS, *self.lengths) if answers else self.lengths)
+        return length if self.max_length is None else max(longest, min(length, self.max_length))
 
 
 class PackingCollator:
@@ -120,19 +128,20 @@ def choose_collator(
     lengths: Sequence[int] = LENGTHS,
     max_length: int | None = None,
     images: bool = False,
+    decoder_start: int | None = None,
 ) -> Collator:
-    """Packing where the attention is a flash attention on CUDA and the model takes no images, else padding.
+    """Packing where the attention is a flash attention on CUDA and the model a causal one without images, else padding.
 
     Args:
         attn_implementation: ``"auto"`` or a name that transformers takes; see :func:`resolve_attention`.
         device: where the model runs.
         pad_token_id, lengths, max_length: of :class:`PaddingCollator`.
-        images: whether the model takes images.
+        images: whether the model takes images. ``decoder_start``: of an encoder-decoder.
     """
     name = resolve_attention(attn_implementation, device)
-    if not images and torch.device(device).type == "cuda" and "flash" in name:
+    if not images and decoder_start is None and torch.device(device).type == "cuda" and "flash" in name:
         return PackingCollator()
-    return PaddingCollator(pad_token_id, tuple(lengths), max_length)
+    return PaddingCollator(pad_token_id, tuple(lengths), max_length, decoder_start)
 
 
 def resolve_attention(attn_implementation: str, device: torch.device | str) -> str:
@@ -165,6 +174,12 @@ def _check_lengths(lengths: Sequence[int]) -> None:
     ascending = all(a < b for a, b in itertools.pairwise(lengths))
     if not lengths or lengths[0] < 1 or not ascending:
         raise ConfigError(f"lengths must be one or more ascending positive numbers of tokens, not {list(lengths)}")
+
+
+def _prompt_length(feature: Feature) -> int:
+    if isinstance(feature, Encoded):
+        return feature.prompt_length
+    return next((k for k, label in enumerate(feature["labels"]) if label != IGNORED), len(feature["labels"]))
 
 
 def _pictures(feature: Feature) -> Pictures | None:

@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 
 from cit_fast.errors import DataError, RunError
 from cit_fast.models.adapter_bank import BASE, AdapterBank, RowsLostError
+from cit_fast.models.encoder_decoder import decoder_start
 from cit_fast.models.forward import evaluating, undisturbed, whole_rows
 from cit_fast.models.fused_lora import adapters_cast_once
 from cit_fast.models.growing_adapter import activate
@@ -98,7 +99,7 @@ def generate_answers(
     time.
 
     Args:
-        model: a causal language model of transformers, or a PEFT model around one.
+        model: a causal language model or an encoder-decoder of transformers, or a PEFT model around one.
         prompts: N token sequences, each of one token or more, template and all; those with images are
             :class:`~cit_fast.models.image_reader.Prompt`.
         pad_token_id: any token; padded places are masked. ``eos_token_ids``: the tokens that end an answer.
@@ -127,9 +128,11 @@ def generate_answers(
         if not len(prompt):
             raise DataError(f"generate: prompt {index} has no tokens")
     end_tokens = [eos_token_ids] if isinstance(eos_token_ids, int) else list(eos_token_ids)
+    start = decoder_start(model)
     config = GenerationConfig(
         do_sample=False,
         num_beams=1,
+        decoder_start_token_id=start,
         max_new_tokens=max_new_tokens,
         pad_token_id=pad_token_id,
         eos_token_id=end_tokens,
@@ -185,7 +188,7 @@ def generate_answers(
                 indices = [index for index in indices if index not in done]
             for batch in _batches(prompts, indices, limit, together):
                 own, names = [prompts[i] for i in batch], None if sets is None else [sets[i] for i in batch]
-                input_ids, mask = padded(own, pad_token_id, model.device)
+                input_ids, mask = padded(own, pad_token_id, model.device, left=start is None)
                 seen = picture_inputs(
                     [(each, getattr(each, "pictures", None)) for each in own], input_ids.shape[1], left=True
                 )
@@ -197,7 +200,8 @@ def generate_answers(
                         generation_config=config,
                         logits_processor=drawing([chance(i) for i in batch]),
                     )
-                answered(batch, [until_end(new, end_tokens) for new in output[:, input_ids.shape[1] :].tolist()])
+                before = input_ids.shape[1] if start is None else 1
+                answered(batch, [until_end(new, end_tokens) for new in output[:, before:].tolist()])
 
         if adapters is None:
             answer(longest_first)
@@ -257,7 +261,7 @@ def _batched_together(model: Any, prompt: Sequence[int], pad_token_id: int) -> _
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if base not in _found:
         start = list(prompt[:_TRIED])
-        config = for_trial(pad_token_id)
+        config = for_trial(pad_token_id, decoder_start(base))
         with _only_defaults(model, config):
             alone, beside, padded = (_logits(model, start, *how, config) for how in ((1, 0), (2, 0), (1, _PADDING)))
         doubles, skips = (same_logits(base, alone, other) for other in (beside, padded))
@@ -267,9 +271,12 @@ def _batched_together(model: Any, prompt: Sequence[int], pad_token_id: int) -> _
 
 
 def _logits(model: Any, prompt: list[int], rows: int, padding: int, config: GenerationConfig) -> torch.Tensor:
-    """[new tokens, vocabulary] of the last of some equal rows."""
-    input_ids = torch.tensor([[config.pad_token_id] * padding + prompt] * rows, device=model.device)
-    attention_mask = torch.tensor([[0] * padding + [1] * len(prompt)] * rows, device=model.device)
+    """[new tokens, vocabulary] of the last of some equal rows, padded before the prompt, for an encoder after it."""
+    tokens, seen = [config.pad_token_id] * padding + prompt, [0] * padding + [1] * len(prompt)
+    if decoder_start(model) is not None:
+        tokens, seen = prompt + [config.pad_token_id] * padding, seen[::-1]
+    input_ids = torch.tensor([tokens] * rows, device=model.device)
+    attention_mask = torch.tensor([seen] * rows, device=model.device)
     output = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
     return torch.stack([logits[-1] for logits in output.logits])
 
@@ -350,6 +357,8 @@ def generating(model: Any, config: GenerationConfig) -> Iterator[None]:
 
 def can_run_on(model: Any, prompt: Sequence[int], pad_token_id: int) -> bool:
     """Whether a :class:`RunningBatch` gives what the model gives; tried once per model, on the start of a prompt."""
+    if decoder_start(model) is not None:  # it reads a prompt at once
+        return False
     return _batched_together(model, prompt, pad_token_id) == "any" and can_continue(model, prompt, pad_token_id)
 
 

@@ -91,10 +91,35 @@ class ImageReader:
         from PIL import Image
 
         try:
-            found = self._read(self.token, [Image.new("RGB", (32, 32))])
+            self._blank = self._read(self.token, [Image.new("RGB", (32, 32))])
         except _REFUSED as error:
             raise ConfigError(f"model.name: its processor of images does not work: {first_line(error)}") from error
-        self.of_tokens = tuple(name for name in _OF_TOKENS if name in found)
+        self.of_tokens = tuple(name for name in _OF_TOKENS if name in self._blank)
+        self._fits = False
+
+    def check_fits(self, model: nn.Module) -> None:
+        """See once that the model takes what the processor makes, on a blank image.
+
+        Args:
+            model: of transformers, adapters in it or not, with its weights.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        if self._fits:
+            return
+        device = next(model.parameters()).device
+        try:
+            with torch.inference_mode():
+                model(**{name: value.to(device) for name, value in self._blank.items()}, use_cache=False)
+        except torch.OutOfMemoryError:  # which says nothing of them
+            raise
+        except _REFUSED as error:
+            raise ConfigError(
+                "model.name: the model does not take what its processor makes of a blank image, so its "
+                f"preprocessor_config.json or processor_config.json may be another model's: {first_line(error)}"
+            ) from error
+        self._fits = True
 
     def read(self, text: str, names: Sequence[str], where: str) -> dict[str, Tensor]:
         """What the model takes for one prompt.

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from cit_fast.errors import ConfigError
+from cit_fast.models.encoder_decoder import is_encoder_decoder
 from cit_fast.models.wrappers import sees_images
 from cit_fast.text import first_line
 from cit_fast.values import choices
@@ -122,8 +123,10 @@ def known_loading(folder: Path, kwargs: Mapping[str, Any], trust_remote_code: bo
 
 def auto_class(config: Any) -> Any:
     """transformers' class that loads a model of this configuration."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 
+    if is_encoder_decoder(config):
+        return AutoModelForSeq2SeqLM
     return AutoModelForImageTextToText if sees_images(config) else AutoModelForCausalLM
 
 

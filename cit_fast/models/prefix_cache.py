@@ -388,21 +388,25 @@ def used_columns(mask: Tensor) -> int:
     return mask.shape[1] - int(mask.any(0).int().argmax()) if mask.any() else 0
 
 
-def padded(prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """``input_ids`` and ``attention_mask`` [prompts, columns] of a batch, padded on the left."""
+def padded(
+    prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device, *, left: bool = True
+) -> tuple[Tensor, Tensor]:
+    """``input_ids`` and ``attention_mask`` [prompts, columns] of a batch, padded on the left, or on the right."""
     width = max(map(len, prompts))
     input_ids = torch.full((len(prompts), width), pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
     for row, prompt in enumerate(prompts):
-        input_ids[row, width - len(prompt) :] = torch.tensor(list(prompt), dtype=torch.long)
-        attention_mask[row, width - len(prompt) :] = 1
+        start = width - len(prompt) if left else 0
+        input_ids[row, start : start + len(prompt)] = torch.tensor(list(prompt), dtype=torch.long)
+        attention_mask[row, start : start + len(prompt)] = 1
     return input_ids.to(device), attention_mask.to(device)
 
 
-def for_trial(pad_token_id: int) -> GenerationConfig:
+def for_trial(pad_token_id: int, decoder_start: int | None = None) -> GenerationConfig:
     """Some tokens with their logits, for trying what a model can do."""
     return GenerationConfig(
         do_sample=False,
+        decoder_start_token_id=decoder_start,
         max_new_tokens=_NEW,
         pad_token_id=pad_token_id,
         output_logits=True,

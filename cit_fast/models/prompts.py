@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from cit_fast.data.example import Example
 from cit_fast.errors import ConfigError, DataError
 from cit_fast.models.chat_template import ChatTemplate, Turns, asks_for_date
+from cit_fast.models.encoder_decoder import around_text
 from cit_fast.models.image_places import from_turn, least_input, with_places, without_images
 from cit_fast.models.image_reader import ImageReader, Pictures, Prompt, pictures_of
 from cit_fast.models.wrappers import learned_positions
@@ -104,6 +105,7 @@ class PromptEncoder:
         template_options: further variables of the chat template, e.g. ``{"enable_thinking": False}``.
         date: what a chat template takes for today where it writes the date; ``None``: the day on which this is made.
         images: of a model that takes images; without it, those of the examples are passed over.
+        closes: prompts end as the tokenizer ends a text; for an encoder, which reads them alone.
 
     Raises:
         ConfigError: a tokenizer without EOS token, a chat template that takes no system turn though one is
@@ -120,6 +122,7 @@ class PromptEncoder:
         template_options: Mapping[str, Any] | None = None,
         date: datetime.date | None = None,
         images: ImageReader | None = None,
+        closes: bool = False,
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise ConfigError(
@@ -141,7 +144,8 @@ class PromptEncoder:
             self._template = ChatTemplate(tokenizer, self._system(), self.template_options, self.date)
         self.images = images
         self._image_parts = images is not None and self._template is not None and self._template.writes(images.token)
-        self._bos = self._leading_bos()
+        self.closes = closes
+        self._before, self._after = around_text(tokenizer, closes)
         self._vocabulary: int | None = None  # of the model, once it is known
         self.end_of_turn_id = int(tokenizer.eos_token_id if self._template is None else self._template.end_of_turn_id)
 
@@ -155,6 +159,7 @@ class PromptEncoder:
             template_options=self.template_options,
             date=self.date,
             images=self.images,
+            closes=self.closes,
         )
         found._vocabulary = self._vocabulary
         return found
@@ -298,7 +303,8 @@ class PromptEncoder:
     def _trained(self, example: Example) -> _Encode:
         """How the turns before the example's answer become the tokens and labels to train on."""
         pictured = self.images is not None and example.images  # whose tokens the template does not know
-        if example.messages and self._template is not None and self._template.marks_assistant and not pictured:
+        apart = pictured or self.closes  # the answer alone is the decoder's
+        if example.messages and self._template is not None and self._template.marks_assistant and not apart:
             answer = {"role": "assistant", "content": example.references[0]}
             return lambda turns, one: self._marked([*turns, answer], one)
 
@@ -325,13 +331,13 @@ class PromptEncoder:
                 return opened, [*whole[len(opened) :], self.end_of_turn_id]
             return opened, [*self._tokenize(said, plain=plain), self.end_of_turn_id]
         text = "".join(turn["content"] + "\n\n" for turn in turns if turn["content"])
-        opened = self._prompt_tokens(text, example, self._bos)
+        opened = self._prompt_tokens(text, example, self._before)
         return opened, [*self._tokenize(answer, plain=True), self.end_of_turn_id]
 
     def _prompt_tokens(self, text: str, example: Example, before: Sequence[int] = ()) -> list[int]:
         """A prompt's text as tokens, some before it; for a model that takes images a :class:`Prompt`."""
         if self.images is None:
-            return [*before, *self._tokenize(text)]
+            return [*before, *self._tokenize(text), *self._after]
         return self.images.prompt(text, example.images, _where(example), before, self._tokenize)
 
     def _marked(self, turns: Turns, example: Example) -> _Tokens:
@@ -478,13 +484,6 @@ class PromptEncoder:
             if self.on_overflow == "skip":
                 return None
             raise
-
-    # -------------------------------------------------------------------------------- what the tokenizer does
-
-    def _leading_bos(self) -> list[int]:
-        """What the tokenizer puts before a plain text; chat templates write it themselves."""
-        bos = self.tokenizer.bos_token_id
-        return [bos] if bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
 def _start_of_last_run(labels: list[int]) -> int:

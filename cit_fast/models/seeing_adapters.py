@@ -13,6 +13,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from cit_fast.models.encoder_decoder import is_encoder_decoder
 from cit_fast.models.osf import is_osf
 from cit_fast.models.wrappers import sees_images, text_part, unwrap
 
@@ -29,8 +30,8 @@ def adapter_fields(model: nn.Module, adapter: Mapping[str, Any], *, projector: b
     Args:
         projector: whether it can be trained beside them; sets that grow have no room for it.
     """
-    fields = {"task_type": "CAUSAL_LM", **adapter}
     base: Any = unwrap(model)
+    fields = {**adapter, "task_type": "SEQ_2_SEQ_LM" if is_encoder_decoder(base.config) else "CAUSAL_LM"}
     if not sees_images(base.config):
         return fields
     if fields.get("target_modules") == "all-linear":

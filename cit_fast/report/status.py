@@ -143,9 +143,10 @@ def _general_words(general: dict[str, Any]) -> str:
     beside = [f"{task} {_number(was)}, now {now:.1f}" for task, (was, now) in general["benchmarks"].items()]
     words = (
         f"General abilities {general['untrained']:.1f}, now {general['now']:.1f}"
-        f"{' (' + ', '.join(fallen) + ')' if fallen else ''}; nats a token away from the base model: {moved}"
+        f"{' (' + ', '.join(fallen) + ')' if fallen else ''}"
     )
-    return "; ".join([words, *beside])
+    away = [f"nats a token away from the base model: {moved}"] if moved else []
+    return "; ".join([words, *away, *beside])
 
 
 def _candidate(folder: Path) -> dict[str, Any] | None:

@@ -182,8 +182,8 @@ def checked_adapter(value: Mapping[str, Any]) -> dict[str, Any]:
     for key in value:
         if key in RESERVED_ADAPTER:
             raise ValueError(f"{key}: set by {RESERVED_ADAPTER[key]}")
-    if value.get("task_type", "CAUSAL_LM") != "CAUSAL_LM":
-        raise ValueError(f"task_type: {value['task_type']!r}; only CAUSAL_LM is trained here")
+    if value.get("task_type", "CAUSAL_LM") not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
+        raise ValueError(f"task_type: {value['task_type']!r}; only CAUSAL_LM and SEQ_2_SEQ_LM are trained here")
     if str(value.get("init_lora_weights")).lower() in _LEFT_OUT_INITS:
         raise ValueError(
             f"init_lora_weights: {value['init_lora_weights']!r} needs a pass over data that is not made here"

@@ -81,7 +81,8 @@ def measure(
     """General abilities of a model as it answers now, every prompt by the set that its router names.
 
     Args:
-        tasks: of the stream, whose prompts the second divergence is on; ``split``: of theirs.
+        tasks: of the stream, whose prompts the second divergence is on; ``split``: of theirs. An encoder-decoder
+            predicts no tokens of its prompts, and has no divergence.
         base: loads the base model, where ``model`` has no adapters that could be switched off.
         untrained: whether this is the base model itself, whose divergence is 0.
         harness: benchmarks to measure beside; ``batch_size``: of theirs.
@@ -92,6 +93,8 @@ def measure(
     encoder = encoder.with_limit(encoder.max_length, "skip")
     scores = _probe_scores(model, encoder, router)
     beside = ({}, {}) if harness is None else benchmarks(model, encoder, router, harness, batch_size)
+    if encoder.closes:
+        return GeneralRecord(scores, {}, *beside)
     if untrained:
         return GeneralRecord(scores, {"general": 0.0, "stream": 0.0}, *beside)
     each = max(1, _STREAM_PROMPTS // max(1, len(tasks)))

@@ -179,7 +179,7 @@ def _harness_model(model: Any, encoder: PromptEncoder, router: Router | None, ba
     return RoutedHFLM(
         pretrained=model,
         tokenizer=copy.deepcopy(encoder.tokenizer),  # it sets the padding that it wants
-        backend="causal",
+        backend="seq2seq" if encoder.closes else "causal",
         batch_size=batch_size,
         chat_template_args=dict(encoder.template_options or {}),
     )

@@ -434,7 +434,10 @@ class MethodRun:
             if weights is not None:
                 model = load_weights(model, weights, trainable=True)
         parked(model).to(self.state.device)
-        return model.to(self.state.device)
+        model = model.to(self.state.device)
+        if self.encoder.images is not None:
+            self.encoder.images.check_fits(model)
+        return model
 
     def _experts(self, known: dict[str, float]) -> dict[str, float]:
         """U_j: the score of a model trained on task j alone."""

@@ -363,7 +363,9 @@ def test_export_for_vllm(finished, model, tmp_path):
 def test_what_vllm_would_serve_otherwise_is_refused(options):
     """vLLM reads over a pattern of ranks, and answers with another scaling."""
     adapters = {"good": LoraConfig(r=16), "odd": LoraConfig(**{"r": 16, **options})}
-    with pytest.raises(RunError, match=r"adapter set 'odd': vLLM serves LoRA of one rank up to 512.*--merge odd"):
+    with pytest.raises(
+        RunError, match=r"adapter set 'odd': vLLM serves LoRA of a causal model, of one rank up to 512.*--merge odd"
+    ):
         start_vllm("base", None, adapters)
     script = start_vllm("a model", "v1", {"good": LoraConfig(r=17, use_rslora=True)})
     assert "vllm serve 'a model' --revision v1 " in script

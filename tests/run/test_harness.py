@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
+from seq2seq_models import seq2seq_folder
 
 from cit_fast import ContinualTrainer
 from cit_fast.errors import ConfigError, GateError
@@ -212,6 +213,13 @@ def test_in_a_run(settings, stream, folder):
     console = Console(record=True, width=200, file=io.StringIO())
     console.print(status_table(status(made)))
     assert f"colours {first:.1f}, now {last:.1f}" in console.export_text()
+
+
+def test_an_encoder_decoder_is_measured(settings, stream, folder, tmp_path):
+    settings["model"] = {"name": str(seq2seq_folder(tmp_path / "t5", "t5"))}
+    settings["training"] |= {"max_steps": 1}
+    stages = read_stages(run(settings, stream, folder))
+    assert all(round(6 * stage.general.main["colours"], 6) % 100 == 0 for stage in stages)
 
 
 def test_a_benchmark_that_falls_breaks_the_gate(settings, stream, folder, monkeypatch):

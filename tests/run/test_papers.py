@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from rich.console import Console
+from seq2seq_models import seq2seq_folder
 
 from cit_fast import ContinualTrainer, cli
 from cit_fast.data.streams import find_stream, stream_files
@@ -72,15 +73,18 @@ def small(tmp_path, tiny_model_folder, monkeypatch):
     monkeypatch.setenv("CIT_FAST_CACHE", str(tmp_path / "cache"))
 
     def overrides(path: Path) -> list[str]:
-        stream = load_config(path).data.stream.partition("/")[0]
+        config = load_config(path)
+        stream = config.data.stream.partition("/")[0]
         toy_data(tmp_path / stream, stream)
+        encoder = "t5" in config.model.name
+        model = seq2seq_folder(tmp_path / "t5", "t5") if encoder else tiny_model_folder
         return [
             f"data.root={tmp_path / stream}",
             f"output={tmp_path / 'runs'}",
-            f"model={{name: {tiny_model_folder}}}",
+            f"model={{name: {model}}}",
             "data.train=4",
             "data.test=1",
-            "data.max_length=160",
+            f"data.max_length={1024 if encoder else 160}",  # whose tokens are bytes
             "data.on_overflow=truncate",
             "training={per_device_train_batch_size: 4, max_steps: 1, use_cpu: true, save_strategy: 'no'}",
             "evaluation={max_new_tokens: 2, tasks: {sample: 1}, untrained: false}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -255,6 +256,22 @@ def test_what_the_model_does_not_take_is_refused(settings, folder_of, seeing_set
         start(seeing_settings, TaskStream((heard,)))
     with pytest.raises(ConfigError, match=r"evaluation\.engine"):
         start({**seeing_settings, "evaluation": {"engine": {"openai": "http://localhost:1/v1"}}}, stream)
+
+
+@pytest.mark.parametrize("of", ["another size", "another architecture"])
+def test_a_processor_of_another_model_is_refused(of, folder_of, seeing_settings, stream, tmp_path):
+    shutil.copytree(folder_of("llava"), tmp_path / "model")
+    if of == "another size":
+        own = json.loads((tmp_path / "model/processor_config.json").read_text())
+        (tmp_path / "model/processor_config.json").write_text(json.dumps({**own, "patch_size": 16}))
+    else:
+        theirs = json.loads((folder_of("gemma3") / "processor_config.json").read_text())["image_processor"]
+        own = json.loads((tmp_path / "model/processor_config.json").read_text())
+        size = {"height": 16, "width": 16}
+        own["image_processor"] = {**theirs, "size": size}
+        (tmp_path / "model/processor_config.json").write_text(json.dumps(own))
+    with pytest.raises(ConfigError, match=r"what its processor makes of a blank image, so its preprocessor_config"):
+        start({**seeing_settings, "model": {"name": str(tmp_path / "model")}}, stream)
 
 
 def test_a_bad_image_is_an_error_or_left_out_and_counted(folder_of, seeing_settings, stream, tmp_path, capsys):

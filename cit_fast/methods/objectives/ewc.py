@@ -22,6 +22,7 @@ from cit_fast.methods.objectives.cross_entropy import CrossEntropy
 from cit_fast.methods.stage import Stage, StageInputs
 from cit_fast.models.collation import PaddingCollator
 from cit_fast.models.digests import fingerprint
+from cit_fast.models.encoder_decoder import decoder_start
 from cit_fast.models.forward import evaluating
 from cit_fast.models.kept_tensors import read_tensors, write_tensors
 from cit_fast.models.parked_sets import set_names
@@ -107,7 +108,7 @@ class EWC:
                 return known
         before = self._before(stage, parameters)
         squares = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
-        collate = PaddingCollator(stage.encoder.pad_token_id)
+        collate = PaddingCollator(stage.encoder.pad_token_id, decoder_start=decoder_start(stage.model))
         with evaluating(stage.model), torch.enable_grad():
             for each in drawn:
                 batch = {name: value.to(stage.model.device) for name, value in collate([each]).items()}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from cit_fast.data.example import Example
 from cit_fast.methods.stage import Stage, StageInputs
 from cit_fast.models.collation import choose_collator
+from cit_fast.models.encoder_decoder import decoder_start
 
 
 class Objective(Protocol):
@@ -41,5 +42,6 @@ def plain_inputs(stage: Stage, examples: Sequence[Example]) -> StageInputs:
         pad_token_id=stage.encoder.pad_token_id,
         max_length=stage.encoder.max_length,
         images=stage.encoder.images is not None,
+        decoder_start=decoder_start(stage.model),
     )
     return StageInputs(encoded.encoded, collator, encoded.truncated, encoded.skipped)

@@ -20,6 +20,7 @@ from cit_fast.embeddings.token_mean import TokenMeanEmbedder
 from cit_fast.errors import ConfigError, DataError
 from cit_fast.methods.stage import Stage
 from cit_fast.models.digests import model_digest
+from cit_fast.models.encoder_decoder import is_encoder_decoder
 from cit_fast.models.image_reader import Prompt, picture_inputs
 from cit_fast.models.pretrained import model_folder
 from cit_fast.text import first_line
@@ -148,6 +149,10 @@ def _batches(order: Sequence[int], tokens: Sequence[Sequence[int]]) -> Iterator[
         start += count
 
 
+def _reader(base: Any) -> Any:
+    return base.get_encoder() if is_encoder_decoder(base.config) else base.base_model
+
+
 @contextlib.contextmanager
 def _as_the_base(model: Any) -> Iterator[Any]:
     """The decoder of ``model`` without head and adapters, in evaluation mode; as it was afterwards."""
@@ -156,9 +161,9 @@ def _as_the_base(model: Any) -> Iterator[Any]:
     try:
         if isinstance(model, PeftModel):
             with model.disable_adapter():
-                yield model.get_base_model().base_model
+                yield _reader(model.get_base_model())
         else:
-            yield model.base_model
+            yield _reader(model)
     finally:
         for module in training:
             module.training = True
