@@ -225,7 +225,7 @@ def test_kinds_that_cannot_be_trained_here_say_why(settings, stream):
         ({"layer_replication": [[0, 2]]}, "makes another base model"),
         ({"init_lora_weights": "eva"}, "needs a pass over data"),
         ({"inference_mode": True}, "set by cit-fast"),
-        ({"task_type": "SEQ_CLS"}, "only CAUSAL_LM is trained here"),
+        ({"task_type": "SEQ_CLS"}, "only CAUSAL_LM and SEQ_2_SEQ_LM are trained here"),
     ):
         with pytest.raises(ConfigError, match=said):
             run(settings, stream, "sequential", **adapter)
