@@ -7,7 +7,7 @@ before it, as in a causal model, so losses need not know which kind they train.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ def cut_rows(
     rows: Sequence[tuple[Sequence[int], Sequence[int], int]],
     start: int,
     pad: int,
-    width_of: Any,
+    width_of: Callable[[int, bool], int],
 ) -> dict[str, Tensor]:
     """Sequences of prompt and answer as a batch for encoder and decoder.
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from killed import at_call, killed
 from peft import PeftModel
-from rich.console import Console
-from safetensors.torch import load_file
+from resumed import killed_twice
 from seq2seq_models import KINDS, seq2seq_folder
+from toy_runs import adapter, start
 from transformers import AutoModelForSeq2SeqLM
 
-from cit_fast import ContinualTrainer
 from cit_fast.data import Example, Task, TaskStream
 from cit_fast.errors import RunError
 from cit_fast.evaluation import read_stages
@@ -32,7 +30,6 @@ from cit_fast.models.encoder_decoder import decoder_start
 from cit_fast.models.forward import hidden_rows
 from cit_fast.models.generation import generate
 from cit_fast.models.pretrained import load_model
-from cit_fast.run import run_folder, stage_trainer
 
 
 def example(name: str, k: int) -> Example:
@@ -50,14 +47,8 @@ def stream() -> TaskStream:
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory):
-    made: dict[str, Path] = {}
-
-    def folder(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = seq2seq_folder(tmp_path_factory.mktemp("seq2seq") / kind, kind)
-        return made[kind]
-
-    return folder
+    root = tmp_path_factory.mktemp("seq2seq")
+    return functools.cache(lambda kind: seq2seq_folder(root / kind, kind))
 
 
 @pytest.fixture
@@ -77,14 +68,6 @@ def seq2seq_settings(settings):
         **settings, "data": {"max_length": 192}, "evaluation": {"max_new_tokens": 4, "batch_size": 4},
         "adapter": {"r": 2, "target_modules": "all-linear"},
     }  # fmt: skip
-
-
-def start(settings, stream):
-    return ContinualTrainer(settings, stream=stream, console=Console(quiet=True)).run()
-
-
-def weights(folder: Path, stage: int) -> dict[str, torch.Tensor]:
-    return load_file(next((folder / "stages" / f"{stage:02d}" / "adapters").glob("*/adapter_model.safetensors")))
 
 
 # ---------------------------------------------------------------------------------------------------- batches, losses
@@ -164,18 +147,10 @@ def test_a_run_goes_on_with_the_same_bits_and_its_sets_go_elsewhere(
     kind, folder_of, seq2seq_settings, stream, tmp_path
 ):
     seq2seq_settings |= {"model": {"name": str(folder_of(kind))}, "methods": ["replay-ema"]}
-    whole = {**seq2seq_settings, "output": seq2seq_settings["output"] + "-whole"}
-    (undisturbed,) = start(whole, stream)
-    for arm in (at_call(1, stage_trainer, "mark_complete"), at_call(2, run_folder, "commit_folder")):
-        assert killed(lambda: start(seq2seq_settings, stream), arm)
-    (folder,) = start(seq2seq_settings, stream)
-    for one, other in zip(read_stages(folder), read_stages(undisturbed), strict=True):
-        assert (one.scores, one.losses) == (other.scores, other.losses)
-    for stage in (1, 2):
-        ours, theirs = weights(folder, stage), weights(undisturbed, stage)
-        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert any("encoder" in name for name in ours)
-    assert any("decoder" in name for name in ours)
+    folder = killed_twice(seq2seq_settings, stream)
+    kept = adapter(folder, 2)
+    assert any("encoder" in name for name in kept)
+    assert any("decoder" in name for name in kept)
 
     # The run's own model, and PEFT without this package, answer alike.
     model = ContinualModel.from_run(folder)

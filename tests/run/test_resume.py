@@ -7,19 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from killed import at_call, die, killed
-from rich.console import Console
 from safetensors.torch import load_file
-from toy_runs import adapter
+from toy_runs import adapter, start
 
-from cit_fast import ContinualTrainer
 from cit_fast.errors import RunError
 from cit_fast.evaluation import read_stages
 from cit_fast.optim import AdamWBalanceEMA
 from cit_fast.run import cached_scores, method_run, run_folder, stage_evaluation, stage_trainer
-
-
-def start(settings, stream):
-    return ContinualTrainer(settings, stream=stream, console=Console(quiet=True)).run()
 
 
 def half_written_checkpoint():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import json
 import shutil
@@ -11,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from killed import at_call, killed
 from peft import PeftModel
 from PIL import Image
-from rich.console import Console
+from resumed import killed_twice
 from safetensors.torch import load_file
 from seeing_models import KINDS, seeing_model_folder
+from toy_runs import adapter, start
 
 from cit_fast import ContinualTrainer
 from cit_fast.data import Example, Task, TaskStream
@@ -30,7 +31,6 @@ from cit_fast.inference.questions import Question
 from cit_fast.models.config import ModelConfig
 from cit_fast.models.pretrained import load_model
 from cit_fast.models.prompts import ExampleTooLongError
-from cit_fast.run import run_folder, stage_trainer
 
 COLOURS = ("red", "green", "blue", "white", "black", "yellow")
 
@@ -62,14 +62,8 @@ def stream() -> TaskStream:
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory):
-    made: dict[str, Path] = {}
-
-    def folder(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = seeing_model_folder(tmp_path_factory.mktemp("seeing") / kind, kind)
-        return made[kind]
-
-    return folder
+    root = tmp_path_factory.mktemp("seeing")
+    return functools.cache(lambda kind: seeing_model_folder(root / kind, kind))
 
 
 @pytest.fixture
@@ -82,30 +76,14 @@ def seeing_settings(settings):
     }  # fmt: skip
 
 
-def start(settings, stream):
-    return ContinualTrainer(settings, stream=stream, console=Console(quiet=True)).run()
-
-
-def weights(folder: Path, stage: int) -> dict[str, torch.Tensor]:
-    return load_file(next((folder / "stages" / f"{stage:02d}" / "adapters").glob("*/adapter_model.safetensors")))
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_goes_on_with_the_same_bits_and_its_sets_go_elsewhere(kind, folder_of, seeing_settings, stream, tmp_path):
     seeing_settings |= {"model": {"name": str(folder_of(kind))}, "methods": ["replay-ema"]}
-    whole = {**seeing_settings, "output": seeing_settings["output"] + "-whole"}
-    (undisturbed,) = start(whole, stream)
-    for arm in (at_call(1, stage_trainer, "mark_complete"), at_call(2, run_folder, "commit_folder")):
-        assert killed(lambda: start(seeing_settings, stream), arm)
-    (folder,) = start(seeing_settings, stream)
-    for one, other in zip(read_stages(folder), read_stages(undisturbed), strict=True):
-        assert (one.scores, one.losses) == (other.scores, other.losses)
-    assert weights(folder, 1).keys() == weights(folder, 2).keys()
-    for stage in (1, 2):
-        ours, theirs = weights(folder, stage), weights(undisturbed, stage)
-        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert any("lora_A" in name for name in ours)
-    assert any("lora_" not in name for name in ours), "the projector"
+    folder = killed_twice(seeing_settings, stream)
+    kept = adapter(folder, 2)
+    assert adapter(folder, 1).keys() == kept.keys()
+    assert any("lora_A" in name for name in kept)
+    assert any("lora_" not in name for name in kept), "the projector"
 
     # The run's own model, and PEFT without this package, answer alike.
     model = ContinualModel.from_run(folder)
@@ -223,7 +201,7 @@ def test_the_projector_has_its_own_learning_rate(folder_of, seeing_settings, str
     seeing_settings["training"]["projector_learning_rate"] = 0.0
     (folder,) = start(seeing_settings, stream)
     before = load_file(folder_of("llava") / "model.safetensors")
-    after = {name: tensor for name, tensor in weights(folder, 2).items() if "lora_" not in name}
+    after = {name: tensor for name, tensor in adapter(folder, 2).items() if "lora_" not in name}
     assert after
     for name, tensor in after.items():
         end = name.partition("multi_modal_projector.")[2]

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from rich.console import Console
+import toy_runs
 
-from cit_fast import ContinualTrainer, cli
+from cit_fast import cli
 from cit_fast.data import TaskStream
 from cit_fast.errors import ConfigError, RunError
 from cit_fast.evaluation import read_run, read_stages
@@ -18,7 +18,7 @@ from cit_fast.run.run_folder import mark_complete
 
 def start(settings, stream, **more):
     merged = {**settings, **{k: {**settings[k], **v} if isinstance(v, dict) else v for k, v in more.items()}}
-    return ContinualTrainer(merged, stream=stream, console=Console(quiet=True)).run()
+    return toy_runs.start(merged, stream)
 
 
 @pytest.mark.parametrize(

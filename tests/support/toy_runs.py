@@ -36,6 +36,11 @@ def adapter(folder: Path, stage: int, name: str = "shared") -> dict[str, torch.T
     return load_file(folder / "stages" / f"{stage:02d}" / "adapters" / name / "adapter_model.safetensors")
 
 
+def start(settings, stream) -> list[Path]:
+    """Run a configuration that is a mapping, without a word."""
+    return ContinualTrainer(settings, stream=stream, console=Console(quiet=True)).run()
+
+
 @pytest.fixture(scope="session")
 def stream() -> TaskStream:
     return TaskStream(tuple(make_task(name) for name in ("alpha", "beta", "gamma")))
