@@ -106,9 +106,9 @@ def gain_kernel(
             b = _tile(masked_ptrs + k, offs_k[None, :] < width - k, EVEN, PRECISE)
             z = tl.dot(a, head, z, input_precision="tf32x3")
             w = tl.dot(b, head, w, input_precision="tf32x3")
-        inside = (offs_n < entries - start)[None, :]
-        z = tl.where(inside, _logit(z, bias + cols, scale, softcap, BIAS, CAP), -float("inf"))
-        w = tl.where(inside, _logit(w, bias + cols, scale, softcap, BIAS, CAP), -float("inf"))
+        beyond = tl.where(offs_n < entries - start, 0.0, -float("inf"))[None, :]
+        z = _logit(z, bias + cols, scale, softcap, BIAS, CAP) + beyond
+        w = _logit(w, bias + cols, scale, softcap, BIAS, CAP) + beyond
         is_target = offs_n[None, :] == (target - start)[:, None]
         p, q = _update(p, q, z, w, is_target)
 

@@ -14,10 +14,11 @@ instead, [T, d] rather than [T, V]; so what is stored is at most 1 in size and k
 
 A program takes a row and sweeps it two or three times, every other time backwards: what a sweep read last the next
 finds in the second-level cache. 4 bytes of float32 logits are read for each entry, 8 for a pair of sides, and 2 of
-gradient written; next to nothing is computed. Programs of 1024 threads, one on a processor at a time, keep few rows on
-their way and so more of each in that cache. The gradient in 16 bits lies in the first half of the row that it replaces:
-a block of it is stored where all logits have been read. Sums are kept by each lane and added up at the end, in an order
-that is always the same.
+gradient written. Whole blocks of a row go without masks; the last one, if it is not whole, has code of its own.
+Logarithms are of base 2, as the instructions are. Programs of 1024 threads, one on a processor at a time, keep few rows
+on their way and so more of each in that cache. The gradient in 16 bits lies in the first half of the row that it
+replaces: a block of it is stored where all logits have been read. Sums are kept by each lane and added up at the end,
+in an order that is always the same.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from cit_fast.kernels.information_gain import LN2, LOG2E, NOWHERE
 from cit_fast.ops.information_gain.reference import GATE_ENTROPY
 
 FULL_ENTROPY = tl.constexpr(GATE_ENTROPY)
-MOST_LOG_RATIO = tl.constexpr(1e4)  # beyond it p or q is 0 and the value no longer matters
+MOST_LOG_RATIO = tl.constexpr(40.0)  # of base 2; beyond it the smaller of p and q no longer matters
 
 
 @triton.jit(do_not_specialize=["entries"])
@@ -68,23 +69,25 @@ def cross_entropy_kernel(
         top = tl.zeros((BLOCK,), tl.float32) + NOWHERE
         total = tl.zeros((BLOCK,), tl.float32)
         moment = tl.zeros((BLOCK,), tl.float32)
-        for i in range(tl.cdiv(entries, BLOCK)):
-            offs = _backwards(i, entries, BLOCK)
-            z = _logits(logits, bias, offs, entries, stride, scale, softcap, BIAS, CAP)[0]
-            if GATE:
-                moment = _take_moment(top, total, moment, z)
-            top, total = _take(top, total, z)
+        for last in tl.static_range(1, -1, -1):
+            for i in range(_blocks(entries, last, BLOCK)):
+                offs = _backwards(i, entries, last, BLOCK)
+                z, _ = _logits(logits, bias, offs, entries, stride, scale, softcap, 1.0, BIAS, CAP, last)
+                if GATE:
+                    moment = _take_moment(top, total, moment, z)
+                top, total = _take(top, total, z)
         log_sum = _log_sum(top, total)
         gate = _gate(top, total, moment, log_sum, entropy_gate) if GATE else 1.0
-        of_target = _logits(logits, bias, target, entries, stride, scale, softcap, BIAS, CAP)[0]
+        of_target = _logits(logits, bias, target, entries, stride, scale, softcap, 1.0, BIAS, CAP, True)[0]
         tl.store(losses + row, share * gate * LN2 * (log_sum - of_target))
         if GRADIENT:
-            for i in range(tl.cdiv(entries, BLOCK)):
-                offs = i * BLOCK + tl.arange(0, BLOCK)
-                z, slope = _logits(logits, bias, offs, entries, stride, scale, softcap, BIAS, CAP)
-                p = tl.exp2(z - log_sum)
-                dz = gate * slope * (p - tl.where(offs == target, 1.0, 0.0))
-                _replace(gradient, lift * dz, offs, stride)
+            for last in tl.static_range(2):
+                for i in range(_blocks(entries, last, BLOCK)):
+                    offs = _forwards(i, entries, last, BLOCK)
+                    z, slope = _logits(logits, bias, offs, entries, stride, scale, softcap, 1.0, BIAS, CAP, last)
+                    p = tl.exp2(z - log_sum)
+                    dz = slope * (p - tl.where(offs == target, 1.0, 0.0))
+                    _replace(gradient, (lift * gate) * dz, offs, stride, last)
 
 
 @triton.jit(do_not_specialize=["entries"])
@@ -125,39 +128,49 @@ def jsd_kernel(
         top_q = tl.zeros((BLOCK,), tl.float32) + NOWHERE
         total_p = tl.zeros((BLOCK,), tl.float32)
         total_q = tl.zeros((BLOCK,), tl.float32)
-        for i in range(tl.cdiv(entries, BLOCK)):
-            offs = i * BLOCK + tl.arange(0, BLOCK)
-            z = cooled * _logits(live, bias_live, offs, entries, stride, scale, softcap, BIAS_LIVE, CAP)[0]
-            w = cooled * _logits(frozen, bias_frozen, offs, entries, stride, scale, softcap, BIAS_FROZEN, CAP)[0]
-            top_p, total_p = _take(top_p, total_p, z)
-            top_q, total_q = _take(top_q, total_q, w)
+        for last in tl.static_range(2):
+            for i in range(_blocks(entries, last, BLOCK)):
+                offs = _forwards(i, entries, last, BLOCK)
+                z, _ = _logits(live, bias_live, offs, entries, stride, scale, softcap, cooled, BIAS_LIVE, CAP, last)
+                w, _ = _logits(
+                    frozen, bias_frozen, offs, entries, stride, scale, softcap, cooled, BIAS_FROZEN, CAP, last
+                )
+                top_p, total_p = _take(top_p, total_p, z)
+                top_q, total_q = _take(top_q, total_q, w)
         log_sum_p = _log_sum(top_p, total_p)
         log_sum_q = _log_sum(top_q, total_q)
 
         sum_p = tl.zeros((BLOCK,), tl.float32)
         sum_q = tl.zeros((BLOCK,), tl.float32)
-        for i in range(tl.cdiv(entries, BLOCK)):
-            offs = _backwards(i, entries, BLOCK)
-            z = cooled * _logits(live, bias_live, offs, entries, stride, scale, softcap, BIAS_LIVE, CAP)[0] - log_sum_p
-            w = (
-                cooled * _logits(frozen, bias_frozen, offs, entries, stride, scale, softcap, BIAS_FROZEN, CAP)[0]
-                - log_sum_q
-            )
-            p_over_m, q_over_m = _log_over_mean(z, w)
-            sum_p += _times(tl.exp2(z), p_over_m)
-            sum_q += _times(tl.exp2(w), q_over_m)
+        for last in tl.static_range(1, -1, -1):
+            for i in range(_blocks(entries, last, BLOCK)):
+                offs = _backwards(i, entries, last, BLOCK)
+                z, _ = _logits(live, bias_live, offs, entries, stride, scale, softcap, cooled, BIAS_LIVE, CAP, last)
+                w, _ = _logits(
+                    frozen, bias_frozen, offs, entries, stride, scale, softcap, cooled, BIAS_FROZEN, CAP, last
+                )
+                z, w = _finite(z - log_sum_p), _finite(w - log_sum_q)
+                p_over_m, q_over_m = _log_over_mean(z, w)
+                sum_p += tl.exp2(z) * p_over_m
+                sum_q += tl.exp2(w) * q_over_m
         kl_p = tl.sum(sum_p)
         kl_q = tl.sum(sum_q)
-        tl.store(losses + row, share * (0.5 * LOG2E) * (kl_p + kl_q))
+        tl.store(losses + row, share * 0.5 * (kl_p + kl_q))
 
         if GRADIENT:
-            for i in range(tl.cdiv(entries, BLOCK)):
-                offs = i * BLOCK + tl.arange(0, BLOCK)
-                z, slope = _logits(live, bias_live, offs, entries, stride, scale, softcap, BIAS_LIVE, CAP)
-                z = cooled * z - log_sum_p
-                w = cooled * _logits(frozen, bias_frozen, offs, entries, stride, scale, softcap, BIAS_FROZEN, CAP)[0]
-                p_over_m, _ = _log_over_mean(z, w - log_sum_q)
-                _replace(gradient, lift * slope * _times(tl.exp2(z), p_over_m - kl_p), offs, stride)
+            for last in tl.static_range(2):
+                for i in range(_blocks(entries, last, BLOCK)):
+                    offs = _forwards(i, entries, last, BLOCK)
+                    z, slope = _logits(
+                        live, bias_live, offs, entries, stride, scale, softcap, cooled, BIAS_LIVE, CAP, last
+                    )
+                    w, _ = _logits(
+                        frozen, bias_frozen, offs, entries, stride, scale, softcap, cooled, BIAS_FROZEN, CAP, last
+                    )
+                    z, w = _finite(z - log_sum_p), _finite(w - log_sum_q)
+                    p_over_m, _ = _log_over_mean(z, w)
+                    dz = LN2 * slope * (tl.exp2(z) * (p_over_m - kl_p))
+                    _replace(gradient, lift * dz, offs, stride, last)
 
 
 @triton.jit(do_not_specialize=["entries"])
@@ -201,34 +214,39 @@ def kl_kernel(
         top_q = tl.zeros((BLOCK,), tl.float32) + NOWHERE
         total_p = tl.zeros((BLOCK,), tl.float32)
         total_q = tl.zeros((BLOCK,), tl.float32)
-        for i in range(tl.cdiv(entries, BLOCK)):
-            offs = _backwards(i, entries, BLOCK)
-            z = cooled * _logits(live, bias_live, offs, entries, stride, scale, softcap, BIAS_LIVE, CAP)[0]
-            w = cooled * _logits(frozen, bias_frozen, offs, entries, stride, scale, softcap, BIAS_FROZEN, CAP)[0]
-            if WITHOUT:
-                z = tl.where(offs == out, NOWHERE, z)
-                w = tl.where(offs == out, NOWHERE, w)
-            top_p, total_p = _take(top_p, total_p, z)
-            top_q, total_q = _take(top_q, total_q, w)
+        for last in tl.static_range(1, -1, -1):
+            for i in range(_blocks(entries, last, BLOCK)):
+                offs = _backwards(i, entries, last, BLOCK)
+                z, _ = _logits(live, bias_live, offs, entries, stride, scale, softcap, cooled, BIAS_LIVE, CAP, last)
+                w, _ = _logits(
+                    frozen, bias_frozen, offs, entries, stride, scale, softcap, cooled, BIAS_FROZEN, CAP, last
+                )
+                if WITHOUT:
+                    z = tl.where(offs == out, NOWHERE, z)
+                    w = tl.where(offs == out, NOWHERE, w)
+                top_p, total_p = _take(top_p, total_p, z)
+                top_q, total_q = _take(top_q, total_q, w)
         log_sum_p = _log_sum(top_p, total_p)
         log_sum_q = _log_sum(top_q, total_q)
 
         divergence = tl.zeros((BLOCK,), tl.float32)
-        for i in range(tl.cdiv(entries, BLOCK)):
-            offs = i * BLOCK + tl.arange(0, BLOCK)
-            z, slope = _logits(live, bias_live, offs, entries, stride, scale, softcap, BIAS_LIVE, CAP)
-            z = cooled * z
-            w = cooled * _logits(frozen, bias_frozen, offs, entries, stride, scale, softcap, BIAS_FROZEN, CAP)[0]
-            if WITHOUT:
-                z = tl.where(offs == out, NOWHERE, z)
-                w = tl.where(offs == out, NOWHERE, w)
-            z = z - log_sum_p
-            w = w - log_sum_q
-            q = tl.exp2(w)
-            divergence += _times(q, LN2 * (w - z))
-            if GRADIENT:
-                _replace(gradient, lift * slope * (tl.exp2(z) - q), offs, stride)
-        tl.store(losses + row, share * tl.sum(divergence))
+        for last in tl.static_range(2):
+            for i in range(_blocks(entries, last, BLOCK)):
+                offs = _forwards(i, entries, last, BLOCK)
+                z, slope = _logits(live, bias_live, offs, entries, stride, scale, softcap, cooled, BIAS_LIVE, CAP, last)
+                w, _ = _logits(
+                    frozen, bias_frozen, offs, entries, stride, scale, softcap, cooled, BIAS_FROZEN, CAP, last
+                )
+                if WITHOUT:
+                    z = tl.where(offs == out, NOWHERE, z)
+                    w = tl.where(offs == out, NOWHERE, w)
+                z -= log_sum_p
+                w -= log_sum_q
+                q = tl.exp2(w)
+                divergence += _times(q, w - z)
+                if GRADIENT:
+                    _replace(gradient, lift * slope * (tl.exp2(z) - q), offs, stride, last)
+        tl.store(losses + row, share * LN2 * tl.sum(divergence))
 
 
 @triton.jit(do_not_specialize=["rows", "entries"])
@@ -252,25 +270,51 @@ def bias_kernel(
 
 
 @triton.jit
-def _backwards(i, entries, BLOCK: tl.constexpr):
-    return (tl.cdiv(entries, BLOCK) - 1 - i) * BLOCK + tl.arange(0, BLOCK)
+def _blocks(entries, LAST: tl.constexpr, BLOCK: tl.constexpr):
+    """How many blocks are whole, or whether a last one is not."""
+    return tl.where(entries % BLOCK > 0, 1, 0) if LAST else entries // BLOCK
 
 
 @triton.jit
-def _logits(row, bias, offs, entries, stride, scale, softcap, BIAS: tl.constexpr, CAP: tl.constexpr):
-    """Logits in units of log 2, -inf beyond the row, and the slope of the cap."""
-    z = tl.load(row + offs, offs < stride, other=0.0)  # of the two limits the one that is a multiple of 16
+def _forwards(i, entries, LAST: tl.constexpr, BLOCK: tl.constexpr):
+    return (entries // BLOCK if LAST else i) * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def _backwards(i, entries, LAST: tl.constexpr, BLOCK: tl.constexpr):
+    return (entries // BLOCK - (0 if LAST else 1 + i)) * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def _logits(
+    row,
+    bias,
+    offs,
+    entries,
+    stride,
+    scale,
+    softcap,
+    cooled,  # 1 / temperature
+    BIAS: tl.constexpr,
+    CAP: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Logits in units of log 2, -inf beyond the row where MASKED, and the slope of the cap."""
+    # Of the two limits the one that is a multiple of 16.
+    z = tl.load(row + offs, offs < stride, other=0.0) if MASKED else tl.load(row + offs)
     if BIAS:
-        z += tl.load(bias + offs, offs < entries, other=0.0)
+        z += tl.load(bias + offs, offs < entries, other=0.0) if MASKED else tl.load(bias + offs)
     slope = 1.0
     if CAP:
         # tanh, and 1 - tanh^2; the error of 1e-7 of the difference is one of the cap.
         share = 1 / (1 + tl.exp2(z * (2 * LOG2E * scale / softcap)))
         slope = 4 * share * (1 - share)
-        z = (LOG2E * softcap) * (1 - 2 * share)
+        z = (LOG2E * softcap * cooled) * (1 - 2 * share)
     else:
-        z *= LOG2E * scale
-    return tl.where(offs < entries, z, -float("inf")), slope
+        z *= LOG2E * scale * cooled
+    if MASKED:
+        z = tl.where(offs < entries, z, -float("inf"))
+    return z, slope
 
 
 @triton.jit
@@ -312,21 +356,29 @@ def _log_sum(top, total):
 
 
 @triton.jit
-def _log_over_mean(z, w):
-    """log(p/m) and log(q/m), natural, from log2 p and log2 q; to the last places where they hardly differ.
+def _finite(z):
+    """Log-probabilities of which a difference is a number, where both are of an entry that is taken out; NaN stays."""
+    return tl.maximum(z, NOWHERE, propagate_nan=tl.PropagateNan.ALL)
 
-    With x = log(q/p): log(p/m) = -log((1 + e^x)/2) = -x/2 - log cosh(x/2), of which the series is used near 0.
+
+@triton.jit
+def _log_over_mean(z, w):
+    """log2(p/m) and log2(q/m) from log2 p and log2 q; to the last places where they hardly differ.
+
+    With x = log2(q/p): log2(p/m) = 1 - log2(1 + 2^x) = -x/2 + level, level = -log2 cosh(x ln 2 / 2) = 1 - |x|/2 -
+    log2(1 + 2^-|x|). Polynomials of least error: of the first form in x^2 to |x| = 1, of the second in 2^-|x| beyond
+    it, 7e-9 of the value each. A library's logarithm takes twice the instructions.
     """
-    x = LN2 * (w - z)
-    x = tl.minimum(tl.maximum(x, -MOST_LOG_RATIO), MOST_LOG_RATIO)
+    x = tl.maximum(w - z, -MOST_LOG_RATIO, propagate_nan=tl.PropagateNan.ALL)
+    x = tl.minimum(x, MOST_LOG_RATIO, propagate_nan=tl.PropagateNan.ALL)
     size = tl.abs(x)
-    near = size < 0.5
-    y2 = 0.25 * x * x
-    log_cosh = y2 * (0.5 + y2 * (-1 / 12 + y2 * (1 / 45 - 17 / 2520 * y2)))
-    far = LN2 - tl.log(1 + tl.exp(-size))
-    p_over_m = tl.where(near, -0.5 * x - log_cosh, far - tl.maximum(x, 0.0))
-    q_over_m = tl.where(near, 0.5 * x - log_cosh, far - tl.maximum(-x, 0.0))
-    return p_over_m, q_over_m
+    x2 = x * x
+    near = x2 * (-8.66433970e-2 + x2 * (1.73448531e-3 + x2 * (-5.54650631e-5 + x2 * 1.87660150e-6)))
+    e = tl.exp2(-size)
+    log_sum = 2.55126895e-1 + e * (-1.47099566e-1 + e * 4.57201959e-2)
+    log_sum = e * (1.44269407 + e * (-7.21298819e-1 + e * (4.80056327e-1 + e * (-3.53573431e-1 + e * log_sum))))
+    level = tl.where(size < 1, near, (1 - log_sum) - 0.5 * size)
+    return level - 0.5 * x, level + 0.5 * x
 
 
 @triton.jit
@@ -336,10 +388,13 @@ def _times(p, value):
 
 
 @triton.jit
-def _replace(gradient, dz, offs, stride):
+def _replace(gradient, dz, offs, stride, MASKED: tl.constexpr):
     """Store where logits were, once every thread has read its own."""
     tl.debug_barrier()
-    tl.store(gradient + offs, dz.to(gradient.dtype.element_ty), offs < stride)
+    if MASKED:
+        tl.store(gradient + offs, dz.to(gradient.dtype.element_ty), offs < stride)
+    else:
+        tl.store(gradient + offs, dz.to(gradient.dtype.element_ty))
 
 
 @triton.jit

@@ -6,24 +6,19 @@ Not collected by itself: test_balance_ema.py runs it in a process without TRITON
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
+import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
-import triton
 from cit_fast.kernels import balance_ema as kernels
-from cit_fast.kernels import balance_ema_tables as tables
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from cit_fast.ops.balance_ema.native import RULES
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are no package of the wheel
+from bench.machine_code import check, of_balance_ema
+
 ARCHITECTURES = (80, 90)
-REGISTERS = 65536  # of a processor
-STACK = 32  # bytes that another version of the compiler may keep there
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 F32, BF16, MIXED, ABSENT = 0, 1, 3, 4
 STREAMS = {
@@ -32,44 +27,7 @@ STREAMS = {
     "bfloat16-state": (BF16,) * 6,
     "mixed": (MIXED,) * 6,
 }
-TYPES = {
-    **dict.fromkeys(("sizes", "streams"), "*i64"),
-    **dict.fromkeys(("slots", "alphas", "remaining"), "*fp32"),
-    "chunks": "*i32",
-    "norms": "*fp64",
-    "fallbacks": "*u8",
-    "seed": "i32",
-}
-
-
-@cache
-def build(name: str, architecture: int, **options: object) -> tuple[str, str]:
-    """PTX as it is at run time, and what the machine code made of it uses."""
-    kernel = getattr(kernels, name)
-    options["CHUNK"] = tables.CHUNK
-    if name != "weights_kernel":
-        options.setdefault("NEAREST", False)
-        options["LOG_GROUPS"] = tables.LOG_GROUPS
-    signature = {arg: "constexpr" if arg in options else TYPES.get(arg, "fp32") for arg in kernel.arg_names}
-    # As the launcher does: memory that torch allocates is aligned.
-    attributes = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
-    source = ASTSource(kernel, signature, options, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=kernels._OPTIONS)
-    assert compiled.metadata.shared <= 8192
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        done = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, check=True)
-    return compiled.asm["ptx"], done.stdout.decode()
-
-
-def check(usage: str, programs: int) -> None:
-    """Nothing spilled, and few enough registers for so many programs on a processor at a time."""
-    registers = int(re.search(r"REG:(\d+)", usage).group(1))
-    print(f"{registers} registers")  # noqa: T201 - pytest -rA shows it
-    assert int(re.search(r"STACK:(\d+)", usage).group(1)) <= STACK
-    assert "LOCAL:0 " in usage
-    assert registers <= REGISTERS // (32 * kernels._OPTIONS["num_warps"]) // programs
+build = cache(of_balance_ema)
 
 
 def vectors(ptx: str, access: str) -> int:
@@ -91,25 +49,25 @@ def accesses(dtypes: tuple[int, ...], *, state: int) -> int:
 class TestKernels:
     def test_adamw(self, streams: str, architecture: int) -> None:
         dtypes = STREAMS[streams]
-        ptx, usage = build("sweep_kernel", architecture, DTYPES=dtypes, ADAMW=True, STORE_GRADS=True)
+        code = build("sweep_kernel", architecture, DTYPES=dtypes, ADAMW=True, STORE_GRADS=True)
         # Four programs are 4096 elements in flight, 98 KB of float32; the rare cases have less.
-        check(usage, 2 if streams == "mixed" else 4)
-        assert vectors(ptx, "ld") == accesses(dtypes, state=0)
-        assert vectors(ptx, "st") == accesses(dtypes[:2] + dtypes[3:], state=3)
+        check(code, 2 if streams == "mixed" else 4)
+        assert vectors(code.ptx, "ld") == accesses(dtypes, state=0)
+        assert vectors(code.ptx, "st") == accesses(dtypes[:2] + dtypes[3:], state=3)
 
     def test_norms(self, streams: str, architecture: int) -> None:
         dtypes = (*STREAMS[streams][:4], ABSENT, ABSENT)
-        ptx, usage = build("sweep_kernel", architecture, DTYPES=dtypes, ADAMW=False, STORE_GRADS=True)
-        check(usage, 4)
-        assert vectors(ptx, "ld") == accesses(dtypes, state=0)
-        assert vectors(ptx, "st") == accesses(dtypes[3:4], state=0)
+        code = build("sweep_kernel", architecture, DTYPES=dtypes, ADAMW=False, STORE_GRADS=True)
+        check(code, 4)
+        assert vectors(code.ptx, "ld") == accesses(dtypes, state=0)
+        assert vectors(code.ptx, "st") == accesses(dtypes[3:4], state=0)
 
     def test_apply(self, streams: str, architecture: int) -> None:
         dtypes = (*STREAMS[streams][:2], *(ABSENT,) * 4)
-        ptx, usage = build("apply_kernel", architecture, DTYPES=dtypes)
-        check(usage, 8)
-        assert vectors(ptx, "ld") == accesses(dtypes, state=0)
-        assert vectors(ptx, "st") == accesses(dtypes[1:2], state=1)
+        code = build("apply_kernel", architecture, DTYPES=dtypes)
+        check(code, 8)
+        assert vectors(code.ptx, "ld") == accesses(dtypes, state=0)
+        assert vectors(code.ptx, "st") == accesses(dtypes[1:2], state=1)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -117,10 +75,10 @@ class TestKernels:
 def test_weights(rule: str | None, architecture: int) -> None:
     options = {"RULE": ABSENT if rule is None else RULES[rule], "LOG_TILE": kernels._LOG_SLOTS}
     options["HAS_REMAINING"] = rule == "paper"
-    _, usage = build("weights_kernel", architecture, **options)
-    check(usage, 4)
+    code = build("weights_kernel", architecture, **options)
+    check(code, 4)
 
 
 def test_fused_multiply_add_is_off() -> None:
-    ptx, _ = build("sweep_kernel", 90, DTYPES=STREAMS["float32"], ADAMW=True, STORE_GRADS=True)
-    assert "fma.rn.f32" not in ptx
+    code = build("sweep_kernel", 90, DTYPES=STREAMS["float32"], ADAMW=True, STORE_GRADS=True)
+    assert "fma.rn.f32" not in code.ptx

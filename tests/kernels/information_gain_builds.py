@@ -6,55 +6,21 @@ Not collected by itself: test_information_gain.py runs it in a process without T
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import triton
 from cit_fast.kernels import information_gain, information_gain_losses, information_gain_rows
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-REGISTERS = 65536  # of a processor
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are no package of the wheel
+from bench.machine_code import check, count, of_gain, of_information_gain, of_losses
+
 SHARED = {"any": 99 << 10, "sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}  # that a program may have
 ARCHITECTURES = (80, 90)
-STACK = 32  # bytes that another version of the compiler may keep there
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 OPERANDS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
-LAUNCH = ("num_warps", "num_stages", "enable_fp_fusion")
 RICH = "bias and cap"
-HEADS = {"plain": {"BIAS": False, "CAP": False}, RICH: {"BIAS": True, "CAP": True}}
+HEADS = {"plain": {"bias": False, "cap": False}, RICH: {"bias": True, "cap": True}}
 DTYPES = ("bfloat16", "float32")
-
-
-def build(kernel: Any, architecture: int, types: dict[str, str], **options: Any) -> tuple[Any, str]:
-    """What the compiler made, and what the machine code uses; "i32:16" is a multiple of 16."""
-    constants = {name: value for name, value in options.items() if name in kernel.arg_names}
-    types = {"scale": "fp32", "softcap": "fp32", "entropy_gate": "fp32", "lift": "fp32", "targets": "*i64", **types}
-    signature = {arg: "constexpr" if arg in constants else types.get(arg, "i32") for arg in kernel.arg_names}
-    aligned = [i for i, kind in enumerate(signature.values()) if kind.startswith("*") or kind.endswith(":16")]
-    signature = {arg: kind.removesuffix(":16") for arg, kind in signature.items()}
-    # As the launcher does: memory that torch allocates is aligned.
-    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
-    source = ASTSource(kernel, signature, constants, attributes)
-    launch = {name: options[name] for name in LAUNCH if name in options}
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        done = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, check=True)
-    return compiled, done.stdout.decode()
-
-
-def check(usage: str, warps: int, programs: int = 1) -> None:
-    """Nothing spilled, and so many programs on a processor at a time."""
-    registers = int(re.search(r"REG:(\d+)", usage).group(1))
-    print(f"{registers} registers")  # noqa: T201 - pytest -rA shows it
-    assert int(re.search(r"STACK:(\d+)", usage).group(1)) <= STACK
-    assert "LOCAL:0 " in usage
-    assert registers * 32 * warps * programs <= REGISTERS
 
 
 # Kind of tiling, architecture, dtypes of hidden states and head, whether the width is whole tiles, and the head.
@@ -74,43 +40,26 @@ GAINS = [
 @pytest.mark.parametrize(("kind", "architecture", "dtype", "even", "head"), GAINS)
 def test_gain(kind: str, architecture: int, dtype: str, even: bool, head: str) -> None:
     hidden, weight = (OPERANDS[each] for each in (dtype.split(" by ") * 2)[:2])
-    precise = hidden == "*fp32"
-    tiling = information_gain._TILINGS[kind, 32 if precise else 16]
     aligned = kind != "unaligned"
-    counts = dict.fromkeys(("width", "full_stride", "masked_stride", "weight_stride"), "i32:16" if aligned else "i32")
-    compiled, usage = build(
-        information_gain.gain_kernel,
-        architecture,
-        {"full": hidden, "masked": hidden, "weight": weight, "bias": "*fp32", "partials": "*fp32", **counts},
-        EVEN=even,
-        PRECISE=precise,
-        **HEADS[head],
-        **tiling._asdict(),
-        **information_gain.FUSED,
-    )
-    print(f"{compiled.metadata.shared} bytes of shared memory")  # noqa: T201
-    check(usage, tiling.num_warps)
-    assert compiled.metadata.shared <= SHARED.get(kind, SHARED["any"])
+    code = of_gain(kind, architecture, hidden, weight, even=even, **HEADS[head])
+    check(code)
+    assert code.shared <= SHARED.get(kind, SHARED["any"])
     # On tensor cores, sums in float32; 16 bytes at a time while they work on what came before.
-    ptx = compiled.asm["ptx"]
     operand = {"*fp32": "tf32", "*bf16": "bf16", "*fp16": "f16"}[hidden]
     instruction = {
         "sm_90": rf"wgmma\.mma_async\S*\.f32\.{operand}\.{operand}",
         "sm_100": r"tcgen05\.mma\S*kind::f16",  # of both dtypes
     }.get(kind, rf"mma\.sync\S*\.f32\.{operand}\.{operand}")
-    assert re.search(instruction, ptx)
-    assert ("cp.async.cg.shared.global" in ptx) == aligned
+    assert re.search(instruction, code.ptx)
+    assert ("cp.async.cg.shared.global" in code.ptx) == aligned
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_gain_of_one_column(architecture: int) -> None:
     """Triton makes a constant of an argument that is 1."""
-    tiling = information_gain._TILINGS["unaligned", 16]
     ones = dict.fromkeys(("width", "full_stride", "masked_stride", "weight_stride"), 1)
-    types = {**dict.fromkeys(("full", "masked", "weight"), "*bf16"), "bias": "*fp32", "partials": "*fp32"}
-    flags = {"EVEN": False, "PRECISE": False, **HEADS["plain"]}
-    _, usage = build(information_gain.gain_kernel, architecture, types, **ones, **flags, **tiling._asdict())
-    check(usage, tiling.num_warps)
+    code = of_gain("unaligned", architecture, "*bf16", "*bf16", even=False, **ones)
+    check(code)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -118,8 +67,8 @@ def test_gain_of_one_column(architecture: int) -> None:
 def test_merge(name: str, architecture: int) -> None:
     kernel = getattr(information_gain, name)
     results = {arg: "*fp32" for arg in kernel.arg_names if arg not in ("tokens", "splits", "BLOCK")}
-    _, usage = build(kernel, architecture, {**results, "statistics": "*fp64"}, **information_gain._MERGE)
-    check(usage, information_gain._MERGE["num_warps"])
+    code = of_information_gain(kernel, architecture, {**results, "statistics": "*fp64"}, **information_gain._MERGE)
+    check(code)
 
 
 LOSSES = [("*bf16", "plain"), ("*bf16", RICH), ("*fp16", RICH), ("*fp32", RICH), (None, RICH)]
@@ -130,25 +79,32 @@ LOSSES = [("*bf16", "plain"), ("*bf16", RICH), ("*fp16", RICH), ("*fp32", RICH),
 )
 @pytest.mark.parametrize("loss", ["cross_entropy", "jsd", "kl"])
 def test_losses(loss: str, gradient: str | None, architecture: int, head: str) -> None:
-    kernel = getattr(information_gain_rows, f"{loss}_kernel")
-    names = ("logits", "live", "frozen", "bias", "bias_live", "bias_frozen", "temperature", "row_weight", "losses")
-    types = {**dict.fromkeys(names, "*fp32"), "gradient": gradient or "*fp32", "stride": "i32:16"}
-    biases = {f"BIAS{side}": HEADS[head]["BIAS"] for side in ("", "_LIVE", "_FROZEN")}
-    tiling = information_gain_losses._CROSS_ENTROPY if loss == "cross_entropy" else information_gain_losses._DIVERGENCE
-    options = {**tiling, **biases, "CAP": HEADS[head]["CAP"], "GATE": head == RICH, "WITHOUT": head == RICH}
-    options["GRADIENT"] = gradient is not None
-    types["gradient_stride"] = "i32:16"
-    compiled, usage = build(kernel, architecture, types, **options)
-    check(usage, tiling["num_warps"])
-    ptx = compiled.asm["ptx"]
-    assert re.search(r"ld\.global(?:\.\w+)*\.v4\.[bfu]32", ptx)
+    code = of_losses(loss, gradient, architecture, **HEADS[head], gate=head == RICH)
+    check(code)
+    assert re.search(r"ld\.global(?:\.\w+)*\.v4\.[bfu]32", code.ptx)
     if gradient is not None:
-        assert re.search(r"st\.global(?:\.\w+)*\.v[24]\.[bfu]32", ptx)
+        assert re.search(r"st\.global(?:\.\w+)*\.v[24]\.[bfu]32", code.ptx)
+
+
+# Operations of a sweep's loop for 4 entries of each of the two sides, or for 8 of the only one, as counted, and those
+# that the special function units do, which take eight times as long.
+SWEEPS = {"cross_entropy": [(86, 8), (89, 8)], "jsd": [(83, 8), (129, 12), (137, 8)], "kl": [(82, 8), (67, 8)]}
+
+
+@pytest.mark.parametrize("loss", SWEEPS)
+def test_a_sweep_is_short(loss: str) -> None:
+    """So that memory is what it waits for."""
+    code = of_losses(loss, "*bf16", 90)
+    sweeps = [loop for loop in code.loops() if count(loop, "LDG")]
+    assert [count(loop, "MUFU") for loop in sweeps] == [special for _, special in SWEEPS[loss]]
+    assert [count(loop, "LDG.E.128", "LDG.E.EF.128") for loop in sweeps] == [2] * len(sweeps)
+    for loop, (counted, _) in zip(sweeps, SWEEPS[loss], strict=True):
+        assert loop.total() <= 1.1 * counted
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("gradient", ["*bf16", "*fp32"])
 def test_bias(gradient: str, architecture: int) -> None:
     types = {"gradient": gradient, "factors": "*fp32", "grad_bias": "*fp32", "stride": "i32:16"}
-    _, usage = build(information_gain_rows.bias_kernel, architecture, types, **information_gain_losses._BIAS)
-    check(usage, information_gain_losses._BIAS["num_warps"])
+    code = of_information_gain(information_gain_rows.bias_kernel, architecture, types, **information_gain_losses._BIAS)
+    check(code)

@@ -48,7 +48,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 # One of everything; around a tile of 32 or 128 tokens, 64 or 128 entries and 32 or 64 columns; several sweeps of a row.
 SHAPES = [(1, 1, 1), (3, 7, 5), (33, 33, 65), (37, 70, 1003), (130, 64, 257)]
-LOSS_SHAPES = [(1, 1, 1), (7, 33, 65), (13, 70, 1003)] if INTERPRETED else SHAPES  # a program a row
+# A program a row; of less than a block, of whole blocks alone, of both.
+LOSS_SHAPES = [(1, 1, 1), (7, 33, 65), (4, 9, 1024), (13, 70, 1003)] if INTERPRETED else [*SHAPES, (4, 9, 16384)]
 # The interpreter is slow, and takes half precision for a rounding of the operands.
 KINDS = [
     (dtype, head) for dtype in DTYPES for head in HEADS if DEVICE == "cuda" or dtype == DTYPES[0] or head == "softcap"
