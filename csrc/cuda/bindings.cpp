@@ -138,12 +138,12 @@ PYBIND11_MODULE(_native_cuda, m) {
       "transport_team",
       [](std::int64_t n, std::int64_t columns, int device) {
         const cit::gpu::TransportTeam team = cit::gpu::transport_team_on(n, columns, device);
-        return std::make_tuple(team.blocks, team.shared_bytes, team.resident);
+        return std::make_tuple(team.blocks, team.threads, team.shared_bytes, team.resident);
       },
       py::arg("n"), py::arg("m"), py::arg("device"));
 
-  m.def("transport_teams_at_once", &cit::gpu::transport_teams_at_once, py::arg("blocks"), py::arg("shared_bytes"),
-        py::arg("device"));
+  m.def("transport_teams_at_once", &cit::gpu::transport_teams_at_once, py::arg("blocks"), py::arg("threads"),
+        py::arg("shared_bytes"), py::arg("device"));
 
   m.def("transport_scratch", &cit::gpu::transport_scratch, py::arg("rows"), py::arg("columns"));
 
@@ -152,16 +152,16 @@ PYBIND11_MODULE(_native_cuda, m) {
       [](std::uintptr_t table, std::uintptr_t order, std::uint32_t count, std::uintptr_t next, std::uintptr_t costs,
          std::uintptr_t kernels, std::uintptr_t weights, std::uintptr_t epsilons, std::uintptr_t results,
          std::uintptr_t scratch, std::int64_t rows, std::int64_t columns, std::size_t shared_bytes, double tolerance,
-         std::int64_t max_iterations, int blocks, int teams, int device, std::uintptr_t stream) {
+         std::int64_t max_iterations, int blocks, int threads, int teams, int device, std::uintptr_t stream) {
         cit::gpu::transport(
             {pointer<const cit::gpu::TransportRow>(table), pointer<const std::int32_t>(order), count,
              pointer<std::uint32_t>(next), pointer<const float>(costs), pointer<float>(kernels),
              pointer<const double>(weights), pointer<const double>(epsilons), pointer<double>(results),
              pointer<double>(scratch), rows, columns, shared_bytes, tolerance, static_cast<double>(max_iterations)},
-            blocks, teams, device, pointer<CUstream_st>(stream));
+            blocks, threads, teams, device, pointer<CUstream_st>(stream));
       },
       py::kw_only(), py::arg("table"), py::arg("order"), py::arg("count"), py::arg("next"), py::arg("costs"),
       py::arg("kernels"), py::arg("weights"), py::arg("epsilons"), py::arg("results"), py::arg("scratch"),
       py::arg("rows"), py::arg("columns"), py::arg("shared_bytes"), py::arg("tolerance"), py::arg("max_iterations"),
-      py::arg("blocks"), py::arg("teams"), py::arg("device"), py::arg("stream"));
+      py::arg("blocks"), py::arg("threads"), py::arg("teams"), py::arg("device"), py::arg("stream"));
 }

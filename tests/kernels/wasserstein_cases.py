@@ -64,24 +64,24 @@ class Host:
         self.library.transport.restype = ctypes.c_bool
         self.capacity, self.clusters = 232448, True
         self.at_once = 2
-        self.teams: set[tuple[int, bool]] = set()
+        self.teams: set[tuple[int, int, bool]] = set()
 
-    def transport_team(self, n: int, m: int, device: int) -> tuple[int, int, bool]:
-        shared_bytes, resident = ctypes.c_int64(), ctypes.c_bool()
+    def transport_team(self, n: int, m: int, device: int) -> tuple[int, int, int, bool]:
+        threads, shared_bytes, resident = ctypes.c_int(), ctypes.c_int64(), ctypes.c_bool()
         numbers = (ctypes.c_int64(each) for each in (n, m, self.capacity))
-        outputs = (ctypes.byref(shared_bytes), ctypes.byref(resident))
+        outputs = (ctypes.byref(threads), ctypes.byref(shared_bytes), ctypes.byref(resident))
         blocks = self.library.transport_team(*numbers, ctypes.c_bool(self.clusters), *outputs)
-        self.teams.add((blocks, resident.value))
-        return blocks, shared_bytes.value, resident.value
+        self.teams.add((blocks, threads.value, resident.value))
+        return blocks, threads.value, shared_bytes.value, resident.value
 
-    def transport_teams_at_once(self, blocks: int, shared_bytes: int, device: int) -> int:
+    def transport_teams_at_once(self, blocks: int, threads: int, shared_bytes: int, device: int) -> int:
         return self.at_once
 
     def transport_scratch(self, rows: int, columns: int) -> int:
         return 4 * columns + 3 * rows
 
-    def transport(self, *, blocks: int, teams: int, device: int, stream: int, **fields: Any) -> None:
-        assert self.library.transport(ctypes.byref(Work(**fields)), blocks, teams)
+    def transport(self, *, blocks: int, threads: int, teams: int, device: int, stream: int, **fields: Any) -> None:
+        assert self.library.transport(ctypes.byref(Work(**fields)), blocks, threads, teams)
 
 
 @pytest.fixture(autouse=True)
@@ -190,7 +190,8 @@ def test_every_way_to_cut_a_pair_gives_the_same(host: Host | None, monkeypatch: 
         for capacity, clusters in ((9000, True), (4000, True), (2500, True), (1500, True), (1500, False)):
             host.capacity, host.clusters = capacity, clusters
             results.append(run(clouds, **options))
-        assert host.teams == {(1, True), (2, True), (4, True), (8, False), (1, False)}
+        alone = {(1, 32, True), (1, 64, True), (1, 64, False)}
+        assert host.teams == alone | {(2, 64, True), (4, 64, True), (8, 64, False)}
     elif WHICH == "triton":
         monkeypatch.setattr(kernels, "_CHUNK", 16)
         results.append(run(clouds, **options))
@@ -201,6 +202,16 @@ def test_every_way_to_cut_a_pair_gives_the_same(host: Host | None, monkeypatch: 
         torch.testing.assert_close(each.upper, results[0].upper, rtol=1e-6, atol=0)
         torch.testing.assert_close(each.lower, results[0].lower, rtol=1e-5, atol=0)
         assert abs(int(each.iterations - results[0].iterations)) <= 1
+
+
+def test_small_pairs_share_a_processor(host: Host | None) -> None:
+    """As many of them as fit its shared memory, 228 KB, with as many threads together."""
+    if host is None:
+        pytest.skip("not the CUDA kernels")
+    for points, threads, at_once in ((20, 32, 8), (100, 32, 4), (150, 64, 2), (230, 64, 1)):
+        shared = (228 << 10) // at_once - 1024
+        assert host.transport_team(points, points, 0) == (1, threads, shared, True)
+    assert host.transport_team(300, 300, 0) == (2, 64, host.capacity, True)
 
 
 def test_a_slice_of_a_gpu_that_runs_no_team_says_so(host: Host | None) -> None:

@@ -16,8 +16,8 @@ CSRC = ROOT / "csrc"
 CASES = ROOT / "tests" / "kernels" / "wasserstein_cases.py"
 NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
 CXX = os.environ.get("CXX") or shutil.which("g++")
-# At most, so that two blocks of 256 threads share a processor; a cluster's block has one to itself.
-REGISTERS = {"block_kernel": 128, "cluster_kernel": 255}
+# At most, so that blocks of 512 threads together share a processor; a cluster's block has one to itself.
+REGISTERS = {**{f"block_kernelILi{threads}E": 128 for threads in (64, 128, 256)}, "cluster_kernel": 255}
 
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")

@@ -71,7 +71,7 @@ def fits(points: int, device: torch.device) -> bool:
     """Whether the CUDA kernels take a cloud of so many points on this GPU."""
     from cit_fast import _native_cuda
 
-    blocks, _, _ = _native_cuda.transport_team(1, points, torch.cuda.current_stream(device).device_index)
+    blocks, *_ = _native_cuda.transport_team(1, points, torch.cuda.current_stream(device).device_index)
     return bool(blocks > 0)
 
 
@@ -197,25 +197,25 @@ def iterate(batch: Batch) -> Tensor:
     stream = torch.cuda.current_stream(where)
     sizes = [(n, m) for _, _, n, m, _, _ in batch.table.tolist()]
     teams = {size: _native_cuda.transport_team(*size, stream.device_index) for size in set(sizes)}
-    alike: dict[tuple[int, int], list[int]] = {}
+    alike: dict[tuple[int, int, int], list[int]] = {}
     for index in sorted(range(len(sizes)), key=lambda index: -sizes[index][0] * sizes[index][1]):
-        blocks, shared_bytes, _ = teams[sizes[index]]
-        alike.setdefault((blocks, shared_bytes), []).append(index)
-    if (0, 0) in alike:
-        most = max(sizes[index][1] for index in alike[0, 0])
+        blocks, threads, shared_bytes, _ = teams[sizes[index]]
+        alike.setdefault((blocks, threads, shared_bytes), []).append(index)
+    if (0, 0, 0) in alike:
+        most = max(sizes[index][1] for index in alike[0, 0, 0])
         raise BackendError(
             f"wasserstein_matrix: the cuda backend has no room for {most} points in the second cloud of a pair; "
             f"use backend 'reference'"
         )
     # Where every team keeps its K in shared memory, none needs room for it in the memory of the device.
-    resident = all(stays for _, _, stays in teams.values())
+    resident = all(stays for *_, stays in teams.values())
     kernels = batch.costs[:0] if resident else torch.empty_like(batch.costs)
     table, epsilons = batch.table.to(where), batch.epsilons.contiguous()
     results = torch.empty(len(sizes), 5, dtype=torch.float64, device=where)
-    for (blocks, shared_bytes), members in alike.items():
+    for (blocks, threads, shared_bytes), members in alike.items():
         rows = max(-(-sizes[index][0] // blocks) for index in members)
         columns = max(sizes[index][1] for index in members)
-        possible = _native_cuda.transport_teams_at_once(blocks, shared_bytes, stream.device_index)
+        possible = _native_cuda.transport_teams_at_once(blocks, threads, shared_bytes, stream.device_index)
         if possible < 1:
             raise BackendError(
                 f"wasserstein_matrix: this GPU, or slice of one, cannot run {blocks} blocks of {shared_bytes} bytes of "
@@ -242,6 +242,7 @@ def iterate(batch: Batch) -> Tensor:
             tolerance=batch.options.tolerance,
             max_iterations=batch.options.max_iterations,
             blocks=blocks,
+            threads=threads,
             teams=at_once,
             device=stream.device_index,
             stream=stream.cuda_stream,

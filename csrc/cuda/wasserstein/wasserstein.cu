@@ -3,10 +3,11 @@
 //
 // An iteration reads K twice from shared memory, 8 bytes and two multiply-adds an entry, where memory would give 4
 // bytes of it at a fiftieth of the rate of all processors' shared memories together. One block keeps a pair of up to
-// 227 KB (sm_90; 163 KB on sm_80), which is some 230 x 230; small ones share a processor. On sm_90 the eight blocks of
-// a cluster keep up to some 650 x 650 and exchange sums of columns through distributed shared memory; beyond that they
-// read K from memory, as one block does on GPUs without clusters. As many teams as run at a time take pairs from a
-// queue, the longest work first, and stop with each pair by itself. The only atomic operation takes from that queue.
+// 227 KB (sm_90; 163 KB on sm_80), which is some 230 x 230; small ones share a processor, eight of 80 x 80, with as
+// many threads together. On sm_90 the eight blocks of a cluster keep up to some 650 x 650 and exchange sums of columns
+// through distributed shared memory; beyond that they read K from memory, as one block does on GPUs without clusters.
+// As many teams as run at a time take pairs from a queue, the longest work first, and stop with each pair by itself.
+// The only atomic operation takes from that queue.
 #include <cooperative_groups.h>
 
 #include <mutex>
@@ -21,9 +22,10 @@ namespace {
 
 extern __shared__ __align__(16) unsigned char shared_memory[];
 
+template <int kBlockThreads>
 class BlockTeam {
  public:
-  static constexpr int kThreads = kTransportThreads;
+  static constexpr int kThreads = kBlockThreads;
   __device__ int thread() const { return static_cast<int>(threadIdx.x); }
   __device__ int rank() const { return 0; }
   __device__ int size() const { return 1; }
@@ -43,7 +45,7 @@ class BlockTeam {
 };
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-class ClusterTeam : public BlockTeam {
+class ClusterTeam : public BlockTeam<kTransportThreads> {
  public:
   __device__ int rank() const { return static_cast<int>(cooperative_groups::this_cluster().block_rank()); }
   __device__ int size() const { return static_cast<int>(cooperative_groups::this_cluster().num_blocks()); }
@@ -55,9 +57,24 @@ class ClusterTeam : public BlockTeam {
 };
 #endif
 
-__global__ void __launch_bounds__(kTransportThreads, 2) block_kernel(const __grid_constant__ TransportWork work) {
-  BlockTeam team;
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads, 2 * kTransportThreads / kThreads)
+    block_kernel(const __grid_constant__ TransportWork work) {
+  BlockTeam<kThreads> team;
   transport_of_team(team, work);
+}
+
+using Kernel = void (*)(TransportWork);
+
+Kernel block_kernel_of(int threads) {
+  switch (threads) {
+    case kTransportThreads / 4:
+      return block_kernel<kTransportThreads / 4>;
+    case kTransportThreads / 2:
+      return block_kernel<kTransportThreads / 2>;
+    default:
+      return block_kernel<kTransportThreads>;
+  }
 }
 
 __global__ void __launch_bounds__(kTransportThreads, 1) cluster_kernel(const __grid_constant__ TransportWork work) {
@@ -110,12 +127,13 @@ TransportTeam transport_team_on(std::int64_t n, std::int64_t m, int device) {
   return transport_team(n, m, capacity, has_clusters(device), kTransportThreads);
 }
 
-int transport_teams_at_once(int blocks, std::size_t shared_bytes, int device) {
+int transport_teams_at_once(int blocks, int threads, std::size_t shared_bytes, int device) {
   check(cudaSetDevice(device));
   int teams = 0;
   if (blocks == 1) {
-    allow(reinterpret_cast<const void*>(block_kernel), shared_bytes);
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&teams, block_kernel, kTransportThreads, shared_bytes));
+    const Kernel kernel = block_kernel_of(threads);
+    allow(reinterpret_cast<const void*>(kernel), shared_bytes);
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&teams, kernel, threads, shared_bytes));
     teams *= attribute(cudaDevAttrMultiProcessorCount, device);
   } else {
     allow(reinterpret_cast<const void*>(cluster_kernel), shared_bytes);
@@ -126,12 +144,13 @@ int transport_teams_at_once(int blocks, std::size_t shared_bytes, int device) {
   return teams;
 }
 
-void transport(const TransportWork& work, int blocks, int teams, int device, CUstream_st* stream) {
+void transport(const TransportWork& work, int blocks, int threads, int teams, int device, CUstream_st* stream) {
   if (work.count == 0) return;
   check(cudaSetDevice(device));
   if (blocks == 1) {
-    allow(reinterpret_cast<const void*>(block_kernel), work.shared_bytes);
-    block_kernel<<<static_cast<unsigned>(teams), kTransportThreads, work.shared_bytes, stream>>>(work);
+    const Kernel kernel = block_kernel_of(threads);
+    allow(reinterpret_cast<const void*>(kernel), work.shared_bytes);
+    kernel<<<static_cast<unsigned>(teams), static_cast<unsigned>(threads), work.shared_bytes, stream>>>(work);
     check(cudaGetLastError());
   } else {
     allow(reinterpret_cast<const void*>(cluster_kernel), work.shared_bytes);

@@ -13,7 +13,7 @@ struct CUstream_st;
 
 namespace cit::gpu {
 
-constexpr int kTransportThreads = 256;  // of a block; part of the order of summation
+constexpr int kTransportThreads = 256;  // of a block at most; part of the order of summation
 constexpr int kMostBlocks = 8;          // of a team: a cluster of that size runs on every GPU that has clusters
 constexpr int kWarpSums = 8;            // numbers that a warp leaves for the others of its block
 
@@ -65,33 +65,42 @@ CIT_HOST_DEVICE inline std::int64_t transport_scratch(std::int64_t rows, std::in
 
 struct TransportTeam {
   int blocks;                // 0: the pair has too many columns
+  int threads;               // of each of them
   std::size_t shared_bytes;  // that each of them asks for
   bool resident;             // else `kernels` is needed
 };
 
-// The team for a pair. K stays in shared memory for
-// all iterations if one block takes it with half of what a processor has, so that two run at a time, or with all of it
-// (`capacity`), or two, four or eight blocks do; else it is read from memory once an iteration.
-inline TransportTeam transport_team(std::int64_t n, std::int64_t m, std::size_t capacity, bool clusters, int threads) {
+// The team for a pair. K stays in shared memory for all iterations if one block takes it with an eighth of what a
+// processor has, a quarter or half, so that eight, four or two run at a time, with as many threads together; or with
+// all of it (`capacity`); or if two, four or eight blocks do. Else it is read from memory once an iteration.
+inline TransportTeam transport_team(std::int64_t n, std::int64_t m, std::size_t capacity, bool clusters,
+                                    int most_threads) {
   constexpr std::size_t kReserved = 1024;  // of a processor's shared memory, for each block
-  const std::size_t fixed = transport_fixed_bytes(m, threads), row = transport_row_bytes(m);
-  const auto bytes = [&](int blocks) { return fixed + row * static_cast<std::size_t>(transport_rows(n, blocks)); };
-  for (const int share : {2, 1}) {
+  constexpr int kWarpThreads = 32;
+  const auto bytes = [&](int blocks, int threads) {
+    return transport_fixed_bytes(m, threads) +
+           transport_row_bytes(m) * static_cast<std::size_t>(transport_rows(n, blocks));
+  };
+  for (const int share : {8, 4, 2, 1}) {
+    const int wanted = share == 1 ? most_threads : 2 * most_threads / share;
+    const int threads = wanted > kWarpThreads ? wanted : kWarpThreads;
     const std::size_t whole = capacity + kReserved;
-    if (bytes(1) + kReserved <= whole / share) return {1, whole / share - kReserved, true};
+    if (bytes(1, threads) + kReserved <= whole / share) return {1, threads, whole / share - kReserved, true};
   }
   const int most = clusters ? kMostBlocks : 1;
   for (int blocks = 2; blocks <= most; blocks *= 2) {
-    if (bytes(blocks) <= capacity) return {blocks, capacity, true};
+    if (bytes(blocks, most_threads) <= capacity) return {blocks, most_threads, capacity, true};
   }
-  if (fixed + row <= capacity) return {most, capacity, false};
-  return {0, 0, false};
+  if (transport_fixed_bytes(m, most_threads) + transport_row_bytes(m) <= capacity) {
+    return {most, most_threads, capacity, false};
+  }
+  return {0, 0, 0, false};
 }
 
 // transport_team() on a device, and how many such teams it runs at a time (none on a slice of a GPU that is too small).
 TransportTeam transport_team_on(std::int64_t n, std::int64_t m, int device);
-int transport_teams_at_once(int blocks, std::size_t shared_bytes, int device);
+int transport_teams_at_once(int blocks, int threads, std::size_t shared_bytes, int device);
 
-void transport(const TransportWork& work, int blocks, int teams, int device, CUstream_st* stream);
+void transport(const TransportWork& work, int blocks, int threads, int teams, int device, CUstream_st* stream);
 
 }  // namespace cit::gpu
