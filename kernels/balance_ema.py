@@ -211,6 +211,9 @@ def weights_kernel(
     first = tl.load(sizes + 2 * tensor + FIRST_CHUNK)
     count = tl.maximum(tl.cdiv(tl.load(sizes + 2 * tensor + SIZE), CHUNK), 1)
     lane = tl.arange(0, 1 << LOG_TILE)
+    one = tl.arange(0, 1)
+    if RULE == PAPER:  # before the sums, whose barriers lie between this and the store
+        left = tl.load(remaining + tensor + one).to(tl.float64)
     distance = tl.zeros((1 << LOG_TILE,), tl.float64)
     gradient = tl.zeros((1 << LOG_TILE,), tl.float64)
     change = tl.zeros((1 << LOG_TILE,), tl.float64)
@@ -223,7 +226,6 @@ def weights_kernel(
     distance = sum_neighbours(distance, LOG_TILE)
     gradient = sum_neighbours(gradient, LOG_TILE)
     change = sum_neighbours(change, LOG_TILE)
-    one = tl.arange(0, 1)
     tl.store(norms + 3 * tensor + one, distance)
     tl.store(norms + 3 * tensor + 1 + one, gradient)
     tl.store(norms + 3 * tensor + 2 + one, change)
@@ -235,7 +237,7 @@ def weights_kernel(
         else:
             weight = scale * (1.0 + gradient)
             if RULE == PAPER:
-                weight = tl.load(remaining + tensor + one).to(tl.float64) * (1.0 + gradient)
+                weight = left * (1.0 + gradient)
             product = distance * change
             # Dividing by the product where it is 0 would give what is not usable: infinity or NaN.
             weight = weight / tl.where(product == 0.0, 1.0, product)

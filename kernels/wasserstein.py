@@ -162,7 +162,8 @@ def _combine(memory, pair, CHUNK: tl.constexpr):
     numbers = scalars + 8 * tl.load(row + FIRST_STRIP)
     state = states + 16 * pair
     mode = tl.load(state + MODE).to(tl.int32)
-    now = (tl.load(state + EPSILON), tl.load(state + TARGET), tl.load(state + USED), tl.load(state + NEXT_EPSILON))
+    epsilon, target, next_epsilon = tl.load(state + EPSILON), tl.load(state + TARGET), tl.load(state + NEXT_EPSILON)
+    now = (epsilon, target, next_epsilon, tl.load(state + USED), tl.load(state + COUNT))
     tl.debug_barrier()  # all threads have the state before one changes it
     if (mode == FORM) | (mode == ITERATE):
         _after_iteration(state, now, by_column, b_ptr, sums, strips, m, CHUNK)
@@ -199,7 +200,7 @@ def _set_potential(by_column, m, cols, b, g, epsilon):
 
 @triton.jit
 def _after_iteration(state, now, by_column, b_ptr, sums, strips, m, CHUNK: tl.constexpr):
-    epsilon, target, used, _ = now
+    epsilon, target, _, used, count = now
     used += 1.0
     tolerance = tl.load(state + TOLERANCE)
     error = tl.zeros((CHUNK,), tl.float64)
@@ -230,7 +231,7 @@ def _after_iteration(state, now, by_column, b_ptr, sums, strips, m, CHUNK: tl.co
     reached = tl.min(least_sum, axis=0) >= LEAST_SUM
     finished = stop & (epsilon <= target)
     next_epsilon = tl.where(stop & coarse, tl.maximum(epsilon / 2.0, target), epsilon)
-    tl.store(state + COUNT, tl.load(state + COUNT) + 1.0)
+    tl.store(state + COUNT, count + 1.0)
     tl.store(state + USED, tl.where(stop & coarse, 0.0, used))
     tl.debug_barrier()
     if in_range & (stop == 0):
@@ -259,7 +260,7 @@ def _after_iteration(state, now, by_column, b_ptr, sums, strips, m, CHUNK: tl.co
 
 @triton.jit
 def _after_masses(state, now, by_column, b_ptr, sums, strips, m, CHUNK: tl.constexpr):
-    epsilon, _, used, _ = now
+    epsilon, _, _, used, count = now
     error = tl.zeros((CHUNK,), tl.float64)
     least_sum = tl.full((CHUNK,), 1.0, tl.float64)
     for left in range(0, m, CHUNK):
@@ -281,7 +282,7 @@ def _after_masses(state, now, by_column, b_ptr, sums, strips, m, CHUNK: tl.const
         tl.store(state + ERROR, marginal_error)
         tl.store(state + MODE, BOUNDS + 0.0)
     else:
-        tl.store(state + COUNT, tl.load(state + COUNT) + 1.0)
+        tl.store(state + COUNT, count + 1.0)
         tl.store(state + USED, used + 1.0)
         if reached:
             for left in range(0, m, CHUNK):
@@ -299,7 +300,7 @@ def _after_masses(state, now, by_column, b_ptr, sums, strips, m, CHUNK: tl.const
 
 @triton.jit
 def _after_reach(state, now, by_column, b_ptr, sums, strips, m, CHUNK: tl.constexpr):
-    epsilon, _, _, next_epsilon = now
+    epsilon, _, next_epsilon, _, _ = now
     for left in range(0, m, CHUNK):
         cols = left + tl.arange(0, CHUNK)
         b = tl.load(b_ptr + cols, cols < m, other=0.0)
@@ -333,7 +334,7 @@ def _after_bounds(state, now, b_ptr, sums, numbers, strips, m, out, CHUNK: tl.co
     dual = _sum_numbers(numbers + 3, strips) + tl.sum(lower, axis=0)
     tl.store(out, tl.maximum(tl.minimum(dual, upper), 0.0))
     tl.store(out + 1, upper)
-    tl.store(out + 2, tl.load(state + COUNT))
+    tl.store(out + 2, now[4])
     tl.store(out + 3, tl.load(state + ERROR))
     tl.store(out + 4, now[0])
     tl.store(state + MODE, DONE + 0.0)

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def compiled_kernels_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where CIT_FAST_PTX asks for it."""
+    if os.environ.get("CIT_FAST_PTX"):
+        from ptx_driver import on_the_host
+
+        on_the_host(monkeypatch)
 
 
 @pytest.fixture

@@ -35,6 +35,14 @@ def test_compiled_ahead_of_time(triton_cache: str) -> None:
     run_tests(HERE / "information_gain_builds.py", TRITON_CACHE_DIR=triton_cache)
 
 
+@pytest.mark.slow
+def test_compiled_and_run_on_the_host(triton_cache: str) -> None:
+    """What the compiler made of them, in bfloat16, too, with every barrier that they need."""
+    run_tests(
+        HERE / "information_gain_cases.py", TRITON_CACHE_DIR=triton_cache, CIT_FAST_PTX="1", CUDA_VISIBLE_DEVICES=""
+    )
+
+
 # The choice of the backend
 
 

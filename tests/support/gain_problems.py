@@ -14,7 +14,9 @@ from cit_fast import backend
 from cit_fast.ops.information_gain import TokenGain
 
 INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
-DEVICE = "cpu" if INTERPRETED else "cuda"
+PTX = bool(os.environ.get("CIT_FAST_PTX"))  # compiled, and run on the host
+ON_HOST = INTERPRETED or PTX
+DEVICE = "cpu" if ON_HOST else "cuda"
 DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
 HEADS: dict[str, dict[str, Any]] = {
     "plain": {},
