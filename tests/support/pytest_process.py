@@ -16,18 +16,9 @@ def run_tests(file: Path, **environment: str) -> None:
     """
     ours = ("TRITON_", "PYTEST_", "COV_", "CIT_FAST_HOST_LIBRARY")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    options = ["-q", "-x", "-p", "no:cacheprovider", f"--confcutdir={file.parent}"]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-p",
-            "no:cacheprovider",
-            f"--confcutdir={file.parent}",
-            str(file),
-        ],
+        [sys.executable, "-m", "pytest", *options, str(file)],
         env={**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent), **environment},
         capture_output=True,
         text=True,
