@@ -1,9 +1,9 @@
 """LCIA's ablation on drawn pictures (its table 6 is on CoIN): what the average and the grouping each do.
 
     python -m bench.visual --results bench/results/visual.json
-    python -m bench.visual --methods lora lcia --orders 1 --seeds 1
+    python -m bench.visual --methods lora "lcia, paper" --orders 1 --seeds 1
 
-``cit-fast/tiny-vision`` learns six visual tasks one after another, worded as CoIN's Origin: four of them share their
+``cit-fast/tiny-vision`` learns six visual tasks one after another, worded as CoIN's Origin: five of them share their
 instruction, which decides LCIA's groups. Nothing is replayed. Every seed draws other examples and another
 initialisation, the same for all methods. A call that was interrupted goes on where it was; runs that are in
 ``--results`` are taken from there. The table has means and standard deviations over orders and seeds, and the mean
