@@ -62,7 +62,7 @@ def loaded(line: Line) -> Run:
 
     def run(program: Program) -> None:
         mask = line.mask(program)
-        active = np.broadcast_to(True if mask is None else mask, program.threads)
+        active = program.all if mask is None else np.broadcast_to(mask, program.threads)
         found = np.zeros((program.threads, count * size), np.uint8)
         if active.any():
             found[active] = _space(program, line).load(
@@ -81,7 +81,7 @@ def stored(line: Line) -> Run:
 
     def run(program: Program) -> None:
         mask = line.mask(program)
-        active = np.broadcast_to(True if mask is None else mask, program.threads)
+        active = program.all if mask is None else np.broadcast_to(mask, program.threads)
         if not active.any():
             return
         values = np.empty((program.threads, count), UNSIGNED[8 * size])
@@ -112,7 +112,7 @@ def copied(line: Line) -> Run:
 
     def run(program: Program) -> None:
         mask = line.mask(program)
-        active = np.broadcast_to(True if mask is None else mask, program.threads)
+        active = program.all if mask is None else np.broadcast_to(mask, program.threads)
         whole = active if given is None else active & (np.broadcast_to(given(program), program.threads) > 0)
         where, source_at, warps = to(program), of(program), program.warps
 

@@ -111,6 +111,9 @@ class Kernel:
                 if predicate is not None:
                     taken = np.asarray(program.registers[predicate[0]]) != predicate[1]
                     following = np.where(taken, to, at + 1)
+            if apart is None and type(following) is int:
+                at = following
+                continue
             if apart is None:
                 if np.ndim(following) and np.ptp(following):
                     apart = np.broadcast_to(following, program.threads).copy()

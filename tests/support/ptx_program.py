@@ -26,6 +26,7 @@ class Program:
         self.shared = Memory("shared memory", [(0, np.full(shared, 0xA5, np.uint8))])
         self.warps = np.arange(threads, dtype=np.int32) // WARP
         self.now = self.since = 0
+        self.all = np.ones(threads, bool)
         tid = np.arange(threads, dtype=np.uint32)
         self.registers: dict[str, Values] = {"%tid.x": tid, "%laneid": tid % WARP}
         for axis, at, count in zip("xyz", place, grid, strict=True):
@@ -94,7 +95,12 @@ def address(text: str) -> Callable[[Program], NDArray[np.int64]]:
     """``[ %rd1 + 16 ]``, of every thread."""
     base, _, offset = text.strip("[] ").partition("+")
     read, more = source(base.strip(), 64), int(offset or 0)
-    return lambda program: np.broadcast_to(np.asarray(read(program)).astype(np.int64) + more, program.threads)
+
+    def of(program: Program) -> NDArray[np.int64]:
+        at = np.asarray(read(program)).astype(np.int64) + more
+        return at if at.ndim else np.broadcast_to(at, program.threads)
+
+    return of
 
 
 def as_type(values: Values, kind: str, bits: int) -> Values:
@@ -123,4 +129,5 @@ def kept(program: Program, name: str, values: Values, mask: Values | None) -> No
 
 def lanes(values: Values, program: Program) -> NDArray[Any]:
     """[warps, 32] of a register."""
-    return np.broadcast_to(values, program.threads).reshape(-1, WARP)
+    values = np.asarray(values)
+    return (values if values.ndim else np.broadcast_to(values, program.threads)).reshape(-1, WARP)
