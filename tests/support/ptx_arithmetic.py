@@ -123,6 +123,7 @@ def _extreme(name: str, kind: str, keeps_nan: bool) -> Callable[[Values, Values]
 
 
 def compared(line: Line) -> Run:
+    """``setp``."""
     how, kind, bits = line.parts[1], line.parts[-1][0], int(line.parts[-1][1:])
     left, right = (source(each, bits) for each in line.operands[1:3])
     unordered = kind == "f" and len(how) == 3 and how.endswith("u")
@@ -142,6 +143,7 @@ def compared(line: Line) -> Run:
 
 
 def selected(line: Line) -> Run:
+    """``selp``."""
     bits = int(line.parts[-1][1:])
     yes, no = (source(each, bits) for each in line.operands[1:3])
 
@@ -153,7 +155,7 @@ def selected(line: Line) -> Run:
 
 
 def moved(line: Line) -> Run:
-    """``mov`` of a register into its line.parts, or of line.parts into one."""
+    """``mov``, of a register into its parts or of parts into one, too."""
     if not any(each.startswith("{") for each in line.operands):
         return plain(line)
     bits = int(line.parts[-1][1:])
@@ -185,6 +187,7 @@ def bfloat16(x: Values) -> NDArray[np.uint32]:
 
 
 def converted(line: Line) -> Run:
+    """``cvt``."""
     to, of = (part for part in line.parts if re.fullmatch(r"(?:[usfb]\d+|bf16|tf32)(?:x2)?", part))
     bits = 16 if of == "bf16" else int(of[1:])
     reads = [source(each, bits) for each in line.operands[1:]]
@@ -217,6 +220,7 @@ def converted(line: Line) -> Run:
 
 
 def permuted(line: Line) -> Run:
+    """``prmt``: any four of the eight bytes of two registers."""
     left, right = (source(each) for each in line.operands[1:3])
     selector = int(line.operands[3].rstrip("U"), 0)
 

@@ -11,6 +11,7 @@ from ptx_program import UNSIGNED, WARP, Line, Program, Run, address, as_type, in
 
 
 def shuffled(line: Line) -> Run:
+    """``shfl``: what another lane of the warp has."""
     if line.parts[2] not in ("bfly", "idx") or line.operands[3] not in ("31", "0x1f"):
         raise NotImplementedError(".".join(line.parts))
     value, by = source(line.operands[1]), source(line.operands[2])
@@ -26,6 +27,7 @@ def shuffled(line: Line) -> Run:
 
 
 def barrier(line: Line) -> Run:
+    """``bar``: what was written before can be read after it."""
     if "warp" in line.parts:
         return lambda program: None
 
@@ -46,6 +48,7 @@ def _vector(line: Line) -> tuple[int, int]:
 
 
 def loaded(line: Line) -> Run:
+    """``ld``, of arguments, too."""
     if line.parts[1] == "param":
         bits = int(line.parts[-1][1:])
         name = line.operands[1].strip("[]")
@@ -76,6 +79,7 @@ def loaded(line: Line) -> Run:
 
 
 def stored(line: Line) -> Run:
+    """``st``."""
     count, size = _vector(line)
     at, reads = address(line.operands[0]), [source(each, 8 * size) for each in inner(line.operands[1])]
 
