@@ -124,6 +124,7 @@ def jsd_kernel(
             _store_zeros(gradient, stride, BLOCK)
     else:
         cooled = 1 / tl.load(temperature + row)
+        sides = (live, frozen, bias_live, bias_frozen, BIAS_LIVE, BIAS_FROZEN)
         top_p = tl.zeros((BLOCK,), tl.float32) + NOWHERE
         top_q = tl.zeros((BLOCK,), tl.float32) + NOWHERE
         total_p = tl.zeros((BLOCK,), tl.float32)
@@ -131,10 +132,7 @@ def jsd_kernel(
         for last in tl.static_range(2):
             for i in range(_blocks(entries, last, BLOCK)):
                 offs = _forwards(i, entries, last, BLOCK)
-                z, _ = _logits(live, bias_live, offs, entries, stride, scale, softcap, cooled, BIAS_LIVE, CAP, last)
-                w, _ = _logits(
-                    frozen, bias_frozen, offs, entries, stride, scale, softcap, cooled, BIAS_FROZEN, CAP, last
-                )
+                z, w, _ = _both(sides, offs, entries, stride, scale, softcap, cooled, -1, False, CAP, last)
                 top_p, total_p = _take(top_p, total_p, z)
                 top_q, total_q = _take(top_q, total_q, w)
         log_sum_p = _log_sum(top_p, total_p)
@@ -145,10 +143,7 @@ def jsd_kernel(
         for last in tl.static_range(1, -1, -1):
             for i in range(_blocks(entries, last, BLOCK)):
                 offs = _backwards(i, entries, last, BLOCK)
-                z, _ = _logits(live, bias_live, offs, entries, stride, scale, softcap, cooled, BIAS_LIVE, CAP, last)
-                w, _ = _logits(
-                    frozen, bias_frozen, offs, entries, stride, scale, softcap, cooled, BIAS_FROZEN, CAP, last
-                )
+                z, w, _ = _both(sides, offs, entries, stride, scale, softcap, cooled, -1, False, CAP, last)
                 z, w = _finite(z - log_sum_p), _finite(w - log_sum_q)
                 p_over_m, q_over_m = _log_over_mean(z, w)
                 sum_p += tl.exp2(z) * p_over_m
@@ -161,12 +156,7 @@ def jsd_kernel(
             for last in tl.static_range(2):
                 for i in range(_blocks(entries, last, BLOCK)):
                     offs = _forwards(i, entries, last, BLOCK)
-                    z, slope = _logits(
-                        live, bias_live, offs, entries, stride, scale, softcap, cooled, BIAS_LIVE, CAP, last
-                    )
-                    w, _ = _logits(
-                        frozen, bias_frozen, offs, entries, stride, scale, softcap, cooled, BIAS_FROZEN, CAP, last
-                    )
+                    z, w, slope = _both(sides, offs, entries, stride, scale, softcap, cooled, -1, False, CAP, last)
                     z, w = _finite(z - log_sum_p), _finite(w - log_sum_q)
                     p_over_m, _ = _log_over_mean(z, w)
                     dz = LN2 * slope * (tl.exp2(z) * (p_over_m - kl_p))
@@ -209,6 +199,7 @@ def kl_kernel(
             _store_zeros(gradient, stride, BLOCK)
     else:
         cooled = 1 / tl.load(temperature + row)
+        sides = (live, frozen, bias_live, bias_frozen, BIAS_LIVE, BIAS_FROZEN)
         out = tl.load(targets + row).to(tl.int32) if WITHOUT else -1
         top_p = tl.zeros((BLOCK,), tl.float32) + NOWHERE
         top_q = tl.zeros((BLOCK,), tl.float32) + NOWHERE
@@ -217,13 +208,7 @@ def kl_kernel(
         for last in tl.static_range(1, -1, -1):
             for i in range(_blocks(entries, last, BLOCK)):
                 offs = _backwards(i, entries, last, BLOCK)
-                z, _ = _logits(live, bias_live, offs, entries, stride, scale, softcap, cooled, BIAS_LIVE, CAP, last)
-                w, _ = _logits(
-                    frozen, bias_frozen, offs, entries, stride, scale, softcap, cooled, BIAS_FROZEN, CAP, last
-                )
-                if WITHOUT:
-                    z = tl.where(offs == out, NOWHERE, z)
-                    w = tl.where(offs == out, NOWHERE, w)
+                z, w, _ = _both(sides, offs, entries, stride, scale, softcap, cooled, out, WITHOUT, CAP, last)
                 top_p, total_p = _take(top_p, total_p, z)
                 top_q, total_q = _take(top_q, total_q, w)
         log_sum_p = _log_sum(top_p, total_p)
@@ -233,13 +218,7 @@ def kl_kernel(
         for last in tl.static_range(2):
             for i in range(_blocks(entries, last, BLOCK)):
                 offs = _forwards(i, entries, last, BLOCK)
-                z, slope = _logits(live, bias_live, offs, entries, stride, scale, softcap, cooled, BIAS_LIVE, CAP, last)
-                w, _ = _logits(
-                    frozen, bias_frozen, offs, entries, stride, scale, softcap, cooled, BIAS_FROZEN, CAP, last
-                )
-                if WITHOUT:
-                    z = tl.where(offs == out, NOWHERE, z)
-                    w = tl.where(offs == out, NOWHERE, w)
+                z, w, slope = _both(sides, offs, entries, stride, scale, softcap, cooled, out, WITHOUT, CAP, last)
                 z -= log_sum_p
                 w -= log_sum_q
                 q = tl.exp2(w)
@@ -315,6 +294,30 @@ def _logits(
     if MASKED:
         z = tl.where(offs < entries, z, -float("inf"))
     return z, slope
+
+
+@triton.jit
+def _both(
+    sides,
+    offs,
+    entries,
+    stride,
+    scale,
+    softcap,
+    cooled,
+    out,
+    WITHOUT: tl.constexpr,
+    CAP: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Logits of both sides and the live one's slope; ``out`` is the entry that is taken out, WITHOUT it."""
+    live, frozen, bias_live, bias_frozen, BIAS_LIVE, BIAS_FROZEN = sides
+    z, slope = _logits(live, bias_live, offs, entries, stride, scale, softcap, cooled, BIAS_LIVE, CAP, MASKED)
+    w, _ = _logits(frozen, bias_frozen, offs, entries, stride, scale, softcap, cooled, BIAS_FROZEN, CAP, MASKED)
+    if WITHOUT:
+        z = tl.where(offs == out, NOWHERE, z)
+        w = tl.where(offs == out, NOWHERE, w)
+    return z, w, slope
 
 
 @triton.jit

@@ -209,10 +209,9 @@ def test_every_way_to_cut_a_pair_gives_the_same(host: Host | None, monkeypatch: 
         assert abs(int(each.iterations - results[0].iterations)) <= 1
 
 
-def test_small_pairs_share_a_processor(host: Host | None) -> None:
+@pytest.mark.skipif(LIBRARY is None, reason="of the CUDA kernels, and runs with them on the host")
+def test_small_pairs_share_a_processor(host: Host) -> None:
     """As many of them as fit its shared memory, 228 KB, with as many threads together."""
-    if host is None:
-        pytest.skip("not the CUDA kernels")
     for points, threads, at_once in ((20, 32, 8), (100, 32, 4), (150, 64, 2), (230, 64, 1)):
         shared = (228 << 10) // at_once - 1024
         assert host.transport_team(points, points, 0) == (1, threads, shared, True)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
-from ptx_memory import Values
+from ptx_memory import Unknown, Values
 from ptx_program import KIND, UNSIGNED, Line, Program, Run, as_type, inner, kept, source
 
 
@@ -71,7 +71,7 @@ def plain(line: Line) -> Run:
     kind, bits = ("b", 1) if of == "pred" else (of[0], int(of[1:]))
     destination, reads = line.operands[0], [source(each, max(bits, 8)) for each in line.operands[1:]]
     if name not in ("min", "max") and name not in _ARITHMETIC:
-        raise NotImplementedError(".".join(line.parts))
+        raise Unknown(".".join(line.parts))
     operation = _ARITHMETIC.get(name) or _extreme(name, kind, "NaN" in line.parts)
     flush = "ftz" in line.parts
     wide = "wide" in line.parts

@@ -12,7 +12,6 @@ from cit_fast.kernels import balance_ema
 from ptx_machine import Kernel, Memory
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
 from triton.compiler import CompiledKernel
 
 from cit_fast.ops import backends
@@ -45,21 +44,11 @@ def parts(tensors: list[Tensor]) -> list[tuple[int, Any]]:
     return [(at, each.numpy()) for at, each in as_bytes.items()]
 
 
-class Driver(DriverBase):
+class Driver:
     """Of one device, on which tensors of the CPU are."""
 
     others: ClassVar[list[Tensor]] = []
     """Tensors that kernels find by addresses in tables."""
-
-    @staticmethod
-    def is_active() -> bool:
-        return True
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        raise NotImplementedError
-
-    def get_benchmarker(self) -> Any:
-        raise NotImplementedError
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", ARCHITECTURE, 32)

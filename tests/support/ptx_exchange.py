@@ -6,14 +6,14 @@ import re
 
 import numpy as np
 from numpy.typing import NDArray
-from ptx_memory import Memory
+from ptx_memory import Memory, Unknown
 from ptx_program import UNSIGNED, WARP, Line, Program, Run, address, as_type, inner, kept, lanes, source, width_of
 
 
 def shuffled(line: Line) -> Run:
     """``shfl``: what another lane of the warp has."""
     if line.parts[2] not in ("bfly", "idx") or line.operands[3] not in ("31", "0x1f"):
-        raise NotImplementedError(".".join(line.parts))
+        raise Unknown(".".join(line.parts))
     value, by = source(line.operands[1]), source(line.operands[2])
     own = np.arange(WARP)
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from ptx_arithmetic import compared, converted, moved, permuted, plain, selected
 from ptx_exchange import barrier, copied, loaded, matrices, product, shuffled, stored
-from ptx_memory import Fault, Memory, Values
+from ptx_memory import Fault, Memory, Unknown, Values
 from ptx_program import Line, Program, Run, of_number, source, split
 
 __all__ = ["Fault", "Kernel", "Memory"]
@@ -138,7 +138,7 @@ def decoded(text: str, labels: dict[str, Any]) -> Instruction:
     """An instruction."""
     found = _LINE.fullmatch(text)
     if found is None:
-        raise NotImplementedError(text)
+        raise Unknown(text)
     negated, predicate, operation, operands = found.groups()
     line = Line(operation.split("."), split(operands), (predicate, negated == "!") if predicate else None)
     first = line.parts[0]

@@ -15,6 +15,10 @@ class Fault(Exception):  # noqa: N818
     """The kernel is wrong: a race, or an access that is not aligned or not allowed."""
 
 
+class Unknown(Exception):  # noqa: N818
+    """An instruction that the machine has to learn before the kernel can be tested on it."""
+
+
 class Memory:
     """Bytes at addresses, and who accessed them last.
 
